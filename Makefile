@@ -1,0 +1,57 @@
+# make demo | test | test-slow | test-aot | lint | checkpoints
+# INSTALL_ARGS goes to the installer. Where the plain torch pin would bring a CUDA build of several GB, point it at a
+# folder or index that holds a CPU build:  make test INSTALL_ARGS="--find-links /path/to/wheels"
+SHELL := /bin/bash
+PYTHON ?= python3.11
+UV := 0.13.9
+INSTALL_ARGS ?= $(shell d=$${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}; test -n "$$d" && echo "--find-links $$d")
+PY := .venv/bin/python
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test test-slow test-aot lint checkpoints
+.DELETE_ON_ERROR:
+
+demo: .venv/.lean
+	@echo "== demo: distilling the small world's student from its text-only teacher (about 3 minutes on 2 cores)"
+	$(PY) -m omniopd_jax.main --config=configs/tiny.py
+
+test: .venv/.full
+	@echo "== test: the default suite"
+	$(PY) -m pytest -n 2
+
+test-slow: .venv/.full
+	@echo "== test-slow: what takes minutes"
+	$(PY) -m pytest -m slow
+
+test-aot: .venv/.tpu
+	@echo "== test-aot: ahead-of-time compilation for a TPU topology"
+	$(PY) -m pytest -m aot
+
+lint: .venv/.full
+	$(PY) -m ruff check .
+
+checkpoints: .venv/.lean
+	@echo "== checkpoints: training the small world's student and teacher again (half an hour on 2 cores)"
+	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints
+
+.venv/bin/uv:
+	@echo "== set-up: .venv, with the installer uv $(UV)"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check uv==$(UV)
+
+# The newest stamp says which set is installed; installing the larger one keeps the smaller one's stamp true.
+.venv/.lean: requirements-lean.txt | .venv/bin/uv
+	@echo "== set-up: requirements-lean.txt (no torch, no TensorFlow)"
+	.venv/bin/uv pip install -q --python $(PY) -r requirements-lean.txt
+	@touch $@
+
+.venv/.full: requirements.txt requirements-lean.txt | .venv/bin/uv
+	@echo "== set-up: requirements.txt, installer arguments: $(or $(INSTALL_ARGS),none)"
+	.venv/bin/uv pip install -q --python $(PY) $(INSTALL_ARGS) -r requirements.txt
+	@touch .venv/.lean $@
+
+.venv/.tpu: requirements-tpu.txt requirements-lean.txt .venv/.full | .venv/bin/uv
+	@echo "== set-up: requirements-tpu.txt (the TPU compiler)"
+	.venv/bin/uv pip install -q --python $(PY) -r requirements-tpu.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measurements: each script says what it shows; figures are ratios taken side by side, or tables made from result lines."""

@@ -1,0 +1,381 @@
+"""Will it fit? Compiles a recipe's passes for a TPU slice that you do not have, on any CPU machine.
+
+    pip install -r requirements-tpu.txt          # the TPU compiler
+    python -m omniopd_jax.aot --config=configs/math.py --topology=v5e:4x4 [--suggest] [--config.key=value ...]
+
+Score, decode and update are compiled as the run would compile them, at the recipe's longest lengths, and what the
+compiler says is printed per chip (per JAX device: a tpu7x chip has two). Exit code 3: it does not fit. Topologies:
+v5e and v6e 2x2 to 16x16, v5p 2x2x1 to 4x4x4, tpu7x 2x2x1 and up; several with commas.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import time
+
+# Before jax is imported: compile-only, on a machine without the chip, beside other processes that do the same.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from omniopd_jax import cli, config, flops, hf, hlo, metrics, model, objective, rollout, sharding, step, train, vocab  # noqa: E402
+from omniopd_jax.errors import UserError, one_of  # noqa: E402
+
+PASSES = ("score", "decode", "update")
+NOT_FIT = 3  # exit code
+ROOM = 0.98  # of a chip's memory that the compiler may plan with (v5e: 15.75 of 16 GiB)
+MIB = 2.0**20
+
+# Shapes from the public config.json of each model, so that no hub is needed: width, layers, heads, kv heads, ff, tied.
+SHAPES = {
+    "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
+    "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
+    "Qwen/Qwen3-4B": (2560, 36, 32, 8, 9728, True),
+    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, False),
+    "Qwen/Qwen3-14B": (5120, 40, 40, 8, 17408, False),
+    "Qwen/Qwen3-32B": (5120, 64, 64, 8, 25600, False),
+}
+
+
+@dataclasses.dataclass
+class Pass:
+    """What the compiler said of one pass, in bytes a chip. `resident` is what the run holds beside the pass's arguments."""
+
+    name: str
+    seconds: float
+    problem: str = ""
+    arguments: float = 0.0
+    outputs: float = 0.0
+    aliased: float = 0.0
+    donated: float = 0.0
+    temporaries: float = 0.0
+    peak: float = 0.0
+    resident: float = 0.0
+    collectives: list = dataclasses.field(default_factory=list)
+    compute_s: float = 0.0
+    traffic_s: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Peak of the whole run while this pass is at work."""
+        return self.peak + self.resident
+
+
+def model_config(path: str) -> model.ModelConfig:
+    """Of a local folder, or of a name in SHAPES.
+
+    Raises:
+      UserError: neither.
+    """
+    if not pathlib.Path(path).is_dir() and path in SHAPES:
+        D, layers, N, K, F, tied = SHAPES[path]
+        return model.ModelConfig(
+            "qwen3", 151_936, D, F, layers, N, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
+        )
+    return hf.read_config(path)
+
+
+def devices(topology: str):
+    """The devices of a slice that is not there.
+
+    Raises:
+      UserError: no TPU compiler, or no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed: pip install -r requirements-tpu.txt")
+    from jax.experimental import topologies
+
+    one_of(topology.split(":")[0], [n for n in flops.CHIPS if n[0] in "vt"], "--topology's chip")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever the plug-in makes of a name
+        raise UserError(f"--topology = {topology!r}: {str(error).splitlines()[0][:200]}") from error
+
+
+class Plan:
+    """A recipe on a mesh: abstract arguments of each pass, and the sizes that the report needs."""
+
+    def __init__(self, cfg, mesh):
+        self.cfg, self.mesh = train.frozen(cfg), mesh
+        self.model_cfg = dataclasses.replace(
+            model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention="splash",
+            mesh=mesh if mesh.size > 1 else None,
+        )  # fmt: skip
+        self.steps = step.make_steps(self.model_cfg, self.cfg, mesh)
+        self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
+        self.rows = cfg.prompts_per_step * cfg.num_generations
+        self.sampled = -(-cfg.prompts_per_step // cfg.rollout_groups) * cfg.num_generations  # rows decoded at a time
+        self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
+        sharding.check_rows(mesh, cfg)
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes a chip of what the run always holds, and of the decode cache at its longest."""
+        return {
+            "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
+            "reference": local_bytes(self.state.params) if self.cfg.anchor.kl_coef else 0.0,
+            "cache": local_bytes(self.sampler_state().cache),
+        }  # fmt: skip
+
+    def row(self, *shape, dtype=jnp.float32, rows: int = 0):
+        """An abstract array with the batch's rows in front, or so many."""
+        return jax.ShapeDtypeStruct((rows or self.rows, *shape), dtype, sharding=sharding.rows(self.mesh))
+
+    def batch(self) -> objective.Batch:
+        """The global batch at the longest lengths."""
+        M, i32 = self.cfg.audit.num_chunks, jnp.int32
+        reward = self.cfg.objective.name == "grpo" or self.cfg.reward.coef
+        stale = {"old_logp_BT": self.row(self.T), "ratio_BM": self.row(M)} if self.cfg.max_staleness else {}
+        return objective.Batch(
+            self.row(self.P + self.T, dtype=i32), self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
+            self.row(M), self.row(M, dtype=i32), advantage_B=self.row() if reward else None,
+            teacher_logp_BT=self.row(self.T) if self.cfg.objective.name == "opd" else None, **stale,
+        )  # fmt: skip
+
+    def sampler_params(self):
+        """As `rollout.prepare` leaves them."""
+        where = sharding.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
+        stacked = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, self.model_cfg.dtype, sharding=s), self.state.params, where
+        )
+
+        def layer(a):
+            return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=NamedSharding(self.mesh, P(*a.sharding.spec[1:])))
+
+        one = jax.tree.map(layer, stacked["layers"])
+        return stacked | {"layers": [one] * self.model_cfg.num_layers}
+
+    def sampler_state(self) -> rollout.SamplerState:
+        """The decode loop's carry with the longest cache."""
+        c, heads = self.model_cfg, sharding.DECODE_RULES["kv_heads"]
+        row = functools.partial(self.row, rows=self.sampled)
+        kv = jax.ShapeDtypeStruct(
+            (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), c.dtype,
+            sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
+        )  # fmt: skip
+        i32, T = jnp.int32, self.T
+        out = rollout.Rollout(
+            row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T), row(T)
+        )  # fmt: skip
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.sampled))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.rows(self.mesh))
+        hidden = row(c.hidden_size, dtype=c.dtype)
+        t = jax.ShapeDtypeStruct((), i32, sharding=sharding.replicated(self.mesh))
+        return rollout.SamplerState([(kv, kv)] * c.num_layers, hidden, row(dtype=i32), key, t, out)
+
+    def lower(self, name: str):
+        """The pass, lowered: (lowered, bytes a chip donated, bytes a chip that the run holds beside the arguments)."""
+        s = self.state
+        state, reference = local_bytes(s), self.sizes()["reference"]
+        if name == "score":
+            rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
+            lowered = self.steps.score_step.lower(s.params, rows(self.P + self.T), rows(), self.T)
+            return lowered, 0.0, state + reference - local_bytes(s.params)
+        if name == "update":
+            stats = vocab.TokenStats(self.row(self.T), self.row(self.T))
+            lowered = self.steps.train_step.lower(s, s.params, self.batch(), stats, None)
+            return lowered, state, reference - local_bytes(s.params)  # without an anchor it is an argument nobody reads
+        carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
+        scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
+            ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
+        lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, cfg=self.model_cfg, P=self.P)
+        return lowered, local_bytes(carry), state + reference
+
+    def work(self, name: str) -> tuple[float, float]:
+        """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full length."""
+        rows = self.rows if name == "update" else self.sampled
+        n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
+        item = np.dtype(self.model_cfg.dtype).itemsize
+        if name == "score":
+            return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.state.params)
+        if name == "update":
+            count = flops.update(self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef))
+            return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
+        layers, head = flops.matmul_params(self.model_cfg)
+        tp = self.mesh.shape["tp"]
+        return 2.0 * (layers + head) * rows / n, item * (layers + head) / tp + self.sizes()["cache"]
+
+
+def local_bytes(tree) -> float:
+    """Bytes that one device holds of a tree of sharded shapes."""
+
+    def one(a):
+        item = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
+        return float(np.prod(a.sharding.shard_shape(a.shape))) * item
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
+    """Compiles one pass and reads what the compiler found."""
+    start = time.perf_counter()
+    lowered, donated, resident = plan.lower(name)
+    out = Pass(name, 0.0, donated=donated, resident=max(0.0, resident))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        out.problem = next((li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), "out of memory")[:200]
+        out.seconds = time.perf_counter() - start
+        return out
+    m = compiled.memory_analysis()
+    out.arguments, out.outputs, out.aliased = (
+        float(m.argument_size_in_bytes), float(m.output_size_in_bytes), float(m.alias_size_in_bytes),
+    )  # fmt: skip
+    out.temporaries = float(m.temp_size_in_bytes)
+    out.peak = max(float(m.peak_memory_in_bytes), out.arguments + out.outputs - out.aliased + out.temporaries)
+    out.collectives = hlo.collectives(compiled.as_text())
+    work, moved = plan.work(name)
+    out.compute_s = max(work / chip.flops, moved / chip.bandwidth)
+    out.traffic_s = sum(c.moved * c.times for c in out.collectives) / chip.links
+    out.seconds = time.perf_counter() - start
+    return out
+
+
+def head_in_loops(plan: Plan, done: list[Pass]) -> list[tuple[str, hlo.Collective]]:
+    """Collectives inside loops over an array with the vocabulary for an axis and the head's other sizes: the head's size.
+
+    A chip's part counts too: the vocabulary over tp, the width over fsdp.
+    """
+    V, D = plan.model_cfg.vocab_size, plan.model_cfg.hidden_size
+    vocab = {V, V // plan.mesh.shape["tp"]}
+    width = {D, D // plan.mesh.shape["fsdp"]}
+    return [(p.name, c) for p in done for c in p.collectives if c.loops and vocab & set(c.dims) and width & set(c.dims)]
+
+
+def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass], bool]:
+    """Compiles the passes for one topology and prints the report. Returns (plan, passes, whether all fits)."""
+    chip = flops.CHIPS[topology.split(":")[0]]
+    mesh = sharding.make_mesh(cfg.mesh, devices=devices(topology))
+    plan = Plan(cfg, mesh)
+    sizes = plan.sizes()
+    say(
+        f"\n{cfg.student.path} on {topology}: {mesh.size} devices, mesh {dict(mesh.shape)}; "
+        f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, {plan.sampled} "
+        f"decoded at a time, "
+        f"micro_batches {cfg.micro_batches}, remat {cfg.model.remat}"
+    )
+    say("a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}")
+    done = []
+    for name in names:
+        done.append(compile_pass(plan, name, chip))
+        for line in lines(done[-1], chip, sizes["cache"]):
+            say(line)
+    for name, c in head_in_loops(plan, done):
+        say(f"warning: {name}: {c.kind} of {list(c.dims)}, the head's size, in {c.loops} loop(s)")
+    return plan, done, all(not p.problem and p.total <= ROOM * chip.memory for p in done)
+
+
+def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
+    """The report on one pass."""
+    if p.problem:
+        return [f"{p.name:<7} DOES NOT FIT: {p.problem}  (compiled {p.seconds:.0f} s)"]
+    verdict = "fits" if p.total <= ROOM * chip.memory else "DOES NOT FIT"
+    out = [
+        f"{p.name:<7} {verdict}: arguments {p.arguments / MIB:,.0f}, temporaries {p.temporaries / MIB:,.0f}, peak of the "
+        f"pass {p.peak / MIB:,.0f}, held beside it {p.resident / MIB:,.0f}, together {p.total / MIB:,.0f} MiB of "
+        f"{chip.memory / MIB:,.0f} ({p.total / chip.memory:.0%})  (compiled in {p.seconds:.0f} s)"
+    ]
+    if p.donated:
+        out.append(f"        donated {p.donated / MIB:,.1f} MiB, aliased {p.aliased / MIB:,.1f} MiB")
+    if p.name == "decode":
+        out.append(f"        temporaries are {p.temporaries / cache:.1%} of the cache")
+    kinds: dict[tuple, list] = {}
+    for c in p.collectives:
+        kinds.setdefault((c.kind, c.loops > 0), []).append(c)
+    for (kind, inside), group in sorted(kinds.items()):
+        moved, largest = sum(c.moved * c.times for c in group) / MIB, max(c.bytes for c in group) / MIB
+        out.append(
+            f"        {kind:<19} {'inside' if inside else 'outside'} loops: {len(group):>3} in the text, "
+            f"{sum(c.times for c in group):>6} runs, {moved:,.1f} MiB sent, largest {largest:,.1f} MiB"
+        )
+    each = " a token" if p.name == "decode" else ""
+    out.append(
+        f"        estimated{each}: compute or memory {1e3 * p.compute_s:,.2f} ms, collectives {1e3 * p.traffic_s:,.2f} ms"
+    )
+    return out
+
+
+def knobs(cfg, mesh):
+    """(what, changed recipe) in the order in which they cost least: each builds on the ones before."""
+    cfg = cfg.copy_and_resolve_references()
+    if cfg.model.remat != "full":
+        cfg.model.remat = "full"
+        yield "model.remat=full", cfg
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.shape["data"] > 1:
+        cfg.mesh.data, cfg.mesh.fsdp = 1, -1
+        yield "mesh.data=1, mesh.fsdp=-1", cfg
+        shards = mesh.size // mesh.shape["tp"]
+    while cfg.rollout_groups < 8 and cfg.prompts_per_step % (2 * cfg.rollout_groups * shards) == 0:
+        cfg.rollout_groups *= 2
+        yield f"rollout_groups={cfg.rollout_groups}", cfg
+    most = cfg.prompts_per_step * cfg.num_generations // (shards * cfg.rollout_groups)
+    while cfg.micro_batches * 2 <= most and most % (cfg.micro_batches * 2) == 0:
+        cfg.micro_batches *= 2
+        yield f"micro_batches={cfg.micro_batches}", cfg
+    kv_heads = model_config(cfg.student.path).num_kv_heads
+    tp = mesh.shape["tp"] * 2
+    while tp <= min(kv_heads, mesh.size):
+        cfg.mesh.tp, cfg.mesh.fsdp = tp, -1
+        yield f"mesh.tp={tp}, mesh.fsdp=-1", cfg
+        tp *= 2
+
+
+def suggest(cfg, topology: str, plan: Plan, names) -> None:
+    """Tries the knobs in order until everything fits, and prints which ones it took."""
+    taken = []
+    for what, changed in knobs(cfg, plan.mesh):
+        taken.append(what)
+        print(f"\nsuggest: trying {', '.join(taken)}", flush=True)
+        try:
+            _, done, fits = check(changed, topology, names)
+        except UserError as error:
+            print(f"suggest: {what}: {error}")
+            continue
+        if fits:
+            print(f"\nsuggest: it fits with {' '.join('--config.' + w for t in taken for w in t.split(', '))}")
+            return
+    print("\nsuggest: nothing here makes it fit: take a larger slice, shorter responses or fewer rows")
+
+
+def _laid(tree, shardings):
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+
+def main(argv) -> int:
+    """See the module."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; settings look like --config.micro_batches=16")
+    if flags.FLAGS.config is None:
+        raise UserError("--config is missing, e.g. --config=configs/math.py")
+    cfg, names = flags.FLAGS.config, [n for n in flags.FLAGS.passes.split(",") if n]
+    for name in names:
+        one_of(name, PASSES, "--passes")
+    config.validate(cfg)
+    cli.setup_jax()
+    whole = True
+    for topology in flags.FLAGS.topology.split(","):
+        plan, done, fits = check(cfg, topology, names, say=metrics.say)
+        whole &= fits
+        if not fits and flags.FLAGS.suggest:
+            suggest(cfg, topology, plan, [p.name for p in done])
+    if not whole:
+        print("\nIt does not fit." + ("" if flags.FLAGS.suggest else " Try --suggest."))
+    return 0 if whole else NOT_FIT
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A recipe: configs/math.py, configs/math.py:4b ...")
+    flags.DEFINE_string("topology", "v5e:4x4", "A TPU slice, e.g. v5e:4x4, v5p:4x4x4, tpu7x:2x2x1; several with commas.")
+    flags.DEFINE_string("passes", ",".join(PASSES), "Which passes to compile.")
+    flags.DEFINE_bool("suggest", False, "Where it does not fit, try the knobs in order.")
+    cli.run(main)

@@ -1,0 +1,134 @@
+"""`attend()`: causal attention over whole rows, by one of several kernels; decode has its own product in rollout.py."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from omniopd_jax.errors import UserError
+
+BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's kernel on any device, slowly, for tests
+LANES = 128  # rows of the splash kernel are padded to a multiple
+SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
+
+
+def resolve(name: str, dtype: str | None = None) -> str:
+    """The kernel for `auto`: splash on TPU, cudnn on GPU, xla elsewhere. Resolved once, at start-up, and printed.
+
+    Args:
+      name: `auto` or a name of `BACKENDS`.
+      dtype: of the computation; cuDNN has no float32 kernel, so `auto` gives xla there.
+
+    Raises:
+      UserError: cudnn asked for by name with float32.
+    """
+    auto = name == "auto"
+    if auto:
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+    if name == "cudnn" and dtype == "float32":
+        if not auto:
+            raise UserError(
+                "model.attention = cudnn has no float32 kernel: set compute_dtype=bfloat16, or attention=xla"
+            )
+        return "xla"
+    return name
+
+
+def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: str, mesh=None):
+    """Causal attention with grouped heads: scale H**-0.5, softmax in float32.
+
+    Args:
+      q_BLNH, k_BLKH, v_BLKH: N a multiple of K.
+      segment_BL: int32; a token sees only its own segment. None: the whole row, causal.
+      length_B: int32, real tokens of right-padded rows. The outputs at real tokens do not depend on it (attention is
+        causal); cudnn skips what lies beyond, and returns zeros there.
+      backend: a name of `BACKENDS`.
+      mesh: the mesh whose rows and heads splash must split by hand; None: one device. xla and cudnn split themselves.
+
+    Returns:
+      out_BLNH in the dtype of q; the remat policy `context` keeps it.
+
+    Raises:
+      UserError: cudnn with segments: its public call knows lengths, not segments.
+    """
+    if backend in ("splash", "splash_interpret"):
+        run = functools.partial(_splash, interpret=backend == "splash_interpret")
+        return _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh)
+    if backend == "cudnn":
+        out_BLNH = _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B)
+    elif backend == "xla":
+        L = q_BLNH.shape[1]
+        mask = jnp.tril(jnp.ones((L, L), bool))[None]
+        if segment_BL is not None:
+            mask = mask & (segment_BL[:, :, None] == segment_BL[:, None, :])
+        out_BLNH = grouped(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), mask)
+    else:
+        raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}; resolve() comes first")
+    return checkpoint_name(out_BLNH, "context")
+
+
+def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):
+    """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1."""
+    B, L, N, H = q_BLNH.shape
+    K = k_BKSH.shape[1]
+    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
+    score = jnp.einsum("blkgh,bksh->bkgls", q_BLKGH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    score = jnp.where(mask_BLS[:, None, None], score, jnp.finfo(jnp.float32).min)
+    p = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("bkgls,bksh->blkgh", p, v_BKSH).reshape(B, L, N, H)
+
+
+def _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B):
+    if segment_BL is not None:
+        raise UserError(
+            "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its "
+            "public call lacks; set model.attention=xla, or do not pack"
+        )
+    lengths = None if length_B is None else length_B.astype(jnp.int32)
+    return jax.nn.dot_product_attention(
+        q_BLNH, k_BLKH, v_BLKH, is_causal=True, scale=q_BLNH.shape[-1] ** -0.5, implementation="cudnn",
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+    )  # fmt: skip
+
+
+def _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh):
+    """`run` with rows over (data, fsdp) and heads over tp: the compiler does not split a Pallas kernel by itself."""
+    if mesh is None or mesh.size == 1:
+        return run(q_BLNH, k_BLKH, v_BLKH, segment_BL)
+    from omniopd_jax import sharding  # which knows the model, which knows this module
+
+    whole_rows = q_BLNH.shape[0] % math.prod(mesh.shape[a] for a in sharding.ROWS) == 0
+    heads = sharding.RULES["kv_heads"]
+    rows = sharding.ROWS if whole_rows else None
+    spec = P(rows, None, heads if k_BLKH.shape[2] % mesh.shape[heads] == 0 else None)
+    in_specs = (spec, spec, spec, None if segment_BL is None else P(rows))
+    split = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return split(q_BLNH, k_BLKH, v_BLKH, segment_BL)
+
+
+def _splash(q_BLNH, k_BLKH, v_BLKH, segment_BL, *, interpret: bool):
+    """The Pallas TPU kernel: grouped heads share their keys in it, whole blocks above the diagonal are skipped."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, L, N, H = q_BLNH.shape
+    block = SPLASH_BLOCK if L >= SPLASH_BLOCK else L + -L % LANES
+    pad = -L % block  # on the right: causal, so no real token sees it
+    mask = masks.MultiHeadMask([masks.CausalMask((L + pad, L + pad))] * N)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    run = kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
+    )
+    q = (q_BLNH.astype(jnp.float32) * H**-0.5).astype(q_BLNH.dtype)  # the kernel does not scale
+    q, k, v = (jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (q, k_BLKH, v_BLKH))
+    if segment_BL is None:
+        out_BNLH = jax.vmap(run)(q, k, v)
+    else:
+        ids = jnp.pad(segment_BL.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
+        out_BNLH = jax.vmap(run)(q, k, v, kernel.SegmentIds(ids, ids))
+    return out_BNLH[:, :, :L].swapaxes(1, 2)

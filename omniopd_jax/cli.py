@@ -1,0 +1,92 @@
+"""What the commands share: flag errors as one line, logging, JAX's process-wide settings."""
+
+import os
+import sys
+import traceback
+
+from absl import app, flags, logging
+
+from omniopd_jax.errors import UserError
+
+
+def run(main) -> None:
+    """Runs `main(argv) -> exit code` under absl; a `UserError` is its message alone, unless --verbosity=1 asks for more."""
+    try:
+        app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _guarded(main, argv) -> int:
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        return _tell(error)
+
+
+def _tell(error: UserError) -> int:
+    if logging.get_verbosity() >= 1:
+        traceback.print_exc()
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _parse(argv):
+    """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            _ = flags.FLAGS["config"].value.keys()  # a recipe that failed to load says so only when it is touched
+        return rest
+    except UserError as error:
+        sys.exit(_tell(error))
+    except flags.Error as error:
+        text = str(error)
+        if "Traceback" in text:  # ml_collections puts a recipe's whole traceback into the flag's message
+            text = f"{_recipe(argv)}: {text.strip().splitlines()[-1]}"
+        sys.exit(_tell(UserError(" ".join(text.split()))))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, ImportError, SyntaxError) as error:
+        if any("verbosity=1" in a for a in argv):
+            traceback.print_exc()
+        sys.exit(_tell(UserError(_config_message(argv, error))))
+
+
+def _recipe(argv) -> str:
+    return next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), "the recipe")
+
+
+def _config_message(argv, error: Exception) -> str:
+    from omniopd_jax import config
+
+    known = config.default()
+    for arg in argv:
+        flag, _, key = arg.lstrip("-").split("=")[0].partition(".")
+        if flag == "config" and key and key not in config.flat(known) and "chat_template_kwargs" not in key:
+            return config.unknown_key_message(known, key)
+    recipe = _recipe(argv)
+    if isinstance(error, OSError):
+        path = recipe.split(":")[0]
+        if not os.path.isfile(path):
+            return f"--config={recipe}: no such file {path!r}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(recipe.split(":")[0].lstrip("./"))]
+    where = f"{recipe}, line {frames[-1].lineno}" if frames else recipe
+    words = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
+    return f"{where}: {words[:400]}"
+
+
+def setup_jax() -> None:
+    """Process-wide settings, before the first computation: the persistent compilation cache, on unless it is set to ''.
+
+    `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
+    """
+    import jax
+
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        folder = os.path.join(os.path.expanduser("~"), ".cache", "omniopd_jax", "xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,23 @@
+"""The one exception that is the user's to mend."""
+
+
+class UserError(Exception):
+    """A setting, file or service is wrong: the message is one line that says what, where and what to do.
+
+    `main` prints it alone and exits with `exit_code`; a traceback comes only with a raised `--verbosity`.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(UserError):
+    """A signal came while the step was waiting for its teacher: the state before it is saved, nothing is lost."""
+
+
+def one_of(value: str, allowed, where: str) -> str:
+    """Returns `value` if `allowed` holds it, else raises a `UserError` naming the place and the choices."""
+    if value not in allowed:
+        raise UserError(f"{where} = {value!r} is unknown; choose one of: {', '.join(sorted(map(str, allowed)))}")
+    return value

@@ -1,0 +1,208 @@
+"""PID 1 of the sandbox: starts the program, watches time, output and memory, kills and reaps everything."""
+
+import json
+import os
+import resource
+import select
+import signal
+import time
+from contextlib import suppress
+
+import kernel
+
+START = """import sys, builtins
+builtins.exit = builtins.quit = sys.exit
+sys.argv[:1] = []
+__file__ = sys.argv[0]
+del sys, builtins
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+"""
+
+
+def send_line(fd, value):
+    """Writes one line of JSON, however long."""
+    data = memoryview(json.dumps(value).encode() + b"\n")
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class Keeper:
+    """Starts programs, watches them and clears up after each."""
+
+    def __init__(self, spec, leashes):
+        self.spec, self.limits, self.leashes = spec, spec["limits"], leashes
+        self.filter = kernel.seccomp_filter()
+        self.isolated = os.getpid() == 1  # the only thing that makes kill(-1) safe
+
+    def run(self, stdin, channel=None, end=float("inf")):
+        """Runs the program once.
+
+        Args:
+          stdin: its standard input, or None for an empty one.
+          channel: the descriptor that becomes its number 3, or None.
+          end: the time of the monotonic clock when it must be over, wall limit or not.
+
+        Returns:
+          dict with `reason` (exit, timeout, memory, output), `code`, `stdout` and `detail` (end of stderr).
+        """
+        if self.isolated:
+            for path in kernel.SCRATCH:
+                options = f"size={self.limits['disk_mb']}m,nr_inodes={self.limits['num_files']},mode=700"
+                kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        try:
+            source = input_file(stdin)
+            out_r, out_w = os.pipe()
+            err_r, err_w = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                self.become_program([source, out_w, err_w] + ([channel] if channel is not None else []))
+            for fd in (source, out_w, err_w, *([channel] if channel is not None else [])):
+                os.close(fd)
+            return self.watch(pid, out_r, err_r, min(end, time.monotonic() + self.limits["wall_seconds"]))
+        finally:
+            if self.isolated:
+                for path in kernel.SCRATCH:
+                    kernel.call("umount2", path.encode(), kernel.MNT_DETACH)
+
+    def become_program(self, fds):
+        """In the child: the program's descriptors, limits, rights and image. Does not return."""
+        try:
+            os.setsid()
+            high = [os.dup2(fd, 100 + i, inheritable=True) for i, fd in enumerate(fds)]  # off the numbers they go to
+            for i, fd in enumerate(high):
+                os.dup2(fd, i)
+            os.closerange(len(fds), 4096 if self.isolated else 65536)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            kernel.set_limits(self.limits, self.isolated)
+            os.chdir(self.spec["work"])
+            os.umask(0o077)
+            env = {"HOME": self.spec["work"], "TMPDIR": self.spec["work"], "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+            if self.isolated:
+                env |= {"TMPDIR": "/tmp", "PATH": "/python/bin", "LD_LIBRARY_PATH": "/python/lib"}
+                kernel.drop_rights(self.filter)
+            python, program, remote = (self.spec["paths"][name] for name in ("python", "program", "remote"))
+            start = [remote, program] if len(fds) > 3 else ["-c", START, program]
+            # not -I: the environment is ours, and the hash seed in it makes two gradings equal
+            os.execve(python, [python, "-s", "-S", "-P", "-B", "-X", "utf8", *start], env)
+        except BaseException as error:
+            os.write(2, f"sandbox: {error}".encode())
+        finally:
+            os._exit(127)
+
+    def watch(self, pid, out_r, err_r, end):
+        """Waits for the program's end or a limit, kills what is left, and says how it went."""
+        handle = os.pidfd_open(pid)
+        poll = select.poll()
+        kept = {out_r: bytearray(), err_r: bytearray()}
+        for fd in (handle, out_r, err_r):
+            poll.register(fd, select.POLLIN)
+            os.set_blocking(fd, False)
+        for fd in self.leashes:
+            poll.register(fd, 0)  # to be told when the other end closes
+        most, reason = self.limits["output_kb"] * 1024, None
+        look = time.monotonic() + 0.05
+        ended = False
+        while not ended and reason is None:
+            now = time.monotonic()
+            for fd, _ in poll.poll(max(0, min(end - now, 0.05)) * 1000):
+                if fd in self.leashes:  # no one waits for this program any more
+                    self.clear(pid)
+                    os._exit(1)
+                elif fd == handle:
+                    ended = True
+                elif not read_some(fd, kept[fd]):
+                    poll.unregister(fd)
+            if max(map(len, kept.values())) > most:
+                reason = "output"
+            elif not ended and time.monotonic() >= end:
+                reason = "timeout"
+            elif time.monotonic() >= look:
+                look = time.monotonic() + 0.05
+                reason = "memory" if self.isolated and resident() > self.limits["memory_mb"] << 20 else None
+        status, used = self.clear(pid)
+        for fd, data in kept.items():
+            while len(data) <= most and read_some(fd, data):
+                pass
+            os.close(fd)
+        os.close(handle)
+        if reason is None and max(map(len, kept.values())) > most:
+            reason = "output"
+        return self.describe(reason, os.waitstatus_to_exitcode(status), used, bytes(kept[out_r]), bytes(kept[err_r]))
+
+    def clear(self, pid):
+        """Kills every process below and reaps them; returns the program's exit status and CPU seconds."""
+        result = (0, 0.0)
+        while True:
+            with suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL) if self.isolated else os.killpg(pid, signal.SIGKILL)
+            try:
+                found, status, usage = os.wait4(-1, 0)
+            except ChildProcessError:
+                return result
+            if found == pid:
+                result = (status, usage.ru_utime + usage.ru_stime)
+                if not self.isolated:
+                    return result
+
+    def describe(self, reason, code, used, out, err):
+        """One result for `run`."""
+        detail = err[-2000:].decode("utf-8", "replace").strip()
+        if reason is None:
+            over = used >= self.limits["cpu_seconds"]
+            if code == -signal.SIGXCPU or (code == -signal.SIGKILL and over):
+                reason = "timeout"
+            elif code and detail.rpartition("\n")[2].startswith("MemoryError"):
+                reason = "memory"
+        text = out.decode("utf-8", "replace") if reason is None else ""
+        return {"reason": reason or "exit", "code": code, "stdout": text, "detail": detail.rpartition("\n")[2][:300]}
+
+
+def input_file(text):
+    """A descriptor at the start of `text`, or /dev/null for None."""
+    if text is None:
+        return os.open("/dev/null", os.O_RDONLY)
+    fd = os.memfd_create("stdin")
+    data = memoryview(text.encode("utf-8", "replace"))
+    while data:
+        data = data[os.write(fd, data) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def read_some(fd, into):
+    """Reads what is there; False at the end of the stream or where nothing waits."""
+    try:
+        data = os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return False
+    into += data
+    return bool(data)
+
+
+def resident():
+    """Bytes resident in all processes of the namespace but this one; 0 where /proc could not be mounted."""
+    total = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name != "1":
+            try:
+                with open(f"/proc/{name}/statm") as f:
+                    total += int(f.read().split()[1])
+            except (OSError, IndexError):
+                pass
+    return total * resource.getpagesize()
+
+
+def keep(spec, leashes, status, channel):
+    """The keeper's life: every case in turn, up to the first that breaks a limit."""
+    kernel.call("prctl", kernel.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    keeper = Keeper(spec, leashes)
+    if channel is not None:
+        return send_line(status, keeper.run(None, channel))
+    end = time.monotonic() + spec["limits"]["total_seconds"]
+    for stdin in spec["cases"]:
+        result = keeper.run(stdin, end=end)
+        send_line(status, result)
+        if result["reason"] != "exit" or result["code"]:
+            break
+    return None

@@ -1,0 +1,175 @@
+"""The outside of the code sandbox: starts jail/server.py in an empty environment and bounds the time until an answer.
+
+Isolation comes from Linux namespaces and rlimits, made with unshare(2) itself: no helper has to be installed, root is
+not needed, and root is given up first where it is there. It wants Linux 5.14 and user namespaces that the caller may
+make. See jail/ for what holds inside.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from omniopd_jax.errors import UserError
+
+JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail")
+START = "import sys; sys.path.insert(0, sys.argv[1]); import server; server.main()"
+NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
+PYTHON = os.path.join(sys.base_prefix, "bin", NAME)  # not a virtual environment's: the sandbox has its files alone
+MOST_PROGRAM_CHARS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program may use. Each run of it (each stdin case, or all asserts together) starts afresh."""
+
+    cpu_seconds: float = 10.0  # of each process, rounded up to whole seconds
+    wall_seconds: float = 15.0  # of a run
+    total_seconds: float = 60.0  # of all stdin cases of a problem together
+    memory_mb: int = 1024  # MiB: address space of each process, and resident memory of all together
+    processes: int = 16  # processes and threads together
+    open_files: int = 64  # descriptors of each process
+    file_mb: int = 16  # MiB: the largest file
+    disk_mb: int = 32  # MiB: each of the work folder, /tmp and /dev/shm
+    num_files: int = 1024  # files and folders in each of the three
+    output_kb: int = 4096  # KiB: each of stdout and stderr
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not 0 < getattr(self, field.name) < float("inf"):
+                raise UserError(f"grader limit {field.name} = {getattr(self, field.name)} must be positive and finite")
+
+
+class Sandbox:
+    """Runs programs under `limits`. Safe to share between threads; its server starts with the first program.
+
+    Args:
+      limits: what a program may use.
+      unsafe: run without namespaces, as the current user, under rlimits alone.
+    """
+
+    def __init__(self, limits: Limits, *, unsafe: bool = False):
+        self.limits, self.unsafe = limits, unsafe
+        self._lock, self._server = threading.Lock(), None
+
+    def run(self, program: str, *, stdin=None, asserts=None, entry_point=None) -> list[dict]:
+        """Runs `program`: once for each text in `stdin`, or once under `asserts`.
+
+        Args:
+          program: Python source.
+          stdin: a list of standard inputs; the runs stop at the first that fails.
+          asserts: source of assert tests, run outside the program's process; exclusive with `stdin`.
+          entry_point: the function that the asserts test, or None.
+
+        Returns:
+          For `stdin`, a dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason`,
+          `detail`. Fewer dicts than inputs where the sandbox ended early.
+
+        Raises:
+          UserError: this machine can't isolate programs, and `unsafe` is false.
+        """
+        spec = {
+            "program": program, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
+            "prefix": sys.base_prefix, "python": NAME, "work": "/work",
+            "paths": {"program": "/program.py", "python": f"/python/bin/{NAME}", "remote": "/remote"},
+        }  # fmt: skip
+        folder = None
+        try:
+            if self.unsafe:
+                folder = tempfile.mkdtemp(prefix="grading-")
+                spec |= _on_disk(folder, program)
+            message = _frame(spec) + (_frame({"asserts": asserts, "entry_point": entry_point}) if stdin is None else b"")
+            limits = self.limits
+            out = self._ask(message, limits.wall_seconds + 10 + (limits.total_seconds if stdin is not None else 0))
+        finally:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        answers = [json.loads(line) for line in out.splitlines()]
+        if answers and "refused" in answers[0]:
+            raise UserError(
+                f"the code grader can't isolate programs on this machine ({answers[0]['refused']}): allow user "
+                "namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux "
+                "5.14 or newer), or set unsafe=True to run them unprotected"
+            )
+        return answers
+
+    def close(self) -> None:
+        """Ends the server; another starts if a program comes."""
+        with self._lock:
+            self._stop_server()
+
+    def __del__(self):
+        self._stop_server()
+
+    def _ask(self, message, seconds):
+        """Sends `message` to a fork of the server and returns the whole lines of its answer, whatever becomes of it."""
+        end, out = time.monotonic() + seconds, bytearray()
+        mine, theirs = socket.socketpair()
+        with mine:  # closed, it ends the program that it is about
+            with theirs:
+                self._hand_over(theirs)
+            mine.settimeout(seconds)
+            with contextlib.suppress(OSError):  # the child may refuse before it has read all: its answer counts
+                mine.sendall(message)
+            with contextlib.suppress(OSError):  # out of time
+                while part := mine.recv(1 << 16):
+                    out += part
+                    mine.settimeout(max(0.001, end - time.monotonic()))
+        return out[: out.rfind(b"\n") + 1].decode()
+
+    def _hand_over(self, connection):
+        """Gives the server one end of a connection."""
+        with self._lock:
+            for attempt in (1, 2):
+                if self._server is None:
+                    self._start_server()
+                try:
+                    socket.send_fds(self._server[1], [b"x"], [connection.fileno()])
+                    return
+                except OSError:  # it was killed, say for memory
+                    self._stop_server()
+                    if attempt == 2:
+                        raise
+
+    def _start_server(self):
+        if not sys.platform.startswith("linux"):
+            raise UserError("the code grader runs on Linux alone: its sandbox is made of Linux namespaces")
+        mine, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [PYTHON, "-I", "-S", "-c", START, JAIL], stdin=theirs, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, env={}, cwd="/", close_fds=True, start_new_session=True,
+            )  # fmt: skip
+        self._server = (process, mine)
+
+    def _stop_server(self):
+        if self._server is not None:
+            process, connection = self._server
+            self._server = None
+            connection.close()  # it ends on that; what it forked ends each with its own connection
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _frame(value):
+    body = json.dumps(value).encode()
+    return len(body).to_bytes(8, "big") + body
+
+
+def _on_disk(folder, program):
+    """The files of an unsafe run in `folder`, and their paths."""
+    path, work = os.path.join(folder, "program.py"), os.path.join(folder, "work")
+    with open(path, "w", encoding="utf-8", errors="replace") as f:
+        f.write(program)
+    os.mkdir(work)
+    return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(JAIL, "remote.py")}, "work": work}

@@ -1,0 +1,264 @@
+"""config.json <-> ModelConfig, strictly: what is not known here is refused by name, never approximated."""
+
+import dataclasses
+from typing import Any
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.model import ModelConfig
+
+ARCHITECTURES = {  # config.json's name -> our family, which is also its model_type
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IGNORED = (  # cannot change what the model computes: bookkeeping, token ids, sampling defaults, training-only terms
+    *TOKEN_IDS, "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "initializer_range", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "pretraining_tp", "do_sample",
+    "temperature", "top_p", "top_k", "max_length", "repetition_penalty", "unsloth_fixed", "unsloth_version",
+    "max_window_layers", "sliding_window", "layer_types",  # inert without use_sliding_window; layer_types is checked
+)  # fmt: skip
+MOE_IGNORED = ("output_router_logits", "router_aux_loss_coef")
+ONLY = {  # implemented for these values alone
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, None),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "per_layer_config": (None, {}),
+}
+ROPE = {  # rope_type -> (keys it must have, keys it may have)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    ),
+}
+MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
+RUN_FIELDS = ("dtype", "remat", "attention", "mesh")  # of ModelConfig: how a run computes it
+_REQUIRED = object()
+
+
+def model_config(config_json: dict, where: str) -> ModelConfig:
+    """ModelConfig of a config.json, in the form of transformers 5 or an older one.
+
+    Args:
+      config_json: the parsed file.
+      where: its path, for the errors.
+
+    Raises:
+      UserError: an unknown architecture or field, a missing one, or a value that the decoder does not implement.
+    """
+    left = dict(config_json)
+    family = _family(left, where)
+    moe = family == "qwen3_moe"
+
+    def take(key: str, default: Any = _REQUIRED):
+        value = left.pop(key, None)
+        if value is None and default is _REQUIRED:
+            raise UserError(f"{where}: {key} is missing")
+        return default if value is None else value
+
+    def size(key: str, default: Any = _REQUIRED) -> int:
+        value = take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{where}: {key} = {value!r} is not a positive whole number")
+        return value
+
+    D, N = size("hidden_size"), size("num_attention_heads")
+    bias = {"qwen2": True}.get(family, False)
+    asked_bias = take("attention_bias", bias)
+    if family == "qwen2" and asked_bias is not True:
+        raise UserError(f"{where}: attention_bias = {asked_bias} is not implemented: Qwen2's q, k, v have biases")
+    for key, allowed in ONLY.items():
+        if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
+            raise UserError(f"{where}: {key} = {value!r} is not implemented; only {_either(allowed)} is")
+    if any(kind != "full_attention" for kind in left.get("layer_types") or ()):
+        raise UserError(f"{where}: layer_types = {left['layer_types']!r} is not implemented; only full_attention is")
+    positions = size("max_position_embeddings")
+    theta, scaling = _rope(left, positions, where)
+    if family == "llama" and left.get("sliding_window") is not None:
+        raise UserError(f"{where}: sliding_window = {left['sliding_window']} is not implemented for Llama")
+    cfg = ModelConfig(
+        family=family,
+        vocab_size=size("vocab_size"),
+        hidden_size=D,
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
+        num_heads=N,
+        num_kv_heads=size("num_key_value_heads", N if family == "llama" else _REQUIRED),
+        head_dim=size("head_dim", _REQUIRED if family == "qwen3" else D // N),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=take("rms_norm_eps", 1e-6),
+        tied=take("tie_word_embeddings", False),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qkv_bias=asked_bias,
+        out_bias=asked_bias and family != "qwen2",
+        max_positions=positions,
+        **(_experts(left, take, size, where) if moe else {}),
+    )
+    unknown = sorted(k for k in left if k not in IGNORED and not (moe and k in MOE_IGNORED))
+    if unknown:
+        hint = "; quantised weights are not read" if "quantization_config" in unknown else ""
+        more = f" (and {len(unknown) - 1} more: {', '.join(unknown[1:4])})" if len(unknown) > 1 else ""
+        raise UserError(f"{where}: unknown field {unknown[0]} = {left[unknown[0]]!r} for {family}{hint}{more}")
+    _check(cfg, where)
+    return cfg
+
+
+def config_json(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
+    """The config.json of an export: opened by transformers 4 and 5 alike, so RoPE and dtype stand in both forms.
+
+    Args:
+      dtype: of the tensors, a name.
+      token_ids: holds `TOKEN_IDS` as far as they are known; other entries are passed over.
+    """
+    scaling = dict(cfg.rope_scaling) or {"rope_type": "default"}
+    out = {
+        "architectures": [next(a for a, f in ARCHITECTURES.items() if f == cfg.family)],
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_positions,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_theta": cfg.rope_theta} | scaling,
+        "tie_word_embeddings": cfg.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if cfg.rope_scaling:
+        out["rope_scaling"] = scaling
+    if cfg.family == "llama":
+        out["mlp_bias"] = False
+    else:
+        out["use_sliding_window"] = False
+    if cfg.family != "qwen2":
+        out["attention_bias"] = cfg.qkv_bias
+    if cfg.family == "qwen3_moe":
+        out |= {
+            "num_experts": cfg.num_experts,
+            "num_experts_per_tok": cfg.experts_per_token,
+            "moe_intermediate_size": cfg.expert_size,
+            "norm_topk_prob": cfg.normalize_experts,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    if model_config(out, "export") != _stored(cfg):
+        raise ValueError(f"this model has no config.json: {cfg}")
+    return out | {k: token_ids.get(k) for k in TOKEN_IDS}
+
+
+def _stored(cfg: ModelConfig) -> ModelConfig:
+    """`cfg` without how a run computes it, which no config.json holds."""
+    run = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in RUN_FIELDS}
+    return dataclasses.replace(cfg, **run)
+
+
+def _family(left: dict, where: str) -> str:
+    kind = left.pop("model_type", None)
+    names = left.pop("architectures", None)
+    if not names:
+        names = [name for name, family in ARCHITECTURES.items() if family == kind]
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{where}: architecture {name or kind!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+    family = ARCHITECTURES[name]
+    if kind not in (None, family):
+        raise UserError(f"{where}: model_type = {kind!r} does not belong to {name}")
+    return family
+
+
+def _rope(left: dict, positions: int, where: str) -> tuple[float, tuple]:
+    """(rope_theta, scaling items) of rope_parameters (transformers 5) or rope_theta and rope_scaling (older)."""
+    top = left.pop("rope_theta", None)
+    found = []
+    for key in ("rope_parameters", "rope_scaling"):
+        entry = left.pop(key, None)
+        if not entry:
+            continue
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: {key} = {entry!r} is not an object")
+        found.append(_rope_entry(dict(entry), top, positions, f"{where}: {key}"))
+    if len(set(found)) > 1:
+        raise UserError(f"{where}: rope_parameters and rope_scaling disagree: {found[0]} and {found[1]}")
+    return found[0] if found else (float(top or 10_000.0), ())
+
+
+def _rope_entry(entry: dict, top, positions: int, where: str) -> tuple[float, tuple]:
+    theta = entry.pop("rope_theta", None) or top or 10_000.0
+    if top is not None and float(theta) != float(top):
+        raise UserError(f"{where}: rope_theta = {theta} disagrees with the field of that name, {top}")
+    kinds = {entry.pop(k) for k in ("rope_type", "type") if k in entry} or {"default"}
+    kind = kinds.pop()
+    if kinds or kind not in ROPE:
+        raise UserError(f"{where}: rope_type = {kind!r} is not implemented; known: {', '.join(ROPE)}")
+    if (part := entry.pop("partial_rotary_factor", None)) not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor = {part} is not implemented; only 1 is")
+    entry = {k: v for k, v in entry.items() if v is not None}
+    must, may = ROPE[kind]
+    if "original_max_position_embeddings" in must:
+        entry.setdefault("original_max_position_embeddings", positions)
+    for key in must:
+        if key not in entry:
+            raise UserError(f"{where}: {key} is missing for rope_type {kind!r}")
+    for key, value in entry.items():
+        if key not in must + may:
+            raise UserError(f"{where}: unknown field {key} = {value!r} for rope_type {kind!r}")
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{where}: {key} = {value!r} is not a number")
+    return float(theta), () if kind == "default" else tuple(sorted((entry | {"rope_type": kind}).items()))
+
+
+def _experts(left: dict, take, size, where: str) -> dict:
+    given = [k for k in ("num_experts", "num_local_experts") if left.get(k) is not None]  # transformers 4 and 5
+    if len({left[k] for k in given}) > 1:
+        raise UserError(f"{where}: num_experts = {left[given[0]]} and num_local_experts = {left[given[1]]} disagree")
+    counts = [size(k) for k in given or ("num_experts",)]
+    return {
+        "num_experts": counts[0],
+        "experts_per_token": size("num_experts_per_tok"),
+        "expert_size": size("moe_intermediate_size"),
+        "normalize_experts": take("norm_topk_prob", False),
+    }
+
+
+def _check(cfg: ModelConfig, where: str) -> None:
+    """Types, and sizes against each other."""
+    for f in dataclasses.fields(ModelConfig):
+        value = getattr(cfg, f.name)
+        if f.type is bool and not isinstance(value, bool):
+            raise UserError(f"{where}: {f.name} = {value!r} is not true or false")
+        if f.type is float and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise UserError(f"{where}: {f.name} = {value!r} is not a positive number")
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise UserError(
+            f"{where}: {cfg.num_heads} attention heads are no multiple of {cfg.num_kv_heads} key/value heads"
+        )
+    if cfg.head_dim % 2:
+        raise UserError(f"{where}: head_dim = {cfg.head_dim} is not even, which RoPE needs")
+    if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
+        raise UserError(f"{where}: num_experts_per_tok = {cfg.experts_per_token} of num_experts = {cfg.num_experts}")
+
+
+def _either(values) -> str:
+    return " or ".join(repr(v) for v in values if v is not None)

@@ -1,0 +1,359 @@
+"""One decoder for the Qwen3, Qwen2 and Llama families: pure functions over a nested dict of arrays.
+
+Shape letters, for the whole project: B rows, T response positions, L prompt + response, P prompt, V vocabulary, D model
+width, N query heads, K key/value heads, G = N / K, H head width, F feed-forward, E experts, S cache length, M chunks,
+C chunk tokens, R continuations.
+
+`table(cfg)` declares every parameter once: shape, logical axes, init, and the Hugging Face tensor it is. Loading,
+sharding, init and export all read it. Layers are stacked along a leading axis and scanned in training; the sampler
+unstacks them once an iteration (`unstack`).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from omniopd_jax import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a config.json says of the architecture, and how this run computes it (`dtype` and what follows)."""
+
+    family: str  # qwen3 | qwen2 | llama | qwen3_moe
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[tuple[str, float | str], ...] = ()  # items of a rope_scaling of a known type, sorted
+    norm_eps: float = 1e-6
+    tied: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normalize_experts: bool = True
+    max_positions: int = 32_768
+    dtype: str = "float32"  # of the computation; parameters keep their own
+    remat: str = "none"  # none | dots | context | full
+    attention: str = "xla"  # a resolved attention.BACKENDS name
+    mesh: jax.sharding.Mesh | None = None  # what splash is split over (attention.attend); None: one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter. `hf` is its tensor; leaf = tensor.reshape(view).transpose(perm), by layer and expert."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical axes, resolved by sharding.RULES
+    hf: str  # with {layer} where the leaf is stacked, {expert} likewise
+    hf_shape: tuple[int, ...]  # in the file
+    view: tuple[int, ...]  # the same with the heads split off
+    perm: tuple[int, ...]
+    init: str = "normal"  # normal | ones | zeros
+    fan_in: int = 0
+
+
+def table(cfg: ModelConfig) -> dict:
+    """Every parameter of the model, as a nested dict of `Param` with the structure of the parameters."""
+    V, D, F, N, K, H = (
+        cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim,
+    )  # fmt: skip
+    layer = {
+        "attn_norm": _vector(D, "input_layernorm.weight"),
+        "mlp_norm": _vector(D, "post_attention_layernorm.weight"),
+        "q": _heads(D, N, H, "heads", "self_attn.q_proj.weight"),
+        "k": _heads(D, K, H, "kv_heads", "self_attn.k_proj.weight"),
+        "v": _heads(D, K, H, "kv_heads", "self_attn.v_proj.weight"),
+        "o": Param(
+            (N, H, D), ("heads", None, "embed"), "self_attn.o_proj.weight", (D, N * H), (D, N, H), (1, 2, 0),
+            fan_in=N * H,
+        ),
+    }  # fmt: skip
+    if cfg.qk_norm:
+        layer |= {n: _vector(H, f"self_attn.{n}.weight", axis=None) for n in ("q_norm", "k_norm")}
+    if cfg.qkv_bias:
+        for name, n, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+            key = f"self_attn.{name}_proj.bias"
+            layer[f"{name}_bias"] = Param((n, H), (axis, None), key, (n * H,), (n, H), (0, 1), "zeros")
+    if cfg.out_bias:
+        layer["o_bias"] = _vector(D, "self_attn.o_proj.bias", init="zeros")
+    if cfg.num_experts:
+        E, X = cfg.num_experts, cfg.expert_size
+        layer["router"] = _matrix((D, E), ("embed", None), "mlp.gate.weight")
+        for name, shape, axes in (
+            ("gate", (D, X), ("embed", "ff")), ("up", (D, X), ("embed", "ff")), ("down", (X, D), ("ff", "embed")),
+        ):  # fmt: skip
+            p = _matrix(shape, axes, f"mlp.experts.{{expert}}.{name}_proj.weight")
+            layer[name] = dataclasses.replace(p, shape=(E, *shape), axes=("experts", *axes))
+    else:
+        layer["gate"] = _matrix((D, F), ("embed", "ff"), "mlp.gate_proj.weight")
+        layer["up"] = _matrix((D, F), ("embed", "ff"), "mlp.up_proj.weight")
+        layer["down"] = _matrix((F, D), ("ff", "embed"), "mlp.down_proj.weight")
+
+    def stack(p: Param) -> Param:
+        hf = f"model.layers.{{layer}}.{p.hf}"
+        return dataclasses.replace(p, shape=(cfg.num_layers, *p.shape), axes=("layers", *p.axes), hf=hf)
+
+    out = {
+        "embed": Param((V, D), ("vocab", "embed"), "model.embed_tokens.weight", (V, D), (V, D), (0, 1), fan_in=D),
+        "layers": {name: stack(p) for name, p in layer.items()},
+        "final_norm": _vector(D, "model.norm.weight"),
+    }
+    if not cfg.tied:
+        out["head"] = _matrix((D, V), ("embed", "vocab"), "lm_head.weight")
+    return out
+
+
+def _vector(n: int, hf: str, axis: str | None = "embed_norm", init: str = "ones") -> Param:
+    return Param((n,), (axis,), hf, (n,), (n,), (0,), init)
+
+
+def _heads(d: int, n: int, h: int, axis: str, hf: str) -> Param:
+    return Param((d, n, h), ("embed", axis, None), hf, (n * h, d), (n, h, d), (2, 0, 1), fan_in=d)
+
+
+def _matrix(shape: tuple[int, int], axes: tuple, hf: str) -> Param:
+    """A projection [in, out]; the file holds it [out, in]."""
+    return Param(shape, axes, hf, shape[::-1], shape[::-1], (1, 0), fan_in=shape[0])
+
+
+def is_param(x) -> bool:
+    """Leaf test for `jax.tree.map` over a table."""
+    return isinstance(x, Param)
+
+
+def fits(params: dict, cfg: ModelConfig) -> bool:
+    """Whether `params` has the names and shapes of `table(cfg)`."""
+    leaves, tree = jax.tree.flatten(table(cfg), is_leaf=is_param)
+    return jax.tree.structure(params) == tree and all(
+        tuple(a.shape) == p.shape for a, p in zip(jax.tree.leaves(params), leaves)
+    )
+
+
+def init(key: jax.Array, cfg: ModelConfig) -> dict:
+    """Random float32 parameters: normal, standard deviation fan_in**-0.5 (embeddings 0.02); norms one, biases zero."""
+    leaves, tree = jax.tree.flatten(table(cfg), is_leaf=is_param)
+
+    def one(key, p: Param):
+        if p.init != "normal":
+            return jnp.full(p.shape, float(p.init == "ones"), jnp.float32)
+        scale = 0.02 if "embed_tokens" in p.hf or "lm_head" in p.hf else p.fan_in**-0.5
+        return scale * jax.random.normal(key, p.shape, jnp.float32)
+
+    return tree.unflatten([one(k, p) for k, p in zip(jax.random.split(key, len(leaves)), leaves)])
+
+
+def head(params: dict) -> jax.Array:
+    """The output projection, head_DV: its own, or the embedding's transpose where they are tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+def logits(params: dict, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V]. For single positions and tests; sequences go through vocab.py."""
+    return jnp.einsum("...d,dv->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def hidden(params: dict, cfg: ModelConfig, token_BL, *, position_BL=None, segment_BL=None, length_B=None) -> jax.Array:
+    """Final hidden states, after the last norm, of whole rows (training and scoring).
+
+    Args:
+      token_BL: int32 tokens; padding anywhere that no real token attends to (right of the row, or segment 0).
+      position_BL: RoPE positions; 0, 1, .. where None.
+      segment_BL: tokens attend within their own segment only; 0 is padding. None: one segment, causal.
+      length_B: real tokens of right-padded rows, which lets cudnn skip the rest; states beyond mean nothing.
+
+    Returns:
+      hidden_BLD in `cfg.dtype`.
+    """
+    B, L = token_BL.shape
+    if position_BL is None:
+        position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+    with jax.named_scope("embed"):
+        x_BLD = lookup(params["embed"], token_BL, cfg)
+    rope = rope_tables(cfg, position_BL)
+
+    def body(x_BLD, p):
+        def attend(q, k, v):
+            return attention.attend(
+                q, k, v, segment_BL=segment_BL, length_B=length_B, backend=cfg.attention, mesh=cfg.mesh
+            )
+
+        return layer(x_BLD, p, cfg, rope, attend), None
+
+    with jax.named_scope("layers"):
+        x_BLD, _ = jax.lax.scan(_remat(body, cfg.remat), x_BLD, params["layers"])
+    return rms_norm(x_BLD, params["final_norm"], cfg.norm_eps)
+
+
+def lookup(embed, token_BL, cfg: ModelConfig):
+    """Embeddings of the tokens; `embed` is [V, D], or [X, V, D], a copy a shard of rows (spread.py), used where it lies."""
+    rows = cfg.mesh and jax.sharding.NamedSharding(cfg.mesh, P(("data", "fsdp")))
+
+    def one(embed_VD, token_BL):  # cast after: the gradient adds up in the master's dtype
+        return embed_VD[token_BL].astype(cfg.dtype)
+
+    if embed.ndim == 2:
+        return one(embed, token_BL)
+    X, (B, L) = embed.shape[0], token_BL.shape
+    x_BLD = jax.vmap(one)(embed, token_BL.reshape(X, B // X, L)).reshape(B, L, -1)
+    return jax.lax.with_sharding_constraint(x_BLD, rows)
+
+
+def layer(x_BLD, p: dict, cfg: ModelConfig, rope, attend):
+    """One decoder layer; `attend(q_BLNH, k_BLKH, v_BLKH) -> out_BLNH` is the caller's (training, prefill, decode)."""
+    q_BLNH, k_BLKH, v_BLKH = qkv(rms_norm(x_BLD, p["attn_norm"], cfg.norm_eps), p, cfg, rope)
+    with jax.named_scope("attention"):
+        out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH)
+        y_BLD = jnp.einsum("blnh,nhd->bld", out_BLNH, p["o"].astype(cfg.dtype))
+    x_BLD += y_BLD + p["o_bias"].astype(cfg.dtype)[None, None] if cfg.out_bias else y_BLD
+    with jax.named_scope("mlp"):
+        return x_BLD + mlp(rms_norm(x_BLD, p["mlp_norm"], cfg.norm_eps), p, cfg)
+
+
+def qkv(x_BLD, p: dict, cfg: ModelConfig, rope):
+    """Projections, biases, per-head norms (Qwen3) and rotary embedding: (q_BLNH, k_BLKH, v_BLKH)."""
+    with jax.named_scope("qkv"):
+        q = jnp.einsum("bld,dnh->blnh", x_BLD, p["q"].astype(cfg.dtype))
+        k = jnp.einsum("bld,dkh->blkh", x_BLD, p["k"].astype(cfg.dtype))
+        v = jnp.einsum("bld,dkh->blkh", x_BLD, p["v"].astype(cfg.dtype))
+        if cfg.qkv_bias:
+            q, k, v = (a + p[f"{n}_bias"].astype(cfg.dtype)[None, None] for a, n in ((q, "q"), (k, "k"), (v, "v")))
+        if cfg.qk_norm:
+            q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
+        return rotate(q, rope), rotate(k, rope), v
+
+
+def mlp(x_BLD, p: dict, cfg: ModelConfig):
+    """SwiGLU, or the mixture of experts where the layer has a router."""
+    if cfg.num_experts:
+        return _experts(x_BLD, p, cfg)
+    gate_BLF = jnp.einsum("bld,df->blf", x_BLD, p["gate"].astype(cfg.dtype))
+    up_BLF = jnp.einsum("bld,df->blf", x_BLD, p["up"].astype(cfg.dtype))
+    return jnp.einsum("blf,fd->bld", jax.nn.silu(gate_BLF) * up_BLF, p["down"].astype(cfg.dtype))
+
+
+def _experts(x_BLD, p: dict, cfg: ModelConfig):
+    """Top-k experts a token by sorting tokens to their experts and one ragged product each for gate, up, down."""
+    B, L, D = x_BLD.shape
+    x_XD = x_BLD.reshape(B * L, D)
+    router_XE = jnp.einsum("xd,de->xe", x_XD, p["router"].astype(cfg.dtype), preferred_element_type=jnp.float32)
+    weight_XA, expert_XA = jax.lax.top_k(jax.nn.softmax(router_XE, axis=-1), cfg.experts_per_token)
+    if cfg.normalize_experts:
+        weight_XA /= weight_XA.sum(-1, keepdims=True)
+    order = jnp.argsort(expert_XA.reshape(-1), stable=True)
+    sizes_E = jnp.bincount(expert_XA.reshape(-1), length=cfg.num_experts).astype(jnp.int32)
+    rows = x_XD[order // cfg.experts_per_token]
+    gate = jax.lax.ragged_dot(rows, p["gate"].astype(cfg.dtype), sizes_E)
+    up = jax.lax.ragged_dot(rows, p["up"].astype(cfg.dtype), sizes_E)
+    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, p["down"].astype(cfg.dtype), sizes_E)
+    out = out * weight_XA.reshape(-1)[order][:, None].astype(cfg.dtype)
+    return jnp.zeros_like(x_XD).at[order // cfg.experts_per_token].add(out).reshape(B, L, D)
+
+
+def rms_norm(x, scale, eps: float):
+    """x / rms(x) * scale over the last axis, the variance in float32."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    return (y.astype(x.dtype)) * scale.astype(x.dtype).reshape(shape)
+
+
+def rope_tables(cfg: ModelConfig, position_BL):
+    """float32 (sin, cos), each [B, L, 1, H/2], with the family's frequency scaling."""
+    freq, gain = rope_frequencies(cfg)
+    angle = position_BL[:, :, None, None].astype(jnp.float32) * freq[None, None, None, :]
+    return jnp.sin(angle) * gain, jnp.cos(angle) * gain
+
+
+@functools.lru_cache
+def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, np.float32]:
+    """(inverse frequencies [H/2], gain of sin and cos), float32: default, `linear`, `llama3` and `yarn` scaling.
+
+    In numpy, so that no backend's power function enters: at position 8,000 an ulp of a frequency is 1e-3 of an angle.
+    """
+    H = cfg.head_dim
+    freq = 1 / np.float32(cfg.rope_theta) ** (np.arange(0, H, 2, dtype=np.float32) / np.float32(H))
+    s = dict(cfg.rope_scaling)
+    if not s:
+        return freq, np.float32(1)
+    factor = np.float32(s["factor"])
+    if s["rope_type"] == "linear":
+        return freq / factor, np.float32(1)
+    if s["rope_type"] == "llama3":
+        wave = np.float32(2 * math.pi) / freq
+        low, high, old = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+        blend = (old / wave - np.float32(low)) / np.float32(high - low)
+        mixed = (1 - blend) * freq / factor + blend * freq
+        scaled = np.where(wave > old / low, freq / factor, np.where(wave < old / high, freq, mixed))
+        return scaled.astype(np.float32), np.float32(1)
+    if s["rope_type"] == "yarn":
+        return _yarn(cfg, freq, s)
+    raise ValueError(f"rope_type {s['rope_type']!r} is not implemented")
+
+
+def _yarn(cfg: ModelConfig, freq: np.ndarray, s: dict) -> tuple[np.ndarray, np.float32]:
+    """YaRN: a ramp between interpolated and original frequencies, and a gain on sin and cos."""
+    H, old = cfg.head_dim, s["original_max_position_embeddings"]
+
+    def turn(rotations):  # the (fractional) pair that turns so often within the original context
+        return H * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+
+    low, high = turn(s.get("beta_fast") or 32), turn(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    high += 0.001 * (low == high)
+    ramp = np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+
+    def gain(scale, mscale=1.0):
+        return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+    factor = s["factor"]
+    if "attention_factor" in s:
+        out = s["attention_factor"]
+    elif s.get("mscale") and s.get("mscale_all_dim"):
+        out = gain(factor, s["mscale"]) / gain(factor, s["mscale_all_dim"])
+    else:
+        out = gain(factor)
+    return (freq / factor * ramp + freq * (1 - ramp)).astype(np.float32), np.float32(out)
+
+
+def rotate(x_BLNH, rope):
+    """Rotary embedding, half-split pairs, computed in float32."""
+    sin, cos = rope
+    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
+
+
+def unstack(params: dict, cfg: ModelConfig, dtype=None) -> dict:
+    """Cast to `dtype` (default `cfg.dtype`), `layers` as a list: for the sampler, once an iteration."""
+    params = jax.tree.map(lambda a: a.astype(dtype or cfg.dtype), params)
+    layers = [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(cfg.num_layers)]
+    return params | {"layers": layers}
+
+
+def _remat(body, name: str):
+    policies = {
+        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        "context": jax.checkpoint_policies.save_only_these_names("context"),
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return body if name == "none" else jax.checkpoint(body, policy=policies[name], prevent_cse=False)
+
+
+@functools.lru_cache
+def num_params(cfg: ModelConfig) -> int:
+    """Number of parameters, tied head counted once."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(table(cfg), is_leaf=is_param))

@@ -1,0 +1,305 @@
+"""Feedback -> per-token weight and anchor mask. Every method of the project is one function here and the same step.
+
+OmniOPD (arXiv 2606.01476; method.md, section 2), and what was kept, dropped and added:
+
+- kept: peak-entropy chunks, k_sem over n independent continuations, the Dirichlet-Multinomial posterior mean as a
+  constant multiplier of the chunk's log-prob, the exact KL to the frozen base on every token outside the chunks;
+- dropped: nothing. No clamp on loss or log-prob, no importance ratio, no length reward: each is from another loss;
+- added (ours): the normaliser (the paper gives a bare sum), `advantage` baselines, audits with too few continuations
+  returned to the anchor instead of trained on.
+
+The loss is sum_t -weight_t * logp_t + kl_coef * mask_t * KL(ref || student)_t, with both already normalised.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from omniopd_jax.config import min_continuations
+from omniopd_jax.scheduler import chunk_mask
+
+RATIO_BAND = (0.5, 2.0)  # chunks whose importance ratio lies outside are dropped (max_staleness = 1)
+
+
+@flax.struct.dataclass
+class Batch:
+    """What one update is made from. Rows are responses; all arrays have the global batch's B in front.
+
+    Attributes:
+      token_BL: int32, prompt directly followed by the response, right-padded.
+      prompt_length_B, length_B: int32 tokens of prompt and response (a sampled end token counted; 0: an empty row).
+      peak_BM: int32 response positions where chunks start, ascending, -1 where none.
+      k_sem_BM: float32, sum of similarities of the continuations that arrived.
+      n_BM: int32, how many arrived.
+      n_min_B: int32, fewest continuations of an audit that is kept, where a budget lowered N; None: the config's.
+      advantage_B: float32, of a task reward (`group_advantage`); None: no reward.
+      old_logp_BT: float32, log-probs under the policy that sampled, where there are several updates a batch; None: the
+        policy is still that one.
+      ratio_BM: float32, `chunk_ratio`, where the policy has moved on since it sampled (max_staleness = 1); else None.
+      teacher_logp_BT: float32, the teacher's log-probs of the response tokens (white-box `opd`); None elsewhere.
+    """
+
+    token_BL: jax.Array
+    prompt_length_B: jax.Array
+    length_B: jax.Array
+    peak_BM: jax.Array
+    k_sem_BM: jax.Array
+    n_BM: jax.Array
+    n_min_B: jax.Array | None = None
+    advantage_B: jax.Array | None = None
+    old_logp_BT: jax.Array | None = None
+    ratio_BM: jax.Array | None = None
+    teacher_logp_BT: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class ChunkTargets:
+    """Per chunk: keep (audited with n >= n_min), pi_bar, pi_hat, and the weight its tokens get before normalising."""
+
+    keep_BM: jax.Array
+    pi_bar_BM: jax.Array
+    pi_hat_BM: jax.Array
+    weight_BM: jax.Array
+
+
+def smoothed_target(k_sem, n, mean_logp, *, alpha):
+    """pi_hat = sg[(k_sem + alpha * pi_bar) / (n + alpha)], pi_bar = exp(mean log-prob) (method.md; detached: fork).
+
+    Args:
+      k_sem, n, mean_logp: arrays of one shape; n counts the continuations that arrived.
+      alpha: pseudo-counts of the prior, >= 0; with alpha = 0, n must be positive.
+
+    Returns:
+      pi_hat in [0, 1], without gradient.
+    """
+    pi_bar = jnp.exp(mean_logp)
+    return jax.lax.stop_gradient((k_sem + alpha * pi_bar) / (n + alpha))
+
+
+def mean_chunk_logp(logp_BT, peak_BM, chunk_tokens: int):
+    """Mean log-prob of each chunk's tokens [B, M]; 0 where there is no chunk."""
+    B, M = peak_BM.shape
+    index = jnp.maximum(peak_BM, 0)[..., None] + jnp.arange(chunk_tokens, dtype=jnp.int32)[None, None]
+    index = jnp.minimum(index, logp_BT.shape[1] - 1)
+    chunk_BMC = jnp.take_along_axis(logp_BT, index.reshape(B, -1), axis=1).reshape(B, M, chunk_tokens)
+    return jnp.where(peak_BM >= 0, chunk_BMC.mean(-1), 0.0)
+
+
+def kept(batch: Batch, cfg):
+    """bool [B, M]: audits with enough continuations, not too stale; the others' tokens go back to U."""
+    n_min = min_continuations(cfg) if batch.n_min_B is None else batch.n_min_B[:, None]
+    enough_BM = (batch.peak_BM >= 0) & (batch.n_BM >= n_min)
+    return enough_BM if batch.ratio_BM is None else enough_BM & in_band(batch.ratio_BM)
+
+
+def in_band(ratio_BM):
+    """bool [B, M]: the ratio lies in RATIO_BAND, ends included; nan does not."""
+    return (ratio_BM >= RATIO_BAND[0]) & (ratio_BM <= RATIO_BAND[1])
+
+
+@functools.partial(jax.jit, static_argnames="chunk_tokens")
+def chunk_ratio(logp_BT, old_logp_BT, peak_BM, *, chunk_tokens: int):
+    """pi_now(y_c | y_<t) / pi_old(y_c | y_<t), the product over a chunk's tokens; 1 where there is no chunk (ours).
+
+    A stale step's weights are multiplied by it, detached: the chunk's own choice is corrected, its prefix is not. What
+    lies outside RATIO_BAND is dropped, so the clip to the band never changes a ratio that is used. pi_hat's prior and
+    the anchor are those of the present policy and need no ratio.
+    """
+    return jnp.exp(chunk_tokens * mean_chunk_logp(logp_BT - old_logp_BT, peak_BM, chunk_tokens))
+
+
+def chunk_targets(logp_BT, batch: Batch, cfg) -> ChunkTargets:
+    """The posterior and the advantage of every chunk of the global batch (method.md, section 2)."""
+    keep_BM = kept(batch, cfg)
+    mean_logp_BM = mean_chunk_logp(logp_BT, batch.peak_BM, cfg.audit.chunk_tokens)
+    n_BM = jnp.where(keep_BM, batch.n_BM, 1).astype(jnp.float32)
+    k_sem_BM = jnp.where(keep_BM, batch.k_sem_BM, 0.0)
+    pi_hat_BM = jnp.where(keep_BM, smoothed_target(k_sem_BM, n_BM, mean_logp_BM, alpha=cfg.prior.alpha), 0.0)
+    weight_BM = jnp.where(keep_BM, pi_hat_BM - baseline(pi_hat_BM, keep_BM, cfg.objective.advantage), 0.0)
+    if batch.ratio_BM is not None:
+        weight_BM = jnp.where(keep_BM, weight_BM * batch.ratio_BM, 0.0)
+    pi_bar_BM = jnp.where(keep_BM, jnp.exp(mean_logp_BM), 0.0)
+    return jax.lax.stop_gradient(ChunkTargets(keep_BM, pi_bar_BM, pi_hat_BM, weight_BM))
+
+
+def baseline(pi_hat_BM, keep_BM, advantage: str):
+    """What is taken off pi_hat: nothing (published), or a mean over the global batch's kept chunks (ours).
+
+    `leave_one_out` leaves out the chunks of the response itself; where no other response has one, it is 0.
+    """
+    if advantage == "none":
+        return jnp.zeros_like(pi_hat_BM)
+    count_B = keep_BM.sum(1).astype(pi_hat_BM.dtype)
+    total_B = jnp.where(keep_BM, pi_hat_BM, 0.0).sum(1)
+    if advantage == "batch_mean":
+        return jnp.broadcast_to(total_B.sum() / jnp.maximum(count_B.sum(), 1.0), pi_hat_BM.shape)
+    others = count_B.sum() - count_B
+    mean_B = jnp.where(others > 0, (total_B.sum() - total_B) / jnp.maximum(others, 1.0), 0.0)
+    return jnp.broadcast_to(mean_B[:, None], pi_hat_BM.shape)
+
+
+def omniopd(logp_BT, batch: Batch, cfg):
+    """The published objective: pi_hat (less a baseline) on the chunks' tokens, the anchor on U.
+
+    Returns:
+      (weight_BT, anchor_mask_BT), float32, not yet normalised.
+    """
+    targets = chunk_targets(logp_BT, batch, cfg)
+    chunk_BT = chunk_mask(batch.peak_BM, targets.keep_BM, cfg.audit.chunk_tokens, logp_BT.shape[1])
+    weight_BT = jnp.take_along_axis(targets.weight_BM, jnp.maximum(chunk_BT, 0), axis=1)
+    weight_BT = jnp.where(chunk_BT >= 0, weight_BT, 0.0)
+    return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
+
+
+def response_mask(length_B, T: int):
+    """float32 [B, T]: 1 on response tokens, a sampled end token included."""
+    return (jnp.arange(T, dtype=jnp.int32)[None] < length_B[:, None]).astype(jnp.float32)
+
+
+def anchor_mask(chunk_BT, length_B, scope: str):
+    """U (scope `unaudited`), or every response token (`all`), as float32 [B, T]."""
+    real_BT = response_mask(length_B, chunk_BT.shape[1])
+    return real_BT if scope == "all" else real_BT * (chunk_BT < 0)
+
+
+def weighted_mask(batch: Batch, cfg, T: int):
+    """float32 [B, T]: 1 on the tokens that the policy term speaks of: those of kept chunks, or the whole response."""
+    if cfg.objective.name not in CHUNKED:
+        return response_mask(batch.length_B, T)
+    keep_BM = kept(batch, cfg) if cfg.objective.name in AUDITED else batch.peak_BM >= 0
+    return (chunk_mask(batch.peak_BM, keep_BM, cfg.audit.chunk_tokens, T) >= 0).astype(jnp.float32)
+
+
+def normalize(weight_BT, mask_BT, weighted_BT, cfg):
+    """Divides by the global counts, once, so that micro-batches and hosts just add up (method.md, section 2, Z: ours).
+
+    `constant`: both by rows x max_completion_length. `separate_means`: each by its own token count.
+    """
+    if cfg.objective.normalizer == "constant":
+        z = float(weight_BT.shape[0] * cfg.max_completion_length)
+        return weight_BT / z, mask_BT / z
+    return weight_BT / jnp.maximum(weighted_BT.sum(), 1.0), mask_BT / jnp.maximum(mask_BT.sum(), 1.0)
+
+
+def constant(logp_BT, batch: Batch, cfg):
+    """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv 2608.31046)."""
+    chunk_BT = chunk_mask(batch.peak_BM, batch.peak_BM >= 0, cfg.audit.chunk_tokens, logp_BT.shape[1])
+    weight_BT = jnp.where(chunk_BT >= 0, jnp.float32(cfg.objective.constant), 0.0)
+    return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
+
+
+def sft(logp_BT, batch: Batch, cfg):
+    """Cross-entropy on every token of somebody's solutions."""
+    real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+    return real_BT, real_BT
+
+
+def opd(logp_BT, batch: Batch, cfg):
+    """White-box on-policy distillation, reverse KL by the sampled token: weight log q(y_t) - log pi(y_t), detached.
+
+    Its gradient is an unbiased estimate of -grad KL(pi || q) at each position with the prefix held fixed: the score
+    function's term that is left out, E[grad log pi], is zero. `opd_exact` takes the whole vocabulary instead.
+    """
+    real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+    return jax.lax.stop_gradient(batch.teacher_logp_BT - logp_BT) * real_BT, real_BT
+
+
+def opd_exact(logp_BT, batch: Batch, cfg):
+    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight here."""
+    real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+    return jnp.zeros_like(real_BT), real_BT
+
+
+def grpo(logp_BT, batch: Batch, cfg):
+    """Group-relative policy optimisation from a task reward; clipped where old_logp_BT says the policy has moved on.
+
+    The gradient of min(r A, clip(r, 1 - eps, 1 + eps) A) is A r grad log pi where the clip is not active and 0 where it
+    is: a constant weight, like everything else here (Shao et al., arXiv 2402.03300, without its token-mean a response).
+    """
+    real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+    return policy_gradient_weight(logp_BT, batch, cfg) * real_BT, real_BT
+
+
+def policy_gradient_weight(logp_BT, batch: Batch, cfg):
+    """A_b, times the clipped importance ratio where the batch has old log-probs; [B, T]."""
+    advantage_BT = jnp.broadcast_to(batch.advantage_B[:, None], logp_BT.shape)
+    if batch.old_logp_BT is None:
+        return advantage_BT
+    ratio_BT = jnp.exp(logp_BT - batch.old_logp_BT)
+    eps = cfg.objective.clip
+    clipped = jnp.where(advantage_BT > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
+    return jax.lax.stop_gradient(jnp.where(clipped, 0.0, advantage_BT * ratio_BT))
+
+
+def group_advantage(reward_B, group: int):
+    """(r - mean) / (std + 1e-4) within each prompt's responses, which stand side by side (arXiv 2402.03300; TRL's epsilon).
+
+    A group of one, or with equal rewards, gets 0.
+    """
+    reward_XG = reward_B.reshape(-1, group)
+    centred = reward_XG - reward_XG.mean(1, keepdims=True)
+    return (centred / (reward_XG.std(1, keepdims=True) + 1e-4)).reshape(-1)
+
+
+def weights(logp_BT, batch: Batch, cfg):
+    """The objective's (weight_BT, anchor_mask_BT), a task reward added where `reward.coef` asks for one, normalised."""
+    weight_BT, mask_BT = OBJECTIVES[cfg.objective.name](logp_BT, batch, cfg)
+    weight_BT, mask_BT = normalize(weight_BT, mask_BT, weighted_mask(batch, cfg, logp_BT.shape[1]), cfg)
+    if cfg.reward.coef and cfg.objective.name != "grpo":
+        real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+        reward_BT = cfg.reward.coef * policy_gradient_weight(logp_BT, batch, cfg) * real_BT
+        weight_BT += normalize(reward_BT, real_BT, real_BT, cfg)[0]
+    return weight_BT, mask_BT
+
+
+OBJECTIVES = {
+    "omniopd": omniopd,
+    "constant": constant,
+    "sft": sft,
+    "opd": opd,
+    "opd_exact": opd_exact,
+    "grpo": grpo,
+}
+CHUNKED = ("omniopd", "constant")  # these weigh the tokens of chunks; the others every response token
+AUDITED = ("omniopd",)  # these ask the text teacher at the peaks
+TAUGHT = ("omniopd", "sft", "opd", "opd_exact")  # these need a teacher at all
+
+
+def metrics(batch: Batch, targets: ChunkTargets, entropy_BT, cfg) -> dict:
+    """What a step's audits looked like: device scalars, means over kept chunks unless the name says otherwise."""
+    keep = targets.keep_BM.astype(jnp.float32)
+    count = jnp.maximum(keep.sum(), 1.0)
+    T = entropy_BT.shape[1]
+    real_BT = response_mask(batch.length_B, T)
+    tokens = jnp.maximum(real_BT.sum(), 1.0)
+    at_peak_BM = jnp.take_along_axis(entropy_BT, jnp.clip(batch.peak_BM, 0, T - 1), axis=1)
+
+    def mean(x):
+        return (x * keep).sum() / count
+
+    pi_hat = mean(targets.pi_hat_BM)
+    share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
+    stale = {}
+    if batch.ratio_BM is not None:
+        outside_BM = kept(batch.replace(ratio_BM=None), cfg) & ~targets.keep_BM
+        stale = {
+            "audit/stale_dropped": outside_BM.sum(),
+            "audit/ratio_mean": mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0)),
+        }
+    return stale | {
+        "entropy": (entropy_BT * real_BT).sum() / tokens,
+        "completions/mean_length": batch.length_B.astype(jnp.float32).mean(),
+        "completions/max_length": batch.length_B.max(),
+        "audit/chunks": keep.sum(),
+        "audit/dropped": (batch.peak_BM >= 0).sum() - targets.keep_BM.sum(),
+        "audit/k_sem_mean": mean(jnp.where(targets.keep_BM, batch.k_sem_BM, 0.0)),
+        "audit/n_eff": mean(batch.n_BM.astype(jnp.float32)),
+        "audit/pi_hat_mean": pi_hat,
+        "audit/pi_hat_var": mean(jnp.square(targets.pi_hat_BM - pi_hat)),
+        "audit/pi_bar_mean": mean(targets.pi_bar_BM),
+        "audit/token_fraction": keep.sum() * cfg.audit.chunk_tokens / tokens,
+        "audit/entropy_at_peak": mean(at_peak_BM),
+        "audit/midband_fraction": mean(((share_BM > 0.05) & (share_BM < 0.95)).astype(jnp.float32)),
+    }

@@ -1,0 +1,313 @@
+"""The sampler: prefill once a prompt, decode with a cache that grows, stop early.
+
+Slots: prompts are right-padded to P, token t of every row is written at slot P + t (one slot for the whole batch), and a
+mask hides the gap between a row's prompt and P. RoPE goes by the true position, prompt_length + t. The cache is one
+array a layer, heads before time (docs/design notes: every other layout costs a copy of the cache).
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniopd_jax import attention, model, sharding
+
+
+@flax.struct.dataclass
+class Rollout:
+    """What was sampled. Positions past `length_B` hold token 0 and zeros.
+
+    Attributes:
+      token_BT: int32; length_B: sampled tokens, the end token counted; finished_B: an end token was sampled.
+      logp_model_BT: log-prob under the model itself (temperature 1, untruncated), nats.
+      logp_sampler_BT: log-prob under the distribution drawn from (temperature, top-k, top-p), nats.
+      entropy_BT: exact entropy of the model's distribution, nats, in the sampler's precision: for logs, not for peaks.
+    """
+
+    token_BT: jax.Array
+    length_B: jax.Array
+    finished_B: jax.Array
+    logp_model_BT: jax.Array
+    logp_sampler_BT: jax.Array
+    entropy_BT: jax.Array
+
+
+@flax.struct.dataclass
+class SamplerState:
+    """Carry of the decode loop. hidden_BD produces the next token; `cache` holds (k_BKSH, v_BKSH) a layer."""
+
+    cache: list
+    hidden_BD: jax.Array
+    prompt_length_B: jax.Array
+    key_B: jax.Array
+    t: jax.Array
+    out: Rollout
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
+def prepare(params: dict, cfg: model.ModelConfig, mesh=None) -> dict:
+    """The sampler's copy of the parameters: cast to `cfg.dtype`, gathered over fsdp, layers unstacked. Once an iteration."""
+    params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
+    if mesh is not None:
+        params = jax.lax.with_sharding_constraint(params, sharding.param_shardings(cfg, mesh, sharding.DECODE_RULES))
+    return model.unstack(params, cfg)
+
+
+def sample(
+    params: dict, cfg: model.ModelConfig, prompt_BP, prompt_length_B, key_B, *, max_new_tokens: int, temperature=1.0,
+    top_p=1.0, top_k=0, num_samples=1, end_ids=(), first_chunk=256,
+) -> Rollout:  # fmt: skip
+    """Samples `num_samples` completions of every prompt.
+
+    Args:
+      params: as `prepare` returns them (stacked parameters are prepared here).
+      cfg: static.
+      prompt_BP: int32, right-padded to a bucket (`bucket`), so that shapes stay few.
+      prompt_length_B: int32, at least 1.
+      key_B: one PRNG key a *completion* [B * num_samples]; row b's completions are b * num_samples + r. A row draws the
+        same numbers in any batch, bucket or host.
+      max_new_tokens, temperature, top_p, top_k: traced; temperature 0 is greedy.
+      end_ids: tokens that end a row.
+      first_chunk: response tokens the cache has room for at first; it doubles while rows go on.
+
+    Returns:
+      Rollout with [B * num_samples, T] arrays, T <= max_new_tokens rounded up to a chunk.
+    """
+    if isinstance(params["layers"], dict):
+        params = prepare(params, cfg)
+    where = _everywhere(jax.tree.leaves(params)[0])
+    settings = jax.device_put(
+        (np.float32(temperature), np.float32(top_p), np.int32(top_k), np.array(end_ids or (-1,), np.int32)), where
+    )
+    T = min(first_chunk, -(-max_new_tokens // 8) * 8)
+    state = _prefill(params, prompt_BP, prompt_length_B, key_B, cfg=cfg, num_samples=num_samples, T=T)
+    while True:
+        limit = min(T, max_new_tokens)
+        state, done = _decode(params, state, jax.device_put(np.int32(limit), where), *settings, cfg=cfg, P=prompt_BP.shape[1])
+        if limit == max_new_tokens or bool(jax.device_get(done)):
+            return state.out
+        T = min(2 * T, -(-max_new_tokens // 8) * 8)
+        state = _grow(state, S=prompt_BP.shape[1] + T, T=T)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "num_samples", "T"))
+def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, num_samples: int, T: int) -> SamplerState:
+    B, P = prompt_BP.shape
+    position_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    rope = model.rope_tables(cfg, position_BP)
+    x_BPD = params["embed"][prompt_BP]
+    cache = []
+    for p in params["layers"]:
+
+        def attend(q, k, v):
+            cache.append(tuple(jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, T), (0, 0))) for a in (k, v)))
+            return attention.attend(q, k, v, backend=cfg.attention, mesh=cfg.mesh)
+
+        x_BPD = model.layer(x_BPD, p, cfg, rope, attend)
+    last_BD = jnp.take_along_axis(x_BPD, prompt_length_B[:, None, None] - 1, axis=1)[:, 0]
+    last_BD = model.rms_norm(last_BD, params["final_norm"], cfg.norm_eps)
+    cache, last_BD, length_B = jax.tree.map(
+        lambda a: jnp.repeat(a, num_samples, axis=0), (cache, last_BD, prompt_length_B)
+    )
+    R = B * num_samples
+    zeros = functools.partial(jnp.zeros, (R, T), jnp.float32)
+    out = Rollout(
+        jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros(), zeros()
+    )
+    return _lay(SamplerState(cache, last_BD, length_B, key_B, jnp.int32(0), out), cfg)
+
+
+def _lay(state: SamplerState, cfg) -> SamplerState:
+    """The state on `cfg.mesh`: rows over data and fsdp, the cache's heads over tp, whatever the compiler would choose."""
+    if cfg.mesh is None:
+        return state
+
+    def put(a, *names):
+        where = jax.sharding.NamedSharding(cfg.mesh, jax.sharding.PartitionSpec(sharding.ROWS, *names))
+        return jax.lax.with_sharding_constraint(a, where)
+
+    cache = jax.tree.map(lambda a: put(a, sharding.DECODE_RULES["kv_heads"]), state.cache)
+    return state.replace(
+        cache=cache, hidden_BD=put(state.hidden_BD), prompt_length_B=put(state.prompt_length_B),
+        out=jax.tree.map(put, state.out),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "P"), donate_argnames=("state",))
+def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_ids, *, cfg, P: int):
+    """Decodes until `limit` tokens or all rows are done. Returns (state, all rows done)."""
+    slot_1S = jnp.arange(state.cache[0][0].shape[2], dtype=jnp.int32)[None]
+
+    def cond(s: SamplerState):
+        return (s.t < limit) & ~jnp.all(s.out.finished_B)
+
+    def body(s: SamplerState) -> SamplerState:
+        with jax.named_scope("draw"):
+            z_BV = model.logits(params, cfg, s.hidden_BD)
+            u_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, s.t)))(s.key_B)
+            drawn = draw(z_BV, u_B, temperature, top_p, top_k)
+        out = _write(s.out, s.t, drawn, end_ids)
+        token_B = jax.lax.dynamic_slice_in_dim(out.token_BT, s.t, 1, axis=1)
+        seen_BS = (slot_1S < s.prompt_length_B[:, None]) | ((slot_1S >= P) & (slot_1S <= P + s.t))
+        with jax.named_scope("decode"):
+            position_B1 = (s.prompt_length_B + s.t)[:, None]
+            hidden_BD, cache = _one_token(params, cfg, token_B, position_B1, s.cache, P + s.t, seen_BS)
+        return _lay(s.replace(cache=cache, hidden_BD=hidden_BD, t=s.t + 1, out=out), cfg)
+
+    state = jax.lax.while_loop(cond, body, state)
+    return state, jnp.all(state.out.finished_B)
+
+
+def _one_token(params, cfg, token_B1, position_B1, cache, slot, seen_BS):
+    """One token a row through all layers: (hidden_BD after the last norm, the cache with its slot written)."""
+    rope = model.rope_tables(cfg, position_B1)
+    x_B1D = params["embed"][token_B1]
+    new = []
+    for p, (k_BKSH, v_BKSH) in zip(params["layers"], cache, strict=True):
+
+        def attend(q, k, v, k_BKSH=k_BKSH, v_BKSH=v_BKSH):
+            k_BKSH = jax.lax.dynamic_update_slice_in_dim(k_BKSH, k.swapaxes(1, 2), slot, axis=2)
+            v_BKSH = jax.lax.dynamic_update_slice_in_dim(v_BKSH, v.swapaxes(1, 2), slot, axis=2)
+            new.append((k_BKSH, v_BKSH))
+            return attention.grouped(q, k_BKSH, v_BKSH, seen_BS[:, None])
+
+        x_B1D = model.layer(x_B1D, p, cfg, rope, attend)
+    return model.rms_norm(x_B1D[:, 0], params["final_norm"], cfg.norm_eps), new
+
+
+def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
+    """Column t of the live rows; rows that are done keep zeros."""
+    token_B, logp_B, sampler_B, entropy_B = drawn
+    live_B = ~out.finished_B
+
+    def put(a_BT, x_B):
+        column = jnp.where(live_B, x_B, jnp.zeros_like(x_B))[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(a_BT, column.astype(a_BT.dtype), t, axis=1)
+
+    ended_B = live_B & jnp.any(token_B[:, None] == end_ids[None], axis=1)
+    return Rollout(
+        put(out.token_BT, token_B), out.length_B + live_B.astype(jnp.int32), out.finished_B | ended_B,
+        put(out.logp_model_BT, logp_B), put(out.logp_sampler_BT, sampler_B), put(out.entropy_BT, entropy_B),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("S", "T"))
+def _grow(state: SamplerState, *, S: int, T: int) -> SamplerState:
+    """The same state with a cache of S slots and room for T tokens."""
+
+    def wider(a_BT):
+        return jnp.pad(a_BT, ((0, 0), (0, T - a_BT.shape[1]))) if a_BT.ndim == 2 else a_BT
+
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, S - a.shape[2]), (0, 0))), state.cache)
+    return state.replace(cache=cache, out=jax.tree.map(wider, state.out))
+
+
+def draw(z_BV, u_B, temperature, top_p, top_k):
+    """Draws a token a row from logits by one uniform each.
+
+    Returns:
+      (token_B, logp under the model, logp under the sampler, entropy of the model), all [B].
+    """
+    logp_BV = jax.nn.log_softmax(z_BV, axis=-1)
+    p_BV = jnp.exp(logp_BV)
+    entropy_B = -jnp.sum(p_BV * logp_BV, axis=-1)
+    q_BV = jax.lax.cond(
+        temperature == 1.0, lambda: p_BV, lambda: jax.nn.softmax(z_BV / jnp.maximum(temperature, 1e-6), axis=-1)
+    )
+    q_BV = jax.lax.cond((top_p < 1.0) | (top_k > 0), lambda: truncate(q_BV, top_p, top_k), lambda: q_BV)
+    token_B = jnp.where(temperature > 0, inverse_cdf(q_BV, u_B), jnp.argmax(z_BV, axis=-1)).astype(jnp.int32)
+    mass_B = q_BV.sum(-1)
+    q_B = jnp.take_along_axis(q_BV, token_B[:, None], axis=1)[:, 0] / mass_B
+    sampler_B = jnp.where(temperature > 0, jnp.log(q_B), 0.0)
+    return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0], sampler_B, entropy_B
+
+
+def truncate(q_BV, top_p, top_k):
+    """Zeroes what top-k, then top-p, leave out (ties kept), by bisection over thresholds: no sort. Not renormalised."""
+    k = jnp.where(top_k > 0, top_k, q_BV.shape[1]).astype(jnp.float32)
+    q_BV = _at_least(q_BV, jnp.ones_like, k)
+    # at 1 a token too small to change the sum in float32 would fall out
+    return jnp.where(top_p < 1, _at_least(q_BV, lambda q: q, top_p * q_BV.sum(-1)), q_BV)
+
+
+def _at_least(q_BV, measure, wanted):
+    """Keeps q >= the largest threshold at which the kept entries measure at least `wanted`, found bit by bit.
+
+    Non-negative floats are ordered like their bits, so 31 halvings find the threshold exactly.
+    """
+
+    def kept(bits_B):
+        return q_BV >= jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
+
+    def halve(_, lo_hi):
+        lo, hi = lo_hi
+        mid = lo + (hi - lo + 1) // 2
+        enough = jnp.sum(jnp.where(kept(mid), measure(q_BV), 0.0), axis=-1) >= wanted
+        return jnp.where(enough, mid, lo), jnp.where(enough, hi, mid - 1)
+
+    hi = jax.lax.bitcast_convert_type(q_BV.max(-1), jnp.int32)
+    lo, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(hi), hi))
+    return jnp.where(kept(lo), q_BV, 0.0)
+
+
+def inverse_cdf(q_BV, u_B, block: int = 0):
+    """The token at which the cumulative mass of q passes u, in two levels: block sums, then inside one block.
+
+    q need not sum to one. A token of zero mass is never returned.
+    """
+    B, V = q_BV.shape
+    block = block or (512 if V > 16_384 else 64)
+    q_BXY = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+    sum_BX = q_BXY.sum(-1)
+    cum_BX = jnp.cumsum(sum_BX, axis=-1)
+    aim_B = u_B * cum_BX[:, -1]
+    x_B = _first_past(cum_BX, sum_BX, aim_B)
+    before_B = jnp.where(x_B > 0, jnp.take_along_axis(cum_BX, jnp.maximum(x_B - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    q_BY = jnp.take_along_axis(q_BXY, x_B[:, None, None], axis=1)[:, 0]
+    y_B = _first_past(jnp.cumsum(q_BY, axis=-1), q_BY, aim_B - before_B)
+    return x_B * block + y_B
+
+
+def _first_past(cum, mass, aim_B):
+    """First index with mass whose cumulative mass exceeds the aim; the last one with mass where rounding leaves none.
+
+    Asking for mass as well makes it right whatever the sums' rounding: a prefix sum need not be flat across zeros, and the
+    compiler may sum twice, in two orders.
+    """
+    index = jnp.arange(mass.shape[1], dtype=jnp.int32)[None]
+    last_B = jnp.max(jnp.where(mass > 0, index, 0), axis=-1)
+    return jnp.min(jnp.where((cum > aim_B[:, None]) & (mass > 0), index, last_B[:, None]), axis=-1)
+
+
+def row_keys(key: jax.Array, ids) -> jax.Array:
+    """One key a row from integers that name the rows (their sample ids): independent of batch, order and host."""
+    if not isinstance(ids, jax.Array):
+        ids = jax.device_put(np.asarray(ids, np.uint32), _everywhere(key))
+    return _row_keys(key, ids)
+
+
+def _everywhere(like: jax.Array):
+    """Replicated over the devices that hold `like`; None, the default device, for a single one."""
+    s = like.sharding
+    return jax.sharding.NamedSharding(s.mesh, jax.sharding.PartitionSpec()) if hasattr(s, "mesh") else None
+
+
+@jax.jit
+def _row_keys(key, id_B):
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(id_B)
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The padded length: multiples of `least` up to 8 of them, then steps of a quarter of the power of two below."""
+    step = max(least, 1 << max(0, (max(length, 1) - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def pad_rows(rows, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of token ids -> (int32 [B, width] right-padded with 0, int32 lengths)."""
+    out = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = row
+    return out, np.array([len(r) for r in rows], np.int32)

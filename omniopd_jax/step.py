@@ -1,0 +1,228 @@
+"""TrainState and the two jitted passes of a step: `score_step` (no gradient) and `train_step` (the update).
+
+Both are pure. The hidden state that produces response token t stands at index prompt_length + t - 1 of its row; one
+function owns that index (`response_hidden`), here and nowhere else.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from omniopd_jax import model, objective, optim, sharding, spread, vocab
+
+
+@flax.struct.dataclass
+class TrainState:
+    """params: float32 master weights. key: the run's PRNG key; every use folds the step in, so it never changes."""
+
+    params: dict
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+def response_hidden(hidden_BLD, prompt_length_B, T: int):
+    """hidden_BTD, row b, position t: the state at prompt_length + t - 1, whose distribution produces y_t."""
+    index_BT = prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None] - 1
+    index_BT = jnp.minimum(index_BT, hidden_BLD.shape[1] - 1)
+    return jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
+
+
+def response_tokens(token_BL, prompt_length_B, T: int):
+    """target_BT: y_t stands at prompt_length + t of its row; positions past the row repeat its last token."""
+    index_BT = prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    return jnp.take_along_axis(token_BL, jnp.minimum(index_BT, token_BL.shape[1] - 1), axis=1)
+
+
+def score(params: dict, token_BL, prompt_length_B, T: int, *, model_cfg, block: int, micro_batches: int):
+    """Log-prob and entropy of every response token under `params`, by the training graph (method.md, section 2).
+
+    Args:
+      token_BL, prompt_length_B: as in `objective.Batch`.
+      T: response positions to score.
+      block: positions a block of the vocabulary pass.
+      micro_batches: rows are scored in so many pieces.
+
+    Returns:
+      vocab.TokenStats, [B, T], float32; what stands past a row's length means nothing.
+    """
+
+    params, mesh = spread.spread(params, model_cfg.mesh, model_cfg.dtype), model_cfg.mesh
+
+    def one(rows):
+        token, prompt_length = rows
+        hidden_BTD = response_hidden(model.hidden(params, model_cfg, token), prompt_length, T)
+        target_BT = response_tokens(token, prompt_length, T)
+
+        def stats(head, rows):
+            return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], block=block)
+
+        return spread.over_rows(stats, mesh, spread.head(params), (hidden_BTD, target_BT))[1]
+
+    stats = jax.lax.map(one, _split((token_BL, prompt_length_B), micro_batches))
+    return _join(stats)
+
+
+def loss_and_grads(
+    params, ref_params, batch: objective.Batch, weight_BT, mask_BT, *, model_cfg, cfg, teacher_params=None, teacher_cfg=None
+):
+    """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
+
+    `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
+
+    Returns:
+      (loss, grads, vocab.LossStats [B, T]).
+    """
+    T, mesh = weight_BT.shape[1], model_cfg.mesh
+    params = spread.spread(params, mesh)
+    ref, teacher = None, None
+    if cfg.anchor.kl_coef:
+        ref = spread.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
+    if cfg.objective.name == "opd_exact":
+        teacher = spread.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
+
+    def over_vocabulary(heads, rows):
+        head, ref_head, teacher_head = heads
+        h, ref_h, teacher_h, target, weight, mask = rows
+        loss, stats = vocab.weighted_nll_and_kl(
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, block=cfg.vocab_block
+        )
+        if teacher_head is not None:
+            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, block=cfg.vocab_block)[0]
+        return loss, stats
+
+    def micro_loss(params, rows):
+        token, prompt_length, weight, mask = rows
+
+        def hidden(p, p_cfg):
+            return None if p is None else response_hidden(model.hidden(p, p_cfg, token), prompt_length, T)
+
+        h = hidden(params, model_cfg)
+        with jax.named_scope("reference"):
+            ref_h = hidden(ref, model_cfg)
+        with jax.named_scope("teacher"):
+            teacher_h = hidden(teacher, teacher_cfg)
+        heads = tuple(p if p is None else spread.head(p) for p in (params, ref, teacher))
+        rows = (h, ref_h, teacher_h, response_tokens(token, prompt_length, T), weight, mask)
+        return spread.over_rows(over_vocabulary, mesh, heads, rows)
+
+    def add(carry, rows):
+        (loss, stats), grads = jax.value_and_grad(micro_loss, has_aux=True)(params, rows)
+        return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], grads)), stats
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    rows = _split((batch.token_BL, batch.prompt_length_B, weight_BT, mask_BT), cfg.micro_batches)
+    (loss, grads), stats = jax.lax.scan(add, zero, rows)
+    return loss, spread.collapse(grads, model_cfg), _join(stats)
+
+
+def update(
+    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats, teacher_params=None, *,
+    model_cfg, cfg, teacher_cfg=None,
+):  # fmt: skip
+    """One optimizer update from one scored and audited batch.
+
+    Args:
+      state: donated.
+      ref_params: the frozen initial student.
+      batch: the global batch with its feedback.
+      stats: what `score` returned for it with `state.params`: the policy that sampled it.
+
+    Returns:
+      (state, metrics of scalars, objective.ChunkTargets for the audit log).
+    """
+    weight_BT, mask_BT = objective.weights(stats.logp_BT, batch, cfg)
+    loss, grads, loss_stats = loss_and_grads(
+        state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg,
+        teacher_params=teacher_params, teacher_cfg=teacher_cfg,
+    )  # fmt: skip
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optim.make_optimizer(cfg).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    targets = objective.chunk_targets(stats.logp_BT, batch, cfg)
+    real_BT = objective.response_mask(batch.length_B, weight_BT.shape[1])
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
+        "score/update_logp_gap": (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max(),
+    } | objective.metrics(batch, targets, stats.entropy_BT, cfg)
+    if cfg.anchor.kl_coef:
+        metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics, targets
+
+
+def anchored_mean(kl_BT, mask_BT):
+    """Mean KL over the anchor's tokens, without its coefficient; 0 where there are none."""
+    on_BT = (mask_BT > 0).astype(jnp.float32)
+    return (kl_BT * on_BT).sum() / jnp.maximum(on_BT.sum(), 1.0)
+
+
+@flax.struct.dataclass
+class Steps:
+    """The jitted passes, with their shardings; built once a run by `make_steps`."""
+
+    score_step: object = flax.struct.field(pytree_node=False)
+    train_step: object = flax.struct.field(pytree_node=False)
+    state_shardings: TrainState = flax.struct.field(pytree_node=False)
+
+
+def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Steps:
+    """Jits `score` and `update` for a mesh. Rows lie over (data, fsdp); parameters and optimizer state as their rules say.
+
+    `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
+    """
+    rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
+    state = state_shardings(model_cfg, cfg, mesh)
+    teacher = sharding.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
+    score_step = jax.jit(
+        functools.partial(score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches),
+        static_argnums=(3,),
+        in_shardings=(state.params, rows, rows),
+        out_shardings=rows,
+    )
+    train_step = jax.jit(
+        functools.partial(update, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg),
+        in_shardings=(state, state.params, rows, rows, teacher),
+        out_shardings=(state, all_, rows),
+        donate_argnums=(0,),
+    )
+    return Steps(score_step, train_step, state)
+
+
+def abstract_state(model_cfg, cfg) -> TrainState:
+    """TrainState of ShapeDtypeStructs."""
+    params = jax.eval_shape(lambda k: model.init(k, model_cfg), jax.random.key(0))
+    return jax.eval_shape(lambda p: new_state(p, cfg, jax.random.key(0)), params)
+
+
+def state_shardings(model_cfg, cfg, mesh) -> TrainState:
+    """Where every leaf of the state lies: eval_shape -> shardings -> created already sharded."""
+    shape = abstract_state(model_cfg, cfg)
+    params = sharding.param_shardings(model_cfg, mesh)
+    all_ = sharding.replicated(mesh)
+    opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
+    return TrainState(params, opt, all_, all_)
+
+
+def new_state(params: dict, cfg, key: jax.Array) -> TrainState:
+    """The state before the first update. `params` are float32; `key` is the run's."""
+    return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key)
+
+
+def create_state(params: dict, cfg, steps: Steps, key: jax.Array) -> TrainState:
+    """`new_state`, jitted with its output already sharded."""
+    return jax.jit(functools.partial(new_state, cfg=cfg), out_shardings=steps.state_shardings)(params, key=key)
+
+
+def _split(tree, n: int):
+    """[B, ...] -> [n, B/n, ...] so that no row changes its device: micro-batch i takes every n-th row."""
+    return jax.tree.map(lambda a: a.reshape((a.shape[0] // n, n, *a.shape[1:])).swapaxes(0, 1), tree)
+
+
+def _join(tree):
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape((-1, *a.shape[2:])), tree)

@@ -1,0 +1,242 @@
+"""Money: what a model costs, what a run will cost, and caps that concurrent calls cannot overshoot.
+
+Before a call goes out, the most that it can cost is reserved (bytes for tokens, every output token used) and written
+to the journal; when its answer is there, what was billed takes the reservation's place. A call whose outcome is
+unknown stays spent. Caps count everything that the journal folder has seen, so that a resumed run does not start from
+zero.
+"""
+
+import asyncio
+import dataclasses
+import math
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import TeacherStopped
+from omniopd_jax.teachers.journal import Journal, Totals
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """USD per million tokens: fresh input, input served from the provider's cache, output, input written to it."""
+
+    input: float = 0.0
+    cached: float = 0.0
+    output: float = 0.0
+    written: float = 0.0
+
+    def cost(self, tokens_in: int, tokens_cached: int, tokens_out: int, tokens_written: int = 0) -> float:
+        """Dollars; `tokens_in` holds the cached and the written ones."""
+        fresh = tokens_in - tokens_cached - tokens_written
+        parts = fresh * self.input + tokens_cached * self.cached + tokens_written * self.written
+        return (parts + tokens_out * self.output) / 1e6
+
+
+# Looked up in stored copies of public pages, November 2026; check before spending: prices change without notice.
+# Anthropic: https://platform.claude.com/docs/en/about-claude/pricing (cache writes kept 5 minutes)
+# OpenAI: https://developers.openai.com/api/docs/pricing, read through secondary tables of March to November 2026
+# Gemini: https://ai.google.dev/gemini-api/docs/pricing, the 2.5 rows unverified
+# The longest name that a model's name begins with is taken: dated names find their family.
+PRICES = {
+    "claude-haiku-4-5": Price(1.00, 0.10, 5.00, 1.25),
+    "claude-haiku-5-5": Price(0.10, 0.01, 0.50, 0.125),  # up to 100,000 prompt tokens; five times that above
+    "claude-sonnet-4-5": Price(3.00, 0.30, 15.00, 3.75),
+    "claude-sonnet-4-6": Price(3.00, 0.30, 15.00, 3.75),
+    "claude-sonnet-5": Price(2.00, 0.20, 10.00, 2.50),
+    "claude-sonnet-5-5": Price(2.00, 0.10, 10.00, 2.50),
+    "claude-opus-4-": Price(5.00, 0.50, 25.00, 6.25),  # 4.5 to 4.8
+    "claude-opus-5": Price(5.00, 0.50, 25.00, 6.25),
+    "gpt-4o": Price(2.50, 1.25, 10.00, 2.50),
+    "gpt-4o-mini": Price(0.15, 0.075, 0.60, 0.15),
+    "gpt-4.1": Price(2.00, 0.50, 8.00, 2.00),
+    "gpt-4.1-mini": Price(0.40, 0.10, 1.60, 0.40),
+    "gpt-4.1-nano": Price(0.10, 0.025, 0.40, 0.10),
+    "gpt-5": Price(1.25, 0.125, 10.00, 1.25),
+    "gpt-5-mini": Price(0.25, 0.025, 2.00, 0.25),
+    "gpt-5-nano": Price(0.05, 0.005, 0.40, 0.05),
+    "gpt-5.4": Price(2.50, 0.25, 15.00, 2.50),
+    "gpt-5.4-mini": Price(0.75, 0.075, 4.50, 0.75),
+    "gemini-2.5-flash": Price(0.30, 0.03, 2.50, 0.30),  # unverified
+    "gemini-2.5-flash-lite": Price(0.10, 0.01, 0.40, 0.10),  # unverified
+    "gemini-3.8-flash": Price(0.75, 0.075, 3.75, 0.75),  # until 31 December 2026, then 1.50 / 0.15 / 7.50
+}
+
+
+def price(cfg, *, self_hosted: bool) -> Price:
+    """The price of `teacher.model`: the config's where it is given, else the table's; a server of one's own is free.
+
+    Raises:
+      UserError: no price is known and `budget.usd` needs one.
+    """
+    t = cfg.teacher
+    known = [name for name in PRICES if t.model.startswith(name)] if not self_hosted else []
+    base = PRICES[max(known, key=len)] if known else Price()
+    given = {"input": t.price_input, "cached": t.price_cached, "output": t.price_output}
+    given = {name: value for name, value in given.items() if value >= 0}
+    if cfg.budget.usd and not known and not {"input", "output"} <= given.keys():
+        raise UserError(
+            f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {t.model!r}, which no table has: set "
+            "teacher.price_input and teacher.price_output (USD per million tokens; 0 for a server of your own)"
+        )
+    if "input" in given:
+        scale = t.price_input / base.input if base.input else 1.0
+        given["written"] = base.written * scale if base.written else t.price_input
+        given.setdefault("cached", base.cached * scale if base.cached else t.price_input)
+    return dataclasses.replace(base, **given)
+
+
+class Budget:
+    """Reserves before a call, settles after it. The journal makes it exact over processes and restarts."""
+
+    def __init__(self, cfg, journal: Journal, price: Price):
+        b = cfg.budget
+        self.caps = Totals(b.calls, b.tokens, b.usd)
+        self.on_exhausted = b.on_exhausted
+        self.journal, self.price = journal, price
+        self.in_flight = 0
+        self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
+        self.arrived = 0  # continuations, for the mean cost of one
+        self.spent_here = Totals()
+
+    def divide(self, hosts: int) -> None:
+        """Gives this process its part of the caps, where the run's hosts keep their journals on disks of their own.
+
+        Processes that share a folder share the caps by themselves.
+        """
+        self.caps = Totals(self.caps.calls // hosts, self.caps.tokens // hosts, self.caps.usd / hosts)
+
+    def bind(self) -> None:
+        """Makes what belongs to the running event loop."""
+        self.settled, self.in_flight = asyncio.Event(), 0
+
+    async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
+        """Takes the upper bound of a call off the budget and returns the call's id.
+
+        Where the caps leave no room, waits while calls in flight may give some of theirs back.
+
+        Raises:
+          TeacherStopped: no room is left and nothing in flight could make any.
+        """
+        most = max(self.price.input, self.price.cached, self.price.written)
+        usd = (tokens_in * most + tokens_out * self.price.output) / 1e6
+        while True:
+            call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
+            if isinstance(call, int):
+                self.in_flight += 1
+                return call
+            if not self.in_flight:
+                spent = self.journal.totals()
+                raise TeacherStopped(
+                    f"budget.{call} = {getattr(self.caps, call)} is used up ({spent.calls} calls, {spent.tokens} "
+                    f"tokens, {spent.usd:.4f} USD spent): raise it and start again to go on from the checkpoint"
+                )
+            self.settled.clear()
+            await self.settled.wait()
+
+    def settle(self, call: int, status: str, reply=None, *, latency=0.0, error="", results=()) -> float:
+        """Puts what was billed in the reservation's place, writes the results down, and returns the dollars."""
+        usd, usage = 0.0, None
+        if reply is not None:
+            usd = self.price.cost(reply.tokens_in, reply.tokens_cached, reply.tokens_out, reply.tokens_written)
+            usage = (reply.tokens_in, reply.tokens_cached, reply.tokens_out, usd)
+            self.spent_here += Totals(1, reply.tokens_in + reply.tokens_out, usd)
+            self.arrived += len(results)
+        try:
+            self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
+        finally:
+            self.in_flight -= 1
+            self.settled.set()
+        return usd
+
+    def left(self) -> dict[str, float]:
+        """What each cap still allows; inf where there is none."""
+        spent = self.journal.totals()
+        names = ("usd", "tokens", "calls")
+        return {k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names}
+
+    def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
+        """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
+
+        With `budget.on_exhausted = "stop"` always what was asked for. Goes by the mean cost of a continuation so far;
+        until one has arrived in this process, nothing is lowered. At least 1 each: a budget that is used up stops the
+        run.
+
+        Args:
+          steps_left: optimizer steps still to come, this one included.
+          rows: responses a step in this process.
+          num_chunks, num_continuations: what the config asks for.
+        """
+        if self.on_exhausted == "stop" or not self.arrived:
+            return num_chunks, num_continuations
+        wanted = max(1, steps_left) * rows * num_chunks * num_continuations
+        left, share = self.left(), 1.0
+        for name in left:
+            mean = getattr(self.spent_here, name) / self.arrived
+            if mean > 0:
+                share = min(share, left[name] / (mean * wanted))
+        if self.on_exhausted == "fewer_audits":
+            return max(1, math.floor(num_chunks * share)), num_continuations
+        return num_chunks, max(1, math.floor(num_continuations * share))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Low, middle and high of a run's calls, tokens, dollars and hours."""
+
+    calls: tuple[float, float, float]
+    tokens_in: tuple[float, float, float]
+    tokens_out: tuple[float, float, float]
+    usd: tuple[float, float, float]
+    hours: tuple[float, float, float]
+
+    def table(self) -> str:
+        """Plain text, one row a quantity."""
+        rows = [("", "low", "middle", "high")]
+        for name, form in (
+            ("calls", ",.0f"),
+            ("tokens_in", ",.0f"),
+            ("tokens_out", ",.0f"),
+            ("usd", ",.2f"),
+            ("hours", ",.2f"),
+        ):
+            rows.append((name, *(format(value, form) for value in getattr(self, name))))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
+
+
+def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None) -> Estimate:
+    """What the run will ask of the teacher, before the first call.
+
+    Low: short prompts and answers, repeated input from the provider's cache, fast answers; high: every length at its
+      cap, nothing cached, slow answers, one call in ten repeated. Middle: half the caps, half of the repeated input
+      cached.
+
+    Args:
+      cfg: the recipe.
+      price: from `price()`.
+      takes_n: whether one call brings all N continuations of a chunk (the probe's answer).
+      latency_s: (median, slow) seconds a call, measured by the probe.
+      steps: optimizer steps still to come; `cfg.num_steps` by default.
+    """
+    a, t = cfg.audit, cfg.teacher
+    audits = (cfg.num_steps if steps is None else steps) * cfg.prompts_per_step * cfg.num_generations * a.num_chunks
+    fit = [min(1.0, length * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for length in (0.25, 0.5, 1.0)]
+    repeats = (1.0, 1.02, 1.1)
+    per_audit = 1 if takes_n else a.num_continuations
+    calls = tuple(audits * f * per_audit * r for f, r in zip(fit, repeats))
+    lengths = tuple(share * (cfg.max_prompt_length + cfg.max_completion_length / 2) for share in (0.25, 0.5, 1.0))
+    tokens_in = tuple(c * length for c, length in zip(calls, lengths))
+    each = a.chunk_tokens * a.num_continuations / per_audit
+    tokens_out = tuple(c * each * share for c, share in zip(calls, (0.8, 0.95, 1.0)))
+    again = 1 - 1 / (per_audit * a.num_chunks)  # the share of input that an earlier call of the response has sent
+    cached = (again, again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
+    usd = tuple(
+        price.cost(i, i * share, o, (i - i * share) if price.written > price.input else 0)
+        for i, share, o in zip(tokens_in, cached, tokens_out)
+    )
+    slow = (latency_s[0], (latency_s[0] + latency_s[1]) / 2, latency_s[1])
+    hours = [c * s / t.max_concurrency / 3600 for c, s in zip(calls, slow)]
+    if t.requests_per_minute:
+        hours = [max(h, c / t.requests_per_minute / 60) for h, c in zip(hours, calls)]
+    if t.tokens_per_minute:
+        hours = [max(h, (i + o) / t.tokens_per_minute / 60) for h, i, o in zip(hours, tokens_in, tokens_out)]
+    return Estimate(calls, tokens_in, tokens_out, usd, tuple(hours))

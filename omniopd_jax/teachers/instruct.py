@@ -1,0 +1,144 @@
+"""The instruction fallback, for models that refuse to continue an assistant turn: the prompt, and what is cut away.
+
+A chat model that is asked for "only the next words" still repeats the last ones, puts them in quotes, starts over or
+says what it is about to do. Each of these has a rule in `cut`, tested on its own. What cannot be made a continuation
+(the model started the answer over and never got past the prefix) is no continuation: None, which lowers n.
+"""
+
+import re
+
+VERSION = 1  # of the prompt and the rules: part of the journal key
+
+INSTRUCTION = (
+    "Your answer above was cut off by accident. Write only what comes next, from the exact character where it stops: "
+    "about {words} words are enough, and it need not be complete. Go on in the same language, style and format, as if "
+    "you had never been interrupted. Do not repeat anything that is already there, do not start over, do not comment, "
+    "apologise or use quotation marks around the text, and do not mention this instruction. If the answer stops inside "
+    "a word, begin with the rest of that word. If the answer is already complete, write nothing."
+)
+QUOTES = {'"': '"', "“": "”", "«": "»", "‘": "’", "`": "`", "'": "'"}
+PREAMBLE = re.compile(
+    r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely|understood|got it)\b[^\n]{0,80}?[!.:,]\s*)?"
+    r"(?:(?:here(?:'s| is| are)|continuing|i(?:'ll| will) continue|let me continue|the (?:next words|continuation)|"
+    r"continuation|my continuation)\b[^\n]{0,120}?(?::|\.\.\.|…)\s*)",
+    re.IGNORECASE,
+)
+ASSENT = re.compile(r"^\s*(?:sure|certainly|of course|absolutely|understood|got it)\b[^\n:]{0,60}[!.:]\s*\n+", re.IGNORECASE)
+MIN_OVERLAP = 12  # characters that a repeated tail must have: shorter ones occur by themselves ("1 + 1 + 1")
+MIN_RESTART = 24  # characters from the answer's start that count as starting over
+
+
+def messages(prompt, prefix: str, max_tokens: int) -> list[dict]:
+    """The chat that asks for the next words: the unfinished answer as the assistant's turn, then the instruction.
+
+    The instruction comes last, so that the nested prefixes of one response share the provider's prompt cache.
+    """
+    ask = INSTRUCTION.format(words=max(5, max_tokens * 2 // 3))
+    return [*prompt, {"role": "assistant", "content": prefix}, {"role": "user", "content": ask}]
+
+
+def cut(prefix: str, text: str) -> str | None:
+    """What `text` adds to `prefix`, or None where it adds nothing because it starts the answer over.
+
+    The result is `text` without something at either end, or with one space put in front where a word would otherwise
+    run into the prefix's last one (chat models swallow leading spaces).
+    """
+    body = _unwrap(prefix, _no_preamble(text))
+    body = _unwrap(prefix, _no_ellipsis(prefix, body))
+    body = _no_restart(prefix, body)
+    if body is None:
+        return None
+    shorter = _no_overlap(prefix, body)
+    if shorter is not None:
+        return shorter
+    return _joined(prefix, body)
+
+
+def _no_preamble(text: str) -> str:
+    """Takes off "Sure! Here is the continuation:" and its like."""
+    found = PREAMBLE.match(text) or ASSENT.match(text)
+    return text[found.end() :] if found else text
+
+
+def _no_ellipsis(prefix: str, text: str) -> str:
+    """Takes off the dots that stand for what came before."""
+    if prefix.rstrip().endswith(("...", "…")):
+        return text
+    return re.sub(r"^\s*(?:\.\.\.|…)\s?", "", text, count=1)
+
+
+def _unwrap(prefix: str, text: str) -> str:
+    """Takes off a code fence or quotation marks around the whole text, where the prefix has none open."""
+    stripped = text.strip()
+    fence = re.fullmatch(r"```[\w-]*\n(.*?)\n?```", stripped, re.DOTALL)
+    if fence and prefix.count("```") % 2 == 0:
+        return fence.group(1)
+    if len(stripped) >= 2 and (close := QUOTES.get(stripped[0])) and stripped[-1] == close:
+        inner = stripped[1:-1]
+        same = stripped[0] == close
+        opened = prefix.count(close) % 2 if same else prefix.count(stripped[0]) > prefix.count(close)
+        if close not in inner and stripped[0] not in inner and not opened:
+            return inner
+    return text
+
+
+def _squeezed(text: str) -> tuple[str, list[int]]:
+    """`text` with each run of whitespace as one space and none in front, and where each character came from."""
+    out, where = [], []
+    for i, char in enumerate(text):
+        if char.isspace():
+            if not out or out[-1] == " ":
+                continue
+            char = " "
+        out.append(char)
+        where.append(i)
+    return "".join(out), where
+
+
+def _no_restart(prefix: str, text: str) -> str | None:
+    """Takes off the whole prefix where the text begins with it; None where it starts over and does not get past it."""
+    old, _ = _squeezed(prefix.strip())
+    new, where = _squeezed(text)
+    if not old or not new:
+        return text
+    if len(old) >= MIN_OVERLAP and new.startswith(old):
+        rest = text[where[len(old) - 1] + 1 :]
+        return _after_space(prefix, rest)
+    start = old[:MIN_RESTART]
+    if len(old) > MIN_RESTART and len(new) >= MIN_RESTART and new.startswith(start):
+        return None
+    if len(new.strip()) >= MIN_OVERLAP and old.startswith(new.strip()):
+        return None
+    return text
+
+
+def _no_overlap(prefix: str, text: str) -> str | None:
+    """Takes off a repeat of the prefix's last words, or of the word it stops inside; None where there is neither."""
+    old, _ = _squeezed(prefix)
+    old = old.rstrip()
+    new, where = _squeezed(text)
+    for size in range(min(len(old), len(new)), MIN_OVERLAP - 1, -1):
+        if not old.endswith(new[:size]):
+            continue
+        at_word = size == len(old) or not (old[-size - 1].isalnum() and new[0].isalnum())
+        if at_word and " " in new[:size].strip():
+            return _after_space(prefix, text[where[size - 1] + 1 :])
+    part = re.search(r"[^\W\d_]{3,}$", prefix)
+    word = re.match(r"[^\W\d_]+", text)
+    if part and word and len(word.group()) > len(part.group()) and word.group().startswith(part.group()):
+        return text[len(part.group()) :]
+    return None
+
+
+def _after_space(prefix: str, rest: str) -> str:
+    """`rest` where the repeat has been cut: whitespace that the prefix already ends with is not said twice."""
+    return rest.lstrip() if prefix[-1:].isspace() else rest
+
+
+def _joined(prefix: str, text: str) -> str:
+    """Mends the seam: no whitespace twice, and a space between two words that would run together."""
+    if prefix[-1:].isspace():
+        return text.lstrip()
+    if text[:1].isalnum() and (prefix[-1:].isalnum() or prefix[-1:] in ".,;:!?)"):
+        return " " + text
+    return text

@@ -1,0 +1,177 @@
+"""A Hugging Face folder run in process behind the text protocol: its own tokenizer, text in, text out.
+
+Requests that arrive together are sampled together: the first waits a moment for the rest, prefixes are sorted by length
+and padded to buckets, and each distinct prefix is prefilled once for its n continuations. Each continuation draws from
+its own seed, so its text does not depend on who else is in the batch.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+from omniopd_jax import attention, hf, rollout, step
+from omniopd_jax.data import render
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import Continuation, ContinuationRequest, ContinuationResult, Usage
+
+MAX_ROWS = 1024  # continuations sampled at once
+SCORE_ROWS = 128  # responses scored at once
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _score(params, token_BL, prompt_length_B, T: int, model_cfg):
+    return step.score(params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1)
+
+
+class LocalTeacher:
+    """See the module. `foreign_tokenizer` says whether its vocabulary differs from the student's."""
+
+    def __init__(self, params, model_cfg, tokenizer, *, end_ids, foreign_tokenizer: bool, chat_template_kwargs=None):
+        self.params, self.model_cfg = params, model_cfg  # for the white-box baselines only
+        self._params = rollout.prepare(params, model_cfg)
+        self._cfg = model_cfg
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._kwargs = chat_template_kwargs
+        self._scoring: list[tuple[list[int], list[int], asyncio.Future]] = []
+        self._waiting: list[tuple[ContinuationRequest, asyncio.Future, float]] = []
+        self.foreign_tokenizer = foreign_tokenizer
+
+    async def check(self) -> str:
+        """One line on the model: it is loaded, so it answers."""
+        c = self._cfg
+        return f"local teacher: {c.family}, {c.num_layers} layers of {c.hidden_size}, vocabulary {c.vocab_size}"
+
+    async def continue_text(self, request: ContinuationRequest) -> ContinuationResult:
+        """Samples the wanted continuations, together with every request that waits at the same moment."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future, time.perf_counter()))
+        if len(self._waiting) == 1:
+            await asyncio.sleep(0)  # every task that is ready now gets its request in
+            await asyncio.sleep(0)
+            batch, self._waiting = self._waiting, []
+            try:
+                self._answer(batch)
+            except BaseException as error:
+                for _, waiting, _ in batch:
+                    if not waiting.done():
+                        waiting.set_exception(error)
+        return await future
+
+    async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
+        """White-box baseline: log-prob of each of `token_ids` after the prompt, with the student's own tokenizer.
+
+        Raises:
+          UserError: the tokenizers differ, so the tokens mean nothing here.
+        """
+        if self.foreign_tokenizer:
+            raise UserError("objective.name = 'opd' needs a teacher with the student's tokenizer")
+        future = asyncio.get_running_loop().create_future()
+        self._scoring.append((list(prompt_ids), list(token_ids), future))
+        if len(self._scoring) == 1:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            batch, self._scoring = self._scoring, []
+            try:
+                self._score(batch)
+            except BaseException as error:
+                for *_, waiting in batch:
+                    if not waiting.done():
+                        waiting.set_exception(error)
+        return await future
+
+    async def close(self) -> None:
+        """Drops the parameters."""
+        self._params = self.params = None
+
+    def _score(self, batch) -> None:
+        for start in range(0, len(batch), SCORE_ROWS):
+            part = batch[start : start + SCORE_ROWS]
+            P = rollout.bucket(max(len(p) for p, _, _ in part))
+            T = rollout.bucket(max(len(r) for _, r, _ in part))
+            rows = [p + r for p, r, _ in part] + [[0]] * (SCORE_ROWS - len(part))
+            token_BL, _ = rollout.pad_rows(rows, P + T)
+            length_B = np.array([len(p) for p, _, _ in part] + [1] * (SCORE_ROWS - len(part)), np.int32)
+            stats = _score(self.params, *jax.device_put((token_BL, length_B)), T, self._cfg)
+            logp_BT = jax.device_get(stats.logp_BT)
+            for (_, response, future), logp in zip(part, logp_BT):
+                future.set_result(logp[: len(response)])
+
+    def _answer(self, batch) -> None:
+        groups: dict[tuple, list] = {}
+        for item in batch:
+            r = item[0]
+            groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
+        for (n, max_tokens, temperature, top_p), items in groups.items():
+            texts = [render(self._tokenizer, r.messages, self._kwargs) + r.prefix for r, _, _ in items]
+            ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
+            size = max(1, MAX_ROWS // n)
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                sampled = self._sample([ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p)
+                for i, continuations, tokens_out in zip(part, *sampled, strict=True):
+                    request, future, since = items[i]
+                    usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=tokens_out)
+                    result = ContinuationResult(continuations, (), usage, time.perf_counter() - since)
+                    if not future.done():
+                        future.set_result(result)
+
+    def _sample(self, ids, requests, n: int, max_tokens: int, temperature: float, top_p: float):
+        """Continuations and tokens written of each request; rows are padded to a bucket so that shapes stay few."""
+        width = rollout.bucket(max(map(len, ids)))
+        rows = rollout.bucket(len(ids), 8)
+        seeds = [r.seed(i) for r in requests for i in r.indices] + [0] * ((rows - len(ids)) * n)
+        prompt_BP, length_B = rollout.pad_rows(list(ids) + [[0]] * (rows - len(ids)), width)
+        out = rollout.sample(
+            self._params, self._cfg, *jax.device_put((prompt_BP, length_B)), rollout.row_keys(_base_key(), seeds),
+            max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, num_samples=n, end_ids=self._end_ids,
+        )  # fmt: skip
+        token_BT, length_B, finished_B = jax.device_get((out.token_BT, out.length_B, out.finished_B))
+        answers, tokens_out = [], []
+        for b, (prefix, request) in enumerate(zip(ids, requests, strict=True)):
+            own = slice(b * n, (b + 1) * n)
+            tails = [list(map(int, t[:k])) for t, k in zip(token_BT[own], length_B[own], strict=True)]
+            finish = np.where(finished_B[own], "stop", "length")
+            answers.append(
+                tuple(
+                    Continuation(i, self._tail_text(prefix, tail), str(f))
+                    for i, tail, f in zip(request.indices, tails, finish, strict=True)
+                )
+            )
+            tokens_out.append(sum(map(len, tails)))
+        return answers, tokens_out
+
+    def _tail_text(self, prefix: list[int], tail: list[int]) -> str:
+        """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its left."""
+        near = prefix[-8:]
+        whole = self._tokenizer.decode(near + tail, skip_special_tokens=True)
+        return whole[len(self._tokenizer.decode(near, skip_special_tokens=True)) :]
+
+
+def _base_key():
+    return jax.random.key(jax.device_put(np.uint32(0x7EAC4E5)))
+
+
+def make(cfg) -> LocalTeacher:
+    """Loads `teacher.model`, a Hugging Face folder.
+
+    Raises:
+      UserError: no folder given, or one that can't be loaded.
+    """
+    if not cfg.teacher.model:
+        raise UserError("teacher.provider = 'local' needs teacher.model, a Hugging Face folder")
+    tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
+    student = hf.load_tokenizer(cfg.student.path)
+    params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
+    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype)
+    model_cfg = dataclasses.replace(model_cfg, dtype=cfg.compute_dtype, attention=backend)
+    return LocalTeacher(
+        params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),
+        foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
+        chat_template_kwargs=cfg.teacher.chat_template_kwargs,
+    )  # fmt: skip

@@ -1,0 +1,231 @@
+"""The capability probe: before any weights load, find out what the teacher can do, and how to make it continue.
+
+It asks four to some twenty short questions, through the same traffic, budget and journal as the run. The answers choose
+`teacher.continuation = auto`, are printed as a table and saved as `<run_dir>/teacher_probe.json`. What cannot work as a
+teacher (not reachable, key refused, hidden reasoning that cannot be switched off, an answer that is always started
+over) stops the run here with what to change.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import TeacherStopped, instruct, wire
+
+COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
+PREFIX = "one two three four five six seven"
+OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
+OPEN_PREFIX = "In a village that no map has ever shown,"
+PROBE_TOKENS = 16
+PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeReport:
+    """What the probe found: the mode, rows of (question, answer), (median, slow) seconds and dollars a call."""
+
+    model: str
+    mode: str
+    rows: tuple[tuple[str, str], ...]
+    latency_s: tuple[float, float]
+    usd_per_call: float
+    calls: int
+
+    def table(self) -> str:
+        """Plain text, one row a question."""
+        width = max(len(question) for question, _ in self.rows)
+        return "\n".join(f"{question.ljust(width)}  {answer}" for question, answer in self.rows)
+
+    def line(self) -> str:
+        """The one line for the log."""
+        return (
+            f"teacher {self.model!r}: continues by {self.mode!r}, {self.latency_s[0]:.2f} s and "
+            f"{self.usd_per_call:.6f} USD a call ({self.calls} calls probed)"
+        )
+
+
+async def probe(cfg) -> ProbeReport:
+    """Makes the teacher that `cfg` names, probes it and closes it again.
+
+    Raises:
+      UserError: it cannot be a teacher, and what to change; or its provider has no probe (`local`, `simulated`).
+    """
+    from omniopd_jax import teachers
+
+    teacher = teachers.make(cfg)
+    try:
+        await teacher.check()
+        if getattr(teacher, "report", None) is None:
+            raise UserError(f"teacher.provider = {cfg.teacher.provider!r} has no probe")
+        return teacher.report
+    finally:
+        await teacher.close()
+
+
+async def probe_teacher(teacher) -> ProbeReport:
+    """Probes a `RemoteTeacher`; the outcome goes to its journal and run folder. Raises `UserError` (see `probe`)."""
+    return await _Probe(teacher).run()
+
+
+class _Probe:
+    def __init__(self, teacher):
+        self.teacher, self.client, self.t = teacher, teacher.client, teacher.cfg.teacher
+        self.rows, self.latencies, self.usd, self.calls = [], [], 0.0, 0
+
+    async def run(self) -> ProbeReport:
+        start = time.monotonic()
+        await self._reach()
+        mode = await self._choose()
+        await self._sampling(mode)
+        slow = max(self.latencies)
+        latency = (statistics.median(self.latencies), slow)
+        usd = self.usd / max(1, self.calls)
+        self._row("one call", f"{latency[0]:.2f} s (slowest {slow:.2f} s), {usd:.6f} USD for {PROBE_TOKENS} tokens")
+        self._row("probe", f"{self.calls} calls, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
+        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls)
+        self._save(report)
+        return report
+
+    def _row(self, question, answer):
+        self.rows.append((question, wire.scrub(answer)))
+
+    def _save(self, report):
+        self.teacher.journal.put_mode(
+            self.t.provider, self.client.model, self.t.continuation, report.mode, dataclasses.asdict(report)
+        )
+        path = pathlib.Path(self.teacher.cfg.run_dir) / "teacher_probe.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    def _where(self):
+        return f"the teacher {self.client.model!r} at {wire.scrub(self.client.url)}"
+
+    async def _reach(self):
+        try:
+            said = await self.client.reach()
+        except wire.CallError as e:
+            if e.outcome == "rejected" and e.kind == "stop":
+                raise UserError(self._refusal(e)) from None
+            if e.outcome != "rejected":
+                raise UserError(
+                    f"{self._where()} is not reachable ({e}): start it, or mend teacher.base_url, network or proxy"
+                ) from None
+            said = str(e)
+        self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
+        self._row("reachable, key accepted", f"yes; {said}" if said else "yes")
+
+    def _refusal(self, error) -> str:
+        if error.status in (401, 403):
+            names = " or ".join(wire.KEYS[self.t.provider])
+            return f"{self._where()} refuses the key ({error}): set {names} to a valid one"
+        return f"{self._where()} cannot be used: {error}"
+
+    async def _ask(self, messages, prefix, mode, *, n=1, seed=1) -> wire.Reply:
+        """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
+        while True:
+            call = wire.Call(
+                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode, None
+            )
+            deadline = time.monotonic() + min(PATIENCE_S, self.t.deadline_s)
+            try:
+                sent = await self.teacher.traffic.send(call, b"probe", deadline=deadline, accept=lambda _: [], patient=False)
+            except TeacherStopped as e:
+                raise UserError(f"{self._where()}: {e}") from None
+            except wire.CallError as e:
+                if self.client.learn(e, call):
+                    n = n if self.client.seen.takes_n else 1
+                    continue
+                raise
+            self.latencies.append(self.teacher.traffic.latencies[-1])
+            self.usd += sent.usd
+            self.calls += sent.attempts
+            if sent.reply.tokens_hidden or any("<think>" in text.text for text in sent.reply.texts):
+                if self.client.silence():
+                    continue
+                raise UserError(
+                    f"{self._where()} spends its tokens on hidden reasoning ({sent.reply.tokens_hidden} of "
+                    f"{sent.reply.tokens_out}) and it cannot be switched off: choose a model that does not, or set "
+                    "teacher.chat_template_kwargs.enable_thinking = False where the server takes it"
+                )
+            return sent.reply
+
+    async def _choose(self) -> str:
+        """The configured mode, or the first that really continues; one that could not be told comes last."""
+        asked = self.t.continuation
+        modes = self.client.modes() if asked == "auto" else (asked,)
+        verdicts = {}
+        for mode in modes:
+            verdicts[mode] = await self._try(mode)
+            if verdicts[mode] == "continues":
+                break
+        unclear = [m for m, v in verdicts.items() if v == "unclear"]
+        if self.t.provider == "openai":  # any server takes a last assistant turn: that alone says nothing
+            unclear.sort(key=lambda mode: mode == "prefill")
+        good = [m for m, v in verdicts.items() if v == "continues"] + unclear
+        if not good:
+            said = "; ".join(f"{m}: {v}" for m, v in verdicts.items())
+            raise UserError(
+                f"{self._where()} does not continue an unfinished answer ({said}): set teacher.continuation = 'auto', "
+                "another mode, or choose another teacher"
+            )
+        mode = good[0]
+        self._row("mode", mode + ("" if verdicts[mode] == "continues" else " (accepted, but not seen to continue)"))
+        self._row("texts a call", "n" if self.client.seen.takes_n else "one")
+        return mode
+
+    async def _try(self, mode) -> str:
+        """What a mode comes to: the best of up to three answers, since a teacher samples and a service has bad moments."""
+        seen = []
+        while len(seen) < 3 and "continues" not in seen:
+            try:
+                # 2, not the run's N: enough to see whether n is honoured
+                reply = await self._ask(COUNT, PREFIX, mode, n=2 if self.client.seen.takes_n else 1, seed=len(seen) + 1)
+            except wire.CallError as e:
+                if e.kind == "retry":
+                    raise UserError(f"{self._where()} does not answer: {e}") from None
+                self._row(f"continues by {mode}", f"refused: {e}")
+                return f"refused: {e}"
+            seen.append(verdict(reply.texts[0].text, mode))
+            if self.client.seen.takes_n and len(reply.texts) == 1:
+                self.client.seen.takes_n = False
+        best = next(v for v in ("continues", "restarts", "unclear") if v in seen)
+        self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
+        return best
+
+    async def _sampling(self, mode):
+        """Does it sample, keep the seed, the cap on tokens and leading whitespace?"""
+        try:
+            first = await self._ask(OPEN, OPEN_PREFIX, mode, seed=11)
+            again = await self._ask(OPEN, OPEN_PREFIX, mode, seed=11)
+            other = await self._ask(OPEN, OPEN_PREFIX, mode, seed=12)
+        except wire.CallError as e:
+            raise UserError(f"{self._where()} does not answer: {e}") from None
+        texts = [reply.texts[0].text for reply in (first, again, other)]
+        greedy = len(set(texts)) == 1 and self.t.temperature > 0
+        self._row(
+            f"samples at temperature {self.t.temperature:g}",
+            "NO: three answers are equal; a greedy teacher makes k_sem 0 or N (is do_sample on?)" if greedy else "yes",
+        )
+        seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
+        self._row("seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken")
+        most = max(reply.tokens_out for reply in (first, again, other))
+        self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
+        self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
+        self._row("hidden reasoning", "none")
+        left_out = ", ".join(sorted(self.client.seen.dropped))
+        if left_out:
+            self._row("left out (refused)", left_out)
+
+
+def verdict(text: str, mode: str) -> str:
+    """`continues`, `restarts` or `unclear`: what a teacher made of the unfinished count."""
+    if mode == "instruct":
+        cut = instruct.cut(PREFIX, text)
+        text = "one" if cut is None else cut
+    words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
+    if words[:1] == ["eight"]:
+        return "continues"
+    return "restarts" if words[:1] == ["one"] else "unclear"

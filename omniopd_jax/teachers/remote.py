@@ -1,0 +1,320 @@
+"""A teacher behind a service: the journal first, then the wire, in the mode that the probe chose."""
+
+import asyncio
+import hashlib
+import json
+import pathlib
+import time
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import (
+    Continuation,
+    ContinuationRequest,
+    ContinuationResult,
+    Failure,
+    TeacherStopped,
+    Usage,
+    instruct,
+    wire,
+)
+from omniopd_jax.teachers import budget as money
+from omniopd_jax.teachers.journal import Journal
+from omniopd_jax.teachers.traffic import Traffic
+
+MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
+MAX_FAILED = 20  # calls in a row, over all requests: the service is gone
+
+
+class RemoteTeacher:
+    """Composes a provider's client with traffic, budget and journal (the protocol of `teachers.Teacher`).
+
+    Beyond the protocol, for the loop: `report` (the probe's, after `check`), `estimate(steps)`, `allowance(...)`,
+    `metrics()`, `journal.copy_to(folder)` and `journal.position()`.
+
+    Raises:
+      UserError: a missing key or price, a bad address, an unsound journal.
+    """
+
+    def __init__(self, cfg, client):
+        t = cfg.teacher
+        if not t.model:
+            raise UserError(f"teacher.model is empty: name the model of teacher.provider = {t.provider!r}")
+        self.cfg, self.client, self.replay = cfg, client, t.replay
+        if self.replay != "only":
+            client.check_settings()
+        self.price = money.price(cfg, self_hosted=client.self_hosted)
+        folder = pathlib.Path(t.journal or pathlib.Path(cfg.run_dir) / "journal")
+        if self.replay == "only" and not folder.is_dir():
+            raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
+        self.journal = Journal(folder)
+        self.budget = money.Budget(cfg, self.journal, self.price)
+        self.traffic = Traffic(cfg, client, self.budget)
+        # known to be the student's own only where both are named; else continuations are trimmed by characters
+        self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
+        self.mode = None if t.continuation == "auto" else t.continuation
+        self.report = None
+        self.loop = None
+        self.resolving = None
+        self.refused = 0
+        self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        self.window = {"usage": Usage(), "failed": 0, "asked": 0, "replayed": 0}
+
+    # the protocol
+
+    async def check(self) -> str:
+        """Probes the teacher (or, with `replay = only`, opens the journal) and returns one line; the table is `report`.
+
+        Raises:
+          UserError: unreachable, refused, or impossible as a teacher, and what to change.
+        """
+        from omniopd_jax.teachers import probe
+
+        if self.replay == "only":
+            return f"teacher {self.client.model!r}: replay of {self.journal.count()} journal entries, no connection"
+        await self._bind()
+        self.report = await probe.probe_teacher(self)
+        self.mode = self.report.mode
+        return self.report.line()
+
+    async def continue_text(self, request: ContinuationRequest) -> ContinuationResult:
+        """Answers from the journal where `replay` allows it, and asks the rest. Raises only `TeacherStopped`."""
+        start = time.monotonic()
+        try:
+            mode = await self._mode()
+            key, about = self._key(request, mode)
+            known = {}
+            if self.replay != "off":
+                known = self.journal.get(key, request.sample_id, request.peak, request.indices)
+            missing = tuple(i for i in request.indices if i not in known)
+            usage = Usage()
+            if missing and self.replay == "only":
+                raise TeacherStopped(
+                    f"teacher.replay = 'only': journal {str(self.journal.folder)!r} has no continuation {missing[0]} "
+                    f"of sample {request.sample_id} at peak {request.peak} by these settings ({self.client.model!r}, "
+                    f"{mode!r}); set teacher.replay = 'prefer' to ask for what is missing"
+                )
+            if missing:
+                fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
+                known |= fresh
+        except UserError as e:
+            stop = e if isinstance(e, TeacherStopped) else TeacherStopped(str(e))
+            self.stopped = self.stopped or stop
+            raise stop from None
+        entries = [known[i] for i in request.indices]
+        failures = tuple(e for e in entries if isinstance(e, Failure))
+        replayed = len(request.indices) - len(missing)
+        self.window["usage"] += usage
+        self.window["failed"] += len(failures)
+        self.window["asked"] += len(request.indices)
+        self.window["replayed"] += replayed
+        continuations = tuple(e for e in entries if isinstance(e, Continuation))
+        return ContinuationResult(continuations, failures, usage, time.monotonic() - start, replayed)
+
+    async def close(self) -> None:
+        """Closes connections and the journal."""
+        await self.client.close()
+        self.journal.close()
+
+    # for the loop
+
+    def metrics(self) -> dict[str, float]:
+        """`teacher/*` since the last time this was called; `cost_usd_total` counts all that the journal has seen."""
+        window, self.window = self.window, {"usage": Usage(), "failed": 0, "asked": 0, "replayed": 0}
+        latencies, self.traffic.latencies = sorted(self.traffic.latencies), []
+        usage = window["usage"]
+
+        def quantile(q):
+            return latencies[min(len(latencies) - 1, int(q * len(latencies)))] if latencies else 0.0
+
+        return {
+            "teacher/calls": usage.calls,
+            "teacher/retries": usage.retries,
+            "teacher/failed": window["failed"],
+            "teacher/replayed": window["replayed"],
+            "teacher/latency_p50": quantile(0.5),
+            "teacher/latency_p95": quantile(0.95),
+            "teacher/tokens_in": usage.tokens_in,
+            "teacher/tokens_out": usage.tokens_out,
+            "teacher/cost_usd": usage.cost_usd,
+            "teacher/cost_usd_total": self.journal.totals().usd,
+            "teacher/cache_hit_rate": usage.tokens_cached / usage.tokens_in if usage.tokens_in else 0.0,
+        }
+
+    def estimate(self, steps: int | None = None) -> money.Estimate:
+        """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`."""
+        latency = self.report.latency_s if self.report else (1.0, 5.0)
+        takes_n = bool(self.client.seen.takes_n)
+        return money.estimate(self.cfg, self.price, takes_n=takes_n, latency_s=latency, steps=steps)
+
+    def allowance(self, steps_left: int, rows: int) -> tuple[int, int]:
+        """(M, N) for the next step: see `Budget.allowance`."""
+        a = self.cfg.audit
+        return self.budget.allowance(steps_left, rows, a.num_chunks, a.num_continuations)
+
+    # inside
+
+    def refuse(self, error) -> None:
+        """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
+        self.refused += 1
+        if error.status == 404 or error.field == "temperature" or self.refused >= MAX_REFUSED:
+            advice = "set teacher.temperature = 1.0" if error.field == "temperature" else "check teacher.model and base_url"
+            raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
+
+    async def _bind(self):
+        """Ties connections and queues to the running event loop; a loop of its own a step works too."""
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop:
+            self.loop = loop
+            self.traffic.bind()
+            self.resolving = asyncio.Lock()
+            await self.client.open()
+
+    async def _mode(self) -> str:
+        """The mode of continuing: configured, replayed from the journal, or probed once."""
+        if self.mode is None and self.replay == "only":
+            t = self.cfg.teacher
+            self.mode = self.journal.mode(t.provider, self.client.model, t.continuation)
+            if self.mode is None:
+                raise TeacherStopped(
+                    "teacher.replay = 'only': the journal has no probe of it; name the mode in teacher.continuation"
+                )
+        if self.replay != "only":
+            await self._bind()
+        if self.mode is None:
+            async with self.resolving:
+                if self.mode is None:
+                    await self.check()
+        return self.mode
+
+    def _key(self, request, mode) -> tuple[bytes, dict]:
+        """(hash of what is asked, what it says in words)."""
+        t = self.cfg.teacher
+        about = {
+            "provider": t.provider,
+            "model": self.client.model,
+            "mode": mode,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "chat_template_kwargs": t.chat_template_kwargs.to_dict(),
+            "tokenizer": t.tokenizer if mode == "completion" else "",
+            "version": f"{wire.VERSION}.{instruct.VERSION if mode == 'instruct' else 0}",
+        }
+        content = json.dumps([about, list(request.messages), request.prefix], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).digest(), about
+
+
+def _same_tokenizer(teacher: str, student: str) -> bool:
+    """Whether both name the same tokenizer: the same place, or folders with equal tokenizer.json."""
+    if not teacher or teacher == student:
+        return bool(teacher)
+    files = [pathlib.Path(path) / "tokenizer.json" for path in (teacher, student)]
+    return bool(student) and all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
+class _Audit:
+    """The wire side of one request: which calls to make, what they brought, what failed for good."""
+
+    def __init__(self, teacher: RemoteTeacher, request, mode, key):
+        self.teacher, self.request, self.mode, self.key = teacher, request, mode, key
+        self.found, self.usage = {}, Usage()
+        self.timed_out = False
+        # no real continuation of so many tokens is longer; a runaway body must not fill memory and journal
+        self.max_chars = max(4000, 40 * request.max_tokens)
+
+    async def run(self, missing, about) -> tuple[dict, Usage]:
+        """Asks for the missing indices; returns what became of each, and what was billed."""
+        client, traffic = self.teacher.client, self.teacher.traffic
+        async with traffic.order.turn(self.request.sample_id, self.request.peak) as (lane, answered):
+            if self.teacher.stopped:
+                raise TeacherStopped(str(self.teacher.stopped))
+            self.teacher.journal.describe(self.key, about, self.request.messages, self.request.prefix)
+            begun = time.monotonic()
+            deadline = begun + self.teacher.cfg.teacher.deadline_s
+            await self._ask(missing if client.seen.takes_n else missing[:1], missing, lane, deadline)
+            answered()  # the provider's cache is filled: the next prefix may go, and the rest of this one side by side
+            while todo := tuple(i for i in missing if i not in self.found):
+                if client.seen.takes_n:
+                    await self._ask(todo, missing, None, deadline)
+                else:
+                    await self._side_by_side(todo, missing, deadline)
+        self._finish(begun)
+        return self.found, self.usage
+
+    async def _side_by_side(self, todo, missing, deadline):
+        """One call an index; a stop waits for the others, whose texts are paid for."""
+        asked = (self._ask((i,), missing, None, deadline) for i in todo)
+        errors = [e for e in await asyncio.gather(*asked, return_exceptions=True) if e is not None]
+        if errors:
+            raise next((e for e in errors if isinstance(e, TeacherStopped)), errors[0])
+
+    async def _ask(self, group, missing, lane, deadline):
+        """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""
+        t, r = self.teacher, self.request
+        while True:
+            call = wire.Call(
+                r.messages,
+                r.prefix,
+                len(group),
+                r.max_tokens,
+                r.temperature,
+                r.top_p,
+                r.seed(group[0]),
+                self.mode,
+                lane,
+            )
+            try:
+                sent = await t.traffic.send(
+                    call, self.key, deadline=deadline, accept=lambda reply, group=group: self._rows(reply, group)
+                )
+                break
+            except wire.CallError as e:
+                self.usage += Usage(calls=e.attempts, retries=max(0, e.attempts - 1))
+                if t.client.learn(e, call):
+                    group = group if t.client.seen.takes_n else group[:1]
+                    continue
+                if e.kind == "refused":  # the same for every index: ask no more
+                    group = tuple(i for i in missing if i not in self.found)
+                    t.refuse(e)
+                self.timed_out |= "deadline" in str(e)
+                self.found |= {i: Failure(i, str(e)) for i in group}
+                return
+        reply = sent.reply
+        t.refused = 0
+        self.usage += Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
+        if len(reply.texts) == 1 < len(group):
+            t.client.seen.takes_n = False  # the server ignores n: one a call from here on
+        self.found |= {row[3].index: row[3] for row in sent.rows}
+        for index, _ in zip(group, reply.texts):
+            self.found.setdefault(index, Failure(index, self._why_not(reply)))
+
+    def _rows(self, reply, group):
+        """Journal rows of the texts that are continuations."""
+        rows, r = [], self.request
+        for index, item in zip(group, reply.texts):
+            text = item.text[: self.max_chars]
+            kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
+            if kept is None or (not kept and item.finish == "length"):
+                continue
+            continuation = Continuation(index, kept, item.finish)
+            rows.append((self.key, r.sample_id, r.peak, continuation, text if kept != text else None))
+        return rows
+
+    def _why_not(self, reply) -> str:
+        if reply.tokens_hidden:
+            return f"empty: {reply.tokens_hidden} tokens went into hidden reasoning; switch the teacher's thinking off"
+        return "no continuation: empty at the length limit, or the answer was started over"
+
+    def _finish(self, begun):
+        """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume."""
+        failures = [f for f in self.found.values() if isinstance(f, Failure)]
+        traffic = self.teacher.traffic
+        nothing_since = traffic.last_success < begun
+        if failures and nothing_since and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
+            raise TeacherStopped(
+                f"the teacher {self.teacher.client.model!r} has not answered for {time.monotonic() - begun:.0f} s "
+                f"({traffic.failed_in_a_row} calls in a row; the last: {failures[-1].error}); "
+                "start again to go on from the checkpoint once it is back"
+            )
+        for failure in failures:
+            self.teacher.journal.put_failure(self.key, self.request.sample_id, self.request.peak, failure)

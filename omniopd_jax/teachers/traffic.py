@@ -1,0 +1,251 @@
+"""Traffic: how many calls are in flight, how fast they go out, in which order, and when to ask again.
+
+Everything here belongs to one event loop. Hedging (asking twice and taking the first) is off: it would pay twice.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import time
+
+from omniopd_jax.teachers import TeacherStopped
+from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply
+
+FIRST_BACKOFF_S = 0.5
+LAST_BACKOFF_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A call that was answered: the reply, the journal rows made of it, dollars, and exchanges that it took."""
+
+    reply: Reply
+    rows: list
+    usd: float
+    attempts: int
+
+
+class Bucket:
+    """Lets at most `per_minute` units through a minute, in bursts of a tenth of that; 0 = no limit."""
+
+    def __init__(self, per_minute: float = 0.0):
+        self.rate, self.level, self.at = 0.0, 0.0, time.monotonic()
+        self.turn = asyncio.Lock()  # waiters are served in order
+        self.set(per_minute)
+
+    def set(self, per_minute: float) -> None:
+        """Changes the limit."""
+        self.rate, self.burst = per_minute / 60.0, max(1.0, per_minute / 10.0)
+        self.level = min(self.level, self.burst) if self.level else self.burst
+
+    async def take(self, units: float) -> None:
+        """Waits until `units` may pass; more than a burst counts as a burst."""
+        if not self.rate:
+            return
+        units = min(units, self.burst)
+        async with self.turn:
+            while True:
+                now = time.monotonic()
+                self.level, self.at = min(self.burst, self.level + (now - self.at) * self.rate), now
+                if self.level >= units:
+                    self.level -= units
+                    return
+                await asyncio.sleep((units - self.level) / self.rate)
+
+
+class Order:
+    """Which request goes next: so many responses at a time, and each one's prefixes in ascending order.
+
+    A response's later prefix is let through when the one before has its first answer, so that it finds the cache
+    filled. Requests of one response that are started together are put in order; each response holds one lane
+    (connection).
+    """
+
+    def __init__(self, responses: int, *, ascending: bool):
+        self.ascending = ascending
+        self.lanes = list(range(responses - 1, -1, -1))
+        self.queue = []  # futures of responses that wait for a lane
+        self.waiting = {}  # sample id -> {ticket: event}
+        self.lane = {}  # sample id -> lane, or a future of it
+        self.users = {}  # sample id -> requests that wait or run
+        self.count = 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self, sample_id: str, peak: int):
+        """Waits for the request's turn; yields (lane, answered). Call `answered()` when the first answer is there."""
+        self.count += 1
+        ticket, go = (peak, self.count), asyncio.Event()
+        waiting = self.waiting.setdefault(sample_id, {})
+        waiting[ticket] = go
+        held = {ticket}
+
+        def answered():
+            if ticket in held:
+                held.clear()
+                del waiting[ticket]
+                if waiting:
+                    waiting[min(waiting)].set()
+
+        self.users[sample_id] = self.users.get(sample_id, 0) + 1
+        try:
+            await asyncio.sleep(0)  # the response's other requests, started in the same breath, take their tickets
+            lane = await self._lane(sample_id)
+            if self.ascending:
+                if min(waiting) == ticket:
+                    go.set()
+                await go.wait()
+            yield (lane if self.ascending else None), answered
+        finally:
+            answered()
+            self._leave(sample_id)
+
+    async def _lane(self, sample_id):
+        if sample_id not in self.lane:
+            loop = asyncio.get_running_loop()
+            self.lane[sample_id] = loop.create_future()
+            if self.lanes:
+                self.lane[sample_id].set_result(self.lanes.pop())
+            else:
+                self.queue.append((sample_id, self.lane[sample_id]))
+        return await asyncio.shield(self.lane[sample_id])
+
+    def _leave(self, sample_id):
+        self.users[sample_id] -= 1
+        if self.users[sample_id]:
+            return
+        del self.users[sample_id], self.waiting[sample_id]
+        future = self.lane.pop(sample_id, None)
+        if future is None:
+            return
+        if not future.done():
+            self.queue = [item for item in self.queue if item[1] is not future]
+        elif self.queue:
+            self.queue.pop(0)[1].set_result(future.result())
+        else:
+            self.lanes.append(future.result())
+
+
+class Traffic:
+    """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
+
+    def __init__(self, cfg, client, budget):
+        t = cfg.teacher
+        self.client, self.budget = client, budget
+        self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
+        self.ascending = t.prefix_order == "ascending"
+        self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
+        self.jitter = random.Random()  # not the run's seed: processes must not retry in step
+        self.calls = self.retries = 0
+        self.failed_in_a_row = 0
+        self.latencies = []
+        self.last_success = float("-inf")
+
+    def bind(self) -> None:
+        """Makes what belongs to the running event loop."""
+        self.slots = asyncio.Semaphore(self.max_concurrency)
+        self.order = Order(self.max_concurrency, ascending=self.ascending)
+        self.requests, self.tokens = Bucket(self.requests_per_minute), Bucket(self.tokens_per_minute)
+        self.not_before = 0.0
+        self.budget.bind()
+
+    async def send(self, call: Call, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
+        """One call until it is answered, refused, or out of retries or time.
+
+        Args:
+          call: what to ask.
+          key: the journal's key of the request.
+          deadline: `time.monotonic()` after which nothing more is tried.
+          accept: turns the `Reply` into journal rows, before they are used.
+          patient: False gives up at once where nothing listens, and after two retries: for the probe.
+
+        Raises:
+          CallError: refused, or still failing; its `attempts` says how often it was sent.
+          TeacherStopped: nothing more can be asked.
+        """
+        tries = answered = 0
+        while True:
+            try:
+                reply, rows, usd = await self._once(call, key, deadline, accept)
+                return Sent(reply, rows, usd, tries + 1)
+            except CallError as e:
+                error = e
+            self.failed_in_a_row += error.kind == "retry"
+            # an unreachable server costs nothing and may come back: only the deadline ends that
+            tries, answered = tries + 1, answered + (error.outcome != "unsent")
+            error.attempts = tries
+            if error.kind == "stop":
+                raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
+            if error.kind != "retry" or (not patient and (error.outcome == "unsent" or tries > 2)):
+                raise error
+            if answered > self.max_retries:
+                raise error
+            ceiling = min(LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10))
+            wait = self.jitter.uniform(0, ceiling)  # full jitter
+            if error.retry_after is not None:
+                wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
+            if time.monotonic() + wait >= deadline:
+                missed = CallError(f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status)
+                missed.attempts = tries
+                raise missed
+            self.retries += 1
+            await asyncio.sleep(wait)
+
+    async def _once(self, call, key, deadline, accept):
+        """One exchange, with everything that belongs around it."""
+        id_ = None
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()) as limit:
+                async with self.slots:
+                    while (pause := self.not_before - time.monotonic()) > 0:
+                        await asyncio.sleep(pause)
+                    tokens_in, tokens_out = call.max_input_tokens(), call.n * call.max_tokens
+                    await self.requests.take(1)
+                    await self.tokens.take(tokens_in / 4 + tokens_out)
+                    id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)
+                    return await self._exchange(id_, call, accept)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise CallError("deadline missed: no answer in time", "retry", outcome="unknown") from None
+
+    async def _exchange(self, id_, call, accept):
+        """The call itself, settled whatever comes of it."""
+        self.calls += 1
+        start, settled = time.monotonic(), False
+        try:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    reply = await self.client.call(call)
+            except TimeoutError:
+                raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
+            latency = time.monotonic() - start
+            rows = accept(reply)
+            settled = True
+            usd = self.budget.settle(id_, "ok", reply, latency=latency, results=rows)
+            self.latencies.append(latency)
+            self.last_success, self.failed_in_a_row = time.monotonic(), 0
+            self._heed(reply.limits)
+            return reply, rows, usd
+        except CallError as e:
+            settled = True
+            self.budget.settle(id_, e.outcome, latency=time.monotonic() - start, error=str(e))
+            raise
+        finally:
+            if not settled:  # cancelled: a deadline, or the run ends; it may have been billed
+                self.budget.settle(id_, "unknown", latency=time.monotonic() - start, error="cancelled")
+
+    def _heed(self, limits: Limits) -> None:
+        """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left."""
+        if limits.requests_per_minute and not self.requests_per_minute:
+            self.requests_per_minute = limits.requests_per_minute
+            self.requests.set(limits.requests_per_minute)
+        if limits.tokens_per_minute and not self.tokens_per_minute:
+            self.tokens_per_minute = limits.tokens_per_minute
+            self.tokens.set(limits.tokens_per_minute)
+        for left, reset in (
+            (limits.requests_left, limits.requests_reset_s),
+            (limits.tokens_left, limits.tokens_reset_s),
+        ):
+            if left == 0 and reset:
+                self.not_before = max(self.not_before, time.monotonic() + min(reset, 120.0))

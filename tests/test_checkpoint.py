@@ -1,0 +1,225 @@
+"""Checkpoints: any mesh reads them, broken ones are moved aside loudly, and what is kept is what was asked for."""
+
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import FrozenConfigDict
+
+from omniopd_jax import checkpoint, model, sharding, step
+from omniopd_jax.checkpoint import Checkpoints
+from omniopd_jax.errors import UserError
+
+CFG = FrozenConfigDict(tiny.recipe("", "", ""))
+
+
+@pytest.fixture(scope="module")
+def state_on(model_cfg):
+    """state_on((data, fsdp, tp)) -> a TrainState with every leaf different, and one of its shape with shardings."""
+
+    def make(shape, number=1):
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), jax.devices()[: shape[0] * shape[1] * shape[2]])
+        where = step.state_shardings(model_cfg, CFG, mesh)
+
+        def new():
+            state = step.new_state(model.init(jax.random.key(0), model_cfg), CFG, jax.random.key(9))
+            leaves, tree = jax.tree.flatten(state.opt_state)
+            filled = [a + jnp.asarray(i, a.dtype) for i, a in enumerate(leaves)]
+            return state.replace(opt_state=tree.unflatten(filled), step=state.step + number)
+
+        state = jax.jit(new, out_shardings=where)()
+        return state, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
+
+    return make
+
+
+def data_of(state):
+    return checkpoint._plain(state)
+
+
+def equal(a, b) -> bool:
+    """To the last bit; leaves of no dimension too."""
+    a, b = ([np.asarray(x) for x in jax.tree.leaves(jax.device_get(t))] for t in (a, b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def written(state_on, tmp_path_factory):
+    """A run folder with steps 1, 2 and 3 of a (2, 2, 2) mesh."""
+    folder = tmp_path_factory.mktemp("run")
+    points = Checkpoints(folder, keep=3)
+    for number in (1, 2, 3):
+        points.save(state_on((2, 2, 2), number)[0], {"steps": number})
+    points.close()
+    return folder
+
+
+def copy(written, to):
+    import shutil
+
+    shutil.copytree(written, to)
+    return to
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 1, 1), (4, 2, 1)])
+def test_a_checkpoint_resumes_on_another_mesh(written, state_on, tmp_path, shape):
+    points = Checkpoints(copy(written, tmp_path / "run"), keep=3)
+    same, like = state_on(shape, 3)
+    state, meta = points.restore_newest(like)
+    assert meta == {"steps": 3} and equal(data_of(state), data_of(same))
+    for leaf, want in zip(jax.tree.leaves(data_of(state)), jax.tree.leaves(data_of(like))):
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+    points.close()
+
+
+def test_the_fingerprint_is_the_meshes_same_and_every_bits_own(state_on):
+    state, _ = state_on((2, 2, 2))
+    found = checkpoint.fingerprint(state)
+    assert found == checkpoint.fingerprint(state_on((1, 1, 1))[0])
+    embed = state.params["embed"]
+    for changed in (embed.at[3, 2].set(jnp.nextafter(embed[3, 2], 9.0)), embed.at[jnp.array([0, 1])].set(embed[:2][::-1])):
+        assert checkpoint.fingerprint(state.replace(params=state.params | {"embed": changed})) != found
+    assert checkpoint.fingerprint(state.replace(step=state.step + 1)) != found
+
+
+def damages():
+    def truncate(file):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    def garble(file):
+        data = bytearray(file.read_bytes())
+        for i in range(len(data) // 3, len(data), max(1, len(data) // 7)):
+            data[i] ^= 0x5A
+        file.write_bytes(bytes(data))
+
+    return {"truncated": truncate, "garbled": garble, "removed": pathlib.Path.unlink}
+
+
+def files_of(folder):
+    """The files of the newest step that hold numbers or say how to read them."""
+    found = [f for f in sorted((folder / "checkpoints" / "3").rglob("*")) if f.is_file() and f.stat().st_size]
+    return [f for f in found if f.name not in ("commit_success.txt", "_sharding", "_CHECKPOINT_METADATA")]
+
+
+@pytest.mark.parametrize("damage", damages())
+@pytest.mark.parametrize("which", ["data", "manifest.ocdbt", "_METADATA", "metadata"])
+def test_a_broken_newest_step_falls_back_to_the_one_before_loudly(written, state_on, tmp_path, capsys, damage, which):
+    folder = copy(written, tmp_path / "run")
+    # all data files: Orbax may leave some that the merged manifest does not name any more
+    chosen = [f for f in files_of(folder) if f.name == which or (which == "data" and f.parent.name == "d")]
+    assert chosen
+    for file in chosen:
+        damages()[damage](file)
+    points = Checkpoints(folder, keep=3)
+    same, like = state_on((1, 1, 1), 2)
+    state, meta = points.restore_newest(like)
+    assert meta == {"steps": 2} and equal(data_of(state), data_of(same))
+    said = capsys.readouterr().err
+    assert "warning: checkpoint 3" in said and "can't be restored" in said and "moved the broken checkpoint 3" in said
+    assert len(list((folder / checkpoint.CORRUPT).iterdir())) == 1
+    points.save(state_on((1, 1, 1), 3)[0], {"steps": 3})  # and is saved anew
+    points.wait()
+    assert points.latest() == 3
+    assert int(points.restore_newest(state_on((1, 1, 1), 3)[1])[0].step) == 3
+    points.close()
+
+
+def test_no_damage_to_any_one_file_loads_wrong_numbers(written, state_on, tmp_path):
+    """Whatever file is garbled: either the numbers are right to the last bit, or the step is refused."""
+    same, like = state_on((1, 1, 1), 3)
+    before = state_on((1, 1, 1), 2)[0]
+    refused = 0
+    for i, name in enumerate(f.relative_to(written) for f in files_of(written)):
+        folder = copy(written, tmp_path / str(i))
+        damages()["garbled"](folder / name)
+        points = Checkpoints(folder, keep=3)
+        state, meta = points.restore_newest(like)
+        refused += meta["steps"] == 2
+        assert equal(data_of(state), data_of(same if meta["steps"] == 3 else before)), name
+        points.close()
+    assert refused
+
+
+def test_all_broken_is_an_error_that_names_the_newest(written, state_on, tmp_path):
+    folder = copy(written, tmp_path / "run")
+    for file in (folder / "checkpoints").rglob("manifest.ocdbt"):
+        file.write_bytes(b"nothing")
+    points = Checkpoints(folder, keep=3)
+    with pytest.raises(UserError, match="checkpoint 3 .* can't be restored"):
+        points.restore_newest(state_on((1, 1, 1))[1])
+    assert not (folder / checkpoint.CORRUPT).exists(), "nothing is moved where nothing could be read"
+    points.close()
+
+
+def test_a_save_that_was_cut_off_does_not_count(written, state_on, tmp_path):
+    folder = copy(written, tmp_path / "run")
+    step_3 = folder / "checkpoints" / "3"
+    step_3.rename(step_3.with_name("3.orbax-checkpoint-tmp"))
+    points = Checkpoints(folder, keep=3)
+    assert points.latest() == 2
+    assert points.restore_newest(state_on((1, 1, 1), 2)[1])[1] == {"steps": 2}
+    points.close()
+
+
+def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
+    points = Checkpoints(tmp_path, keep=2, keep_every=3)
+    for number in range(1, 9):
+        points.save(state_on((1, 1, 1), number)[0], {})
+    points.close()
+    assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ten_signals_at_random_moments_lose_nothing(tmp_path, number):
+    """Each signal comes at any moment of the command's life; every start resumes, and the end is bit-identical."""
+    models = tiny.make_folders(tmp_path)
+    settings = {"num_steps": 30, "checkpoint.every": 2, "checkpoint.keep": 2}
+
+    def begin(name):
+        return tiny.start(tiny.arguments(tiny.overrides(*models, tmp_path / name) | settings))
+
+    def logged(name):
+        file = tmp_path / name / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    started = time.monotonic()
+    whole = begin("whole")
+    assert whole.communicate()[0] and whole.returncode == 0
+    life, rng, signals = time.monotonic() - started, random.Random(int(number)), 0
+    while signals < 10:
+        process = begin("stopped")
+        before = logged("stopped")
+        if rng.random() < 0.8:  # most of them inside the loop, which is a small part of a short command's life
+            end = time.monotonic() + 600
+            while logged("stopped") <= before - 2 and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.3 * life)
+        else:
+            time.sleep(rng.random() * life)
+        alive = process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=600)
+        signals += alive
+        if process.returncode == 0:
+            break
+        early = "resumed" not in out and "step 1/" not in out  # before the signals are caught: the interpreter's imports
+        assert process.returncode in ((75, -15) if number == signal.SIGTERM and early else (75, -9)), err
+        if "can't be restored" in err:
+            pytest.fail(f"a torn checkpoint was found: {err}")
+        if number == signal.SIGTERM and "stopped by" in out:
+            saved = max(int(f.name) for f in (tmp_path / "stopped" / "checkpoints").iterdir() if f.name.isdigit())
+            assert saved == logged("stopped"), "every step that was finished is saved"
+    assert signals >= 3
+    rest = begin("stopped")
+    assert rest.communicate(timeout=600)[0] and rest.returncode == 0
+    a, b = (checkpoint.restore_params(tmp_path / name)[0] for name in ("whole", "stopped"))
+    assert tiny.same(a, b)
+    rows = [tiny.lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]

@@ -1,0 +1,194 @@
+"""Killed and started again, a run ends with the same parameters, to the last bit, as one that was never stopped."""
+
+import json
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import pytest
+import tiny
+
+from configs import tiny as recipe
+from omniopd_jax import checkpoint, sharding, train
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    tiny.make_folders(folder)
+    return folder
+
+
+def settings(folder, name, **more) -> dict:
+    values = tiny.overrides(folder / "student", folder / "teacher", folder / name)
+    return values | {"num_steps": STEPS, "checkpoint.every": 2, "checkpoint.keep": 2, "audit.log_per_step": 4} | more
+
+
+def start(folder, name, **more):
+    return tiny.start(tiny.arguments(settings(folder, name, **more)))
+
+
+def in_process(folder, name, **more):
+    """The command's own recipe and settings."""
+    c = recipe.get_config()
+    c.update_from_flattened_dict(settings(folder, name, **more))
+    return c
+
+
+def finish(process, code=0, timeout=300) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+    return out
+
+
+def when_logged(process, run_dir: pathlib.Path, steps: int, timeout=300) -> None:
+    """Returns as soon as so many steps are in metrics.jsonl; the process must still be at work then."""
+    path, end = run_dir / "metrics.jsonl", time.monotonic() + timeout
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, f"ended too early: {process.communicate()[1][-3000:]}"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def stop(process, number) -> None:
+    process.send_signal(number)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """In process there are eight; the commands had one."""
+    real = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> pathlib.Path:
+    """The run that nobody stopped."""
+    finish(start(folder, "whole"))
+    return folder / "whole"
+
+
+def same_run(a: pathlib.Path, b: pathlib.Path) -> None:
+    """Parameters and losses are equal to the last bit, audits too, and every step is there once."""
+    assert tiny.same(checkpoint.restore_params(a)[0], checkpoint.restore_params(b)[0])
+    rows_a, rows_b = (tiny.lines(p / "metrics.jsonl") for p in (a, b))
+    assert [r["step"] for r in rows_a] == [r["step"] for r in rows_b] == list(range(STEPS))
+    for key in ("loss", "grad_norm", "audit/k_sem_mean", "entropy"):
+        assert [r[key] for r in rows_a] == [r[key] for r in rows_b]
+    keys = ("step", "sample_id", "peak", "chunk", "continuations", "k_sem", "pi_hat")
+    audits_a, audits_b = ([[r[k] for k in keys] for r in tiny.lines(p / "audits.jsonl")] for p in (a, b))
+    assert audits_a == audits_b
+
+
+@pytest.fixture(scope="module")
+def stopped(folder, whole):
+    """One run through a kill -9, then a SIGTERM, then to its end: (folder, what each part left)."""
+    at = random.Random(2024).randrange(1, 5)
+    run_dir, left = folder / "stopped", {}
+    process = start(folder, "stopped")
+    when_logged(process, run_dir, at)
+    stop(process, signal.SIGKILL)
+    process.communicate()
+    left["killed"] = process.returncode
+    process = start(folder, "stopped")
+    when_logged(process, run_dir, at + 2)
+    stop(process, signal.SIGTERM)
+    left["said"] = finish(process, code=75)
+    left["saved"] = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    left["logged"] = [r["step"] for r in tiny.lines(run_dir / "metrics.jsonl")]
+    left["summary"] = (run_dir / "summary.json").exists()
+    left["rest"] = finish(start(folder, "stopped"))
+    return run_dir, left
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, stopped):
+    run_dir, left = stopped
+    assert left["killed"] == -signal.SIGKILL
+    same_run(whole, run_dir)
+
+
+def test_sigterm_finishes_the_step_and_saves_it(stopped):
+    _, left = stopped
+    assert left["logged"] == list(range(len(left["logged"])))
+    assert len(left["logged"]) < STEPS, "the signal came too late to test anything"
+    assert left["saved"][-1] == len(left["logged"]), "the checkpoint is of the last finished step"
+    assert not left["summary"], "a run that is to be resumed has no summary yet"
+    assert "SIGTERM" in left["said"]
+
+
+def test_a_resumed_run_says_so(stopped):
+    _, left = stopped
+    assert f"resumed from step {left['saved'][-1]}" in left["rest"]
+
+
+def test_totals_go_on_over_the_stops(whole, stopped):
+    a, b = (json.loads((p / "summary.json").read_text()) for p in (whole, stopped[0]))
+    for key in ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "student_tokens", "step"):
+        assert a[key] == b[key], key
+
+
+def test_a_complete_run_started_again_only_evaluates(folder, whole, one_device):
+    before = (whole / "metrics.jsonl").read_bytes(), (whole / "audits.jsonl").read_bytes()
+    params = checkpoint.restore_params(whole)[0]
+    out = train.train(in_process(folder, "whole"))
+    assert (out["exit_code"], out["step"]) == (0, STEPS)
+    assert ((whole / "metrics.jsonl").read_bytes(), (whole / "audits.jsonl").read_bytes()) == before
+    assert tiny.same(checkpoint.restore_params(whole)[0], params)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(folder, whole, one_device):
+    """The data position is the step: nine steps are the first of eleven."""
+    c = in_process(folder, "more", num_steps=2)
+    assert train.train(c)["step"] == 2
+    c.num_steps = 4
+    assert train.train(c)["step"] == 4
+    rows = [tiny.lines(p / "metrics.jsonl")[:4] for p in (folder / "more", whole)]
+    assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_several_kills_at_random_moments(folder, whole, seed):
+    """Kills come at random steps and random instants within them: in a rollout, in an update, in a save."""
+    rng, name = random.Random(seed), f"kills-{seed}"
+    for _ in range(3):
+        process = start(folder, name)
+        done = (
+            (folder / name / "metrics.jsonl").read_bytes().count(b"\n")
+            if (folder / name / "metrics.jsonl").exists()
+            else 0
+        )
+        try:
+            when_logged(process, folder / name, max(1, min(STEPS - 2, done - 1 + rng.randrange(3))))
+        except AssertionError:
+            break  # it was done before the kill
+        time.sleep(rng.random() * 0.4)
+        stop(process, signal.SIGKILL)
+        process.communicate()
+    finish(start(folder, name))
+    same_run(whole, folder / name)
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_first_checkpoint(folder, whole):
+    process = start(folder, "early")
+    when_logged(process, folder / "early", 1)
+    stop(process, signal.SIGKILL)
+    process.communicate()
+    finish(start(folder, "early"))
+    same_run(whole, folder / "early")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(folder):
+    process = start(folder, "interrupted", num_steps=500)
+    when_logged(process, folder / "interrupted", 2)
+    for _ in range(2):
+        stop(process, signal.SIGINT)
+        time.sleep(0.02)
+    process.communicate(timeout=60)
+    assert process.returncode != 0

@@ -1,0 +1,146 @@
+"""Prices, the estimate, and caps that nothing overshoots."""
+
+import asyncio
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from teacher_kit import ask, cfg_for, request, teacher_of
+from wire_server import WireServer
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import TeacherStopped, budget
+from omniopd_jax.teachers.journal import Journal
+
+PRICE = {"teacher.price_input": 3.0, "teacher.price_cached": 0.3, "teacher.price_output": 15.0}
+
+
+def spend(c, requests):
+    """(results, stops) of requests started together; a stop of one does not end the others."""
+
+    async def run():
+        async with teacher_of(c) as teacher:
+            return await asyncio.gather(*(teacher.continue_text(r) for r in requests), return_exceptions=True)
+
+    out = asyncio.run(run())
+    stops = [e for e in out if isinstance(e, TeacherStopped)]
+    results = [r for r in out if not isinstance(r, BaseException)]
+    assert len(stops) + len(results) == len(out), out
+    return results, stops
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("cap", ["calls", "tokens", "usd"])
+def test_200_concurrent_calls_never_overshoot(cap, share, tmp_path, monkeypatch):
+    monkeypatch.setattr("omniopd_jax.teachers.traffic.FIRST_BACKOFF_S", 0.02)
+    caps = {"calls": 57, "tokens": 40_000, "usd": 0.2}
+    with WireServer(delay_s=0.05, share=share, kinds=["429", "500", "reset", "truncated"]) as server:
+        settings = PRICE | {f"budget.{cap}": caps[cap], "teacher.max_concurrency": 200, "teacher.deadline_s": 60.0}
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+        results, stops = spend(c, [request(f"s{i}", n=1, max_tokens=16, prefix="y" * 400) for i in range(200)])
+        log = server.calls()
+    usage = [entry["usage"] for entry in log if entry["usage"]]
+    usd = sum((u["in"] - u["in"] // 2) * 3 + u["in"] // 2 * 0.3 + u["out"] * 15 for u in usage) / 1e6
+    spent = {"calls": len(log), "tokens": sum(u["in"] + u["out"] for u in usage), "usd": usd}
+    assert spent[cap] <= caps[cap]
+    if cap == "calls":
+        assert stops and f"budget.{cap}" in str(stops[0]) and spent["calls"] == 57
+    elif share == 0.0:
+        assert spent[cap] > 0.3 * caps[cap] or not stops  # the reserve is given back: small answers do not block the rest
+    journal = Journal(tmp_path / "journal")
+    totals = journal.totals()
+    journal.close()
+    assert totals.calls == len(log) and totals.usd >= spent["usd"] - 1e-9 and totals.tokens >= spent["tokens"]
+    assert not caps[cap] < getattr(totals, cap)
+
+
+def test_a_spent_budget_stays_spent_over_a_restart_and_can_be_raised(tmp_path):
+    with WireServer(honours_n=False) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"budget.calls": 6})
+        spend(c, [request("a")])
+        _, stops = spend(c, [request("b")])
+        assert stops and len(server.calls()) == 6
+        _, stops = spend(c, [request("b")])
+        assert stops and len(server.calls()) == 6
+        c.budget.calls = 20
+        [result] = ask(c, request("b"))
+        assert len(result.continuations) == 4
+        asked = [(e["body"]["seed"]) for e in server.calls()]
+        assert len(asked) - len(set(asked)) <= 1  # what had arrived before the stop was not asked again
+
+
+WORKER = """
+import sys; sys.path[:0] = [{tests!r}, {repo!r}]
+import asyncio
+from teacher_kit import cfg_for, request, teacher_of
+async def run():
+    c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40}})
+    async with teacher_of(c) as t:
+        await asyncio.gather(*(t.continue_text(request(sys.argv[1] + str(i), n=1)) for i in range(40)), return_exceptions=True)
+asyncio.run(run())
+"""
+
+
+def test_processes_that_share_a_folder_share_the_cap(tmp_path):
+    here = pathlib.Path(__file__).parent
+    with WireServer(delay_s=0.02) as server:
+        code = WORKER.format(tests=str(here), repo=str(here.parent), url=server.url("openai"), folder=str(tmp_path))
+        workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+        assert [w.wait(timeout=60) for w in workers] == [0, 0]
+        assert len(server.calls()) == 40
+    journal = Journal(tmp_path / "journal")
+    assert journal.totals().calls == 40
+    journal.close()
+
+
+def test_a_call_of_unknown_outcome_stays_spent(tmp_path):
+    with WireServer(faults=["truncated"]) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE)
+        [result] = ask(c, request())
+    journal = Journal(tmp_path / "journal")
+    totals = journal.totals()
+    journal.close()
+    assert totals.calls == 2 and totals.tokens > 1000 and totals.usd > result.usage.cost_usd + 0.003
+
+
+def test_prices(tmp_path):
+    c = cfg_for("", "openai", tmp_path, **{"teacher.model": "gpt-4.1-mini-2025-04-14"})
+    assert budget.price(c, self_hosted=False).input == 0.40  # the longest name, not gpt-4.1
+    assert budget.price(c, self_hosted=True).input == 0.0
+    c.teacher.price_input = 1.0
+    price = budget.price(c, self_hosted=False)
+    assert price.input == 1.0 and price.cached == pytest.approx(0.25) and price.output == 1.60
+    c.teacher.price_input, c.teacher.model, c.budget.usd = -1.0, "unknown", 5.0
+    with pytest.raises(UserError, match="price"):
+        budget.price(c, self_hosted=False)
+    assert budget.Price(1, 0.1, 5, 1.25).cost(1000, 400, 10, 100) == pytest.approx((500 + 40 + 125 + 50) / 1e6)
+
+
+def test_the_estimate_has_ranges_and_prints(tmp_path):
+    c = cfg_for("", "anthropic", tmp_path, **{"audit.num_continuations": 10, "audit.num_chunks": 10, "num_steps": 1})
+    one = budget.estimate(c, budget.Price(1, 0.1, 5, 1.25), takes_n=False, latency_s=(1.0, 3.0))
+    assert one.calls[0] == 64 * 4 * 10 * 10  # method.md, section 5: 25,600 continuations a step
+    many = budget.estimate(c, budget.Price(1, 0.1, 5, 1.25), takes_n=True, latency_s=(1.0, 3.0))
+    assert many.calls[0] == one.calls[0] / 10 and many.usd[2] < one.usd[2]
+    for field in ("calls", "tokens_in", "tokens_out", "usd", "hours"):
+        low, middle, high = getattr(one, field)
+        assert 0 < low <= middle <= high
+    assert "usd" in one.table() and len(one.table().splitlines()) == 6
+
+
+@pytest.mark.parametrize("way,expect", [("stop", (10, 10)), ("fewer_audits", (2, 10)), ("fewer_continuations", (10, 2))])
+def test_the_allowance(way, expect, tmp_path):
+    settings = {"budget.calls": 104, "budget.on_exhausted": way, "audit.num_chunks": 10, "audit.num_continuations": 10}
+    with WireServer(honours_n=False) as server:
+
+        async def run():
+            async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
+                before = teacher.allowance(2, 2)
+                for i in range(10):
+                    await teacher.continue_text(request(f"s{i}", n=2))
+                return before, teacher.allowance(2, 2)
+
+        before, after = asyncio.run(run())
+    assert before == (10, 10)  # nothing is known yet
+    assert after == expect  # 83 calls left for 2 steps of 2 x 10 x 10

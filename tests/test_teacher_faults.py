@@ -1,0 +1,180 @@
+"""A service that fails: what arrives is counted right, nothing is filled in, and the run ends or goes on as it should."""
+
+import asyncio
+import random
+import threading
+import time
+
+import pytest
+from teacher_kit import EXTENSIONS, ask, cfg_for, request, teacher_of, texts
+from wire_server import FAULTS, LANGUAGE, WireServer
+
+from omniopd_jax.teachers import Continuation, TeacherStopped
+
+PROVIDERS = ("openai", "anthropic", "gemini")
+
+
+@pytest.fixture(autouse=True)
+def fast_backoff(monkeypatch):
+    monkeypatch.setattr("omniopd_jax.teachers.traffic.FIRST_BACKOFF_S", 0.05)
+
+
+def delivered(server, provider, requests):
+    """{(sample id, peak): texts that the server's log says went out whole}, by the request's own words."""
+    out = {}
+    for entry in server.calls():
+        said = str(entry["body"])
+        who = next((r.sample_id, r.peak) for r in requests if f"<{r.sample_id}:{r.peak}>" in said)
+        out[who] = out.get(who, 0) + len(entry["texts"])
+    return out
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_n_is_what_the_servers_log_says_arrived(provider, tmp_path):
+    requests = [request(f"s{s}", p, f"<s{s}:{p}> so", n=3, max_tokens=6) for s in range(6) for p in (4, 9, 12)]
+    settings = {"teacher.timeout_s": 0.6, "teacher.max_retries": 3, "teacher.max_concurrency": 12, "teacher.deadline_s": 30.0}
+    with WireServer(
+        extensions=EXTENSIONS[provider], share=0.3, kinds=list(FAULTS), stall_s=1.5, rng=random.Random(3), retry_after_s=0.1
+    ) as server:
+        c = cfg_for(server.url(provider), provider, tmp_path, **settings)
+        results = ask(c, *requests)
+        asked = len(server.calls())
+        came = delivered(server, provider, requests)
+        for r, result in zip(requests, results):
+            assert len(result.continuations) == came[(r.sample_id, r.peak)], (r.sample_id, r.peak)
+            assert len(result.continuations) + len(result.failures) == 3
+            assert sorted(x.index for x in result.continuations + result.failures) == [0, 1, 2]
+            assert all(len(text) <= 4000 for text in texts(result))
+        kinds = {entry["fault"] for entry in server.calls()}
+        assert len(kinds) >= 6 and sum(r.usage.retries for r in results) > 0
+        assert sum(r.usage.calls for r in results) >= asked  # a call may time out before the server has read it
+        again = ask(c, *requests)  # the journal holds everything, failures too
+        assert len(server.calls()) == asked
+        assert [(r.continuations, r.failures) for r in again] == [(r.continuations, r.failures) for r in results]
+        assert all(r.replayed == 3 and r.usage.calls == 0 for r in again)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_alone(fault, tmp_path):
+    with WireServer(faults=[fault], stall_s=1.0, retry_after_s=0.1) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.timeout_s": 0.5}), request())
+        assert len(result.continuations) == 4 and not result.failures
+        arrives = fault in ("empty", "language", "megabyte")
+        assert len(server.calls()) == (1 if arrives else 2)
+        if fault == "empty":
+            assert texts(result) == [""] * 4  # the teacher ended its answer: that is a continuation
+        if fault == "language":
+            assert texts(result) == [LANGUAGE] * 4
+        if fault == "megabyte":
+            assert all(3000 < len(text) <= 4000 for text in texts(result))
+
+
+def test_an_empty_text_at_the_length_limit_is_no_continuation(tmp_path):
+    with WireServer(model_thinks=True) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request())
+    assert not result.continuations and "hidden reasoning" in result.failures[0].error
+
+
+def test_retry_after_is_honoured(tmp_path):
+    with WireServer(faults=["429_after", "429_after"], retry_after_s=0.7) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request())
+        times = [entry["time"] for entry in server.calls()]
+    assert result.usage.retries == 2 and all(b - a >= 0.7 for a, b in zip(times, times[1:]))
+
+
+def test_a_deadline_missed_once_lowers_n_and_is_remembered(tmp_path):
+    settings = {"teacher.deadline_s": 1.0, "teacher.timeout_s": 5.0}
+    with WireServer(stall_s=10.0) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+
+        async def run():
+            async with teacher_of(c) as teacher:
+                server.faults = ["stall"]
+                slow = asyncio.ensure_future(teacher.continue_text(request("slow")))
+                await asyncio.sleep(0.3)
+                for i in range(5):  # the service as a whole is well
+                    await teacher.continue_text(request(f"s{i}"))
+                    await asyncio.sleep(0.1)
+                return await slow
+
+        start = time.monotonic()
+        result = asyncio.run(run())
+        assert time.monotonic() - start < 3
+        assert not result.continuations and "deadline" in result.failures[0].error
+        calls = len(server.calls())
+        [again] = ask(c, request("slow"))
+        assert again.failures == result.failures and len(server.calls()) == calls
+
+
+@pytest.mark.parametrize("kind", ["503", "429", "stall", "reset", "html", "truncated"])
+def test_total_failure_is_a_clean_stop_inside_the_deadline(kind, tmp_path):
+    with WireServer(share=1.0, kinds=[kind], stall_s=10.0) as server:
+        settings = {"teacher.deadline_s": 2.0, "teacher.timeout_s": 0.5}
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+        start = time.monotonic()
+        with pytest.raises(TeacherStopped, match="has not answered"):
+            ask(c, *(request(f"s{i}") for i in range(30)))
+        assert time.monotonic() - start < 4.5
+        server.share = 0.0
+        results = ask(c, *(request(f"s{i}") for i in range(30)))  # nothing was written off: the resumed run gets it all
+        assert all(len(r.continuations) == 4 for r in results)
+
+
+def test_after_a_stop_nothing_more_is_tried(tmp_path):
+    with WireServer(share=1.0, kinds=["stall"], stall_s=10.0) as server:
+        settings = {"teacher.deadline_s": 1.0, "teacher.timeout_s": 0.4, "teacher.max_concurrency": 2}
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+
+        async def run():
+            async with teacher_of(c) as teacher:
+                asked = (teacher.continue_text(request(f"s{i}", p)) for i in range(20) for p in (1, 2, 3))
+                return await asyncio.gather(*asked, return_exceptions=True)
+
+        start = time.monotonic()
+        out = asyncio.run(run())
+        assert all(isinstance(e, TeacherStopped) for e in out) and time.monotonic() - start < 3.0
+        assert len(server.calls()) <= 12
+
+
+def test_settings_that_are_always_refused_stop_the_run(tmp_path):
+    with WireServer(extensions=set()) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        with pytest.raises(TeacherStopped, match="refuses"):
+            ask(c, *(request(f"s{i}") for i in range(20)))
+
+
+def test_gone_and_back(tmp_path):
+    server = WireServer(delay_s=0.1).start()
+    c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.max_concurrency": 4, "teacher.max_retries": 1})
+
+    def outage():
+        time.sleep(0.5)
+        server.stop()
+        time.sleep(4.0)
+        server.start()
+
+    thread = threading.Thread(target=outage)
+    thread.start()
+    try:
+        results = ask(c, *(request(f"s{i}", n=1) for i in range(60)))
+        assert sum(len(r.continuations) for r in results) >= 56  # at most those in flight at the cut may be lost
+        assert max(r.latency_s for r in results) > 3.5
+    finally:
+        thread.join()
+        server.stop()
+
+
+def test_metrics(tmp_path):
+    with WireServer(faults=["500"]) as server:
+
+        async def run():
+            async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path)) as teacher:
+                await teacher.continue_text(request())
+                await teacher.continue_text(request())
+                return teacher.metrics(), teacher.metrics()
+
+        first, second = asyncio.run(run())
+    assert first["teacher/calls"] == 2 and first["teacher/retries"] == 1 and first["teacher/replayed"] == 4
+    assert first["teacher/latency_p95"] >= first["teacher/latency_p50"] > 0 and first["teacher/cache_hit_rate"] > 0
+    assert second["teacher/calls"] == 0
+    assert isinstance(Continuation(0, "", "stop"), Continuation)

@@ -1,0 +1,245 @@
+"""The journal: nothing paid for is lost or paid twice, whatever kills the process."""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from teacher_kit import ask, cfg_for, check, request, texts
+from wire_server import WireServer
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import Continuation, Failure, TeacherStopped, journal
+from omniopd_jax.teachers.journal import Journal, Totals
+
+
+def fill(folder, name="a", n=3):
+    j = Journal(folder)
+    j.describe(b"k" * 16, {"model": "m"}, [{"role": "user", "content": "x"}], "so")
+    for i in range(n):
+        j.put(b"k" * 16, name, 3, Continuation(i, f"text {i} \u00e9\n", "stop"))
+    j.put_failure(b"k" * 16, name, 3, Failure(n, "deadline"))
+    j.close()
+
+
+def test_what_is_put_is_got(tmp_path):
+    fill(tmp_path)
+    fill(tmp_path, "b")  # another process's file
+    j = Journal(tmp_path)
+    found = j.get(b"k" * 16, "a", 3, range(6))
+    assert found == {i: Continuation(i, f"text {i} \u00e9\n", "stop") for i in range(3)} | {3: Failure(3, "deadline")}
+    assert j.get(b"k" * 16, "b", 3, [1])[1].text == "text 1 \u00e9\n"
+    for key, who, peak in ((b"x" * 16, "a", 3), (b"k" * 16, "c", 3), (b"k" * 16, "a", 4)):
+        assert j.get(key, who, peak, range(6)) == {}
+    assert j.count() == 8 and sum(p["continuations"] for p in j.position().values()) == 8
+    assert len(list(tmp_path.glob("*.sqlite"))) == 2  # reading makes no file
+    j.close()
+
+
+def test_samples_are_fresh_by_who_asks_and_shared_by_the_same(tmp_path):
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        first, other, later = ask(c, request("a"), request("b"), request("a", peak=9))
+        assert len({*texts(first), *texts(other), *texts(later)}) == 12
+        [again] = ask(c, request("a"))
+        assert again.continuations == first.continuations and again.replayed == 4
+        [warmer] = ask(c, request("a", temperature=0.9))
+        assert warmer.replayed == 0
+        [more] = ask(c, request("a", n=6))  # N raised: only what is missing is asked
+        assert more.replayed == 4 and more.continuations[:4] == first.continuations
+        assert server.calls()[-1]["body"]["n"] == 2
+
+
+def test_replay_only_prefer_off(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "auto"})
+        check(c)
+        [first] = ask(c, request())
+        calls = len(server.calls())
+        c.teacher.replay = "off"
+        [fresh] = ask(c, request())
+        assert fresh.replayed == 0 and len(server.calls()) > calls
+        calls = len(server.log)
+        c.teacher.replay = "prefer"
+        [kept] = ask(c, request())
+        assert kept.replayed == 4
+    c.teacher.replay, c.teacher.base_url = "only", ""  # no key, no server, no probe
+    line, report = check(c)
+    assert "replay" in line and report is None
+    [offline] = ask(c, request())
+    assert offline.continuations == kept.continuations and offline.usage.calls == 0
+    with pytest.raises(TeacherStopped, match="no continuation"):
+        ask(c, request("new"))
+    c.teacher.journal = str(tmp_path / "absent")
+    with pytest.raises(UserError, match="teacher.journal"):
+        ask(c, request())
+    assert not (tmp_path / "absent").exists()
+
+
+def test_corrupt_and_foreign_files_are_refused_and_left_alone(tmp_path):
+    fill(tmp_path / "sound", n=400)
+    [path] = (tmp_path / "sound").glob("*.sqlite")
+    whole = path.read_bytes()
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("create table t (x)")
+    other.commit()
+    other.close()
+    future = bytearray(whole)
+    future[60:64] = (99).to_bytes(4, "big")  # user_version
+    torn = bytearray(whole)
+    torn[8192 : 8192 + 2048] = os.urandom(2048)
+    cases = {
+        "text": b"not a database at all", "empty": b"", "foreign": (tmp_path / "other.sqlite").read_bytes(),
+        "future": bytes(future), "torn": bytes(torn), "cut": whole[: len(whole) // 2],
+    }  # fmt: skip
+    for name, content in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "x.sqlite").write_bytes(content)
+        with pytest.raises(UserError, match="x.sqlite"):
+            Journal(folder)
+        assert (folder / "x.sqlite").read_bytes() == content, name
+
+
+def test_a_snapshot_is_whole_while_others_write(tmp_path):
+    j = Journal(tmp_path / "j")
+    stop = threading.Event()
+    written = []
+
+    def write(t):
+        i = 0
+        while not stop.is_set():
+            call = j.ask(b"k" * 16, 1, 10, 0.5, Totals())
+            j.settle(call, "ok", usage=(4, 1, 2, 0.25), results=[(b"k" * 16, f"s{t}", 0, Continuation(i, "x", "stop"), None)])
+            written.append((t, i))
+            i += 1
+
+    threads = [threading.Thread(target=write, args=(t,)) for t in range(4)]
+    [t.start() for t in threads]
+    try:
+        for i in range(3):
+            time.sleep(0.1)
+            before = len(written)
+            j.copy_to(tmp_path / f"copy{i}")
+            snapshot = Journal(tmp_path / f"copy{i}")
+            assert snapshot.count() >= before
+            totals = snapshot.totals()
+            in_flight = totals.calls - snapshot.count()
+            assert 0 <= in_flight <= 4 and totals.usd == pytest.approx(snapshot.count() * 0.25 + in_flight * 0.5)
+            snapshot.close()
+    finally:
+        stop.set()
+        [t.join() for t in threads]
+    assert j.count() == len(written)
+    j.copy_to(tmp_path / "last")
+    j.close()
+    assert journal.restore(tmp_path / "last", tmp_path / "elsewhere") == 1
+    assert journal.restore(tmp_path / "last", tmp_path / "elsewhere") == 0
+    moved = Journal(tmp_path / "elsewhere")
+    assert moved.count() == len(written)
+    moved.close()
+
+
+def _writer(folder, name, n):
+    j = Journal(folder)
+    for i in range(n):
+        call = j.ask(b"k" * 16, 1, 10, 0.0, Totals(calls=150))
+        if isinstance(call, int):
+            j.settle(call, "ok", usage=(1, 0, 1, 0.0), results=[(b"k" * 16, name, 0, Continuation(i, "x", "stop"), None)])
+    j.close()
+
+
+def test_many_processes_write_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_writer, args=(tmp_path, f"p{i}", 60)) for i in range(4)]
+    [p.start() for p in writers]
+    [p.join(60) for p in writers]
+    assert [p.exitcode for p in writers] == [0] * 4
+    j = Journal(tmp_path)
+    assert j.totals() == Totals(150, 300, 0.0) and j.count() == 150  # 240 asked for, the cap is exact
+    j.close()
+
+
+RUN = """
+import sys; sys.path[:0] = [{tests!r}, {repo!r}]
+import json
+from teacher_kit import ask, cfg_for, request, texts
+c = cfg_for({url!r}, "openai", {folder!r}, **{{"teacher.max_concurrency": 4, "budget.calls": 100000}})
+print("ready", flush=True)
+out = ask(c, *(request("s%d" % s, p, "x" * p, n=2) for s in range(8) for p in (3, 6, 9)))
+print(json.dumps([texts(r) for r in out]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
+    here = pathlib.Path(__file__).parent
+    rng = random.Random(5)
+    with WireServer(delay_s=0.05, honours_n=False) as server:
+
+        def run(folder):
+            code = RUN.format(tests=str(here), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
+            return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+        whole = run(tmp_path / "whole")
+        expected = json.loads(whole.communicate(timeout=60)[0].splitlines()[-1])
+        mark = len(server.calls())
+        kills = 0
+        for _ in range(2 * wanted):
+            process = run(tmp_path / "killed")
+            assert process.stdout.readline() == "ready\n"
+            before = len(server.calls())
+            while len(server.calls()) == before and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0.0, 0.6 / wanted))
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            out, _ = process.communicate(timeout=60)
+            if len(out.splitlines()) == 2 or kills == wanted:
+                break
+        last = run(tmp_path / "killed")
+        lines = last.communicate(timeout=60)[0].splitlines()
+        assert json.loads(lines[-1]) == expected
+        time.sleep(0.2)
+        calls = server.calls()[mark:]
+    j = Journal(tmp_path / "killed" / "journal")
+    states = dict(row for c in j._connections() for row in c.execute("select status, count(*) from calls group by 1"))
+    totals = j.totals()
+    lost = [s for c in j._connections() for (s,) in c.execute("select status from calls") if s == "asked"]
+    j.close()
+    paid_twice = sum(len(e["texts"]) for e in calls) - sum(len(r) for r in expected)
+    assert kills >= wanted - 1 and 0 <= paid_twice <= len(lost) <= kills * 4, (kills, paid_twice, states)
+    assert len(calls) <= totals.calls <= len(calls) + len(lost)  # in flight stays spent
+
+
+def test_export(tmp_path):
+    with WireServer(faults=["empty"]) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        ask(c, request("a", n=2), request("b", n=2))
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "omniopd_jax.teachers.journal", "export", str(tmp_path / "journal"), str(out)]
+    repo = str(pathlib.Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repo)
+    assert done.returncode == 0 and "4 continuations" in done.stdout, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 4 and {line["sample_id"] for line in lines} == {"a", "b"}
+    assert lines[0]["messages"][1]["content"] == "Add 3 and 4." and lines[0]["prefix"] == "The sum of 3"
+    assert {"text", "finish", "error", "model", "mode", "temperature", "peak", "index"} <= lines[0].keys()
+    bad = subprocess.run([*command[:4], str(tmp_path / "none"), str(out)], capture_output=True, text=True, cwd=repo)
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+
+
+def test_an_unwritable_folder_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Journal(tmp_path / "file" / "j").put(b"k", "a", 0, Continuation(0, "", "stop"))

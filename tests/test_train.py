@@ -1,0 +1,432 @@
+"""The loop in process, on tiny random models: what a run writes, and what its settings change."""
+
+import json
+import os
+import pathlib
+import signal
+import struct
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from omniopd_jax import checkpoint, collect, config, evaluate, hf, metrics, rollout, sharding, train
+from omniopd_jax.errors import UserError
+
+METRICS = {
+    "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
+    "completions/truncated_fraction", "completions/repeated_fraction", "audit/k_sem_mean", "audit/pi_hat_mean",
+    "audit/pi_bar_mean", "audit/pi_hat_var", "audit/n_eff", "audit/token_fraction", "audit/entropy_at_peak",
+    "audit/midband_fraction", "audit/dropped", "audit/similarity_p10", "audit/similarity_p50", "audit/similarity_p90",
+    "anchor/kl_ref_to_student_exact", "teacher/calls", "teacher/retries", "teacher/failed", "teacher/latency_p50",
+    "teacher/latency_p95", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/cost_usd_total",
+    "teacher/cache_hit_rate", "time/rollout", "time/score", "time/teacher_wait", "time/update", "time/step",
+}  # fmt: skip
+AUDIT = {
+    "step",
+    "prompt_id",
+    "peak",
+    "entropy",
+    "chunk_entropy",
+    "chunk",
+    "continuations",
+    "similarity",
+    "k_sem",
+    "pi_bar",
+    "pi_hat",
+    "weight",
+    "latency_s",
+    "cost_usd",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.make_folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The tests' eight fake devices cost compile time: here a mesh takes the first one, unless a test says otherwise."""
+    real = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+        yield real
+
+
+@pytest.fixture
+def make(models, tmp_path):
+    """make(**{"dotted.key": value}) -> a recipe of two steps."""
+
+    def one(name="run", **more):
+        return tiny.recipe(*models, tmp_path / name, **{"prompts_per_step": 8, "num_generations": 1} | more)
+
+    return one
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory, one_device):
+    """(folder, what `train` returned) of one whole run of three steps, with evaluation and TensorBoard."""
+    folder = tmp_path_factory.mktemp("run")
+    c = tiny.recipe(*models, folder, **{
+        "prompts_per_step": 8, "num_generations": 2, "num_steps": 3, "eval.num_prompts": 8, "eval.every": 2,
+        "log.tensorboard": True, "audit.log_per_step": 20,
+    })  # fmt: skip
+    return folder, train.train(c), c
+
+
+def params_of(c):
+    return checkpoint.restore_params(c.run_dir)[0]
+
+
+# --- what a run writes --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
+    rows = tiny.lines(run[0] / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    for row in rows:
+        assert not METRICS - row.keys()
+        assert all(np.isfinite(v) for v in row.values())
+    assert rows[0]["anchor/kl_ref_to_student_exact"] == pytest.approx(0, abs=1e-6), (
+        "the student starts as the reference"
+    )
+    assert rows[2]["anchor/kl_ref_to_student_exact"] > 1e-5
+    assert rows[0]["rollout/score_logp_gap"] < 1e-4
+
+
+def test_accuracy_is_measured_before_within_and_after(run):
+    folder, summary, _ = run
+    assert [("eval/accuracy" in r) for r in tiny.lines(folder / "metrics.jsonl")] == [False, True, False]
+    assert 0 <= summary["accuracy_before"] <= 1
+    assert 0 <= summary["accuracy_after"] <= 1
+
+
+def test_the_phases_account_for_the_steps_time(run):
+    """`time/step` is made of its phases: what no phase holds is time that nobody can explain."""
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        phases = sum(v for k, v in row.items() if k.startswith("time/") and k != "time/step")
+        assert row["time/step"] * 0.7 - 0.2 < phases <= row["time/step"] + 0.01
+
+
+def test_mean_pi_hat_is_that_of_the_mean_k_sem(run):
+    """method.md, section 5: with full audits, mean(pi_hat) = (mean(k_sem) + alpha mean(pi_bar)) / (N + alpha)."""
+    c = run[2]
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        assert row["audit/n_eff"] == c.audit.num_continuations
+        expected = (row["audit/k_sem_mean"] + c.prior.alpha * row["audit/pi_bar_mean"]) / (
+            c.audit.num_continuations + c.prior.alpha
+        )
+        assert row["audit/pi_hat_mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_audits_are_logged_with_all_that_they_were_made_of(run):
+    folder, _, c = run
+    audits, rows = tiny.lines(folder / "audits.jsonl"), tiny.lines(folder / "metrics.jsonl")
+    for row in rows:
+        own = [a for a in audits if a["step"] == row["step"]]
+        assert len(own) == min(20, row["audit/chunks"])
+        assert row["audit/log_left_out"] == row["audit/chunks"] + row["audit/dropped"] - len(own)
+    assert any(row["audit/log_left_out"] > 0 for row in rows)
+    for a in audits:
+        assert not AUDIT - a.keys()
+        assert len(a["continuations"]) == len(a["similarity"]) == a["n"] == c.audit.num_continuations
+        assert a["k_sem"] == pytest.approx(sum(a["similarity"]), abs=1e-4)
+        assert a["pi_hat"] == pytest.approx((a["k_sem"] + a["pi_bar"]) / (a["n"] + 1), abs=1e-4)
+        assert 0 <= a["peak"] <= c.max_completion_length - c.audit.chunk_tokens
+        assert a["entropy"] <= np.log(tiny.VOCAB) + 1e-4
+    assert len({a["sample_id"] for a in audits}) > 20
+
+
+def test_the_resolved_config_lies_beside_the_run(run):
+    folder, _, c = run
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(c.to_dict()))
+
+
+def test_the_summary_is_written_and_adds_up(run):
+    folder, summary, c = run
+    rows = tiny.lines(folder / "metrics.jsonl")
+    assert json.loads((folder / "summary.json").read_text()).items() <= summary.items()
+    assert summary["exit_code"] == 0
+    assert summary["step"] == 3
+    for key in ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out"):
+        assert summary[key] == sum(r[key] for r in rows)
+    assert summary["student_tokens"] == pytest.approx(sum(r["completions/mean_length"] for r in rows) * 16)
+    assert summary["time/rollout"] == pytest.approx(sum(r["time/rollout"] for r in rows), rel=1e-3)
+
+
+def test_checkpoints_are_kept_and_open(run):
+    folder, _, c = run
+    params, saved = checkpoint.restore_params(folder)
+    assert saved["num_steps"] == 3
+    start, _ = hf.load(c.student.path)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), params, start)
+    assert all(0 < m < 0.02 for m in jax.tree.leaves(moved)), "every parameter moved, by three steps of 1e-3"
+    assert not tiny.same(checkpoint.restore_params(folder, 2)[0], params)
+    for missing in (1, 7):
+        with pytest.raises(UserError, match=f"no step {missing}; it has"):
+            checkpoint.restore_params(folder, missing)
+
+
+def test_a_folder_without_a_run_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"not a run.*config\.json"):
+        checkpoint.restore_params(tmp_path)
+
+
+def test_tensorboard_holds_the_same_figures(run):
+    """The event file, record by record: length, its checksum, an Event, its checksum."""
+    from tensorboardX.proto import event_pb2
+
+    scalars = {}
+    for path in (run[0] / "tensorboard").glob("events*"):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):
+            (size,) = struct.unpack("<Q", raw[at : at + 8])
+            event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+            scalars |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            at += 16 + size
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        for key in ("loss", "audit/pi_hat_mean", "teacher/calls"):
+            assert scalars[key, row["step"]] == pytest.approx(row[key], rel=1e-5)
+
+
+def test_the_same_run_again_is_the_same_to_the_last_bit(make):
+    runs = [make(name) for name in ("a", "b")]
+    for c in runs:
+        train.train(c)
+    assert tiny.same(*map(params_of, runs))
+    losses = [[r["loss"] for r in tiny.lines(f"{c.run_dir}/metrics.jsonl")] for c in runs]
+    assert losses[0] == losses[1]
+
+
+def test_another_seed_is_another_run(make):
+    a, b = make("a", num_steps=1), make("b", num_steps=1, seed=1)
+    for c in (a, b):
+        train.train(c)
+    assert not tiny.same(params_of(a), params_of(b))
+
+
+# --- settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_and_rollout_groups_do_not_change_the_result(make):
+    """Gradient accumulation carries sums and counts; a step sampled in pieces is the same step."""
+    more = {"num_generations": 2, "num_steps": 2}
+    runs = [make("one", **more), make("two", micro_batches=2, **more), make("pieces", rollout_groups=3, **more)]
+    for c in runs:
+        train.train(c)
+    base = tiny.lines(f"{runs[0].run_dir}/metrics.jsonl")
+    for c in runs[1:]:
+        for a, b in zip(tiny.lines(f"{c.run_dir}/metrics.jsonl"), base, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["audit/k_sem_mean"] == pytest.approx(b["audit/k_sem_mean"], rel=1e-5)
+        difference = jax.tree.map(
+            lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), params_of(c), params_of(runs[0])
+        )
+        assert max(jax.tree.leaves(difference)) < 1e-4
+
+
+def test_without_the_anchor_the_reference_does_not_matter(make):
+    c = make(**{"anchor.kl_coef": 0.0})
+    train.train(c)
+    rows = tiny.lines(f"{c.run_dir}/metrics.jsonl")
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
+
+
+def test_random_chunks_are_other_chunks_and_reproducible(make):
+    peaks = {}
+    for name, selection in (("peak", "peak"), ("random", "random"), ("again", "random")):
+        c = make(name, **{"audit.selection": selection, "num_steps": 1})
+        train.train(c)
+        peaks[name] = [(a["sample_id"], a["peak"]) for a in tiny.lines(f"{c.run_dir}/audits.jsonl")]
+    assert peaks["random"] == peaks["again"]
+    assert [s for s, _ in peaks["random"]] == [s for s, _ in peaks["peak"]], "the same responses"
+    assert peaks["random"] != peaks["peak"]
+
+
+def test_responses_shorter_than_a_chunk_are_not_audited(make, monkeypatch):
+    """T < C everywhere: no audit, no call, the anchor alone; the run goes on."""
+    real = rollout.sample
+
+    def short(*args, **kwargs):
+        out = real(*args, **kwargs)
+        with jax.transfer_guard("allow"):
+            return out.replace(length_B=jax.numpy.minimum(out.length_B, 3)) if kwargs["max_new_tokens"] == 24 else out
+
+    monkeypatch.setattr(collect.rollout, "sample", short)
+    c = make()
+    train.train(c)
+    for row in tiny.lines(f"{c.run_dir}/metrics.jsonl"):
+        assert (row["audit/chunks"], row["teacher/calls"], row["audit/token_fraction"]) == (0, 0, 0)
+        assert row["completions/max_length"] <= 3
+        assert np.isfinite(row["loss"])
+    assert tiny.lines(f"{c.run_dir}/audits.jsonl") == []
+
+
+def test_a_chunk_as_long_as_the_response_is_audited(make):
+    c = make(**{"audit.chunk_tokens": 24, "num_steps": 1})
+    train.train(c)
+    (row,) = tiny.lines(f"{c.run_dir}/metrics.jsonl")
+    assert 0 < row["audit/chunks"] <= 8
+    assert all(a["peak"] == 0 for a in tiny.lines(f"{c.run_dir}/audits.jsonl"))
+
+
+def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
+    """Fewer prompts than rows, or the turn of an epoch: the same prompt again must be a fresh sample (method.md, 5)."""
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
+    c = make(**{"data.source": "jsonl", "data.path": str(tmp_path / "p.jsonl"), "num_steps": 1, "data.num_prompts": 0})
+    train.train(c)
+    audits = tiny.lines(f"{c.run_dir}/audits.jsonl")
+    asked = [(a["sample_id"], a["peak"]) for a in audits]
+    assert len(audits) > 8
+    assert len(set(asked)) == len(asked), "two responses share their sample id, and with it every random draw"
+    assert len({a["chunk"] for a in audits}) > 8
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4, "tp": 1}, {"data": 1, "fsdp": 4, "tp": 2}], ids=str)
+def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_device, mesh):
+    alone, many = make("alone"), make("many", **{f"mesh.{k}": v for k, v in mesh.items()})
+    train.train(alone)
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    train.train(many)
+    for a, b in zip(*(tiny.lines(f"{c.run_dir}/metrics.jsonl") for c in (alone, many)), strict=True):
+        for key in ("loss", "grad_norm", "audit/k_sem_mean", "entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+
+
+def test_a_step_whose_prompts_do_not_divide_over_the_devices(make, monkeypatch, one_device):
+    """8 devices, 4 prompts x 2: the rows divide, the prompts alone do not. Either it runs, or it says so before compiling."""
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    c = make(prompts_per_step=4, num_generations=2, num_steps=1)
+    try:
+        train.train(c)
+    except UserError as error:
+        assert "prompts_per_step" in str(error)  # noqa: PT017
+    else:
+        assert len(tiny.lines(f"{c.run_dir}/metrics.jsonl")) == 1
+
+
+def test_zero_steps_evaluate_and_end(make):
+    c = make(num_steps=0, **{"eval.num_prompts": 8})
+    out = train.train(c)
+    assert (out["step"], out["accuracy_before"]) == (0, out["accuracy_after"])
+
+
+def test_a_run_in_the_same_folder_with_other_prompts_is_refused(make):
+    train.train(make(num_steps=1))
+    for key, value in (("seed", 5), ("data.num_prompts", 16)):
+        with pytest.raises(UserError, match=f"other settings.*{key}"):
+            train.train(make(num_steps=2, **{key: value}))
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def steps_saved(c) -> list[str]:
+    return sorted(p.name for p in pathlib.Path(c.run_dir, "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_poisoned_parameters_raise_and_are_not_saved(make, models, tmp_path):
+    params, cfg = hf.load(models[0])
+    params["layers"]["down"] = params["layers"]["down"].at[0, 0, 0].set(np.nan)
+    hf.save(tmp_path / "poisoned", params, cfg, hf.load_tokenizer(models[0]), dtype="float32")
+    c = make(**{"student.path": str(tmp_path / "poisoned"), "checkpoint.every": 1})
+    with pytest.raises(FloatingPointError):
+        train.train(c)
+    assert steps_saved(c) == []
+
+
+def test_a_step_that_turns_to_nan_raises_and_keeps_the_last_good_checkpoint(make):
+    """A learning rate that throws the parameters away: the second step is not finite, and only the first is there."""
+    c = make(num_steps=4, **{"optimizer.learning_rate": 1e30, "checkpoint.every": 1, "optimizer.max_grad_norm": 0.0})
+    with pytest.raises(FloatingPointError):
+        train.train(c)
+    assert steps_saved(c) in ([], ["1"])
+    if steps_saved(c):
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(params_of(c))), "what was saved can be used"
+
+
+def test_a_signal_during_an_evaluation_does_not_lose_the_step(make, monkeypatch):
+    """SIGTERM while the model is being evaluated mid-run: the finished step is in the metrics and in a checkpoint."""
+    c = make(num_steps=4, **{"eval.num_prompts": 8, "eval.every": 1, "checkpoint.every": 10})
+    real, calls = evaluate.greedy, []
+
+    def greedy(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # the first is the one before training
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    out = train.train(c)
+    assert out["exit_code"] == 75
+    assert steps_saved(c) == [str(out["step"])]
+    assert len(tiny.lines(f"{c.run_dir}/metrics.jsonl")) == out["step"]
+
+
+# --- the files on their own ---------------------------------------------------------------------------------------------
+
+
+def test_lines_of_steps_that_come_again_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s}) + "\n" for s in range(5)) + '{"step": 5, "lo')
+    metrics.cut_after(path, 3)
+    assert [r["step"] for r in tiny.lines(path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x1cb", "日本 😀", "a\nb"], ids=ascii)
+def test_a_resumed_run_keeps_the_audits_of_any_text(tmp_path, text):
+    """A continuation may hold any character: U+2028 ends a line for `str.splitlines`, not in a JSON Lines file."""
+    writer = metrics.Writer(tmp_path, start_step=0, tensorboard=False)
+    writer.audits([{"step": 0, "chunk": text}, {"step": 1, "chunk": text}])
+    writer.close()
+    metrics.Writer(tmp_path, start_step=1, tensorboard=False).close()
+    assert tiny.lines(tmp_path / "audits.jsonl") == [{"step": 0, "chunk": text}]
+
+
+def test_a_line_cut_inside_a_character_is_dropped(tmp_path):
+    path = tmp_path / "audits.jsonl"
+    path.write_bytes(b'{"step": 0, "chunk": "a"}\n' + '{"step": 1, "chunk": "日'.encode()[:-1])
+    metrics.cut_after(path, 5)
+    assert [r["step"] for r in tiny.lines(path)] == [0]
+
+
+def test_half_a_surrogate_pair_in_a_continuation_can_be_logged(tmp_path):
+    """A provider's JSON may hold one; Python keeps it, UTF-8 does not."""
+    writer = metrics.Writer(tmp_path, start_step=0, tensorboard=False)
+    writer.audits([{"step": 0, "chunk": json.loads('"x \\ud83d"')}])
+    writer.close()
+    assert tiny.lines(tmp_path / "audits.jsonl")[0]["step"] == 0
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+    progress = metrics.Progress(3, 0, terminal=False)
+    progress.step(1, {"loss": 0.25, "entropy": 1.5, "time/step": 2.0})
+    progress.close()
+    out = capsys.readouterr().out
+    assert out == "step 1/3  loss 0.25  H 1.5  2.0 s\n"
+
+
+def test_repeated_ngrams():
+    assert evaluate.repeated_ngrams([1, 2, 3]) == 0
+    assert evaluate.repeated_ngrams(list(range(20))) == 0
+    assert evaluate.repeated_ngrams([7] * 20) == pytest.approx(16 / 17)
+
+
+def test_the_phase_timer_adds_up():
+    timer = metrics.PhaseTimer()
+    timer.add("a", 1.0)
+    timer.add("a", 2.0)
+    assert timer.take()["time/a"] == 3.0
+    assert "time/a" not in timer.take()
+    assert timer.total["a"] == 3.0
+
+
+def test_a_config_of_a_run_is_a_valid_recipe(run):
+    """What lies beside a run can be loaded back, key by key."""
+    saved = json.loads((run[0] / "config.json").read_text())
+    c = config.default()
+    c.update(saved)
+    config.validate(c)
+    assert config.flat(c) == config.flat(run[2])
