@@ -5,7 +5,7 @@ import optax
 
 
 def make_schedule(cfg):
-    """Learning rate by update: linear warm-up over `warmup_steps` (the first update already moves), then constant, linear or cosine to 0."""
+    """Learning rate by update: linear warm-up over `warmup_steps`, then constant, linear or cosine to 0."""
     o = cfg.optimizer
     left = max(1, cfg.num_steps - o.warmup_steps)
     after = {
