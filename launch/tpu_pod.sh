@@ -5,10 +5,12 @@
 #
 # Actions, in the order in which `all` does them:
 #   create   asks for the slice and waits until it is there        --type v5litepod-16 --version v2-alpha-tpuv5-lite
+#            v5p: --type v5p-128 --version v2-alpha-tpuv5; v6e: --type v6e-16 --version v2-alpha-tpuv6e
 #   copy     copies this repository (what git knows of it) to every host
 #   setup    on every host: mounts the shared folder, installs requirements-tpu.txt
-#   run      on every host: launch/tpu_vm.sh --pod -- MAIN'S ARGUMENTS; ends when the job does
-#   logs     fetches ~/omniopd_jax/job.log of every host into ./pod-logs/NAME
+#   run      on every host: launch/tpu_vm.sh --pod -- MAIN'S ARGUMENTS; shows its output and ends when the job does.
+#            The job does not end where the connection breaks: `follow` shows it again
+#   logs     fetches job.log of every host into ./pod-logs/NAME
 #   delete   gives the slice back (`all` does it at the end, whatever happened)
 # Options:
 #   --project P    gcloud's default where it is missing
@@ -16,7 +18,7 @@
 #                  on from its checkpoint (at most --tries times, default 20)
 #   --mount SOURCE a file system that all hosts share, for run_dir: HOST:/SHARE (NFS, Filestore) or gs://BUCKET (gcsfuse);
 #                  it appears as /mnt/omniopd: --config.run_dir=/mnt/omniopd/NAME
-#   --env VAR      passes a variable of this shell (a teacher's key) to the run; may be repeated
+#   --env VAR      passes a variable of this shell (a teacher's key) to the run, in a file that only it reads; may be repeated
 #   --dry-run      prints the commands
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,9 +27,9 @@ source launch/lib.sh
 
 action="${1:-}"
 case "$action" in
-  all | create | copy | setup | run | logs | delete) shift ;;
+  all | create | copy | setup | run | follow | logs | delete) shift ;;
   -h | --help) help_of launch/tpu_pod.sh && exit 0 ;;
-  *) echo "tpu_pod.sh: the first argument is an action: all create copy setup run logs delete (try --help)" >&2 && exit 2 ;;
+  *) echo "tpu_pod.sh: the first argument is an action: all create copy setup run follow logs delete (try --help)" >&2 && exit 2 ;;
 esac
 name="" zone="" type="v5litepod-16" version="v2-alpha-tpuv5-lite" project="" mount="" tries=20 spot=0 dry_run=0
 keys=()
@@ -68,32 +70,43 @@ on_all() { # a command on every host
   do_ "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"
 }
 
+to_all() { # a file to every host's home
+  do_ "${tpus[@]}" tpu-vm scp "$1" "$name:$2" "${where[@]}" --worker=all
+}
+
 state() {
   "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2> /dev/null || echo GONE
 }
 
+# Below, every step says `|| return`: where a function stands in a condition, bash does not stop at its errors.
+
 create() {
-  local kind=()
+  local kind=() now=""
   if ((spot)); then kind+=(--spot); fi
-  do_ "${tpus[@]}" queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
-    --runtime-version "$version" ${kind[@]+"${kind[@]}"}
+  if ((dry_run)) || [[ "$(state)" == GONE ]]; then
+    do_ "${tpus[@]}" queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
+      --runtime-version "$version" ${kind[@]+"${kind[@]}"} || return
+  fi
   if ((dry_run)); then
     echo "# until its state is ACTIVE:"
     show "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
     return
   fi
-  local now=""
-  until [[ "$now" == ACTIVE ]]; do
+  while :; do
     now="$(state)"
     echo "tpu_pod.sh: $name is $now"
-    if [[ "$now" == FAILED || "$now" == GONE ]]; then return 1; fi
-    if [[ "$now" != ACTIVE ]]; then sleep 30; fi
+    case "$now" in
+      ACTIVE) return ;;
+      FAILED | GONE | SUSPENDING | SUSPENDED | DELETING) return 1 ;;
+    esac
+    sleep 30
   done
 }
 
 copy() {
-  do_ git archive --format=tar.gz -o "/tmp/$name.tar.gz" HEAD
-  do_ "${tpus[@]}" tpu-vm scp "/tmp/$name.tar.gz" "$name:omniopd_jax.tar.gz" "${where[@]}" --worker=all
+  if ((!dry_run)) && [[ -n "$(git status --porcelain)" ]]; then echo "tpu_pod.sh: what is not committed is not copied" >&2; fi
+  do_ git archive --format=tar.gz -o "/tmp/$name.tar.gz" HEAD || return
+  to_all "/tmp/$name.tar.gz" omniopd_jax.tar.gz || return
   on_all "mkdir -p omniopd_jax && tar -xzf omniopd_jax.tar.gz -C omniopd_jax"
 }
 
@@ -101,46 +114,75 @@ setup() {
   local line="sudo mkdir -p /mnt/omniopd && sudo chmod 777 /mnt/omniopd"
   case "$mount" in
     "") line="true" ;;
-    gs://*) line+=" && (mountpoint -q /mnt/omniopd || gcsfuse --implicit-dirs ${mount#gs://} /mnt/omniopd)" ;;
-    *) line+=" && (mountpoint -q /mnt/omniopd || sudo mount -t nfs $mount /mnt/omniopd)" ;;
+    gs://*) # gcsfuse renames a folder that is not empty only where a limit allows it, and a checkpoint is such a folder
+      line+=" && (mountpoint -q /mnt/omniopd || gcsfuse --implicit-dirs --rename-dir-limit=1000000 ${mount#gs://} /mnt/omniopd)"
+      ;;
+    *)
+      line+=" && (command -v mount.nfs > /dev/null || (sudo apt-get -q update && sudo apt-get -qy install nfs-common))"
+      line+=" && (mountpoint -q /mnt/omniopd || sudo mount -t nfs $mount /mnt/omniopd)"
+      ;;
   esac
   on_all "$line && cd omniopd_jax && launch/tpu_vm.sh --setup"
 }
 
-run() {
-  local passed="" arguments
-  for key in ${keys[@]+"${keys[@]}"}; do
-    if ((dry_run)); then passed+="$key=... "; else passed+="$key=$(printf '%q' "${!key}") "; fi
-  done
+start() { # the job goes on where the connection does not; its output and its exit code stay on the host
+  local arguments inner file
   printf -v arguments '%q ' "$@"
-  on_all "cd omniopd_jax && set -o pipefail && ${passed}launch/tpu_vm.sh --pod -- $arguments 2>&1 | tee -a job.log"
+  inner="launch/tpu_vm.sh --pod -- $arguments; echo \$? > job.code"
+  if ((${#keys[@]})); then # keys travel in a file: a command line is everyone's to read
+    file="$(mktemp)" # only its owner may read it
+    for key in "${keys[@]}"; do printf 'export %s=%q\n' "$key" "${!key}" >> "$file"; done
+    to_all "$file" omniopd_jax/.job.env || { rm -f "$file" && return 1; }
+    rm -f "$file"
+    inner=". ./.job.env; rm -f .job.env; $inner"
+  fi
+  printf -v inner '%q' "$inner"
+  on_all "cd omniopd_jax && rm -f job.code && (nohup setsid bash -c $inner >> job.log 2>&1 < /dev/null &)"
+}
+
+follow() { # until the job has ended everywhere: its code
+  local wait="until [ -s job.code ]; do sleep 2; done; sleep 1; kill \$shown; exit \$(cat job.code)"
+  on_all "cd omniopd_jax || exit 1; tail -n 5 -F job.log & shown=\$!; $wait"
+}
+
+run() {
+  start "$@" || return
+  follow
 }
 
 logs() {
-  do_ mkdir -p "pod-logs/$name"
-  do_ "${tpus[@]}" tpu-vm scp "$name:omniopd_jax/job.log" "pod-logs/$name/" "${where[@]}" --worker=all
+  do_ mkdir -p "pod-logs/$name" || return
+  do_ "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all --command "cat omniopd_jax/job.log" \
+    --output-directory "pod-logs/$name"
 }
 
 delete() {
   do_ "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
+watch_job() { # `follow`, over connections that break: 255 is ssh's own code
+  local code=0
+  follow || code=$?
+  while ((code == 255)) && sleep 60 && [[ "$(state)" == ACTIVE ]]; do
+    code=0
+    follow || code=$?
+  done
+  return "$code"
+}
+
 all() {
   local try code
+  trap 'delete || true' EXIT # whatever happens, the slice is not left behind to be paid for
   for ((try = 0; try <= tries; try++)); do
-    trap 'delete || true' EXIT # whatever happens, the slice is not left behind to be paid for
-    create && copy && setup
     code=0
-    run "$@" || code=$?
-    if ((dry_run)); then break; fi
-    if ((code == 0)); then break; fi
-    if ((!spot)) || [[ "$(state)" == ACTIVE ]]; then break; fi # an error of its own, not a preemption
+    { create && copy && setup && start "$@" && watch_job; } || code=$?
+    if ((dry_run || code == 0 || !spot)) || [[ "$(state)" == ACTIVE ]]; then break; fi # else it was taken away
     echo "tpu_pod.sh: $name was taken away; asking for it again ($((try + 1)) of $tries)" >&2
     delete || true
   done
   logs || true
   trap - EXIT
-  delete
+  delete || true
   return "$code"
 }
 

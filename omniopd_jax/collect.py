@@ -193,11 +193,16 @@ def load_ahead(run, t: int) -> None:
 
 
 def allowance(run, t: int, prompts: int) -> tuple[int, int]:
-    """(M, N) of this step: the config's, or less where `budget.on_exhausted` spreads what is left of the budget."""
+    """(M, N) of this step: the config's, or less where `budget.on_exhausted` spreads what is left of the budget.
+
+    Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
+    """
     a = run.cfg.audit
     if not hasattr(run.teacher, "allowance"):
         return a.num_chunks, a.num_continuations
-    return run.teacher.allowance(run.cfg.num_steps - t, prompts * run.cfg.num_generations)
+    own = run.teacher.allowance(run.cfg.num_steps - t, prompts * run.cfg.num_generations)
+    M, N = (min(values) for values in zip(*distributed.gather("allowance", list(own))))
+    return M, N
 
 
 def own_prompts(run, t: int) -> tuple[list[data.Prompt], list[list[str]]]:

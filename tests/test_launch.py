@@ -58,40 +58,119 @@ def test_tpu_vm():
 
 
 def test_tpu_pod_from_nothing_to_nothing():
-    lines = dry(
-        "tpu_pod.sh",
-        "all",
-        *POD,
-        "--spot",
-        "--mount",
-        "10.0.0.2:/share",
-        "--env",
-        "KEY",
-        "--dry-run",
-        "--",
-        *MAIN,
-        KEY="secret",
-    )
+    options = ["--spot", "--mount", "10.0.0.2:/share", "--env", "KEY", "--dry-run"]
+    lines = dry("tpu_pod.sh", "all", *POD, *options, "--", *MAIN, KEY="secret")
     assert all("secret" not in word for line in lines for word in line), "a key must not be printed"
-    actions = [line[3:5] for line in lines if line[0] == "gcloud"]
-    assert actions == [
-        ["queued-resources", "create"], ["queued-resources", "describe"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"],
-        ["tpu-vm", "ssh"], ["tpu-vm", "ssh"], ["tpu-vm", "scp"], ["queued-resources", "delete"],
-    ]  # fmt: skip
     gcloud = [line for line in lines if line[0] == "gcloud"]
+    assert [line[3:5] for line in gcloud] == [
+        ["queued-resources", "create"], ["queued-resources", "describe"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"],
+        ["tpu-vm", "ssh"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"],
+        ["queued-resources", "delete"],
+    ]  # fmt: skip
     assert "--spot" in gcloud[0] and "v5litepod-16" in gcloud[0]
     assert all("us-west4-a" in line for line in gcloud)
     assert all("--worker=all" in line for line in gcloud if line[3] == "tpu-vm")
     assert "mount -t nfs 10.0.0.2:/share /mnt/omniopd" in gcloud[4][-1] and "tpu_vm.sh --setup" in gcloud[4][-1]
-    remote = gcloud[5][-1]  # what every host's shell will see
-    assert "launch/tpu_vm.sh --pod -- " in remote and "KEY=... " in remote
-    words = shlex.split(remote.split(" 2>&1")[0])
-    assert words[-2:] == MAIN
+    assert gcloud[8][-1] == "pod-logs/pod" and gcloud[8][-2] == "--output-directory"
+    remote = gcloud[6][-1]  # what every host's shell will see: nohup setsid bash -c INNER >> job.log
+    inner = shlex.split(remote)[shlex.split(remote).index("-c") + 1]
+    assert shlex.split(inner.split("; echo")[0].split(".job.env; ")[-1]) == ["launch/tpu_vm.sh", "--pod", "--", *MAIN]
+
+
+GCLOUD = r"""#!/usr/bin/env bash
+# Two hosts as folders, one state. POD: where; a file `preempt` there takes the slice away while its job is being followed.
+echo "$*" >> "$POD/calls"
+case "$3 $4" in
+  "queued-resources create") rm -rf "$POD"/home-*; mkdir "$POD/home-0" "$POD/home-1"; echo ACTIVE > "$POD/state" ;;
+  "queued-resources describe") cat "$POD/state" 2> /dev/null || exit 1 ;;
+  "queued-resources delete") rm -f "$POD/state" ;;
+  "tpu-vm scp") for w in 0 1; do cp "$5" "$POD/home-$w/${6#*:}"; done ;;
+  "tpu-vm ssh")
+    while (($# > 0)); do
+      if [[ "$1" == --command ]]; then command="$2"; fi
+      if [[ "$1" == --output-directory ]]; then into="$2"; fi
+      shift
+    done
+    if [[ "$command" == *job.code\ \]* && -f "$POD/preempt" ]]; then
+      rm "$POD/preempt"; echo SUSPENDED > "$POD/state"; exit 255
+    fi
+    code=0
+    for w in 0 1; do
+      cd "$POD/home-$w"
+      out=/dev/stdout
+      if [[ -n "${into:-}" ]]; then out="$OLDPWD/$into/$w.log"; fi
+      env -u KEY WORKER="$w" bash -c "$command" > "$out" || code=$?
+      cd - > /dev/null
+      if [[ "$command" == *tar\ -x* ]]; then cp "$POD/tpu_vm.sh" "$POD/home-$w/omniopd_jax/launch/"; fi
+    done
+    exit "$code"
+    ;;
+esac
+"""
+HOST = """#!/usr/bin/env bash
+if [[ "$1" == --setup ]]; then exit 0; fi
+echo "host $WORKER, key $KEY: $*"
+exit "$(cat "$POD/code-$WORKER" 2> /dev/null || echo 0)"
+"""
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """pod(action, ...) runs tpu_pod.sh with a stand-in for gcloud, whose hosts run a stand-in for tpu_vm.sh."""
+    for name, text in {"bin/gcloud": GCLOUD, "bin/sleep": "#!/bin/sh\nexec /bin/sleep 0.4", "tpu_vm.sh": HOST}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    name = f"test-{tmp_path.name}"
+    more = {"POD": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "KEY": "a secret"}
+
+    def act(action, *args):
+        return run("launch/tpu_pod.sh", action, "--name", name, "--zone", "z", "--env", "KEY", *args, **more)
+
+    yield tmp_path, act
+    shutil.rmtree(REPO / "pod-logs" / name, ignore_errors=True)
+    pathlib.Path(f"/tmp/{name}.tar.gz").unlink(missing_ok=True)
+
+
+def test_a_pod_job_runs_on_every_host_and_its_output_and_code_come_back(pod):
+    folder, act = pod
+    done = act("all", "--", *MAIN)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for w in (0, 1):
+        said = f"host {w}, key a secret: --pod -- {' '.join(MAIN)}"
+        assert said in done.stdout and said in (REPO / "pod-logs" / f"test-{folder.name}" / f"{w}.log").read_text()
+        assert not (folder / f"home-{w}" / "omniopd_jax" / ".job.env").exists(), "the keys stay on no disk"
+    calls = (folder / "calls").read_text()
+    assert "a secret" not in calls and not (folder / "state").exists(), "the slice is given back"
+    assert calls.count("queued-resources create") == calls.count("queued-resources delete") == 1
+    (folder / "code-1").write_text("2")
+    assert act("all", "--", *MAIN).returncode == 2 and not (folder / "state").exists()
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(pod):
+    folder, act = pod
+    (folder / "preempt").touch()
+    done = act("all", "--spot", "--", *MAIN)
+    assert done.returncode == 0, done.stderr
+    assert "was taken away; asking for it again (1 of 20)" in done.stderr
+    calls = (folder / "calls").read_text()
+    assert calls.count("queued-resources create") == 2 and not (folder / "state").exists()
+    (folder / "preempt").touch()
+    assert act("all", "--", *MAIN).returncode == 255, "not spot: it ends"
+    assert not (folder / "state").exists()
+
+
+def test_a_slice_that_does_not_come_up_runs_nothing(pod):
+    folder, act = pod
+    (folder / "bin" / "gcloud").write_text(GCLOUD.replace("echo ACTIVE", "echo FAILED"))
+    done = act("all", "--", *MAIN)
+    assert done.returncode == 1 and "is FAILED" in done.stdout
+    assert "launch/tpu_vm.sh" not in (folder / "calls").read_text() and not (folder / "state").exists()
 
 
 def test_tpu_pod_with_a_bucket_and_a_project():
     (line,) = dry("tpu_pod.sh", "setup", *POD, "--project", "p", "--mount", "gs://bucket", "--dry-run")
-    assert "gcsfuse --implicit-dirs bucket /mnt/omniopd" in line[-1] and "p" in line
+    assert "gcsfuse --implicit-dirs" in line[-1] and "bucket /mnt/omniopd" in line[-1] and "p" in line
     done = run("launch/tpu_pod.sh", "create", "--name", "x")
     assert done.returncode == 2 and "--zone" in done.stderr
 
