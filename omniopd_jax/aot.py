@@ -298,6 +298,9 @@ def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
             f"{sum(c.times for c in group):>6} runs, {moved:,.1f} MiB sent, largest {largest:,.1f} MiB"
         )
     each = " a token" if p.name == "decode" else ""
+    if p.collectives:
+        moved = sum(c.moved * c.times for c in p.collectives) / MIB
+        out.append(f"        a chip sends {moved:,.1f} MiB{each or ' a step'}")
     out.append(
         f"        estimated{each}: compute or memory {1e3 * p.compute_s:,.2f} ms, collectives {1e3 * p.traffic_s:,.2f} ms"
     )

@@ -1,9 +1,6 @@
 """Checkpoints: any mesh reads them, broken ones are moved aside loudly, and what is kept is what was asked for."""
 
 import pathlib
-import random
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -173,53 +170,3 @@ def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
         points.save(state_on((1, 1, 1), number)[0], {})
     points.close()
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ten_signals_at_random_moments_lose_nothing(tmp_path, number):
-    """Each signal comes at any moment of the command's life; every start resumes, and the end is bit-identical."""
-    models = tiny.make_folders(tmp_path)
-    settings = {"num_steps": 30, "checkpoint.every": 2, "checkpoint.keep": 2}
-
-    def begin(name):
-        return tiny.start(tiny.arguments(tiny.overrides(*models, tmp_path / name) | settings))
-
-    def logged(name):
-        file = tmp_path / name / "metrics.jsonl"
-        return file.read_bytes().count(b"\n") if file.exists() else 0
-
-    started = time.monotonic()
-    whole = begin("whole")
-    assert whole.communicate()[0] and whole.returncode == 0
-    life, rng, signals = time.monotonic() - started, random.Random(int(number)), 0
-    while signals < 10:
-        process = begin("stopped")
-        before = logged("stopped")
-        if rng.random() < 0.8:  # most of them inside the loop, which is a small part of a short command's life
-            end = time.monotonic() + 600
-            while logged("stopped") <= before - 2 and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.3 * life)
-        else:
-            time.sleep(rng.random() * life)
-        alive = process.poll() is None
-        process.send_signal(number)
-        out, err = process.communicate(timeout=600)
-        signals += alive
-        if process.returncode == 0:
-            break
-        early = "resumed" not in out and "step 1/" not in out  # before the signals are caught: the interpreter's imports
-        assert process.returncode in ((75, -15) if number == signal.SIGTERM and early else (75, -9)), err
-        if "can't be restored" in err:
-            pytest.fail(f"a torn checkpoint was found: {err}")
-        if number == signal.SIGTERM and "stopped by" in out:
-            saved = max(int(f.name) for f in (tmp_path / "stopped" / "checkpoints").iterdir() if f.name.isdigit())
-            assert saved == logged("stopped"), "every step that was finished is saved"
-    assert signals >= 3
-    rest = begin("stopped")
-    assert rest.communicate(timeout=600)[0] and rest.returncode == 0
-    a, b = (checkpoint.restore_params(tmp_path / name)[0] for name in ("whole", "stopped"))
-    assert tiny.same(a, b)
-    rows = [tiny.lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
-    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]

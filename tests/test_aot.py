@@ -1,0 +1,177 @@
+"""Will it fit? Sizes and knobs on fake devices; with `make test-aot` the TPU compiler's own figures for a v5e:2x2 slice.
+
+The marked tests fail, and never skip, where that compiler is missing.
+"""
+
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from omniopd_jax import aot, flops, model, sharding
+from omniopd_jax.errors import UserError
+
+GIB = 2.0**30
+LAYERS, ROWS, LENGTH = 4, 128, 8192  # 32 rows a chip: a cache of 4 GiB
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A folder with the config.json of Qwen3-0.6B, four of its layers."""
+    folder = tmp_path_factory.mktemp("student")
+    values = {
+        "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-6, "rope_theta": 1_000_000, "tie_word_embeddings": True, "max_position_embeddings": 40_960,
+        "hidden_act": "silu", "attention_bias": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def settings(student, **more) -> dict:
+    return {
+        "student.path": student, "prompts_per_step": ROWS // 4, "num_generations": 4, "max_prompt_length": 1024,
+        "max_completion_length": LENGTH - 1024, "micro_batches": 32, "compute_dtype": "bfloat16", "model.remat": "full",
+    } | more  # fmt: skip
+
+
+def recipe(student, **more):
+    c = tiny.recipe("", "", "")
+    c.update_from_flattened_dict(settings(student, **more))
+    return c
+
+
+@pytest.fixture(scope="module")
+def plan(student):
+    """On four fake devices, two of them tensor-parallel."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tp": 2}, jax.devices()[:4])
+    return aot.Plan(recipe(student), mesh)
+
+
+def test_sizes_are_what_a_chip_holds(plan):
+    count, sizes = model.num_params(plan.model_cfg), plan.sizes()
+    norms = LAYERS * (2 * 1024 + 2 * 128) + 1024  # replicated; all else lies over four chips
+    held = (count - norms) / 4 + norms
+    assert sizes["parameters"] == sizes["reference"] == 4 * held
+    assert 8 * held <= sizes["optimizer"] <= 8 * held + 64  # and its step counter
+    assert sizes["cache"] == 2 * LAYERS * (ROWS / 2) * (8 / 2) * LENGTH * 128 * 2
+
+
+def test_decode_is_lowered_with_what_the_sampler_takes(plan):
+    """The other passes hold splash's kernel, which only TPU lowers: see below."""
+    lowered, donated, resident = plan.lower("decode")
+    text = lowered.as_text()
+    assert f"tensor<{ROWS}x8x{LENGTH}x128xbf16>" in text and "stablehlo.while" in text
+    assert donated == aot.local_bytes(plan.sampler_state()) > plan.sizes()["cache"]
+    assert resident == aot.local_bytes(plan.state) + plan.sizes()["reference"]
+
+
+def test_knobs_come_in_order_and_build_on_each_other(student):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 1}, jax.devices()[:4])
+    cfg = recipe(student, **{"model.remat": "none", "micro_batches": 8, "mesh.data": 2})
+    taken = [(what, c.to_dict()) for what, c in aot.knobs(cfg, mesh)]
+    assert [what for what, _ in taken] == [
+        "model.remat=full", "mesh.data=1, mesh.fsdp=-1", "rollout_groups=2", "rollout_groups=4", "rollout_groups=8",
+        "mesh.tp=2, mesh.fsdp=-1", "mesh.tp=4, mesh.fsdp=-1",
+    ]  # fmt: skip
+    last = taken[-1][1]
+    assert (last["model"]["remat"], last["rollout_groups"], last["mesh"]["tp"]) == ("full", 8, 4)
+    assert cfg.model.remat == "none" and cfg.rollout_groups == 1, "the recipe itself is left alone"
+
+
+def test_the_heads_size_in_a_loop_is_found(plan):
+    def one(dims, loops):
+        return aot.hlo.Collective("all-gather", dims, 4.0 * np.prod(dims), 2, loops, 1)
+
+    V, D = 151_936, 1024
+    heads, others = [one((V, D), 1), one((V // 2, D), 2), one((D // 2, V), 1)], [one((32, V), 1), one((D, 3072), 1)]
+    done = [aot.Pass("update", 0.0, collectives=[*heads, one((V, D), 0), *others])]
+    assert [c for _, c in aot.head_in_loops(plan, done)] == heads
+
+
+def test_the_report_says_what_does_not_fit():
+    chip = flops.CHIPS["v5e"]
+    fits = aot.Pass("decode", 1.0, donated=8 * GIB, aliased=8 * GIB, temporaries=0.5 * GIB, peak=9 * GIB, resident=2 * GIB)
+    text = "\n".join(aot.lines(fits, chip, 8 * GIB))
+    assert "decode  fits" in text and "(69%)" in text and "temporaries are 6.2% of the cache" in text
+    assert "donated 8,192.0 MiB, aliased 8,192.0 MiB" in text
+    fits.resident = 7 * GIB
+    assert "decode  DOES NOT FIT" in aot.lines(fits, chip, 8 * GIB)[0]
+    assert aot.lines(aot.Pass("update", 1.0, problem="Ran out"), chip, 1.0)[0].startswith("update  DOES NOT FIT: Ran out")
+
+
+def test_known_models_need_no_hub():
+    assert model.num_params(aot.model_config("Qwen/Qwen3-1.7B")) == 1_720_574_976
+    assert model.num_params(aot.model_config("Qwen/Qwen3-32B")) == 32_762_123_264
+    with pytest.raises(UserError, match="student.path"):
+        aot.model_config("nobody/nothing")
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="requirements-tpu.txt"):
+        aot.devices("v5e:2x2")
+
+
+# --- the TPU compiler itself ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(student):
+    """(what was said, plan, {name: Pass}, fits) of the whole recipe on four chips."""
+    said = []
+    plan, done, fits = aot.check(recipe(student), "v5e:2x2", say=said.append)
+    print("\n".join(said))
+    return said, plan, {p.name: p for p in done}, fits
+
+
+@pytest.mark.aot
+def test_a_recipe_fits_and_every_pass_is_reported(compiled):
+    said, plan, passes, fits = compiled
+    assert fits and set(passes) == set(aot.PASSES) and not any(p.problem for p in passes.values())
+    assert all(0 < p.total < 16 * GIB and p.compute_s > 0 for p in passes.values())
+    assert passes["update"].arguments >= aot.local_bytes(plan.state) + plan.sizes()["reference"]
+    assert not any("warning" in line for line in said)
+
+
+@pytest.mark.aot
+def test_decode_needs_little_beside_its_cache(compiled):
+    _, plan, passes, _ = compiled
+    cache = plan.sizes()["cache"]
+    assert cache >= 4 * GIB and plan.sampled == ROWS and plan.P + plan.T == LENGTH
+    assert passes["decode"].temporaries <= 0.1 * cache
+
+
+@pytest.mark.aot
+def test_what_is_donated_is_aliased(compiled):
+    for name in ("decode", "update"):
+        p = compiled[2][name]
+        assert p.donated > 0 and p.aliased >= p.donated, name
+
+
+@pytest.mark.aot
+def test_no_collective_of_the_heads_size_runs_in_a_loop(compiled):
+    _, plan, passes, _ = compiled
+    head = 151_936 * 1024 * 2  # bytes in bfloat16
+    update = passes["update"].collectives
+    assert not aot.head_in_loops(plan, list(passes.values()))
+    assert max(c.bytes for c in update if not c.loops) >= head, "outside of loops it is gathered"
+    assert any(c.loops for c in update), "the layers' own are in loops"
+    assert max(c.bytes for p in passes.values() for c in p.collectives if c.loops) < head / 4
+
+
+@pytest.mark.aot
+def test_what_does_not_fit_ends_with_3_and_a_suggestion(student):
+    """Four times the rows: 16 GiB of cache a chip. The command tells what would do."""
+    values = settings(student, prompts_per_step=ROWS)
+    command = [
+        tiny.PYTHON, "-m", "omniopd_jax.aot", *tiny.arguments(values), "--topology=v5e:2x2", "--passes=decode", "--suggest",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tiny.REPO, env=tiny.environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == aot.NOT_FIT, done.stderr[-2000:]
+    assert "decode  DOES NOT FIT" in done.stdout
+    assert "suggest: it fits with --config.rollout_groups=2" in done.stdout
