@@ -4,6 +4,7 @@ Beside the state lies a fingerprint of its bits, the same on any mesh: what come
 does not is moved aside, and the one before it is taken.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -81,7 +82,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         if journal is not None:
-            meta = meta | {"journal": journal.position()}
+            meta = meta | {"journal": journal.position(), "budget": dataclasses.asdict(journal.totals())}
             self._copy_journal(journal, step)
         meta = meta | {"fingerprint": fingerprint(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), meta=ocp.args.JsonSave(meta))

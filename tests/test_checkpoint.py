@@ -1,6 +1,9 @@
 """Checkpoints: any mesh reads them, broken ones are moved aside loudly, and what is kept is what was asked for."""
 
+import dataclasses
+import functools
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from ml_collections import FrozenConfigDict
 from omniopd_jax import checkpoint, model, sharding, step
 from omniopd_jax.checkpoint import Checkpoints
 from omniopd_jax.errors import UserError
+from omniopd_jax.teachers.journal import Journal, Totals
 
 CFG = FrozenConfigDict(tiny.recipe("", "", ""))
 
@@ -20,17 +24,22 @@ CFG = FrozenConfigDict(tiny.recipe("", "", ""))
 def state_on(model_cfg):
     """state_on((data, fsdp, tp)) -> a TrainState with every leaf different, and one of its shape with shardings."""
 
-    def make(shape, number=1):
+    @functools.cache
+    def maker(shape):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), jax.devices()[: shape[0] * shape[1] * shape[2]])
         where = step.state_shardings(model_cfg, CFG, mesh)
 
-        def new():
+        def new(number):
             state = step.new_state(model.init(jax.random.key(0), model_cfg), CFG, jax.random.key(9))
             leaves, tree = jax.tree.flatten(state.opt_state)
             filled = [a + jnp.asarray(i, a.dtype) for i, a in enumerate(leaves)]
             return state.replace(opt_state=tree.unflatten(filled), step=state.step + number)
 
-        state = jax.jit(new, out_shardings=where)()
+        return jax.jit(new, out_shardings=where), where
+
+    def make(shape, number=1):
+        new, where = maker(shape)
+        state = new(np.int32(number))
         return state, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
 
     return make
@@ -58,8 +67,6 @@ def written(state_on, tmp_path_factory):
 
 
 def copy(written, to):
-    import shutil
-
     shutil.copytree(written, to)
     return to
 
@@ -170,3 +177,22 @@ def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
         points.save(state_on((1, 1, 1), number)[0], {})
     points.close()
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
+
+
+def test_the_journal_and_the_budget_come_back_where_their_disk_is_gone(state_on, tmp_path):
+    journal = Journal(tmp_path / "journal")
+    call = journal.ask(b"key", 2, 100, 0.5, Totals())
+    journal.settle(call, "ok", usage=(30, 0, 20, 0.01))
+    position = journal.position()
+    points = Checkpoints(tmp_path, keep=3)
+    points.save(state_on((1, 1, 1), 1)[0], {"steps": 1}, journal=journal)
+    journal.settle(journal.ask(b"key", 2, 100, 0.5, Totals()), "ok", usage=(300, 0, 200, 0.1))  # after the checkpoint
+    journal.close()
+    shutil.rmtree(tmp_path / "journal")
+    assert checkpoint.restore_journal(tiny.recipe("", "", tmp_path)) == [0]
+    again = Journal(tmp_path / "journal")
+    meta = points.restore_newest(state_on((1, 1, 1), 1)[1])[1]
+    assert meta == {"steps": 1, "journal": position, "budget": {"calls": 1, "tokens": 50, "usd": pytest.approx(0.01)}}
+    assert again.position() == position and dataclasses.asdict(again.totals()) == meta["budget"]
+    points.close()
+    again.close()

@@ -1,12 +1,13 @@
 """Counts against sums written out by hand, the recompilation warning, and the profiler's window."""
 
+import json
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from omniopd_jax import flops, model, profile
+from omniopd_jax import flops, metrics, model, profile
 from omniopd_jax.errors import UserError
 
 CFG = model.ModelConfig(
@@ -92,11 +93,22 @@ def test_the_profilers_window():
             profile.window(wrong)
 
 
-def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):
+def test_xprof_opens_the_trace_of_the_steps_asked_for_and_finds_their_phases(tmp_path):
+    from xprof.convert import raw_to_tool_data
+
     cfg = types.SimpleNamespace(profile=types.SimpleNamespace(steps="1:3"), run_dir=tmp_path)
-    profiler = profile.Profiler(cfg)
+    profiler, timer = profile.Profiler(cfg), metrics.PhaseTimer()
     for t in range(4):
         with profiler.step(t):
-            jnp.ones(3).sum().block_until_ready()
+            for phase in ("rollout", "update"):
+                with timer.phase(phase):
+                    jnp.ones(3).sum().block_until_ready()
         assert profiler._on == (t == 1)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    files = [str(f) for f in (tmp_path / "profile").rglob("*.xplane.pb")]
+    assert len(files) == 1 and {"trace_viewer@", "overview_page"} <= set(raw_to_tool_data.xspace_to_tool_names(files))
+    data, kind = raw_to_tool_data.xspace_to_tool_data(files, "trace_viewer", {})
+    spans = [e for e in json.loads(data)["traceEvents"] if e.get("ph") == "X"]
+    assert kind == "application/json" and len(spans) < 1000, "Python's own calls are left out"
+    for phase in ("rollout", "update"):
+        assert sum(e["name"] == phase for e in spans) == 2, phase
+    assert [e["name"] for e in spans if e["name"].startswith("step")] == ["step 1", "step 2"]

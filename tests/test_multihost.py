@@ -74,7 +74,7 @@ def audits(folder, step):
 
 def without_time(folder):
     rows = tiny.lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if not k.startswith("time/") and "latency" not in k} for r in rows]
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/")) and "latency" not in k} for r in rows]
 
 
 def same_run(a, b):
