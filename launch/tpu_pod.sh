@@ -126,9 +126,10 @@ setup() {
 }
 
 start() { # the job goes on where the connection does not; its output and its exit code stay on the host
-  local arguments inner file
+  local arguments inner file cache=""
   printf -v arguments '%q ' "$@"
-  inner="launch/tpu_vm.sh --pod -- $arguments; echo \$? > job.code"
+  if [[ -n "$mount" ]]; then cache="--cache /mnt/omniopd/xla "; fi # process 0 alone writes it: one folder for all hosts
+  inner="launch/tpu_vm.sh --pod $cache-- $arguments; echo \$? > job.code"
   if ((${#keys[@]})); then # keys travel in a file: a command line is everyone's to read
     file="$(mktemp)" # only its owner may read it
     for key in "${keys[@]}"; do printf 'export %s=%q\n' "$key" "${!key}" >> "$file"; done

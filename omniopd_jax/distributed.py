@@ -48,10 +48,6 @@ def init(cfg) -> None:
     )  # fmt: skip
     from jax.experimental import multihost_utils
 
-    if jax.default_backend() == "gpu":
-        # XLA may order independent collectives otherwise each time it compiles: two processes that compiled the same
-        # program for themselves waited for each other for ever (seen on CPU). One compiles, the others take its binary.
-        jax.config.update("jax_share_binary_between_hosts", True)
     barrier("start")
     # the first collective connects everyone to everyone, for which gloo allows 30 s: now, not after different compile times
     multihost_utils.sync_global_devices("start")

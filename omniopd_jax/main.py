@@ -20,8 +20,8 @@ def main(argv) -> int:
     from omniopd_jax import distributed, train
 
     cli.setup_jax()
-    distributed.init(_CONFIG.value)
     try:
+        distributed.init(_CONFIG.value)
         return train.train(_CONFIG.value)["exit_code"]
     except BaseException as error:
         distributed.abandon(error)

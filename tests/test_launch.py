@@ -74,7 +74,9 @@ def test_tpu_pod_from_nothing_to_nothing():
     assert gcloud[8][-1] == "pod-logs/pod" and gcloud[8][-2] == "--output-directory"
     remote = gcloud[6][-1]  # what every host's shell will see: nohup setsid bash -c INNER >> job.log
     inner = shlex.split(remote)[shlex.split(remote).index("-c") + 1]
-    assert shlex.split(inner.split("; echo")[0].split(".job.env; ")[-1]) == ["launch/tpu_vm.sh", "--pod", "--", *MAIN]
+    assert shlex.split(inner.split("; echo")[0].split(".job.env; ")[-1]) == [
+        "launch/tpu_vm.sh", "--pod", "--cache", "/mnt/omniopd/xla", "--", *MAIN,
+    ]  # fmt: skip
 
 
 GCLOUD = r"""#!/usr/bin/env bash
