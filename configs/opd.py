@@ -2,20 +2,28 @@
 
     python -m omniopd_jax.main --config=configs/opd.py --config.teacher.model=Qwen/Qwen3-4B
 
-Variants, comma-separated after a colon: exact (the whole vocabulary in place of the sampled token; same memory as a second
-reference), 4b (the student; give it a larger teacher).
+    python -m omniopd_jax.main --config=configs/opd.py:remote --config.teacher.base_url=http://HOST:8000/v1
 
-The teacher must give log-probs of the student's tokens (`score_tokens`), with the student's own tokenizer. Only
-teacher.provider = 'local' has that today: it holds the teacher whole, in float32, on one device beside the student, so the
-paper's Qwen3-32B does not fit and the default is Qwen3-4B. Any other provider is refused at the start.
-Hardware: 8 GPUs of 80 GB, or a v5p-8 slice. Time: no teacher sampling, one more forward pass a step; not run here.
+Variants, comma-separated after a colon: remote (Qwen3-32B behind vLLM or SGLang), exact (the whole vocabulary in place of the
+sampled token; same memory as a second reference; local only), 4b (the student; give a local run a larger teacher).
+
+The teacher must give log-probs of the student's tokens (`score_tokens`), with the student's own tokenizer. In process
+(teacher.provider = 'local') it lies whole, in float32, on one device beside the student, so the paper's Qwen3-32B does not
+fit and the default is Qwen3-4B. `remote` asks a server for the log-probs of the prompt (launch/teacher_vllm.sh serves one): a
+call a response, its token ids sent as they are. A server that gives none, or for other ids, is refused at the start.
+Hardware: 8 GPUs of 80 GB, or a v5p-8 slice; `remote`: the server's besides. Time: no teacher sampling, one more forward pass a
+step; not run here.
 Result reported by the paper (not run here), teacher Qwen3-32B: 1.7B 51.87 -> 61.70, 4B 54.01 -> 64.16.
 """
 
 from configs import math
 from omniopd_jax import config
 
-VARIANTS = {"exact": {"objective.name": "opd_exact"}, "4b": math.VARIANTS["4b"]}
+VARIANTS = {
+    "remote": {"teacher.provider": "openai", "teacher.model": "Qwen/Qwen3-32B"},
+    "exact": {"objective.name": "opd_exact"},
+    "4b": math.VARIANTS["4b"],
+}
 
 
 def get_config(arg=None):
@@ -26,4 +34,7 @@ def get_config(arg=None):
     c.anchor.kl_coef = 0.0  # the reverse KL to the teacher is the whole loss
     c.teacher.provider = "local"
     c.teacher.model = "Qwen/Qwen3-4B"
-    return config.apply(c, VARIANTS, arg)
+    config.apply(c, VARIANTS, arg)
+    if c.teacher.provider == "openai":
+        c.teacher.tokenizer = c.student.path  # one tokenizer for the whole Qwen3 family; the probe compares its tokens
+    return c

@@ -113,6 +113,7 @@ def default() -> ConfigDict:
     c.teacher.timeout_s = 60.0  # one call
     c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from its turn
     c.teacher.max_retries = 8  # of one call that was answered with an error; an unreachable server is only bound in time
+    c.teacher.hedge_s = 0.0  # ask a second time after so long without an answer, the first one counts, both are paid; 0 = off
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes one after the other, for caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
@@ -193,7 +194,7 @@ def validate(c: ConfigDict) -> None:
         "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
         "temperature": 0, "teacher.temperature": 0,
         "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "top_k": 0, "data.num_prompts": 0,
-        "eval.num_prompts": 0, "eval.every": 0, "teacher.max_concurrency": 1, "teacher.max_retries": 0,
+        "eval.num_prompts": 0, "eval.every": 0, "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0,
         "teacher.requests_per_minute": 0, "teacher.tokens_per_minute": 0, "teacher.price_input": -1,
         "teacher.price_cached": -1, "teacher.price_output": -1, "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
     }.items():  # fmt: skip

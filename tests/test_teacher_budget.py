@@ -104,6 +104,17 @@ def test_a_call_of_unknown_outcome_stays_spent(tmp_path):
     assert totals.calls == 2 and totals.tokens > 1000 and totals.usd > result.usage.cost_usd + 0.003
 
 
+def test_an_answer_that_does_not_say_what_it_used_stays_spent_in_full(tmp_path):
+    with WireServer(mangle=lambda answer: {k: v for k, v in answer.items() if k != "usage"}) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE | {"budget.usd": 0.007, "teacher.max_concurrency": 1})
+        results, stops = spend(c, [request(f"s{i}", n=1) for i in range(4)])
+        assert len(results) == len(server.calls()) == 1 and len(stops) == 3 and "budget.usd" in str(stops[0])
+    journal = Journal(tmp_path / "journal")
+    totals = journal.totals()
+    journal.close()
+    assert totals.calls == 1 and 0.003 < totals.usd == results[0].usage.cost_usd <= 0.007
+
+
 def test_prices(tmp_path):
     c = cfg_for("", "openai", tmp_path, **{"teacher.model": "gpt-4.1-mini-2025-04-14"})
     assert budget.price(c, self_hosted=False).input == 0.40  # the longest name, not gpt-4.1
@@ -127,6 +138,18 @@ def test_the_estimate_has_ranges_and_prints(tmp_path):
         low, middle, high = getattr(one, field)
         assert 0 < low <= middle <= high
     assert "usd" in one.table() and len(one.table().splitlines()) == 6
+
+
+def test_the_estimate_of_the_baselines(tmp_path):
+    sizes = {"num_steps": 2, "prompts_per_step": 3, "num_generations": 4, "max_completion_length": 100, "max_prompt_length": 60}
+    asks = {"sft": ((6, 24), 60, 100), "opd": ((24, 24), 160, 1)}  # calls with n and without, most tokens in and out a text
+    for name, (calls, most_in, most_out) in asks.items():
+        c = cfg_for("", "openai", tmp_path, **sizes | {"objective.name": name})
+        for takes_n, count in zip((True, False), calls):
+            e = budget.estimate(c, budget.Price(1, 0.1, 5), takes_n=takes_n, latency_s=(1.0, 2.0))
+            assert e.calls[0] == count and e.tokens_in[2] == pytest.approx(1.1 * count * most_in)
+            assert e.tokens_out[2] == pytest.approx(1.1 * 24 * most_out)
+            assert all(0 < low <= middle <= high for low, middle, high in (e.usd, e.hours))
 
 
 @pytest.mark.parametrize("way,expect", [("stop", (10, 10)), ("fewer_audits", (2, 10)), ("fewer_continuations", (10, 2))])

@@ -74,8 +74,11 @@ def test_thirty_percent_faults_then_a_replay_offline(steps, runner, tmp_path, ca
     settings = {"num_steps": steps, "teacher.max_retries": 2}
     key = {"OPENAI_API_KEY": MARK}
     with WireServer(key=MARK, share=0.3, faults=healthy, retry_after_s=0.3, rng=random.Random(steps)) as server:
-        first = runner.run(tmp_path / "first", wire(server) | settings, env=key, args=["--verbosity=1"])
+        noisy = wire(server) | settings | {"log.tensorboard": True}
+        first = runner.run(tmp_path / "first", noisy, env=key, args=["--verbosity=1"])
         assert first.code == 0, first.err[-3000:]
+        assert all(w in first.err for w in ("HTTP Request: POST", "send_request_headers")), first.err[:3000]  # the SDK's logs
+        assert list((tmp_path / "first" / "tensorboard").iterdir())
         assert_counts_are_the_servers(first, server)
         kinds = {entry["fault"] for entry in server.calls()} - {None}
         assert len(kinds) >= (10 if steps == 20 else 4), kinds

@@ -1,6 +1,7 @@
 """A service that fails: what arrives is counted right, nothing is filled in, and the run ends or goes on as it should."""
 
 import asyncio
+import email.utils
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ from teacher_kit import EXTENSIONS, ask, cfg_for, request, teacher_of, texts
 from wire_server import FAULTS, LANGUAGE, WireServer
 
 from omniopd_jax.teachers import Continuation, TeacherStopped
+from omniopd_jax.teachers.journal import Journal
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -80,6 +82,106 @@ def test_retry_after_is_honoured(tmp_path):
         [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request())
         times = [entry["time"] for entry in server.calls()]
     assert result.usage.retries == 2 and all(b - a >= 0.7 for a, b in zip(times, times[1:]))
+
+
+def test_retry_after_as_a_date_is_honoured(tmp_path):
+    with WireServer(faults=["429_after"], retry_after_s=email.utils.formatdate(time.time() + 2.5, usegmt=True)) as server:
+        ask(cfg_for(server.url("openai"), "openai", tmp_path), request())
+        first, second = [entry["time"] for entry in server.calls()]
+    assert 1.0 <= second - first < 5
+
+
+WITHHELD = {
+    "openai": [{"finish_reason": "content_filter"}, {"finish_reason": "abort"}],
+    "anthropic": [{"stop_reason": "refusal", "content": []}],
+    "gemini": [{"finishReason": "SAFETY", "content": {}}, {"finishReason": "RECITATION"}, {"finishReason": "OTHER"}],
+}
+
+
+@pytest.mark.parametrize("provider,change", [(p, c) for p, cs in WITHHELD.items() for c in cs])
+def test_a_text_that_the_service_withheld_is_no_continuation(provider, change, tmp_path):
+    """An empty text would be a score of zero that nobody gave."""
+
+    def mangle(answer):
+        for choice in answer.get("choices") or answer.get("candidates") or [answer]:
+            choice.update(change)
+        return answer
+
+    with WireServer(extensions=EXTENSIONS[provider], mangle=mangle) as server:
+        [result] = ask(cfg_for(server.url(provider), provider, tmp_path), request())
+    assert not result.continuations and [f.index for f in result.failures] == [0, 1, 2, 3]
+    assert all("withheld" in f.error for f in result.failures)
+
+
+ODD = {
+    "openai": [{"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": 3}]}, {"choices": {}}, {"usage": "free"},
+               {"usage": {"prompt_tokens": "many"}}, {"usage": {"prompt_tokens": 5, "prompt_tokens_details": [1]}}],
+    "anthropic": [{"content": None}, {"usage": [1]}, {"usage": {"input_tokens": "x"}}],
+    "gemini": [{"candidates": "x"}, {"candidates": [3]}, {"usageMetadata": "x"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("provider,odd", [(p, o) for p, odds in ODD.items() for o in odds])
+def test_an_answer_of_another_shape_is_asked_again(provider, odd, tmp_path):
+    first = [True]
+
+    def mangle(answer):
+        return answer | odd if first and first.pop() else answer
+
+    with WireServer(extensions=EXTENSIONS[provider], mangle=mangle) as server:
+        [result] = ask(cfg_for(server.url(provider), provider, tmp_path), request(n=1))
+        assert len(result.continuations) == 1 and len(server.calls()) == 2
+
+
+def test_half_a_character_is_marked_and_kept(tmp_path):
+    with WireServer(speak=lambda *_: " half \ud83d") as server:  # a server that cuts text by UTF-16 units
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        [result] = ask(c, request(n=1))
+        [again] = ask(c, request(n=1))
+    assert texts(result) == texts(again) == [" half \ufffd"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_prefix_longer_than_the_teachers_context_costs_its_audit_and_no_more(provider, tmp_path):
+    with WireServer(extensions=EXTENSIONS[provider], max_context=300) as server:
+        c = cfg_for(server.url(provider), provider, tmp_path)
+        whole, *long = ask(c, request("a", 1, "short"), *(request(f"s{i}", 9, f"{i} " * 300) for i in range(20)))
+        assert len(whole.continuations) == 4
+        assert all(len(r.failures) == 4 and r.usage.calls == 1 for r in long)  # asked once, never again
+        calls = len(server.calls())
+        ask(c, *(request(f"s{i}", 9, f"{i} " * 300) for i in range(20)))
+        assert len(server.calls()) == calls
+
+
+def test_a_context_too_short_for_everything_stops_the_run(tmp_path):
+    with WireServer(max_context=5) as server, pytest.raises(TeacherStopped, match="context is too short"):
+        ask(cfg_for(server.url("openai"), "openai", tmp_path), *(request(f"s{i}") for i in range(20)))
+
+
+def test_hedging_takes_the_first_answer_and_pays_for_both(tmp_path):
+    prices = {"teacher.price_input": 1.0, "teacher.price_output": 1.0}
+    with WireServer(faults=["stall"], stall_s=3.0) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **prices | {"teacher.hedge_s": 0.3, "teacher.timeout_s": 10.0})
+        start = time.monotonic()
+        [result, other] = ask(c, request(), request("s1"))
+        assert time.monotonic() - start < 2.5
+        assert len(result.continuations) == len(other.continuations) == 4
+        assert len(server.calls()) == 3 and result.usage.calls + other.usage.calls == 3
+    kept = Journal(tmp_path / "journal")
+    totals = kept.totals()
+    kept.close()
+    assert totals.calls == 3 and totals.usd > result.usage.cost_usd + other.usage.cost_usd + 0.001  # the lost one in full
+
+
+def test_two_answers_of_a_hedged_call_never_both_count(tmp_path):
+    """All answers take as long as the hedge waits: both arrive together, and what is used is what the journal holds."""
+    with WireServer(delay_s=0.2, speak=lambda c, m, seed, i: f" {time.monotonic_ns()}") as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.hedge_s": 0.01, "teacher.max_concurrency": 16})
+        first = ask(c, *(request(f"s{i}") for i in range(8)))
+        calls = len(server.calls())
+        again = ask(c, *(request(f"s{i}") for i in range(8)))
+        assert 8 < calls == len(server.calls())
+    assert [texts(r) for r in first] == [texts(r) for r in again]
 
 
 def test_a_deadline_missed_once_lowers_n_and_is_remembered(tmp_path):

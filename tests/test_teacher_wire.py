@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from teacher_kit import EXTENSIONS, PROMPT, ask, cfg_for, check, request, teacher_of, texts
-from wire_server import WireServer
+from wire_server import WireServer, speak
 
 from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
@@ -203,6 +203,21 @@ def test_the_probe_sees_a_greedy_teacher_and_one_that_ignores_n(server_of, tmp_p
     assert rows["samples at temperature 1"].startswith("NO") and rows["texts a call"] == "one"
 
 
+def test_the_probe_sees_n_texts_that_are_one(server_of, tmp_path):
+    """A server that gives every text of a call the call's own seed: asked one by one, each continuation has its own."""
+    server = server_of(speak=lambda context, n, seed, index: speak(context, n, seed, 0))
+    c = cfg_for(server.url("openai"), "openai", tmp_path)
+
+    async def run():
+        async with teacher_of(c) as teacher:
+            await teacher.check()
+            return dict(teacher.report.rows), await teacher.continue_text(request())
+
+    rows, result = asyncio.run(run())
+    assert "SAME" in rows["texts of one call"] and rows["samples at temperature 1"] == "yes"
+    assert len(set(texts(result))) == 4 and result.usage.calls == 4
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_thinking_model_is_silenced_or_refused(provider, server_of, tmp_path):
     server = server_of(provider, model_thinks=True)
@@ -230,9 +245,13 @@ def test_what_stops_the_run_at_the_start(provider, server_of, tmp_path, monkeypa
     c.teacher.model = ""
     with pytest.raises(UserError, match="teacher.model"):
         teachers.make(c)
-    c.teacher.model, c.teacher.base_url = "m", "127.0.0.1:80"
-    with pytest.raises(UserError, match="base_url"):
-        teachers.make(c)
+    c.teacher.model = "m"
+    key = "k0123456789"
+    for url in ("127.0.0.1:80", f"http://user:{key}@h/v1", f"http://{key}@h/v1", f"http://h/v1?key={key}"):
+        c.teacher.base_url = url
+        with pytest.raises(UserError, match="base_url") as e:
+            teachers.make(c)
+        assert key not in str(e.value)
     c.teacher.base_url = ""
     monkeypatch.delenv(name)
     with pytest.raises(UserError, match=name):

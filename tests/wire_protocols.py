@@ -58,6 +58,7 @@ class OpenAI:
     """`/v1/chat/completions`, `/v1/completions`, `/v1/models`: openai-openapi, with vLLM's and DeepSeek's extensions."""
 
     name = "openai"
+    TOO_LONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens."
     SHARED = {
         "model": _string, "n": _integer(1, 128), "temperature": _number(0, 2), "top_p": _number(0, 1),
         "seed": _integer(-(2**63), 2**63 - 1), "max_tokens": _integer(1, 2**31),
@@ -66,7 +67,12 @@ class OpenAI:
         "messages": lambda v: isinstance(v, list) and bool(v), "max_completion_tokens": _integer(1, 2**31),
         "reasoning_effort": lambda v: v in ("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     }  # fmt: skip
-    COMPLETION = SHARED | {"prompt": _string}
+    COMPLETION = SHARED | {
+        "prompt": lambda v: _string(v) or (isinstance(v, list) and bool(v) and all(map(_integer(0, 2**31), v))),
+        "echo": _boolean, "logprobs": _integer(0, 5),
+    }  # fmt: skip
+    SCORING = {"prompt_logprobs": {"prompt_logprobs": _integer(-1, 2**31)}, "echo": {}}
+    IDS = {"return_token_ids": _boolean, "return_tokens_as_token_ids": _boolean}
     VLLM = {"continue_final_message": _boolean, "add_generation_prompt": _boolean}
     VLLM |= {"chat_template_kwargs": lambda v: isinstance(v, dict)}
 
@@ -93,10 +99,18 @@ class OpenAI:
     @classmethod
     def parse(cls, owner, body, path, headers):
         if path == "/v1/completions" and "completion" in owner.extensions:
-            _fields(body, cls.COMPLETION, refuses=owner.refuses)
+            gives = [way for way in cls.SCORING if way in owner.extensions]
+            more = {k: v for way in gives for k, v in (cls.SCORING[way] | cls.IDS).items()}
+            if "ignore_unknown" in owner.extensions:
+                more = cls.SCORING["prompt_logprobs"] | cls.IDS
+            _fields(body, cls.COMPLETION | more, refuses=owner.refuses)
             _need(body, "model", "prompt")
             cls.known(owner, body)
-            return cls.asked(body, body["prompt"], raw=True)
+            if isinstance(body["prompt"], str):
+                return cls.asked(body, body["prompt"], raw=True)
+            ids = body["prompt"]
+            scores = {"score": {k: body.get(k) for k in (*cls.IDS, "prompt_logprobs", "echo", "logprobs")} | {"ids": ids}}
+            return cls.asked(body, " ".join(map(str, ids)), raw=True) | scores | {"tokens_in": len(ids)}
         if path != "/v1/chat/completions":
             raise Refusal(404, f"Unknown request URL: POST {path}", "")
         extended = "continue_final_message" in owner.extensions or "ignore_unknown" in owner.extensions
@@ -172,10 +186,41 @@ class OpenAI:
         }  # fmt: skip
 
 
+    @classmethod
+    def scored(cls, owner, asked):
+        """The choice of a request whose prompt is token ids: vLLM's `prompt_logprobs`, or `echo` as vLLM and SGLang have it."""
+        want, ids = asked["score"], list(asked["score"]["ids"])
+        choice = {"index": 0, "text": " x", "finish_reason": "length", "logprobs": None, "stop_reason": None}
+        if owner.scores is None or owner.misfit == "missing":
+            return choice | {"prompt_logprobs": None}
+        values = list(owner.scores(ids))
+        if owner.misfit == "count":
+            ids, values = ids[:-1], values[:-1]
+        if owner.misfit in ("nan", "zero"):
+            values[-1] = float("nan") if owner.misfit == "nan" else -9999.0
+        if owner.misfit == "ids":
+            ids[-2] += 1
+        if want["return_token_ids"] and owner.misfit != "nameless":
+            choice |= {"prompt_token_ids": ids, "token_ids": [7]}
+        if want["prompt_logprobs"] is not None and "prompt_logprobs" in owner.extensions:
+            rows = [
+                {str(i + 1): {"logprob": -0.1}, str(i): {"logprob": v, "rank": 2, "decoded_token": owner.name_of(i)}}
+                for i, v in zip(ids[1:], values[1:])
+            ]
+            choice["prompt_logprobs"] = [None, *rows]
+        if want["echo"] and want["logprobs"] is not None and "echo" in owner.extensions:
+            as_ids = want["return_tokens_as_token_ids"] and owner.names_ids
+            names = [f"token_id:{i}" if as_ids and owner.misfit != "nameless" else owner.name_of(i) for i in (*ids, 7)]
+            values = [None, *values[1:], -1.0]
+            choice["logprobs"] = {"tokens": names, "token_logprobs": values, "top_logprobs": [], "text_offset": [-1]}
+        return choice
+
+
 class Anthropic:
     """`/v1/messages` and `/v1/models/ID`: the Messages API of 2023-06-01 and 2026-10-21 (the SDK's)."""
 
     name = "anthropic"
+    TOO_LONG = "prompt is too long: 200041 tokens > 200000 maximum"
     FIELDS = {
         "model": _string, "max_tokens": _integer(1, 2**31), "messages": lambda v: isinstance(v, list) and bool(v),
         "system": lambda v: isinstance(v, str | list), "temperature": _number(0, 1), "top_p": _number(0, 1),
@@ -269,6 +314,7 @@ class Gemini:
     """`/v1/models/ID:generateContent` and `/v1/models/ID` (or v1beta). Proto JSON: either case of a name is right."""
 
     name = "gemini"
+    TOO_LONG = "The input token count (1048700) exceeds the maximum number of tokens allowed (1048576)."
     THINKING = {"thinkingBudget", "includeThoughts", "thinkingLevel", "thinking_budget", "include_thoughts", "thinking_level"}
     CONFIG = {
         "temperature": _number(0, 2), "topP": _number(0, 1), "topK": _integer(1, 1000), "candidateCount": _integer(1, 8),

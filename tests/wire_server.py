@@ -49,16 +49,23 @@ class WireServer:
     def __init__(self, port: int = 0, **settings):
         self.key = None  # a key that every request must carry; None: any, or none
         self.speak = speak
-        self.extensions = {"completion", "continue_final_message"}  # + "prefix", "prefill", "ignore_unknown"
+        self.extensions = {"completion", "continue_final_message"}
+        # + "prefix", "prefill", "ignore_unknown", "prompt_logprobs", "echo"
         self.honours_n = True
         self.refuses = set()  # request fields that get a 400 by name
         self.model_thinks = False  # True: spends max_tokens on hidden reasoning unless told not to; "always": cannot stop
+        self.scores = None  # ids -> log-prob of each, None for the first: what a white-box teacher gives
+        self.misfit = None  # how these are wrong: "missing", "count", "ids", "nan", "zero", "nameless"
+        self.name_of = lambda token: ""  # a token's text
+        self.names_ids = False  # `return_tokens_as_token_ids` is honoured (vLLM); else only `return_token_ids`
         self.strips = False  # takes leading whitespace off what it writes
         self.models = ["m"]
         self.faults, self.share, self.kinds = [], 0.0, [f for f in FAULTS if f not in ("cut", "html_502")]
         self.rng = random.Random(0)
         self.retry_after_s, self.stall_s, self.delay_s = 0.2, 30.0, 0.0
         self.headers = {}  # sent with every answer
+        self.mangle = None  # the body of a 200 answer -> what goes out in its place
+        self.max_context = None  # characters; longer requests get the provider's own 400
         self.log, self.lock, self.log_file = [], threading.Lock(), None
         self.in_flight = self.most_in_flight = 0
         self.seedless = 0
@@ -195,11 +202,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(400, protocol.error(400, "the body is no JSON", ""))
         except Refusal as e:
             return self._answer(e.args[0], protocol.error(*e.args))
+        if owner.max_context and len(asked["context"]) > owner.max_context:
+            return self._answer(400, protocol.error(400, protocol.TOO_LONG, ""))
         fault = self.entry["fault"] = owner.draw_fault()
         if owner.delay_s:
             owner.stopping.wait(owner.delay_s)
         if fault in ("429", "429_after", "500", "503"):
-            extra = {"Retry-After": f"{owner.retry_after_s:g}"} if fault == "429_after" else {}
+            after = owner.retry_after_s  # seconds, or a date as text
+            extra = {"Retry-After": after if isinstance(after, str) else f"{after:g}"} if fault == "429_after" else {}
             status = int(fault[:3])
             return self._answer(status, protocol.error(status, "injected by the test", ""), extra)
         if fault in ("html", "html_502"):
@@ -214,7 +224,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         texts, usage = _write(owner, asked, fault)
-        answer = json.dumps(protocol.answer(asked, texts, usage)).encode()
+        answer = protocol.answer(asked, texts, usage)
+        if asked.get("score"):
+            answer["choices"] = [protocol.scored(owner, asked)]
+        answer = json.dumps(owner.mangle(answer) if owner.mangle else answer).encode()
         self.entry["usage"] = usage
         if fault == "truncated":
             return self._answer(200, answer[: len(answer) // 2])
@@ -256,7 +269,7 @@ def _write(owner, asked, fault):
     elif fault == "megabyte":
         texts = ["lorem ipsum " * 87382] * n
     tokens_out = hidden or sum(min(asked["max_tokens"], len(text.split())) for text in texts)
-    usage = {"in": max(1, len(asked["context"]) // 4), "out": tokens_out, "hidden": hidden}
+    usage = {"in": asked.get("tokens_in") or max(1, len(asked["context"]) // 4), "out": tokens_out, "hidden": hidden}
     return texts, usage
 
 

@@ -19,8 +19,10 @@ TEACHERS = {
     "anthropic": "omniopd_jax.teachers.anthropic_api",
     "gemini": "omniopd_jax.teachers.gemini_api",
 }
-SCORES_TOKENS = ("local",)  # those with `score_tokens`, which the white-box objectives need
-WHITE_BOX = ("opd", "opd_exact")
+WHITE_BOX = {  # objective -> the providers that can serve it
+    "opd": ("local", "openai"),  # those with `score_tokens`; of the OpenAI-compatible servers vLLM and SGLang (scoring.py)
+    "opd_exact": ("local",),  # needs the teacher's whole distribution
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +137,16 @@ def make(cfg) -> Teacher:
         finds wrong with its settings.
     """
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
-    white_box = cfg.objective.name in WHITE_BOX
-    if white_box and cfg.teacher.provider not in SCORES_TOKENS:
+    able = WHITE_BOX.get(cfg.objective.name)
+    if able and cfg.teacher.provider not in able:
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher's token log-probs, which teacher.provider = "
-            f"{cfg.teacher.provider!r} does not give; set one of: {', '.join(SCORES_TOKENS)}"
+            f"{cfg.teacher.provider!r} does not give; set one of: {', '.join(able)}"
         )
     teacher = importlib.import_module(TEACHERS[cfg.teacher.provider]).make(cfg)
-    if white_box and teacher.foreign_tokenizer:
-        raise UserError(f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer")
+    if able and teacher.foreign_tokenizer:
+        raise UserError(
+            f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer"
+            + ("" if cfg.teacher.provider == "local" else ": set teacher.tokenizer to student.path, where it is the same")
+        )
     return teacher

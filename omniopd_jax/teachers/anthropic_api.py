@@ -15,6 +15,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import instruct, wire
 
 OFFICIAL = "https://api.anthropic.com"
+FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "withheld"}
 
 
 def make(cfg):
@@ -115,7 +116,8 @@ class AnthropicClient:
             raise self._error(e) from None
         except anthropic.AnthropicError as e:
             raise wire.from_exception(e) from None
-        return self._reply(answer, raw.headers, sent, space, call.mode)
+        with wire.as_promised():
+            return self._reply(answer, raw.headers, sent, space, call.mode)
 
     def _body(self, call):
         """(request body, fields that the SDK does not name, the prefix as sent, the whitespace held back)."""
@@ -163,14 +165,14 @@ class AnthropicClient:
         if mode != "instruct":
             text = wire.after_prefix(text, sent, space)
         usage = answer.get("usage") or {}
-        read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
-        out = usage.get("output_tokens") or 0
+        read, written = (int(usage.get(f"cache_{what}_input_tokens") or 0) for what in ("read", "creation"))
+        out = int(usage.get("output_tokens") or 0)
         hidden = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
         if any(block.get("type") in ("thinking", "redacted_thinking") for block in blocks):
             hidden = hidden or out or 1
         return wire.Reply(
-            texts=(wire.Text(text, "length" if answer.get("stop_reason") == "max_tokens" else "stop"),),
-            tokens_in=(usage.get("input_tokens") or 0) + read + written,
+            texts=(wire.Text(text, FINISH.get(answer.get("stop_reason"), "stop")),),
+            tokens_in=int(usage.get("input_tokens") or 0) + read + written,
             tokens_cached=read,
             tokens_written=written,
             tokens_out=out,

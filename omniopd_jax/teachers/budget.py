@@ -14,6 +14,8 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import TeacherStopped
 from omniopd_jax.teachers.journal import Journal, Totals
 
+PROBE_TOKENS = 16  # what the probe asks for in each call
+
 
 @dataclasses.dataclass(frozen=True)
 class Price:
@@ -133,19 +135,23 @@ class Budget:
             await self.settled.wait()
 
     def settle(self, call: int, status: str, reply=None, *, latency=0.0, error="", results=()) -> float:
-        """Puts what was billed in the reservation's place, writes the results down, and returns the dollars."""
-        usd, usage = 0.0, None
-        if reply is not None:
+        """Puts what was billed in the reservation's place, writes the results down, and returns the dollars.
+
+        An answer that does not say what it used stays spent in full.
+        """
+        usage = None
+        if reply is not None and reply.tokens_in:
             usd = self.price.cost(reply.tokens_in, reply.tokens_cached, reply.tokens_out, reply.tokens_written)
             usage = (reply.tokens_in, reply.tokens_cached, reply.tokens_out, usd)
-            self.spent_here += Totals(1, reply.tokens_in + reply.tokens_out, usd)
-            self.arrived += len(results)
         try:
-            self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
+            billed = self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
         finally:
             self.in_flight -= 1
             self.settled.set()
-        return usd
+        if reply is not None:
+            self.spent_here += billed
+            self.arrived += len(results)
+        return billed.usd
 
     def left(self) -> dict[str, float]:
         """What each cap still allows; inf where there is none."""
@@ -208,35 +214,59 @@ def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float]
 
     Low: short prompts and answers, repeated input from the provider's cache, fast answers; high: every length at its
       cap, nothing cached, slow answers, one call in ten repeated. Middle: half the caps, half of the repeated input
-      cached.
+      cached. By `objective.name`: audits, whole solutions (`sft`) or scores (`opd`).
 
     Args:
       cfg: the recipe.
       price: from `price()`.
       takes_n: whether one call brings all N continuations of a chunk (the probe's answer).
-      latency_s: (median, slow) seconds a call, measured by the probe.
+      latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much longer.
       steps: optimizer steps still to come; `cfg.num_steps` by default.
     """
-    a, t = cfg.audit, cfg.teacher
-    audits = (cfg.num_steps if steps is None else steps) * cfg.prompts_per_step * cfg.num_generations * a.num_chunks
-    fit = [min(1.0, length * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for length in (0.25, 0.5, 1.0)]
-    repeats = (1.0, 1.02, 1.1)
-    per_audit = 1 if takes_n else a.num_continuations
-    calls = tuple(audits * f * per_audit * r for f, r in zip(fit, repeats))
-    lengths = tuple(share * (cfg.max_prompt_length + cfg.max_completion_length / 2) for share in (0.25, 0.5, 1.0))
-    tokens_in = tuple(c * length for c, length in zip(calls, lengths))
-    each = a.chunk_tokens * a.num_continuations / per_audit
-    tokens_out = tuple(c * each * share for c, share in zip(calls, (0.8, 0.95, 1.0)))
-    again = 1 - 1 / (per_audit * a.num_chunks)  # the share of input that an earlier call of the response has sent
+    t = cfg.teacher
+    steps = cfg.num_steps if steps is None else steps
+    asked, sent, written, again = {"sft": _solutions, "opd": _scores}.get(cfg.objective.name, _audits)(cfg, takes_n)
+    calls = tuple(steps * cfg.prompts_per_step * n * repeats for n, repeats in zip(asked, (1.0, 1.02, 1.1)))
+    tokens_in = tuple(c * length for c, length in zip(calls, sent))
+    tokens_out = tuple(c * length for c, length in zip(calls, written))
     cached = (again, again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
     usd = tuple(
         price.cost(i, i * share, o, (i - i * share) if price.written > price.input else 0)
         for i, share, o in zip(tokens_in, cached, tokens_out)
     )
-    slow = (latency_s[0], (latency_s[0] + latency_s[1]) / 2, latency_s[1])
+    longest = {"sft": cfg.max_completion_length, "opd": 1}.get(cfg.objective.name, cfg.audit.chunk_tokens)
+    slowest = latency_s[1] * max(1.0, longest / PROBE_TOKENS)
+    slow = (latency_s[0], (latency_s[0] + slowest) / 2, slowest)
     hours = [c * s / t.max_concurrency / 3600 for c, s in zip(calls, slow)]
     if t.requests_per_minute:
         hours = [max(h, c / t.requests_per_minute / 60) for h, c in zip(hours, calls)]
     if t.tokens_per_minute:
         hours = [max(h, (i + o) / t.tokens_per_minute / 60) for h, i, o in zip(hours, tokens_in, tokens_out)]
     return Estimate(calls, tokens_in, tokens_out, usd, tuple(hours))
+
+
+SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high
+
+
+def _audits(cfg, takes_n):
+    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has sent)."""
+    a = cfg.audit
+    fit = [min(1.0, share * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for share in SHARES]
+    per_audit = 1 if takes_n else a.num_continuations
+    calls = [cfg.num_generations * a.num_chunks * per_audit * f for f in fit]
+    sent = [share * (cfg.max_prompt_length + cfg.max_completion_length / 2) for share in SHARES]
+    each = a.chunk_tokens * a.num_continuations / per_audit
+    return calls, sent, [each * share for share in (0.8, 0.95, 1.0)], 1 - 1 / (per_audit * a.num_chunks)
+
+
+def _solutions(cfg, takes_n):
+    """The same for whole answers (`sft`)."""
+    per_prompt = 1 if takes_n else cfg.num_generations
+    written = [cfg.num_generations / per_prompt * cfg.max_completion_length * share for share in SHARES]
+    return [per_prompt] * 3, [share * cfg.max_prompt_length for share in SHARES], written, 1 - 1 / per_prompt
+
+
+def _scores(cfg, _):
+    """The same for log-probs of the student's answers (`opd`): one token is written in each call."""
+    sent = [share * (cfg.max_prompt_length + cfg.max_completion_length) for share in SHARES]
+    return [cfg.num_generations] * 3, sent, [1] * 3, 0.0

@@ -15,6 +15,8 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import instruct, wire
 
 OFFICIAL = "https://generativelanguage.googleapis.com"
+# every other reason (SAFETY, RECITATION, PROHIBITED_CONTENT, LANGUAGE, OTHER ...): the text is not what the model would write
+FINISH = {"MAX_TOKENS": "length", "STOP": "stop", "FINISH_REASON_UNSPECIFIED": "stop", None: "stop"}
 
 
 def make(cfg):
@@ -98,7 +100,8 @@ class GeminiClient:
             self._client(call.lane).aio.models.generate_content(model=self.model, contents=contents, config=config)
         )
         self.seen.answered(call)
-        return self._reply(answer, sent, space, call.mode)
+        with wire.as_promised():
+            return self._reply(answer, sent, space, call.mode)
 
     async def _guarded(self, request):
         """Awaits a request of the SDK and turns what it raises into `CallError`."""
@@ -161,8 +164,10 @@ class GeminiClient:
             text = "".join(part.text or "" for part in parts if not part.thought)
             if mode != "instruct":
                 text = wire.after_prefix(text, sent, space)
+            if candidate.content is None and candidate.finish_reason is None:
+                raise wire.malformed("content in a candidate")
             reason = getattr(candidate.finish_reason, "value", candidate.finish_reason)
-            texts.append(wire.Text(text, "length" if reason == "MAX_TOKENS" else "stop"))
+            texts.append(wire.Text(text, FINISH.get(reason, "withheld")))
         usage = answer.usage_metadata
         count = {
             name: (getattr(usage, f"{name}_token_count", None) or 0)

@@ -161,22 +161,27 @@ class Journal:
                 c.execute("update totals set calls = calls + 1, tokens = tokens + ?, usd = usd + ?", (max_tokens, max_usd))
                 return cursor.lastrowid
 
-    def settle(self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()) -> None:
+    def settle(self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()) -> Totals:
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
 
         Args:
           call: id from `ask`.
           status: `ok` (usage is billed), `rejected` (nothing is, but the call counts), `unsent` (nothing happened),
             `unknown` (stays spent in full).
-          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`.
+          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None: the answer did not say, it stays spent in full.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
+
+        Returns:
+          What the call counts as.
         """
         with self._write() as c:
             held = c.execute("select max_tokens, max_usd from calls where id = ?", (call,)).fetchone()
-            if status != "unknown":
+            billed = Totals(1, *held)
+            if status in ("rejected", "unsent") or usage:
                 tokens_in, cached, tokens_out, usd = usage or (0, 0, 0, 0.0)
+                billed = Totals(int(status != "unsent"), tokens_in + tokens_out, usd)
                 c.execute(
                     "update totals set calls = calls - ?, tokens = tokens + ?, usd = usd + ?",
                     (int(status == "unsent"), tokens_in + tokens_out - held[0], usd - held[1]),
@@ -186,6 +191,7 @@ class Journal:
             c.execute("update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call))
             for key, sample_id, peak, continuation, raw in results:
                 self._insert(c, key, sample_id, peak, continuation, raw, call)
+        return billed
 
     def put(self, key: bytes, sample_id: str, peak: int, continuation: Continuation, raw: str | None = None) -> None:
         """Writes one continuation; `raw` is what the teacher wrote where rules have cut it."""

@@ -15,9 +15,11 @@ What differs between them, and how each is met:
 import json
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import instruct, wire
+from omniopd_jax.teachers import instruct, scoring, wire
 
 OFFICIAL = "https://api.openai.com/v1"
+# each server has names of its own for an end of the model's own making
+FINISH = {"length": "length", "content_filter": "withheld", "abort": "withheld", "error": "withheld"}
 
 
 def make(cfg):
@@ -150,7 +152,32 @@ class OpenAIClient:
         except openai.OpenAIError as e:
             raise wire.from_exception(e) from None
         self.seen.answered(call)
-        return self._reply(answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode)
+        with wire.as_promised():
+            return self._reply(answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode)
+
+    async def score(self, call: wire.ScoreCall) -> wire.Reply:
+        """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized again.
+
+        Raises:
+          CallError: as `call`; `refused` with the field `logprobs` where the server gives none, `stop` where what it
+            gives is not for the tokens that were sent.
+        """
+        import openai
+
+        body = {"model": self.model, "prompt": [*call.prompt_ids, *call.token_ids], "max_tokens": call.max_tokens}
+        try:
+            raw = await self._client(call.lane).completions.with_raw_response.create(
+                **body, extra_body=scoring.WAYS[call.way]
+            )
+            answer = wire.json_object(raw.http_response)
+        except openai.APIStatusError as e:
+            raise self._error(e) from None
+        except openai.OpenAIError as e:
+            raise wire.from_exception(e) from None
+        with wire.as_promised():
+            logp, names = scoring.read(answer, call)
+            texts = tuple(wire.Text(name, "length") for name in names)
+            return wire.Reply(texts, logp, **self._usage(answer), limits=wire.limits(raw.headers))
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the server has refused by name."""
@@ -192,21 +219,24 @@ class OpenAIClient:
             text = text if isinstance(text, str) else ""
             if mode != "instruct":
                 text = wire.after_prefix(text, sent, space)
-            texts.append(wire.Text(text, "length" if choice.get("finish_reason") == "length" else "stop"))
-        usage = answer.get("usage") or {}
-        details = usage.get("completion_tokens_details") or {}
-        hidden = details.get("reasoning_tokens") or 0
+            texts.append(wire.Text(text, FINISH.get(choice.get("finish_reason"), "stop")))
+        usage = self._usage(answer)
+        hidden = ((answer.get("usage") or {}).get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
         if not hidden and any(c.get("message", {}).get("reasoning_content") or c.get("message", {}).get("reasoning")
                               for c in choices if chat):  # fmt: skip
-            hidden = usage.get("completion_tokens") or 1
-        return wire.Reply(
-            texts=tuple(texts),
-            tokens_in=usage.get("prompt_tokens") or 0,
-            tokens_cached=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-            tokens_out=usage.get("completion_tokens") or 0,
-            tokens_hidden=hidden,
-            limits=wire.limits(headers),
-        )
+            hidden = usage["tokens_out"] or 1
+        return wire.Reply(texts=tuple(texts), **usage, tokens_hidden=int(hidden), limits=wire.limits(headers))
+
+    @staticmethod
+    def _usage(answer) -> dict[str, int]:
+        """What the answer says was billed, by `Reply`'s names."""
+        usage = answer.get("usage") or {}
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return {
+            "tokens_in": int(usage.get("prompt_tokens") or 0),
+            "tokens_cached": int(cached or 0),
+            "tokens_out": int(usage.get("completion_tokens") or 0),
+        }
 
     def _error(self, exc) -> wire.CallError:
         """OpenAI's `{"error": {"message", "param", "code"}}`, FastAPI's `{"detail": ...}`, or plain text."""

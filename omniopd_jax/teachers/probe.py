@@ -13,13 +13,13 @@ import statistics
 import time
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import TeacherStopped, instruct, wire
+from omniopd_jax.teachers import TeacherStopped, instruct, scoring, wire
+from omniopd_jax.teachers.budget import PROBE_TOKENS
 
 COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
 PREFIX = "one two three four five six seven"
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
-PROBE_TOKENS = 16
 PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
 
 
@@ -78,8 +78,11 @@ class _Probe:
     async def run(self) -> ProbeReport:
         start = time.monotonic()
         await self._reach()
-        mode = await self._choose()
-        await self._sampling(mode)
+        if self.teacher.scores:
+            mode = await self._score()
+        else:
+            mode = await self._choose()
+            await self._sampling(mode)
         slow = max(self.latencies)
         latency = (statistics.median(self.latencies), slow)
         usd = self.usd / max(1, self.calls)
@@ -129,19 +132,13 @@ class _Probe:
             call = wire.Call(
                 messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode, None
             )
-            deadline = time.monotonic() + min(PATIENCE_S, self.t.deadline_s)
             try:
-                sent = await self.teacher.traffic.send(call, b"probe", deadline=deadline, accept=lambda _: [], patient=False)
-            except TeacherStopped as e:
-                raise UserError(f"{self._where()}: {e}") from None
+                sent = await self._send(call)
             except wire.CallError as e:
                 if self.client.learn(e, call):
                     n = n if self.client.seen.takes_n else 1
                     continue
                 raise
-            self.latencies.append(self.teacher.traffic.latencies[-1])
-            self.usd += sent.usd
-            self.calls += sent.attempts
             if sent.reply.tokens_hidden or any("<think>" in text.text for text in sent.reply.texts):
                 if self.client.silence():
                     continue
@@ -151,6 +148,47 @@ class _Probe:
                     "teacher.chat_template_kwargs.enable_thinking = False where the server takes it"
                 )
             return sent.reply
+
+    async def _send(self, call):
+        """One exchange through the run's own traffic. Raises `CallError`; `UserError` where no call can work."""
+        deadline = time.monotonic() + min(PATIENCE_S, self.t.deadline_s)
+        try:
+            sent = await self.teacher.traffic.send(call, b"probe", deadline=deadline, accept=lambda _: [], patient=False)
+        except TeacherStopped as e:
+            raise UserError(f"{self._where()}: {e}") from None
+        self.latencies.append(self.teacher.traffic.latencies[-1])
+        self.usd += sent.usd
+        self.calls += sent.attempts
+        return sent
+
+    async def _score(self) -> str:
+        """The first way that gives log-probs of a prompt's tokens, for a teacher that scores (`opd`)."""
+        tokenizer, said = self.client.tokenizer, []
+        prompt, answer = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (self.client.render(COUNT), PREFIX)
+        )
+        for way in scoring.WAYS:
+            try:
+                reply = (await self._send(wire.ScoreCall(prompt, answer, way))).reply
+            except wire.CallError as e:
+                if e.kind == "retry":
+                    raise UserError(f"{self._where()} does not answer: {e}") from None
+                said.append(f"{way}: {e}")
+                continue
+            for token, text in zip((*prompt, *answer), reply.texts):
+                there, here = text.text.strip(), tokenizer.decode([token]).strip()
+                if there and here and "\ufffd" not in there + here and there != here:
+                    raise UserError(
+                        f"{self._where()} has another tokenizer than the student: its token {token} is {there!r}, the "
+                        f"student's {here!r}; objective.name = 'opd' needs the same one"
+                    )
+            self._row("log-probs of a prompt", f"by {way}, for the ids that were sent")
+            self._row("log-prob of 'one two ... seven'", f"{sum(reply.logp):.3f} nats in {len(answer)} tokens")
+            return way
+        raise UserError(
+            f"{self._where()} gives no log-probs of a prompt ({'; '.join(said)}), which objective.name = 'opd' needs: serve it "
+            "with vLLM or SGLang, or load it here with teacher.provider = 'local'"
+        )
 
     async def _choose(self) -> str:
         """The configured mode, or the first that really continues; one that could not be told comes last."""
@@ -197,13 +235,17 @@ class _Probe:
 
     async def _sampling(self, mode):
         """Does it sample, keep the seed, the cap on tokens and leading whitespace?"""
+        n = 3 if self.client.seen.takes_n else 1
         try:
-            first = await self._ask(OPEN, OPEN_PREFIX, mode, seed=11)
+            first = await self._ask(OPEN, OPEN_PREFIX, mode, n=n, seed=11)
             again = await self._ask(OPEN, OPEN_PREFIX, mode, seed=11)
             other = await self._ask(OPEN, OPEN_PREFIX, mode, seed=12)
         except wire.CallError as e:
             raise UserError(f"{self._where()} does not answer: {e}") from None
         texts = [reply.texts[0].text for reply in (first, again, other)]
+        if len(first.texts) > 1 and len({text.text for text in first.texts}) == 1 and texts[0] != texts[2]:
+            self.client.seen.takes_n = False
+            self._row("texts of one call", "all the SAME: asked one by one, each with a seed of its own")
         greedy = len(set(texts)) == 1 and self.t.temperature > 0
         self._row(
             f"samples at temperature {self.t.temperature:g}",
@@ -211,7 +253,7 @@ class _Probe:
         )
         seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
         self._row("seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken")
-        most = max(reply.tokens_out for reply in (first, again, other))
+        most = max(-(-reply.tokens_out // len(reply.texts)) for reply in (first, again, other))
         self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
         self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
         self._row("hidden reasoning", "none")

@@ -5,9 +5,13 @@ import hashlib
 import json
 import pathlib
 import time
+import weakref
+
+import numpy as np
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import (
+    WHITE_BOX,
     Continuation,
     ContinuationRequest,
     ContinuationResult,
@@ -15,6 +19,7 @@ from omniopd_jax.teachers import (
     TeacherStopped,
     Usage,
     instruct,
+    scoring,
     wire,
 )
 from omniopd_jax.teachers import budget as money
@@ -22,6 +27,7 @@ from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.traffic import Traffic
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
+SCORE = "score"  # who asks for log-probs: they depend on the tokens alone
 MAX_FAILED = 20  # calls in a row, over all requests: the service is gone
 
 
@@ -51,13 +57,15 @@ class RemoteTeacher:
         self.traffic = Traffic(cfg, client, self.budget)
         # known to be the student's own only where both are named; else continuations are trimmed by characters
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
-        self.mode = None if t.continuation == "auto" else t.continuation
+        self.scores = cfg.objective.name in WHITE_BOX  # asked for log-probs in the place of text: the mode is a way of scoring
+        self.mode = None if t.continuation == "auto" or self.scores else t.continuation
         self.report = None
         self.loop = None
         self.resolving = None
+        self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
         self.refused = 0
         self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
-        self.window = {"usage": Usage(), "failed": 0, "asked": 0, "replayed": 0}
+        self.window = {"usage": Usage(), "failed": 0, "replayed": 0}
 
     # the protocol
 
@@ -97,18 +105,39 @@ class RemoteTeacher:
                 fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
                 known |= fresh
         except UserError as e:
-            stop = e if isinstance(e, TeacherStopped) else TeacherStopped(str(e))
-            self.stopped = self.stopped or stop
-            raise stop from None
+            raise self._stop(e) from None
         entries = [known[i] for i in request.indices]
         failures = tuple(e for e in entries if isinstance(e, Failure))
         replayed = len(request.indices) - len(missing)
-        self.window["usage"] += usage
-        self.window["failed"] += len(failures)
-        self.window["asked"] += len(request.indices)
-        self.window["replayed"] += replayed
+        self._count(usage, replayed, len(failures))
         continuations = tuple(e for e in entries if isinstance(e, Continuation))
         return ContinuationResult(continuations, failures, usage, time.monotonic() - start, replayed)
+
+    async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
+        """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32 [len(token_ids)], nats.
+
+        From the journal where `replay` allows it. A score is never left out: what cannot be had ends the run.
+
+        Raises:
+          TeacherStopped: no answer, a refusal, or log-probs that are not for these tokens.
+        """
+        if not len(token_ids):
+            return np.zeros(0, np.float32)
+        try:
+            key, about = scoring.key(self.cfg, self.client.model, prompt_ids, token_ids)
+            text, usage = self._known_score(key), Usage()
+            if text is None and self.replay == "only":
+                raise TeacherStopped(
+                    f"teacher.replay = 'only': journal {str(self.journal.folder)!r} has no log-probs of these "
+                    f"{len(token_ids)} tokens by {self.client.model!r}; set teacher.replay = 'prefer' to ask for them"
+                )
+            replayed = int(text is not None)
+            if text is None:
+                text, usage = await self._score(key, about, messages, prompt_ids, token_ids)
+        except UserError as e:
+            raise self._stop(e) from None
+        self._count(usage, replayed, 0)
+        return np.array(json.loads(text), np.float32)
 
     async def close(self) -> None:
         """Closes connections and the journal."""
@@ -119,7 +148,7 @@ class RemoteTeacher:
 
     def metrics(self) -> dict[str, float]:
         """`teacher/*` since the last time this was called; `cost_usd_total` counts all that the journal has seen."""
-        window, self.window = self.window, {"usage": Usage(), "failed": 0, "asked": 0, "replayed": 0}
+        window, self.window = self.window, {"usage": Usage(), "failed": 0, "replayed": 0}
         latencies, self.traffic.latencies = sorted(self.traffic.latencies), []
         usage = window["usage"]
 
@@ -156,8 +185,12 @@ class RemoteTeacher:
     def refuse(self, error) -> None:
         """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
         self.refused += 1
+        if error.field == "context" and self.traffic.last_success > float("-inf"):
+            return  # this prefix is longer than the teacher's context; shorter ones are not
         if error.status == 404 or error.field == "temperature" or self.refused >= MAX_REFUSED:
-            advice = "set teacher.temperature = 1.0" if error.field == "temperature" else "check teacher.model and base_url"
+            advice = {
+                "temperature": "set teacher.temperature = 1.0", "context": "its context is too short for the student's answers",
+            }.get(error.field, "check teacher.model and base_url")  # fmt: skip
             raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
 
     async def _bind(self):
@@ -185,6 +218,51 @@ class RemoteTeacher:
                 if self.mode is None:
                     await self.check()
         return self.mode
+
+    def _stop(self, error) -> TeacherStopped:
+        """What ends the run; whoever still waits for a turn finds it and does not try."""
+        stop = error if isinstance(error, TeacherStopped) else TeacherStopped(str(error))
+        self.stopped = self.stopped or stop
+        return stop
+
+    def _count(self, usage, replayed, failed):
+        self.window["usage"] += usage
+        self.window["failed"] += failed
+        self.window["replayed"] += replayed
+
+    def _known_score(self, key) -> str | None:
+        found = self.journal.get(key, SCORE, 0, (0,)) if self.replay != "off" else {}
+        return found[0].text if found else None
+
+    async def _score(self, key, about, messages, prompt_ids, token_ids) -> tuple[str, Usage]:
+        """Asks for a score; returns it as the journal holds it, JSON, and what was billed."""
+        await self._mode()
+        same = self.asking.setdefault(key, asyncio.Lock())  # two responses may be the same, to the last token
+        async with same, self.traffic.order.turn(key.hex(), 0) as (lane, _):
+            if self.stopped:
+                raise TeacherStopped(str(self.stopped))
+            if (text := self._known_score(key)) is not None:
+                return text, Usage()
+            sent = [int(i) for i in (*prompt_ids, *token_ids)]
+            self.journal.describe(key, about, messages, json.dumps(sent))
+            first, deadline = len(prompt_ids), time.monotonic() + self.cfg.teacher.deadline_s
+            call = wire.ScoreCall(tuple(sent[:first]), tuple(sent[first:]), self.mode, lane)
+            rows = []
+
+            def accept(reply):
+                rows.append((key, SCORE, 0, Continuation(0, json.dumps(reply.logp), "score"), None))
+                return rows
+
+            try:
+                sent = await self.traffic.send(call, key, deadline=deadline, accept=accept)
+            except wire.CallError as e:
+                raise TeacherStopped(
+                    f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: {e}; "
+                    "objective.name = 'opd' can leave no answer out: start again to go on from the checkpoint"
+                ) from None
+            reply = sent.reply
+            usage = Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
+            return rows[-1][3].text, usage
 
     def _key(self, request, mode) -> tuple[bytes, dict]:
         """(hash of what is asked, what it says in words)."""
@@ -276,7 +354,7 @@ class _Audit:
                 if e.kind == "refused":  # the same for every index: ask no more
                     group = tuple(i for i in missing if i not in self.found)
                     t.refuse(e)
-                self.timed_out |= "deadline" in str(e)
+                self.timed_out |= e.late
                 self.found |= {i: Failure(i, str(e)) for i in group}
                 return
         reply = sent.reply
@@ -285,14 +363,16 @@ class _Audit:
         if len(reply.texts) == 1 < len(group):
             t.client.seen.takes_n = False  # the server ignores n: one a call from here on
         self.found |= {row[3].index: row[3] for row in sent.rows}
-        for index, _ in zip(group, reply.texts):
-            self.found.setdefault(index, Failure(index, self._why_not(reply)))
+        for index, item in zip(group, reply.texts):
+            self.found.setdefault(index, Failure(index, self._why_not(item, reply)))
 
     def _rows(self, reply, group):
         """Journal rows of the texts that are continuations."""
         rows, r = [], self.request
         for index, item in zip(group, reply.texts):
-            text = item.text[: self.max_chars]
+            text = wire.clean(item.text[: self.max_chars])
+            if item.finish == "withheld":
+                continue
             kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
             if kept is None or (not kept and item.finish == "length"):
                 continue
@@ -300,7 +380,9 @@ class _Audit:
             rows.append((self.key, r.sample_id, r.peak, continuation, text if kept != text else None))
         return rows
 
-    def _why_not(self, reply) -> str:
+    def _why_not(self, item, reply) -> str:
+        if item.finish == "withheld":
+            return "withheld by the service (a filter, a refusal or an abort)"
         if reply.tokens_hidden:
             return f"empty: {reply.tokens_hidden} tokens went into hidden reasoning; switch the teacher's thinking off"
         return "no continuation: empty at the length limit, or the answer was started over"

@@ -1,6 +1,7 @@
 """Traffic: how many calls are in flight, how fast they go out, in which order, and when to ask again.
 
-Everything here belongs to one event loop. Hedging (asking twice and taking the first) is off: it would pay twice.
+Everything here belongs to one event loop. Hedging (`teacher.hedge_s`: a second call where the first is slow, the first
+answer counts) is off by default: it pays twice.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import random
 import time
 
 from omniopd_jax.teachers import TeacherStopped
-from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply
+from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
@@ -133,6 +134,7 @@ class Traffic:
         t = cfg.teacher
         self.client, self.budget = client, budget
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
+        self.hedge_s = t.hedge_s
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
         self.jitter = random.Random()  # not the run's seed: processes must not retry in step
@@ -149,7 +151,7 @@ class Traffic:
         self.not_before = 0.0
         self.budget.bind()
 
-    async def send(self, call: Call, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
+    async def send(self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
         """One call until it is answered, refused, or out of retries or time.
 
         Args:
@@ -166,8 +168,8 @@ class Traffic:
         tries = answered = 0
         while True:
             try:
-                reply, rows, usd = await self._once(call, key, deadline, accept)
-                return Sent(reply, rows, usd, tries + 1)
+                reply, rows, usd, extra = await self._hedged(call, key, deadline, accept)
+                return Sent(reply, rows, usd, tries + 1 + extra)
             except CallError as e:
                 error = e
             self.failed_in_a_row += error.kind == "retry"
@@ -185,14 +187,56 @@ class Traffic:
             if error.retry_after is not None:
                 wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
             if time.monotonic() + wait >= deadline:
-                missed = CallError(f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status)
+                missed = CallError(
+                    f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status, late=True
+                )
                 missed.attempts = tries
                 raise missed
             self.retries += 1
             await asyncio.sleep(wait)
 
-    async def _once(self, call, key, deadline, accept):
-        """One exchange, with everything that belongs around it."""
+    async def _hedged(self, call, key, deadline, accept):
+        """`_once`; and once more beside it, where it has been out for `hedge_s` without an answer.
+
+        Only the first answer becomes journal rows; the other call is cancelled and stays spent.
+
+        Returns:
+          (reply, rows, dollars, calls beyond the first).
+        """
+        if not self.hedge_s:
+            return *await self._once(call, key, deadline, accept), 0
+        taken = []
+
+        def first(reply):  # called in one breath with the write: two answers never both count
+            if taken:
+                raise CallError("another answer came first", "retry", outcome="unknown")
+            taken.append(reply)
+            return accept(reply)
+
+        begun = asyncio.Event()
+        tasks = [asyncio.ensure_future(self._once(call, key, deadline, first, begun))]
+        try:
+            await asyncio.wait([tasks[0], waiter := asyncio.ensure_future(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+            await asyncio.wait(tasks, timeout=self.hedge_s)
+            if not tasks[0].done():
+                beside = dataclasses.replace(call, lane=None)  # the lane's one connection is taken
+                tasks.append(asyncio.ensure_future(self._once(beside, key, deadline, first)))
+            pending, errors = set(tasks), []
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if not (error := task.exception()):
+                        return *task.result(), len(tasks) - 1
+                    errors.append(error)
+            raise next((e for e in errors if not isinstance(e, CallError)), errors[0])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _once(self, call, key, deadline, accept, begun=None):
+        """One exchange, with everything that belongs around it; `begun` is set when it goes out."""
         id_ = None
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()) as limit:
@@ -203,11 +247,13 @@ class Traffic:
                     await self.requests.take(1)
                     await self.tokens.take(tokens_in / 4 + tokens_out)
                     id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)
+                    if begun:
+                        begun.set()
                     return await self._exchange(id_, call, accept)
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise CallError("deadline missed: no answer in time", "retry", outcome="unknown") from None
+            raise CallError("deadline missed: no answer in time", "retry", outcome="unknown", late=True) from None
 
     async def _exchange(self, id_, call, accept):
         """The call itself, settled whatever comes of it."""
@@ -216,7 +262,7 @@ class Traffic:
         try:
             try:
                 async with asyncio.timeout(self.timeout_s):
-                    reply = await self.client.call(call)
+                    reply = await (self.client.score(call) if isinstance(call, ScoreCall) else self.client.call(call))
             except TimeoutError:
                 raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
             latency = time.monotonic() - start

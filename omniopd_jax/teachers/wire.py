@@ -23,6 +23,12 @@ KEYS = {
     "anthropic": ("ANTHROPIC_API_KEY",),
     "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
 }
+TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic and Gemini say that a request does not fit
+    r"context[ _-]?(?:length|size|window)|maximum context|(?:prompt|input|request)s? (?:is|are) too (?:long|large)|"
+    r"longer than the model|exceeds? the maximum number of tokens|input token count|must have less than \d+ tokens|"
+    r"max_model_len|max_new_tokens`? must be <=",
+    re.IGNORECASE,
+)
 FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking")
 
 
@@ -49,8 +55,24 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreCall:
+    """One exchange that writes next to nothing: the log-probs of `token_ids` after `prompt_ids`, in the student's tokens."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    way: str  # how the server is asked: one of scoring.WAYS
+    lane: int | None = None
+    n: int = 1
+    max_tokens: int = 1  # servers refuse 0
+
+    def max_input_tokens(self) -> int:
+        """An upper bound: the ids themselves, and a start token that a server may add."""
+        return len(self.prompt_ids) + len(self.token_ids) + 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
-    """One text that came back; `finish` is `stop` or `length`."""
+    """One text that came back; `finish` is `stop`, `length`, or `withheld` where the provider kept (part of) it back."""
 
     text: str
     finish: str
@@ -70,9 +92,13 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What one exchange brought. `tokens_in` holds the cached and the cache-writing ones; `tokens_out` the hidden."""
+    """What one exchange brought. `tokens_in` holds the cached and the cache-writing ones; `tokens_out` the hidden.
+
+    `tokens_in` is 0 where the answer says nothing of its usage. `logp` is what a `ScoreCall` asked for.
+    """
 
     texts: tuple[Text, ...]
+    logp: tuple[float, ...] = ()
     tokens_in: int = 0
     tokens_cached: int = 0
     tokens_written: int = 0
@@ -89,14 +115,15 @@ class CallError(Exception):
       outcome: `unsent`, `rejected` (answered with an error, not billed) or `unknown` (may have been billed).
       status: HTTP status, or None.
       retry_after: seconds that the server asked to wait, or None.
-      field: the request field that the server named, or ''.
+      field: the request field that the server named, `context` where the request is too long for the model, or ''.
+      late: the deadline was missed.
       attempts: how often the call was sent.
     """
 
-    def __init__(self, message, kind, *, outcome="rejected", status=None, retry_after=None, field=""):
+    def __init__(self, message, kind, *, outcome="rejected", status=None, retry_after=None, field="", late=False):
         super().__init__(scrub(" ".join(str(message).split()))[:400])
         self.kind, self.outcome, self.status, self.retry_after, self.field = kind, outcome, status, retry_after, field
-        self.attempts = 1
+        self.late, self.attempts = late, 1
 
 
 def text_of(message) -> str:
@@ -138,8 +165,10 @@ def check_url(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"teacher.base_url = {scrub(url)!r} is not an address like http://127.0.0.1:8000/v1")
-    if parts.password:
-        raise UserError("teacher.base_url must not carry a password: put the key in the environment")
+    if parts.username or parts.password:
+        raise UserError("teacher.base_url must not carry a password or a key: put it in the environment")
+    if parts.query or parts.fragment:
+        raise UserError(f"teacher.base_url = {scrub(url.split('?')[0])!r} must end with the path: no '?...', no '#...'")
     return url.rstrip("/")
 
 
@@ -204,8 +233,12 @@ def from_status(status: int, message: str, headers, *, field: str = "") -> CallE
         return CallError(text, "stop", status=status)
     if status == 402 or (status == 429 and ("insufficient_quota" in low or "billing" in low)):
         return CallError(text, "stop", status=status)
+    if status == 429 and "request too large" in low:  # more tokens than a whole minute allows
+        return CallError(text, "refused", status=status, field="context")
     if status in (408, 409, 425, 429) or status >= 500 and status not in (501, 505):
         return CallError(text, "retry", status=status, retry_after=retry_after(headers))
+    if TOO_LONG.search(message):
+        return CallError(text, "refused", status=status, field="context")
     return CallError(text, "refused", status=status, field=field or named_field(message))
 
 
@@ -241,6 +274,20 @@ def json_object(response) -> dict:
 def malformed(what: str) -> CallError:
     """A 200 answer whose JSON lacks what the protocol promises."""
     return CallError(f"HTTP 200 whose JSON has no {what}", "retry", outcome="unknown")
+
+
+@contextlib.contextmanager
+def as_promised():
+    """Around the reading of a 200 answer: values of other types than the protocol's are a `CallError`, not a crash."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as e:
+        raise CallError(f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown") from None
+
+
+def clean(text: str) -> str:
+    """`text` as UTF-8 can hold it: halves of a character that was cut (lone surrogates) become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Learner:
