@@ -4,7 +4,6 @@ The student's chunk is text(y_c) = decode(y_<t+C) with its prefix decode(y_<t) c
 teacher is handed the prompt's messages and that raw prefix, never the audited tokens (method.md, section 2).
 """
 
-import asyncio
 import dataclasses
 
 import numpy as np
@@ -117,10 +116,7 @@ async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
         audit.result = await teacher.continue_text(audit.request)
         _check_complete(audit)
 
-    done = await asyncio.gather(*(one(a) for a in audits), return_exceptions=True)
-    errors = [e for e in done if isinstance(e, BaseException)]
-    if errors:
-        raise next((e for e in errors if not isinstance(e, teachers.TeacherStopped)), errors[0])
+    await teachers.together(one(a) for a in audits)
 
 
 def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:

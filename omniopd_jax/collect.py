@@ -4,7 +4,6 @@ A step's prompts may be taken in pieces (`rollout_groups`): the teacher answers 
 With `max_staleness = 1` it answers step t while step t + 1 is being sampled, by the policy before update t.
 """
 
-import asyncio
 import concurrent.futures
 import dataclasses
 import os
@@ -420,10 +419,7 @@ def teacher_logp(run, responses: Responses) -> np.ndarray:
     """The white-box teacher's log-probs of the response tokens [B, T]; 0 past a row's end."""
     pairs = zip(responses.prompts, responses.tokens, strict=True)
 
-    async def every():
-        return await asyncio.gather(*(run.teacher.score_tokens(p.messages, p.token_ids, r) for p, r in pairs))
-
-    scored = run.thread.submit(every())
+    scored = run.thread.submit(teachers.together(run.teacher.score_tokens(p.messages, p.token_ids, r) for p, r in pairs))
     settle(run, [scored])
     rows = scored.result()
     out = np.zeros(responses.logp_BT.shape, np.float32)

@@ -5,6 +5,7 @@ unfinished answer as text, and writes what it would have written next. `local` r
 same protocol, with its own tokenizer.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import importlib
@@ -116,6 +117,15 @@ class Teacher(Protocol):
 
     async def close(self) -> None:
         """Frees connections and files."""
+
+
+async def together(coroutines) -> list:
+    """Their results. What one raises is raised when all have ended, so that nothing paid for is lost: errors before stops."""
+    done = await asyncio.gather(*coroutines, return_exceptions=True)
+    errors = [e for e in done if isinstance(e, BaseException)]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, TeacherStopped)), errors[0])
+    return done
 
 
 def stable_hash(*parts) -> int:

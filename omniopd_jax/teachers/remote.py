@@ -20,6 +20,7 @@ from omniopd_jax.teachers import (
     Usage,
     instruct,
     scoring,
+    together,
     wire,
 )
 from omniopd_jax.teachers import budget as money
@@ -321,10 +322,7 @@ class _Audit:
 
     async def _side_by_side(self, todo, missing, deadline):
         """One call an index; a stop waits for the others, whose texts are paid for."""
-        asked = (self._ask((i,), missing, None, deadline) for i in todo)
-        errors = [e for e in await asyncio.gather(*asked, return_exceptions=True) if e is not None]
-        if errors:
-            raise next((e for e in errors if isinstance(e, TeacherStopped)), errors[0])
+        await together(self._ask((i,), missing, None, deadline) for i in todo)
 
     async def _ask(self, group, missing, lane, deadline):
         """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""
