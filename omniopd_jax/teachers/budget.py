@@ -36,7 +36,7 @@ class Price:
 # Looked up in stored copies of public pages, November 2026; check before spending: prices change without notice.
 # Anthropic: https://platform.claude.com/docs/en/about-claude/pricing (cache writes kept 5 minutes)
 # OpenAI: https://developers.openai.com/api/docs/pricing, read through secondary tables of March to November 2026
-# Gemini: https://ai.google.dev/gemini-api/docs/pricing, the 2.5 rows unverified
+# Gemini: https://ai.google.dev/gemini-api/docs/pricing, the 2.5 rows through secondary pages of January to March 2026
 # The longest name that a model's name begins with is taken: dated names find their family.
 PRICES = {
     "claude-haiku-4-5": Price(1.00, 0.10, 5.00, 1.25),
@@ -57,8 +57,8 @@ PRICES = {
     "gpt-5-nano": Price(0.05, 0.005, 0.40, 0.05),
     "gpt-5.4": Price(2.50, 0.25, 15.00, 2.50),
     "gpt-5.4-mini": Price(0.75, 0.075, 4.50, 0.75),
-    "gemini-2.5-flash": Price(0.30, 0.03, 2.50, 0.30),  # unverified
-    "gemini-2.5-flash-lite": Price(0.10, 0.01, 0.40, 0.10),  # unverified
+    "gemini-2.5-flash": Price(0.30, 0.03, 2.50, 0.30),
+    "gemini-2.5-flash-lite": Price(0.10, 0.01, 0.40, 0.10),
     "gemini-3.8-flash": Price(0.75, 0.075, 3.75, 0.75),  # until 31 December 2026, then 1.50 / 0.15 / 7.50
 }
 
