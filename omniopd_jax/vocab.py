@@ -53,8 +53,9 @@ def token_stats(hidden_BTD, head_DV, target_BT, *, block: int, temperature=1.0, 
 
 
 def weighted_nll_and_kl(
-    hidden, head, ref_hidden, ref_head, target, weight, anchor_mask, *, beta, block: int, temperature=1.0, softcap=None
-):
+    hidden, head, ref_hidden, ref_head, target, weight, anchor_mask, *, beta, block: int, temperature=1.0, softcap=None,
+    head_grad: bool = True,
+):  # fmt: skip
     """sum_t -weight_t * logp_t + beta * mask_t * KL(ref || student)_t, the KL exact over the vocabulary.
 
     Args:
@@ -65,6 +66,7 @@ def weighted_nll_and_kl(
       weight, anchor_mask: float32 [B, T], constants, already divided by their global counts.
       beta: coefficient of the KL (`anchor.kl_coef`).
       block, temperature, softcap: as in `token_stats`.
+      head_grad: False where the head is frozen: its gradient is zero, and neither formed nor held.
 
     Returns:
       (loss_sum, LossStats): the stats are without gradient and without beta.
@@ -72,46 +74,46 @@ def weighted_nll_and_kl(
     if ref_hidden is None:
         ref_hidden, ref_head = hidden[..., :0], head[:0]
     args = jax.lax.stop_gradient((ref_hidden, ref_head, weight.astype(jnp.float32), anchor_mask.astype(jnp.float32)))
-    return _loss(hidden, head, *args, target, jnp.float32(beta), block, float(temperature), softcap)
+    return _loss(hidden, head, *args, target, jnp.float32(beta), block, float(temperature), softcap, head_grad)
 
 
 def reverse_kl(
-    hidden, head, teacher_hidden, teacher_head, weight, *, block: int, temperature=1.0, softcap=None, teacher_softcap=None
-):
+    hidden, head, teacher_hidden, teacher_head, weight, *, block: int, temperature=1.0, softcap=None, teacher_softcap=None,
+    head_grad: bool = True,
+):  # fmt: skip
     """sum_t weight_t * KL(student || teacher)_t, exact over the vocabulary: white-box OPD with the teacher in process.
 
     Args:
       hidden, head: of the student, carry gradient. teacher_hidden, teacher_head: of the teacher, no gradient; its width
         may differ, its vocabulary may not.
       weight: float32 [B, T], already normalised.
+      head_grad: as in `weighted_nll_and_kl`.
 
     Returns:
       (loss_sum, kl_BT): nats, the second without gradient.
     """
     rest = jax.lax.stop_gradient((teacher_hidden, teacher_head, weight.astype(jnp.float32)))
     caps = (softcap, teacher_softcap)
-    return _reverse(hidden, head, *rest, block, float(temperature), caps)
+    return _reverse(hidden, head, *rest, block, float(temperature), caps, head_grad)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _reverse(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps):
-    args = (hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _reverse(*args):
     return _reverse_walk(*args, with_grad=False)[0]
 
 
-def _reverse_fwd(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps):
-    args = (hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps)
+def _reverse_fwd(*args):
     return _reverse_walk(*args, with_grad=True)
 
 
-def _reverse_bwd(block, temperature, caps, grads, cotangent):
-    return (*((cotangent[0] * a).astype(a.dtype) for a in grads), None, None, None)
+def _reverse_bwd(block, temperature, caps, head_grad, grads, cotangent):
+    return (*_scaled(grads, cotangent[0]), None, None, None)
 
 
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
-def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps, *, with_grad: bool):
+def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps, head_grad, *, with_grad):
     blocks, T = _blocks(block, (hidden, teacher_hidden, weight))
 
     def body(carry, xs):
@@ -125,42 +127,36 @@ def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, tem
         if not with_grad:
             return (loss, dhead_DV), (kl, None)
         dz_XV = w[:, None] * p_XV * (gap_XV - kl[:, None])
-        dh, dhead = _head_grads(h, head, dz_XV, slope_XV, temperature)
-        return (loss, dhead_DV + dhead), (kl, dh)
+        dh, dhead_DV = _head_grads(h, head, dz_XV, slope_XV, temperature, dhead_DV)
+        return (loss, dhead_DV), (kl, dh)
 
-    dhead = jnp.zeros(head.shape if with_grad else (), jnp.float32)
+    dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
     with jax.named_scope("vocab_reverse_kl"):
         (loss, dhead), (kl, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
     B, T_, D = hidden.shape
     out = (loss, kl.reshape(-1)[:T].reshape(B, T_))
-    return out, (dh.reshape(-1, D)[:T].reshape(B, T_, D), dhead.astype(head.dtype)) if with_grad else None
+    return out, _grads(dh, dhead, hidden, head) if with_grad else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
-def _loss(hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap):
-    out, _ = _walk(
-        hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap, with_grad=False
-    )
-    return out
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
+def _loss(*args):
+    return _walk(*args, with_grad=False)[0]
 
 
-def _loss_fwd(hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap):
-    out, grads = _walk(
-        hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap, with_grad=True
-    )
-    return out, grads
+def _loss_fwd(*args):
+    return _walk(*args, with_grad=True)
 
 
-def _loss_bwd(block, temperature, softcap, grads, cotangent):
-    g = cotangent[0]  # of the loss; the stats carry none
-    return (*((g * a).astype(a.dtype) for a in grads), None, None, None, None, None, None)
+def _loss_bwd(block, temperature, softcap, head_grad, grads, cotangent):
+    # the cotangent of the loss; the stats carry none
+    return (*_scaled(grads, cotangent[0]), None, None, None, None, None, None)
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 def _walk(
-    hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap, *, with_grad: bool
+    hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap, head_grad, *, with_grad
 ):
     """Loss, stats and, in the same walk, d loss / d hidden and d loss / d head."""
     blocks, T = _blocks(block, (hidden, ref_hidden, target, weight, mask))
@@ -185,17 +181,15 @@ def _walk(
         if anchored:
             dz_XV -= (beta * m)[:, None] * ref_p_XV
         dz_XV = jnp.where(jnp.arange(dz_XV.shape[1])[None] == y[:, None], dz_XV - w[:, None], dz_XV)
-        dh, dhead = _head_grads(h, head, dz_XV, slope_XV, temperature)
-        return (loss, dhead_DV + dhead), (logp, kl, dh)
+        dh, dhead_DV = _head_grads(h, head, dz_XV, slope_XV, temperature, dhead_DV)
+        return (loss, dhead_DV), (logp, kl, dh)
 
-    dhead = jnp.zeros(head.shape if with_grad else (), jnp.float32)
+    dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
     with jax.named_scope("vocab_loss"):
         (loss, dhead), (logp, kl, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
     B, T_, D = hidden.shape
     stats = LossStats(*(a.reshape(-1)[:T].reshape(B, T_) for a in (logp, kl)))
-    if not with_grad:
-        return (loss, stats), None
-    return (loss, stats), (dh.reshape(-1, D)[:T].reshape(B, T_, D), dhead.astype(head.dtype))
+    return (loss, stats), _grads(dh, dhead, hidden, head) if with_grad else None
 
 
 def _log_softmax(h_XD, head_DV, temperature, softcap):
@@ -208,12 +202,25 @@ def _log_softmax(h_XD, head_DV, temperature, softcap):
     return jax.nn.log_softmax(z / temperature, axis=-1), slope
 
 
-def _head_grads(h_XD, head_DV, dz_XV, slope_XV, temperature):
-    """From d loss / d logits of a block: d / d hidden in its dtype, d / d head in float32."""
+def _head_grads(h_XD, head_DV, dz_XV, slope_XV, temperature, dhead_DV):
+    """From d loss / d logits of a block: d / d hidden in its dtype, and d / d head added to `dhead_DV` (None: frozen)."""
     dz_XV = (dz_XV if slope_XV is None else dz_XV * slope_XV) / temperature
     dz_XV = dz_XV.astype(h_XD.dtype)
     dh = jnp.einsum("xv,dv->xd", dz_XV, head_DV.astype(h_XD.dtype), preferred_element_type=jnp.float32)
-    return dh.astype(h_XD.dtype), jnp.einsum("xd,xv->dv", h_XD, dz_XV, preferred_element_type=jnp.float32)
+    if dhead_DV is not None:
+        dhead_DV += jnp.einsum("xd,xv->dv", h_XD, dz_XV, preferred_element_type=jnp.float32)
+    return dh.astype(h_XD.dtype), dhead_DV
+
+
+def _grads(dh, dhead, hidden, head):
+    """The blocks' gradients as those of hidden and head; a head that is frozen has none."""
+    T = hidden.shape[0] * hidden.shape[1]
+    dh = dh.reshape(-1, hidden.shape[-1])[:T].reshape(hidden.shape)
+    return dh, None if dhead is None else dhead.astype(head.dtype)
+
+
+def _scaled(grads, g):
+    return (a if a is None else (g * a).astype(a.dtype) for a in grads)
 
 
 def _pick(logp_XV, y_X):

@@ -158,6 +158,24 @@ def test_reverse_kl_and_gradients(block, softcap, temperature):
         assert relative(got, wanted) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["weighted_nll_and_kl", "reverse_kl"])
+def test_a_frozen_head_gets_no_gradient_and_no_accumulator(name):
+    hidden, head, ref_hidden, ref_head, target, weight, mask = case()
+
+    def loss(hidden, head, head_grad):
+        if name == "reverse_kl":
+            return vocab.reverse_kl(hidden, head, ref_hidden, ref_head, weight, block=8, head_grad=head_grad)[0]
+        args = (hidden, head, ref_hidden, ref_head, target, weight, mask)
+        return vocab.weighted_nll_and_kl(*args, beta=BETA, block=8, head_grad=head_grad)[0]
+
+    grads = {flag: jax.grad(loss, argnums=(0, 1))(hidden, head, flag) for flag in (True, False)}
+    np.testing.assert_array_equal(grads[False][0], grads[True][0])
+    np.testing.assert_array_equal(grads[False][1], 0.0)
+    made = {flag: str(jax.make_jaxpr(jax.grad(functools.partial(loss, head_grad=flag)))(hidden, head)) for flag in grads}
+    accumulator = f"f32[{D},{V}] = add"
+    assert accumulator in made[True] and accumulator not in made[False]
+
+
 def test_scoring_carries_no_gradient():
     hidden, head, _, _, target, _, _ = case()
 
