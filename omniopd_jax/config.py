@@ -19,6 +19,7 @@ CHOICES = {
     "objective.advantage": ("none", "batch_mean", "leave_one_out"),
     "objective.normalizer": ("constant", "separate_means"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
     "teacher.continuation": ("auto", "completion", "prefill", "continue_final_message", "prefix", "instruct"),
     "teacher.prefix_order": ("ascending", "free"),
     "teacher.replay": ("only", "prefer", "off"),
@@ -136,6 +137,7 @@ def default() -> ConfigDict:
     c.optimizer.eps = 1e-8  # added to the root of the second moment
     c.optimizer.weight_decay = 0.0  # decoupled; not on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global norm; 0 = off
+    c.optimizer.mu_dtype = "float32"  # float32 | bfloat16: of the first moment between updates; 2 bytes a parameter less
 
     c.mesh = ConfigDict()  # device axes; -1 once = whatever is left
     c.mesh.data = 1  # copies of the parameters; rows are split over it

@@ -21,11 +21,15 @@ def make_schedule(cfg):
 
 
 def make_optimizer(cfg) -> optax.GradientTransformation:
-    """Clipping by global norm (`max_grad_norm`, 0 = off), then AdamW; no weight decay on norms and biases."""
+    """Clipping by global norm (`max_grad_norm`, 0 = off), then AdamW; no weight decay on norms and biases.
+
+    `mu_dtype` is what the first moment is kept in between updates; gradients and second moment stay float32.
+    """
     o = cfg.optimizer
     clip = optax.clip_by_global_norm(o.max_grad_norm) if o.max_grad_norm else optax.identity()
     adamw = optax.adamw(
-        make_schedule(cfg), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed
+        make_schedule(cfg), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed,
+        mu_dtype=o.mu_dtype,
     )
     return optax.chain(clip, adamw)
 

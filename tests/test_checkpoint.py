@@ -45,6 +45,34 @@ def state_on(model_cfg):
     return make
 
 
+def test_a_bfloat16_first_moment_is_sharded_saved_and_resumed(model_cfg, tmp_path):
+    cfg = FrozenConfigDict(tiny.recipe("", "", "", **{"optimizer.mu_dtype": "bfloat16"}))
+
+    def on(shape):
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), jax.devices()[: shape[0] * shape[1] * shape[2]])
+        where = step.state_shardings(model_cfg, cfg, mesh)
+        abstract = step.abstract_state(model_cfg, cfg)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where), where
+
+    def new():
+        state = step.new_state(model.init(jax.random.key(0), model_cfg), cfg, jax.random.key(9))
+        return state.replace(opt_state=jax.tree.map(lambda a: a + jnp.asarray(1 / 3, a.dtype), state.opt_state))
+
+    state = jax.jit(new, out_shardings=on((2, 2, 2))[1])()
+    half = [a for a in jax.tree.leaves(state.opt_state) if a.dtype == jnp.bfloat16]
+    assert len(half) == len(jax.tree.leaves(state.params))
+    q = next(a for a in half if a.shape == (2, 16, 4, 8))
+    assert {s.data.shape for s in q.addressable_shards} == {(2, 8, 2, 8)}
+    points = Checkpoints(tmp_path, keep=1)
+    points.save(state, {})
+    points.wait()
+    got, _ = points.restore(on((1, 1, 1))[0])  # checks the fingerprint
+    points.close()
+    assert equal(data_of(got), data_of(state))
+    other = jax.tree.map(lambda a: jnp.nextafter(a, jnp.inf) if a.dtype == jnp.bfloat16 else a, state.opt_state)
+    assert checkpoint.fingerprint(state.replace(opt_state=other)) != checkpoint.fingerprint(state)
+
+
 def data_of(state):
     return checkpoint._plain(state)
 

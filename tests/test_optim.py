@@ -53,6 +53,42 @@ def test_one_clipped_adamw_step(make_cfg):
     np.testing.assert_allclose(got["final_norm"][0], 1.5 - 0.1 * 0.8 / (0.8 + 0.5), rtol=1e-5)  # no decay
 
 
+def adamw_in_numpy(params, grads, mu_dtype, o):
+    """AdamW in float64, the first moment rounded to `mu_dtype` between updates: (parameters, first moment)."""
+    p, mu, nu = params.astype(np.float64), np.zeros_like(params, np.float64), np.zeros_like(params, np.float64)
+    for t, g in enumerate(grads.astype(np.float64), 1):
+        mu, nu = o.b1 * mu + (1 - o.b1) * g, o.b2 * nu + (1 - o.b2) * g * g
+        p = p - o.learning_rate * (mu / (1 - o.b1**t) / (np.sqrt(nu / (1 - o.b2**t)) + o.eps) + o.weight_decay * p)
+        mu = mu.astype(mu_dtype).astype(np.float64)
+    return p, mu
+
+
+def test_a_bfloat16_first_moment(make_cfg):
+    """Against NumPy; the second moment stays float32, and no more than the moment's own rounding reaches the parameters."""
+    rng, o = np.random.default_rng(0), {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
+    start, grads = rng.normal(size=200), rng.normal(size=(6, 200))
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = make_cfg(**{f"optimizer.{k}": v for k, v in o.items()} | {
+            "optimizer.max_grad_norm": 0.0, "optimizer.mu_dtype": dtype
+        })  # fmt: skip
+        optimizer = optim.make_optimizer(cfg)
+        params = {"embed": jnp.asarray(start, jnp.float32)}
+        state = optimizer.init(params)
+        for g in grads:
+            updates, state = optimizer.update({"embed": jnp.asarray(g, jnp.float32)}, state, params)
+            params = optax.apply_updates(params, updates)
+        adam = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+        assert adam.mu["embed"].dtype == dtype and adam.nu["embed"].dtype == params["embed"].dtype == jnp.float32
+        want, mu = adamw_in_numpy(start, grads, jnp.dtype(dtype), cfg.optimizer)
+        ulp = 2.0**-8 if dtype == "bfloat16" else 1e-6  # half of bfloat16's last place, relative
+        scale = np.abs(grads).max()  # what a moment is a mean of
+        np.testing.assert_allclose(adam.mu["embed"].astype(jnp.float32), mu, atol=2 * ulp * scale)
+        np.testing.assert_allclose(params["embed"], want, atol=12 * ulp * o["learning_rate"])
+        moved[dtype] = np.asarray(params["embed"])
+    assert np.abs(moved["bfloat16"] - moved["float32"]).max() > 1e-5
+
+
 def test_clipping_only_shortens_and_can_be_off(make_cfg):
     params = {"embed": jnp.zeros(1)}
 
