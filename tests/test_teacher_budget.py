@@ -1,7 +1,9 @@
 """Prices, the estimate, and caps that nothing overshoots."""
 
 import asyncio
+import contextlib
 import pathlib
+import sqlite3
 import subprocess
 import sys
 
@@ -51,7 +53,12 @@ def test_200_concurrent_calls_never_overshoot(cap, share, tmp_path, monkeypatch)
     journal = Journal(tmp_path / "journal")
     totals = journal.totals()
     journal.close()
-    assert totals.calls == len(log) and totals.usd >= spent["usd"] - 1e-9 and totals.tokens >= spent["tokens"]
+    assert totals.usd >= spent["usd"] - 1e-9 and totals.tokens >= spent["tokens"]
+    # a request on a connection that the server has just reset may never be read: its outcome is unknown, so it stays spent
+    [file] = (tmp_path / "journal").glob("*.sqlite")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        unknown = db.execute("select count(*) from calls where status = 'unknown'").fetchone()[0]
+    assert 0 <= totals.calls - len(log) <= (unknown if share else 0)
     assert not caps[cap] < getattr(totals, cap)
 
 
@@ -73,6 +80,7 @@ def test_a_spent_budget_stays_spent_over_a_restart_and_can_be_raised(tmp_path):
 WORKER = """
 import sys; sys.path[:0] = [{tests!r}, {repo!r}]
 import asyncio
+import contextlib
 from teacher_kit import cfg_for, request, teacher_of
 async def run():
     c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40}})
