@@ -177,7 +177,7 @@ class Plan:
         if name == "score":
             rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
             lowered = self.steps.score_step.lower(s.params, rows(self.P + self.T), rows(), self.T)
-            return lowered, 0.0, state + reference - local_bytes(s.params)
+            return lowered, 0.0, state + reference - local_bytes(s.params) + local_bytes(self.sampler_params())
         if name == "update":
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T))
             lowered = self.steps.train_step.lower(s, s.params, self.batch(), stats, None)

@@ -193,15 +193,25 @@ def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("S", "T"))
 def _grow(state: SamplerState, *, S: int, T: int) -> SamplerState:
-    """The same state with a cache of S slots and room for T tokens."""
+    """The same state with a cache of S slots and room for T tokens. The caller's is used up.
 
-    def wider(a_BT):
-        return jnp.pad(a_BT, ((0, 0), (0, T - a_BT.shape[1]))) if a_BT.ndim == 2 else a_BT
+    A layer at a time, so that never two whole caches are alive.
+    """
+    for i, layer in enumerate(state.cache):
+        state.cache[i] = jax.block_until_ready(_wider(layer, axis=2, size=S))
+    out = {name: getattr(state.out, name) for name in ("token_BT", "logp_model_BT", "logp_sampler_BT", "entropy_BT")}
+    return state.replace(out=state.out.replace(**_wider(out, axis=1, size=T)))
 
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, S - a.shape[2]), (0, 0))), state.cache)
-    return state.replace(cache=cache, out=jax.tree.map(wider, state.out))
+
+@functools.partial(jax.jit, static_argnames=("axis", "size"))
+def _wider(tree, *, axis: int, size: int):
+    """Zeros behind every array, up to `size` along `axis`."""
+
+    def one(a):
+        return jnp.pad(a, [(0, size - n if i == axis else 0) for i, n in enumerate(a.shape)])
+
+    return jax.tree.map(one, tree)
 
 
 def draw(z_BV, u_B, temperature, top_p, top_k):

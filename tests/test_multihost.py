@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+from configs import tiny as tiny_recipe
 from omniopd_jax import checkpoint, distributed, metrics, sharding
 from omniopd_jax.errors import UserError
 
@@ -211,6 +212,23 @@ def test_two_runs_of_four_processes_are_bit_identical_and_survive_a_kill(models,
     same_run(tmp_path / "a", tmp_path / "b")
     first_batch(tmp_path / "a", models, tmp_path / "one")
     killed_and_resumed(0, 4, models, tmp_path / "killed", tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_the_whole_tiny_run_learns_over_two_processes_as_in_one(tmp_path):
+    """configs/tiny.py as it is: the same first batch, and an accuracy that differs by less than three standard errors."""
+    values = {"audit.log_per_step": 10_000, "log.tensorboard": False}
+    one = tiny.start(tiny.arguments(values | {"run_dir": tmp_path / "one"}))
+    assert one.communicate(timeout=PATIENCE)[0] and one.returncode == 0
+    two = Launched(2, values | {"run_dir": tmp_path / "two"})
+    assert two.end() == 0, two.text
+    assert audits(tmp_path / "one", 0) == audits(tmp_path / "two", 0) and len(audits(tmp_path / "one", 0)) > 100
+    a, b = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    print(a["accuracy_before"], a["accuracy_after"], b["accuracy_after"])
+    assert a["accuracy_before"] == pytest.approx(b["accuracy_before"], abs=0.01)
+    n, p = tiny_recipe.get_config().eval.num_prompts, (a["accuracy_after"] + b["accuracy_after"]) / 2
+    assert abs(a["accuracy_after"] - b["accuracy_after"]) < 3 * (2 * p * (1 - p) / n) ** 0.5
+    assert b["accuracy_after"] > b["accuracy_before"] + 0.1
 
 
 @pytest.mark.slow

@@ -252,6 +252,33 @@ def test_a_row_draws_the_same_when_the_cache_grows(sample, base):
     same_draws(got, base)
 
 
+def test_growing_never_holds_two_whole_caches(monkeypatch):
+    """The new cache and one old layer: at full size two caches would not fit a chip that the recipe fits."""
+    layers, B, T = 6, 2, 8
+    cache = [tuple(jnp.full((B, 2, 16, 4), float(2 * i + j)) for j in range(2)) for i in range(layers)]
+    out = rollout.Rollout(
+        jnp.ones((B, T), jnp.int32), jnp.full(B, T), jnp.zeros(B, bool), *(jnp.full((B, T), float(i)) for i in range(3))
+    )
+    whole, alive, real = sum(a.nbytes for layer in cache for a in layer), [], rollout._wider
+
+    def watched(tree, **kw):
+        got = real(tree, **kw)
+        alive.append(sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4 and a.shape[:2] == (B, 2)))
+        return got
+
+    monkeypatch.setattr(rollout, "_wider", watched)
+    state = rollout.SamplerState(cache, jnp.zeros((B, 4)), jnp.ones(B), None, jnp.int32(T), out)
+    grown = rollout._grow(state, S=24, T=16)
+    new = 24 * whole // 16
+    assert sum(a.nbytes for layer in grown.cache for a in layer) == new
+    assert max(alive) <= new + whole // layers
+    for i, layer in enumerate(grown.cache):
+        for j, a in enumerate(layer):
+            assert np.all(a[:, :, :16] == 2 * i + j) and not np.any(a[:, :, 16:])
+    assert grown.out.token_BT.shape == (B, 16) and not np.any(grown.out.entropy_BT[:, T:])
+    assert np.all(grown.out.entropy_BT[:, :T] == 2) and np.all(grown.out.length_B == T)
+
+
 def test_the_length_cap_only_cuts(sample, base):
     same = sample(*prompts(), KEYS, max_new_tokens=5, end_ids=END)
     np.testing.assert_array_equal(same.length_B, np.minimum(base.length_B, 5))
