@@ -274,6 +274,19 @@ def test_a_revoked_key_stops_the_run(server_of, tmp_path, monkeypatch):
 # connections and order
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(provider, server_of, tmp_path, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = server_of(provider)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+    far = "http://teacher.invalid" + ("/v1" if provider == "openai" else "")
+    [result] = ask(cfg_for(far, provider, tmp_path / "far"), request(n=1))
+    assert len(result.continuations) == 1 and server.calls()[-1]["proxied"]
+    [result] = ask(cfg_for(server.url(provider), provider, tmp_path / "near"), request(n=1))
+    assert len(result.continuations) == 1 and not server.calls()[-1]["proxied"]
+
+
 def test_prefixes_go_in_ascending_order_on_one_connection(server_of, tmp_path):
     server = server_of(delay_s=0.03)
     c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.max_concurrency": 4})

@@ -160,6 +160,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def parse_request(self):
+        """As a proxy is asked: the whole address. It is answered here."""
+        done = super().parse_request()
+        self.proxied = done and self.path.startswith("http://")
+        if self.proxied:
+            self.path = "/" + self.path.removeprefix("http://").partition("/")[2]
+        return done
+
     def do_GET(self):
         self.entry = {"generates": False, "path": self.path}
         with self.owner.lock:
@@ -178,7 +186,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         protocol = _protocol(self)
         self.entry = {
             "generates": True, "time": time.time(), "port": self.client_address[1], "provider": protocol.name,
-            "path": self.path, "body": None, "fault": None, "status": None, "texts": [], "usage": None,
+            "path": self.path, "proxied": self.proxied, "body": None, "fault": None, "status": None, "texts": [], "usage": None,
         }  # fmt: skip
         with owner.lock:
             owner.log.append(self.entry)
