@@ -12,6 +12,8 @@ import urllib.request
 import pytest
 from teacher_kit import ask, cfg_for, check, request, texts
 
+from omniopd_jax.errors import UserError
+
 pytestmark = pytest.mark.slow  # the server alone takes 10 to 20 s to come up
 
 
@@ -81,6 +83,17 @@ def test_continuations_by_completion_and_by_instruction(served, tmp_path):
     c.teacher.replay, c.teacher.continuation = "prefer", "instruct"
     [instructed] = ask(c, request(prefix="The answer "))
     assert len(instructed.continuations) + len(instructed.failures) == 4 and instructed.continuations
+
+
+def test_it_gives_no_log_probs_and_is_refused_for_opd(served, tmp_path):
+    url, folder = served
+    settings = {
+        "objective.name": "opd", "student.path": str(folder), "teacher.model": str(folder), "teacher.tokenizer": str(folder),
+        "teacher.timeout_s": 30.0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="gives no log-probs of a prompt") as e:
+        check(cfg_for(url, "openai", tmp_path, **settings))
+    assert "prompt_logprobs: HTTP" in str(e.value) and "echo: HTTP" in str(e.value)
 
 
 def test_an_extension_that_it_refuses_is_said_so(served, tmp_path):
