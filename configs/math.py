@@ -3,8 +3,8 @@
     export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/math.py --config.teacher.base_url=http://HOST:8000/v1
 
-Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1, 4b,
-e.g. --config=configs/math.py:m5,c100.
+Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
+4b, lora, e.g. --config=configs/math.py:m5,c100.
 
 Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1, micro_batches=2.
 Teacher: Qwen3-32B behind any OpenAI-compatible server.
@@ -25,6 +25,7 @@ VARIANTS = {
     "alpha01": {"prior.alpha": 0.1},
     "rouge1": {"audit.similarity": "rouge1"},
     "4b": {"student.path": "Qwen/Qwen3-4B"},
+    "lora": {"lora.rank": 32, "lora.alpha": 64.0, "optimizer.learning_rate": 1e-5, "anchor.ref_dtype": "bfloat16"},
 }
 
 

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from omniopd_jax import cli, config, flops, hf, hlo, metrics, model, objective, rollout, sharding, step, train, vocab  # noqa: E402
+from omniopd_jax import cli, config, flops, hf, hlo, lora, metrics, model, objective, rollout, sharding, step, train, vocab  # noqa: E402
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
 
 PASSES = ("score", "decode", "update")
@@ -109,8 +109,11 @@ class Plan:
             model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention="splash",
             mesh=mesh if mesh.size > 1 else None,
         )  # fmt: skip
+        self.model_cfg = lora.scaled(self.model_cfg, cfg.lora)
         self.steps = step.make_steps(self.model_cfg, self.cfg, mesh)
         self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
+        self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
+        self.policy = step.policy(self.state.params, self.reference, self.cfg)
         self.rows = cfg.prompts_per_step * cfg.num_generations
         self.sampled = -(-cfg.prompts_per_step // cfg.rollout_groups) * cfg.num_generations  # rows decoded at a time
         self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
@@ -120,7 +123,7 @@ class Plan:
         """Bytes a chip of what the run always holds, and of the decode cache at its longest."""
         return {
             "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
-            "reference": local_bytes(self.state.params) if self.cfg.anchor.kl_coef else 0.0,
+            "reference": local_bytes(self.reference),
             "cache": local_bytes(self.sampler_state().cache),
         }  # fmt: skip
 
@@ -143,8 +146,9 @@ class Plan:
         """As `rollout.prepare` leaves them."""
         where = sharding.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
         stacked = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, self.model_cfg.dtype, sharding=s), self.state.params, where
-        )
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, self.model_cfg.dtype, sharding=s),
+            model.table(self.model_cfg), where, is_leaf=model.is_param,
+        )  # fmt: skip
 
         def layer(a):
             return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=NamedSharding(self.mesh, P(*a.sharding.spec[1:])))
@@ -176,12 +180,12 @@ class Plan:
         state, reference = local_bytes(s), self.sizes()["reference"]
         if name == "score":
             rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
-            lowered = self.steps.score_step.lower(s.params, rows(self.P + self.T), rows(), self.T)
-            return lowered, 0.0, state + reference - local_bytes(s.params) + local_bytes(self.sampler_params())
+            lowered = self.steps.score_step.lower(self.policy, rows(self.P + self.T), rows(), self.T)
+            return lowered, 0.0, state + reference - local_bytes(self.policy) + local_bytes(self.sampler_params())
         if name == "update":
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T))
-            lowered = self.steps.train_step.lower(s, s.params, self.batch(), stats, None)
-            return lowered, state, reference - local_bytes(s.params)  # without an anchor it is an argument nobody reads
+            lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, None)
+            return lowered, state, 0.0
         carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
         scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
             ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
@@ -194,9 +198,11 @@ class Plan:
         n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
         item = np.dtype(self.model_cfg.dtype).itemsize
         if name == "score":
-            return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.state.params)
+            return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.policy)
         if name == "update":
-            count = flops.update(self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef))
+            count = flops.update(
+                self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef), frozen=bool(self.cfg.lora.rank)
+            )
             return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
         layers, head = flops.matmul_params(self.model_cfg)
         tp = self.mesh.shape["tp"]
@@ -204,9 +210,11 @@ class Plan:
 
 
 def local_bytes(tree) -> float:
-    """Bytes that one device holds of a tree of sharded shapes."""
+    """Bytes that one device holds of a tree of sharded shapes; what lies in host memory is not on it."""
 
     def one(a):
+        if a.sharding.memory_kind == "pinned_host":
+            return 0.0
         item = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
         return float(np.prod(a.sharding.shard_shape(a.shape))) * item
 

@@ -80,7 +80,7 @@ def begin(run, state: step.TrainState, t: int) -> Asked:
     cfg = run.cfg
     prompts, ids = own_prompts(run, t)
     M, N = allowance(run, t, len(prompts))
-    params = rollout.prepare(state.params, run.model_cfg, run.mesh)
+    params = rollout.prepare(run.policy(state), run.model_cfg, run.mesh)
     parts, waiting, solutions = [], [], []
     for piece in np.array_split(np.arange(len(prompts)), cfg.rollout_groups):
         if cfg.objective.name == "sft":
@@ -258,7 +258,7 @@ def score(run, state, prompts, tokens) -> tuple[np.ndarray, np.ndarray]:
     with run.timer.phase("score"):
         T = response_width(run, tokens)
         token_BL, prompt_length_B = join(prompts, tokens, prompt_width(prompts) + T)
-        stats = run.steps.score_step(state.params, *sharding.put_rows((token_BL, prompt_length_B), run.mesh), T)
+        stats = run.steps.score_step(run.policy(state), *sharding.put_rows((token_BL, prompt_length_B), run.mesh), T)
         return sharding.local_rows(stats.logp_BT), sharding.local_rows(stats.entropy_BT)
 
 

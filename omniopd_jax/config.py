@@ -16,6 +16,7 @@ CHOICES = {
     "data.overlong": ("error", "drop"),
     "audit.selection": ("peak", "random"),
     "anchor.scope": ("unaudited", "all"),
+    "anchor.ref_dtype": ("float32", "bfloat16"),
     "objective.advantage": ("none", "batch_mean", "leave_one_out"),
     "objective.normalizer": ("constant", "separate_means"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
@@ -28,6 +29,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "context", "full"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
 }
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of lora.targets
 
 
 def default() -> ConfigDict:
@@ -87,6 +89,8 @@ def default() -> ConfigDict:
     c.anchor = ConfigDict()
     c.anchor.kl_coef = 0.1  # weight of KL(ref || student), exact over the vocabulary
     c.anchor.scope = "unaudited"  # unaudited | all tokens
+    c.anchor.ref_dtype = "float32"  # float32 | bfloat16: what the frozen reference is held in (with LoRA: the base)
+    c.anchor.ref_offload = False  # it lies in pinned host memory; each layer is brought over when its turn comes
 
     c.objective = ConfigDict()
     c.objective.name = "omniopd"  # a key of objective.OBJECTIVES
@@ -138,6 +142,11 @@ def default() -> ConfigDict:
     c.optimizer.weight_decay = 0.0  # decoupled; not on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global norm; 0 = off
     c.optimizer.mu_dtype = "float32"  # float32 | bfloat16: of the first moment between updates; 2 bytes a parameter less
+
+    c.lora = ConfigDict()  # adapters beside frozen projections; the base is the reference, held once
+    c.lora.rank = 0  # 0 = off: all parameters are trained
+    c.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
+    c.lora.targets = TARGETS  # projections that get one, by PEFT's names
 
     c.mesh = ConfigDict()  # device axes; -1 once = whatever is left
     c.mesh.data = 1  # copies of the parameters; rows are split over it
@@ -195,7 +204,7 @@ def validate(c: ConfigDict) -> None:
         "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0, "prior.alpha": 0,
         "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
         "temperature": 0, "teacher.temperature": 0,
-        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "top_k": 0, "data.num_prompts": 0,
+        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "lora.rank": 0, "top_k": 0, "data.num_prompts": 0,
         "eval.num_prompts": 0, "eval.every": 0, "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0,
         "teacher.requests_per_minute": 0, "teacher.tokens_per_minute": 0, "teacher.price_input": -1,
         "teacher.price_cached": -1, "teacher.price_output": -1, "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
@@ -213,6 +222,8 @@ def validate(c: ConfigDict) -> None:
     for axis in ("data", "fsdp", "tp"):
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
+    if c.lora.rank:
+        _check_lora(c)
     if c.rollout_groups > c.prompts_per_step:
         raise UserError(f"rollout_groups = {c.rollout_groups} is more than prompts_per_step = {c.prompts_per_step}")
     profile.window(c.profile.steps)
@@ -233,6 +244,20 @@ def validate(c: ConfigDict) -> None:
     rows = c.prompts_per_step * c.num_generations
     if rows % c.micro_batches:
         raise UserError(f"micro_batches = {c.micro_batches} must divide prompts_per_step x num_generations = {rows}")
+
+
+def _check_lora(c: ConfigDict) -> None:
+    """What `validate` asks of the adapters."""
+    for name in c.lora.targets:
+        one_of(name, TARGETS, "lora.targets")
+    if not c.lora.targets or len(set(c.lora.targets)) < len(c.lora.targets):
+        raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one projection, and each once")
+    if not c.lora.alpha > 0:
+        raise UserError(f"lora.alpha = {c.lora.alpha} must be more than 0")
+    if c.anchor.ref_offload:
+        raise UserError(
+            "anchor.ref_offload with lora.rank: the reference is the base that every pass runs through; set it to False"
+        )
 
 
 def min_continuations(c: ConfigDict) -> int:

@@ -164,10 +164,10 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     Raises:
       UserError: nothing there, or weights that do not fit their config.
     """
-    from omniopd_jax import attention, export, hf, model
-    from omniopd_jax.checkpoint import Checkpoints, restore_params
+    from omniopd_jax import attention, export, hf
+    from omniopd_jax.checkpoint import Checkpoints
 
-    folder, source, params, setting = cfg.student.path, cfg.student.path, None, "student.path"
+    folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
         run, step = export.locate(checkpoint)
         if _is_run(run):
@@ -177,18 +177,15 @@ def load_student(cfg, checkpoint: str | None) -> Student:
                 manager.close()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
-            params, saved = restore_params(run, step)
-            folder, source = saved["student"]["path"], f"{run}/checkpoints/{step}"
+            trained = export.read(run, step)
+            folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
     mesh = sharding.make_mesh(cfg.mesh)
-    model_cfg = hf.read_config(folder, setting=setting)
-    if params is None:
-        params, _ = hf.load(folder, mesh=mesh, setting=setting)
-    elif model.fits(params, model_cfg):
-        params = jax.device_put(params, sharding.param_shardings(model_cfg, mesh))
+    if trained is None:
+        params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
-        raise UserError(f"{source} was not trained from the model in {folder}: their parameters differ in name or shape")
+        params, model_cfg = trained.whole(mesh), trained.model_cfg
     model_cfg = dataclasses.replace(
         model_cfg, dtype=cfg.compute_dtype, attention=attention.resolve(cfg.model.attention, cfg.compute_dtype),
         mesh=mesh if mesh.size > 1 else None,

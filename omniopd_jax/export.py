@@ -1,38 +1,81 @@
 """A run's checkpoint as a Hugging Face folder: python -m omniopd_jax.export --checkpoint=runs/tiny --out=FOLDER
 
+A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone.
 `--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
 chat template and generation defaults come from the student that the run started from.
 """
 
+import dataclasses
 import pathlib
 
+import jax
 from absl import flags
+from ml_collections import ConfigDict
 
-from omniopd_jax import checkpoint, cli, hf, model
+from omniopd_jax import checkpoint, cli, hf, lora, model, sharding
 from omniopd_jax.errors import UserError
 
 
-def export(source, out, *, dtype: str = "bfloat16") -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds: all parameters or adapters, and of which model; `student` is the run's `student.path`."""
+
+    params: dict
+    table: dict  # their model.Params
+    model_cfg: model.ModelConfig
+    lora: ConfigDict
+    student: str
+
+    def whole(self, mesh=None) -> dict:
+        """The model's parameters on a mesh (None: one device); with LoRA the float32 base with the adapters attached."""
+        params = self.params
+        if mesh is not None:
+            params = jax.device_put(params, sharding.table_shardings(self.table, mesh))
+        return lora.attach(hf.load(self.student, mesh=mesh)[0], params) if self.lora.rank else params
+
+
+def read(run_dir, step: int | None) -> Trained:
+    """What a run's checkpoint trained; `step` None: the newest.
+
+    Raises:
+      UserError: no such run or step, or a student folder that is gone or holds another model.
+    """
+    params, config = checkpoint.restore_params(run_dir, step)
+    student, settings = config["student"]["path"], lora.settings_of(config)
+    model_cfg = lora.scaled(hf.read_config(student), settings)
+    table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
+    if not model.fits(params, table):
+        raise UserError(
+            f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
+        )
+    return Trained(params, table, model_cfg, settings, student)
+
+
+def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pathlib.Path:
     """Writes the parameters of a checkpoint to a folder that transformers and vLLM open; returns the folder.
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
       out: an empty or missing folder, or an earlier export, which is replaced.
-      dtype: of the tensors: bfloat16 | float16 | float32.
+      dtype: of the tensors: bfloat16 | float16 | float32. LoRA: the sum is rounded once, after it was formed in float32.
+      adapter: LoRA: a PEFT folder instead, which names the student's folder as its base.
 
     Raises:
       UserError: no such run or step, a student folder that is gone or holds another model, an `out` that is in use.
     """
-    run_dir, step = locate(source)
-    params, config = checkpoint.restore_params(run_dir, step)
-    student = hf.resolve(config["student"]["path"])
-    model_cfg = hf.read_config(student)
-    if not model.fits(params, model_cfg):
-        raise UserError(
-            f"{source} was not trained from the model in {student}: their parameters differ in name or shape"
-        )
-    tokenizer = hf.load_tokenizer(student)
-    hf.save(out, params, model_cfg, tokenizer, dtype=dtype, generation_config=hf.generation_config(student))
+    got = read(*locate(source))
+    if adapter:
+        if not got.lora.rank:
+            raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
+        base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
+        config = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        hf.save_adapters(out, got.params, got.table, config, dtype=dtype)
+        return pathlib.Path(out)
+    params = got.whole()
+    if got.lora.rank:
+        params = jax.jit(lambda p: lora.merge(p, got.model_cfg, "float32"))(params)
+    generation = hf.generation_config(got.student)
+    hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
     return pathlib.Path(out)
 
 
@@ -48,6 +91,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or RUN/checkpoints/STEP")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_enum("dtype", "bfloat16", hf.SAVE_DTYPES, "of the tensors")
+    flags.DEFINE_bool("adapter", False, "a run with LoRA: write its adapters as a PEFT folder, not the merged model")
 
 
 def main(argv) -> int:
@@ -59,7 +103,9 @@ def main(argv) -> int:
         if not given[name].value:
             raise UserError(f"--{name} is missing: python -m omniopd_jax.export --checkpoint=RUN --out=FOLDER")
     cli.setup_jax()
-    folder = export(given["checkpoint"].value, given["out"].value, dtype=given["dtype"].value)
+    folder = export(
+        given["checkpoint"].value, given["out"].value, dtype=given["dtype"].value, adapter=given["adapter"].value
+    )
     print(f"wrote {folder}", flush=True)
     return 0
 

@@ -70,9 +70,16 @@ def forward(cfg: model.ModelConfig, lengths, heads) -> float:
     return 2.0 * layers * sum(lengths) + attention * pairs + 2.0 * head * sum(heads)
 
 
-def update(cfg: model.ModelConfig, lengths, heads, *, anchored: bool, teacher: model.ModelConfig | None = None) -> float:
-    """FLOPs of one update: forward and backward (three times a forward), a reference's and a white-box teacher's forward."""
-    out = 3 * forward(cfg, lengths, heads)
+def update(
+    cfg: model.ModelConfig, lengths, heads, *, anchored: bool, teacher: model.ModelConfig | None = None, frozen: bool = False
+) -> float:
+    """FLOPs of one update: forward and backward (three times a forward), a reference's and a white-box teacher's forward.
+
+    With `frozen` weights (LoRA) no gradient of theirs is formed; the adapters' own small products are left out.
+    """
+    layers, head = matmul_params(cfg)
+    weights = 2.0 * layers * sum(lengths) + 2.0 * head * sum(heads)
+    out = 3 * forward(cfg, lengths, heads) - (weights if frozen else 0.0)
     if anchored:
         out += forward(cfg, lengths, heads)
     return out if teacher is None else out + forward(teacher, lengths, heads)
@@ -107,7 +114,10 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     work = {
         "rollout": forward(model_cfg, prompts, [0]) + 2.0 * sum(matmul_params(model_cfg)) * tokens,
         "score": forward(model_cfg, lengths, responses),
-        "update": update(model_cfg, lengths, responses, anchored=bool(cfg.anchor.kl_coef), teacher=teacher_cfg),
+        "update": update(
+            model_cfg, lengths, responses, anchored=bool(cfg.anchor.kl_coef), teacher=teacher_cfg,
+            frozen=bool(cfg.lora.rank),
+        ),
     }
     for phase in work:
         if spent := seconds.get(f"time/{phase}"):

@@ -4,6 +4,7 @@
 not read: safetensors' own slices cannot be cut after a reshape, and a device's part of a projection is a few heads.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -25,6 +26,7 @@ from omniopd_jax.hf_config import model_config  # noqa: F401  part of this modul
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
+ADAPTER = "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -54,7 +56,9 @@ def read_config(folder, *, setting: str = "student.path") -> model.ModelConfig:
     return model_config(_json(path), str(path))
 
 
-def load(folder, *, mesh=None, dtype=None, setting: str = "student.path") -> tuple[dict, model.ModelConfig]:
+def load(
+    folder, *, mesh=None, dtype=None, memory_kind: str | None = None, setting: str = "student.path"
+) -> tuple[dict, model.ModelConfig]:
     """Parameters of a Hugging Face folder (or hub name), as `model.table` lays them out.
 
     All is checked before the first byte of a tensor is read: every parameter has exactly one tensor of the right shape,
@@ -65,6 +69,7 @@ def load(folder, *, mesh=None, dtype=None, setting: str = "student.path") -> tup
       mesh: parameters are created sharded over it (`sharding.RULES`); a host reads only its devices' part. None: one
         device.
       dtype: of the parameters; None = float32, the master weights.
+      memory_kind: where a sharded parameter lies, such as "pinned_host"; None = on the device.
       setting: the config key that errors name.
 
     Raises:
@@ -93,7 +98,9 @@ def load(folder, *, mesh=None, dtype=None, setting: str = "student.path") -> tup
             return jax.make_array_from_callback(p.shape, where, part)
 
     leaves, tree = jax.tree.flatten(table, is_leaf=model.is_param)
-    wheres = [None] * len(leaves) if mesh is None else tree.flatten_up_to(sharding.param_shardings(cfg, mesh))
+    wheres = [None] * len(leaves)
+    if mesh is not None:
+        wheres = [s.with_memory_kind(memory_kind) for s in tree.flatten_up_to(sharding.param_shardings(cfg, mesh))]
     return tree.unflatten([one(p, w) for p, w in zip(leaves, wheres)]), cfg
 
 
@@ -118,23 +125,51 @@ def save(
       UserError: an unknown dtype, or a folder that holds something else.
     """
     one_of(dtype, SAVE_DTYPES, "dtype")
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise UserError(f"{folder} exists and is no Hugging Face folder; give an empty or a new one")
     ids = {} if tokenizer is None else {k: getattr(tokenizer, k) for k in hf_config.TOKEN_IDS}
     generation = {"do_sample": True} | ids | (generation_config or {})
     config = hf_config.config_json(model_cfg, dtype, generation)
+    with _placed(folder, "config.json") as work:
+        _write_tensors(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes)
+        if work is not None:
+            _dump(work / "config.json", config)
+            _dump(work / "generation_config.json", generation)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
+
+
+def save_adapters(folder, adapters: dict, table: dict, config: dict, *, dtype: str = "bfloat16") -> None:
+    """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Whole or not at all, as `save`.
+
+    Args:
+      adapters: the trained tree. table: its `model.Param`s (lora.table). config: lora.peft_config.
+      dtype: of the tensors: bfloat16 | float16 | float32.
+
+    Raises:
+      UserError: an unknown dtype, or a folder that holds something else.
+    """
+    one_of(dtype, SAVE_DTYPES, "dtype")
+    with _placed(folder, "adapter_config.json") as work:
+        _write_tensors(work, adapters, table, np.dtype(jnp.dtype(dtype)), math.inf, single=ADAPTER)
+        if work is not None:
+            _dump(work / "adapter_config.json", config)
+
+
+@contextlib.contextmanager
+def _placed(folder, marker: str):
+    """Gives a place to write beside `folder`, and renames it to `folder` at the end; None but in process 0.
+
+    An old folder is replaced where it is empty or holds the file `marker`.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).is_file())):
+        raise UserError(f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one")
     writer = jax.process_index() == 0
     work = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         if writer:
             work.mkdir(parents=True)
-        _write_tensors(work if writer else None, params, model_cfg, np.dtype(jnp.dtype(dtype)), shard_bytes)
+        yield work if writer else None
         if writer:
-            _dump(work / "config.json", config)
-            _dump(work / "generation_config.json", generation)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(work)
             _replace(work, folder)
     finally:
         if writer:
@@ -335,11 +370,11 @@ def _read(p: model.Param, tensors: dict[str, Tensor], index, dtype) -> np.ndarra
     return out
 
 
-def _write_tensors(work: Path | None, params: dict, cfg: model.ModelConfig, dtype, shard_bytes: float) -> None:
+def _write_tensors(work: Path | None, params: dict, table: dict, dtype, shard_bytes: float, single: str = SINGLE) -> None:
     """All tensors into one file or shards with an index; `work` None: only take part in the gathers."""
     from safetensors.numpy import save_file
 
-    leaves, tree = jax.tree.flatten(model.table(cfg), is_leaf=model.is_param)
+    leaves, tree = jax.tree.flatten(table, is_leaf=model.is_param)
     arrays = tree.flatten_up_to(params)
     plan: list[list] = [[]]  # shards of (Param, array, layer or None)
     room = shard_bytes
@@ -353,7 +388,7 @@ def _write_tensors(work: Path | None, params: dict, cfg: model.ModelConfig, dtyp
                 room = shard_bytes
             plan[-1].append((p, array, layer))
             room -= nbytes
-    files = [SINGLE] if len(plan) == 1 else [
+    files = [single] if len(plan) == 1 else [
         f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]  # fmt: skip
     mapped, total = {}, 0
     for file, parts in zip(files, plan):

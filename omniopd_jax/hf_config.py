@@ -45,7 +45,7 @@ ROPE = {  # rope_type -> (keys it must have, keys it may have)
     ),
 }
 MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
-RUN_FIELDS = ("dtype", "remat", "attention", "mesh")  # of ModelConfig: how a run computes it
+RUN_FIELDS = ("dtype", "remat", "attention", "mesh", "host_layers", "lora_scale")  # of ModelConfig: how a run computes it
 _REQUIRED = object()
 
 

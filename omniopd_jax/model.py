@@ -49,6 +49,8 @@ class ModelConfig:
     remat: str = "none"  # none | dots | context | full
     attention: str = "xla"  # a resolved attention.BACKENDS name
     mesh: jax.sharding.Mesh | None = None  # what splash is split over (attention.attend); None: one device
+    host_layers: bool = False  # the layers lie in host memory; each is brought to the device when its turn comes
+    lora_scale: float | None = None  # alpha / rank of the adapters that layers carry (lora.py); None: they carry none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Param:
     hf_shape: tuple[int, ...]  # in the file
     view: tuple[int, ...]  # the same with the heads split off
     perm: tuple[int, ...]
-    init: str = "normal"  # normal | ones | zeros
+    init: str = "normal"  # normal | ones | zeros; adapters: uniform | zeros
     fan_in: int = 0
 
 
@@ -134,9 +136,9 @@ def is_param(x) -> bool:
     return isinstance(x, Param)
 
 
-def fits(params: dict, cfg: ModelConfig) -> bool:
-    """Whether `params` has the names and shapes of `table(cfg)`."""
-    leaves, tree = jax.tree.flatten(table(cfg), is_leaf=is_param)
+def fits(params: dict, table: dict) -> bool:
+    """Whether `params` has the names and shapes of a table."""
+    leaves, tree = jax.tree.flatten(table, is_leaf=is_param)
     return jax.tree.structure(params) == tree and all(
         tuple(a.shape) == p.shape for a, p in zip(jax.tree.leaves(params), leaves)
     )
@@ -185,6 +187,9 @@ def hidden(params: dict, cfg: ModelConfig, token_BL, *, position_BL=None, segmen
     rope = rope_tables(cfg, position_BL)
 
     def body(x_BLD, p):
+        if cfg.host_layers:
+            p = jax.device_put(p, jax.memory.Space.Device)
+
         def attend(q, k, v):
             return attention.attend(
                 q, k, v, segment_BL=segment_BL, length_B=length_B, backend=cfg.attention, mesh=cfg.mesh
@@ -216,7 +221,7 @@ def layer(x_BLD, p: dict, cfg: ModelConfig, rope, attend):
     q_BLNH, k_BLKH, v_BLKH = qkv(rms_norm(x_BLD, p["attn_norm"], cfg.norm_eps), p, cfg, rope)
     with jax.named_scope("attention"):
         out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH)
-        y_BLD = jnp.einsum("blnh,nhd->bld", out_BLNH, p["o"].astype(cfg.dtype))
+        y_BLD = project("blnh,nhd->bld", out_BLNH, p, "o", cfg)
     x_BLD += y_BLD + p["o_bias"].astype(cfg.dtype)[None, None] if cfg.out_bias else y_BLD
     with jax.named_scope("mlp"):
         return x_BLD + mlp(rms_norm(x_BLD, p["mlp_norm"], cfg.norm_eps), p, cfg)
@@ -225,9 +230,8 @@ def layer(x_BLD, p: dict, cfg: ModelConfig, rope, attend):
 def qkv(x_BLD, p: dict, cfg: ModelConfig, rope):
     """Projections, biases, per-head norms (Qwen3) and rotary embedding: (q_BLNH, k_BLKH, v_BLKH)."""
     with jax.named_scope("qkv"):
-        q = jnp.einsum("bld,dnh->blnh", x_BLD, p["q"].astype(cfg.dtype))
-        k = jnp.einsum("bld,dkh->blkh", x_BLD, p["k"].astype(cfg.dtype))
-        v = jnp.einsum("bld,dkh->blkh", x_BLD, p["v"].astype(cfg.dtype))
+        q = project("bld,dnh->blnh", x_BLD, p, "q", cfg)
+        k, v = (project("bld,dkh->blkh", x_BLD, p, name, cfg) for name in ("k", "v"))
         if cfg.qkv_bias:
             q, k, v = (a + p[f"{n}_bias"].astype(cfg.dtype)[None, None] for a, n in ((q, "q"), (k, "k"), (v, "v")))
         if cfg.qk_norm:
@@ -235,13 +239,31 @@ def qkv(x_BLD, p: dict, cfg: ModelConfig, rope):
         return rotate(q, rope), rotate(k, rope), v
 
 
+def project(spec: str, x, p: dict, name: str, cfg: ModelConfig):
+    """x W by einsum; where the layer carries an adapter of that name, x W + (alpha / rank) (x A) B (lora.py).
+
+    The adapter's products are formed from x, so no merged W is, and none has a gradient but A and B.
+    """
+    y = jnp.einsum(spec, x, p[name].astype(cfg.dtype))
+    if f"{name}_lora_a" not in p:
+        return y
+    if cfg.lora_scale is None:
+        raise ValueError("the layer carries adapters, and ModelConfig.lora_scale is not set")
+    into, rest = spec.split(",")
+    weight, out = rest.split("->")
+    inner = "".join(c for c in weight if c in into)
+    outer = "".join(c for c in weight if c not in into)
+    rows = "".join(c for c in into if c not in weight)
+    low = jnp.einsum(f"{into},{inner}r->{rows}r", x, p[f"{name}_lora_a"].astype(cfg.dtype))
+    return y + jnp.einsum(f"{rows}r,r{outer}->{out}", cfg.lora_scale * low, p[f"{name}_lora_b"].astype(cfg.dtype))
+
+
 def mlp(x_BLD, p: dict, cfg: ModelConfig):
     """SwiGLU, or the mixture of experts where the layer has a router."""
     if cfg.num_experts:
         return _experts(x_BLD, p, cfg)
-    gate_BLF = jnp.einsum("bld,df->blf", x_BLD, p["gate"].astype(cfg.dtype))
-    up_BLF = jnp.einsum("bld,df->blf", x_BLD, p["up"].astype(cfg.dtype))
-    return jnp.einsum("blf,fd->bld", jax.nn.silu(gate_BLF) * up_BLF, p["down"].astype(cfg.dtype))
+    gate_BLF, up_BLF = (project("bld,df->blf", x_BLD, p, name, cfg) for name in ("gate", "up"))
+    return project("blf,fd->bld", jax.nn.silu(gate_BLF) * up_BLF, p, "down", cfg)
 
 
 def _experts(x_BLD, p: dict, cfg: ModelConfig):
@@ -356,4 +378,9 @@ def _remat(body, name: str):
 @functools.lru_cache
 def num_params(cfg: ModelConfig) -> int:
     """Number of parameters, tied head counted once."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(table(cfg), is_leaf=is_param))
+    return count(table(cfg))
+
+
+def count(table: dict) -> int:
+    """Numbers that a table's parameters hold."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(table, is_leaf=is_param))

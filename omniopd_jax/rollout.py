@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax import attention, model, sharding
+from omniopd_jax import attention, lora, model, sharding
 
 
 @flax.struct.dataclass
@@ -48,8 +48,13 @@ class SamplerState:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
 def prepare(params: dict, cfg: model.ModelConfig, mesh=None) -> dict:
-    """The sampler's copy of the parameters: cast to `cfg.dtype`, gathered over fsdp, layers unstacked. Once an iteration."""
-    params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
+    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `cfg.dtype`, gathered over fsdp,
+    layers unstacked.
+    """
+    if lora.attached(params):
+        params = lora.merge(params, cfg, cfg.dtype)
+    else:
+        params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
     if mesh is not None:
         params = jax.lax.with_sharding_constraint(params, sharding.param_shardings(cfg, mesh, sharding.DECODE_RULES))
     return model.unstack(params, cfg)

@@ -19,6 +19,7 @@ RULES = {  # training: parameters and optimizer state
     "ff": "tp",
     "experts": None,
     "layers": None,
+    "rank": None,
     None: None,
 }
 DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once an iteration
@@ -40,7 +41,12 @@ def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
 
 
 def param_shardings(cfg: model.ModelConfig, mesh, rules=RULES) -> dict:
-    """NamedSharding of every parameter; an axis that the mesh axis does not divide is an error that names both.
+    """`table_shardings` of every parameter of the model."""
+    return table_shardings(model.table(cfg), mesh, rules)
+
+
+def table_shardings(table: dict, mesh, rules=RULES) -> dict:
+    """NamedSharding of every `model.Param`; an axis that the mesh axis does not divide is an error that names both.
 
     Raises:
       UserError: e.g. 3 kv heads over tp = 2.
@@ -53,7 +59,7 @@ def param_shardings(cfg: model.ModelConfig, mesh, rules=RULES) -> dict:
                 raise UserError(f"{p.hf}: {axis} = {size} is not divisible by mesh.{name} = {mesh.shape[name]}")
         return NamedSharding(mesh, P(*names))
 
-    return jax.tree.map(one, model.table(cfg), is_leaf=model.is_param)
+    return jax.tree.map(one, table, is_leaf=model.is_param)
 
 
 def state_shardings(tree, params: dict, shardings: dict, mesh):

@@ -4,6 +4,7 @@ Both are pure. The hidden state that produces response token t stands at index p
 function owns that index (`response_hidden`), here and nowhere else.
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -11,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omniopd_jax import model, objective, optim, sharding, spread, vocab
+from omniopd_jax import lora, model, objective, optim, sharding, spread, vocab
 
 
 @flax.struct.dataclass
 class TrainState:
-    """params: float32 master weights. key: the run's PRNG key; every use folds the step in, so it never changes."""
+    """params: float32, what is trained: all weights, or with LoRA the adapters alone. key: the run's PRNG key; every use
+    folds the step in, so it never changes.
+    """
 
     params: dict
     opt_state: optax.OptState
@@ -71,16 +74,20 @@ def loss_and_grads(
 ):
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
+    `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both passes.
     `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
 
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
     """
     T, mesh = weight_BT.shape[1], model_cfg.mesh
-    params = spread.spread(params, mesh)
-    ref, teacher = None, None
-    if cfg.anchor.kl_coef:
-        ref = spread.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
+    frozen, ref, teacher = None, None, None
+    if holds_reference(cfg):
+        frozen = spread.spread(jax.lax.stop_gradient(_rest_on_device(ref_params, cfg)), mesh, model_cfg.dtype)
+        ref = frozen if cfg.anchor.kl_coef else None
+    ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
+    if not cfg.lora.rank:
+        params = spread.spread(params, mesh)
     if cfg.objective.name == "opd_exact":
         teacher = spread.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
 
@@ -88,10 +95,13 @@ def loss_and_grads(
         head, ref_head, teacher_head = heads
         h, ref_h, teacher_h, target, weight, mask = rows
         loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, block=cfg.vocab_block
-        )
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, block=cfg.vocab_block,
+            head_grad=not cfg.lora.rank,
+        )  # fmt: skip
         if teacher_head is not None:
-            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, block=cfg.vocab_block)[0]
+            loss += vocab.reverse_kl(
+                h, head, teacher_h, teacher_head, mask, block=cfg.vocab_block, head_grad=not cfg.lora.rank
+            )[0]
         return loss, stats
 
     def micro_loss(params, rows):
@@ -100,12 +110,13 @@ def loss_and_grads(
         def hidden(p, p_cfg):
             return None if p is None else response_hidden(model.hidden(p, p_cfg, token), prompt_length, T)
 
-        h = hidden(params, model_cfg)
+        student = policy(params, frozen, cfg)
+        h = hidden(student, model_cfg)
         with jax.named_scope("reference"):
-            ref_h = hidden(ref, model_cfg)
+            ref_h = hidden(ref, ref_cfg)
         with jax.named_scope("teacher"):
             teacher_h = hidden(teacher, teacher_cfg)
-        heads = tuple(p if p is None else spread.head(p) for p in (params, ref, teacher))
+        heads = tuple(p if p is None else spread.head(p) for p in (student, ref, teacher))
         rows = (h, ref_h, teacher_h, response_tokens(token, prompt_length, T), weight, mask)
         return spread.over_rows(over_vocabulary, mesh, heads, rows)
 
@@ -119,6 +130,19 @@ def loss_and_grads(
     return loss, spread.collapse(grads, model_cfg), _join(stats)
 
 
+def policy(params: dict, ref_params: dict, cfg) -> dict:
+    """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them attached."""
+    return lora.attach(ref_params, params) if cfg.lora.rank else params
+
+
+def _rest_on_device(ref_params, cfg):
+    """An offloaded reference with all but its layers on the device: `model.hidden` brings those one at a time."""
+    if not cfg.anchor.ref_offload:
+        return ref_params
+    rest = {name: a for name, a in ref_params.items() if name != "layers"}
+    return ref_params | jax.device_put(rest, jax.memory.Space.Device)
+
+
 def update(
     state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats, teacher_params=None, *,
     model_cfg, cfg, teacher_cfg=None,
@@ -127,9 +151,9 @@ def update(
 
     Args:
       state: donated.
-      ref_params: the frozen initial student.
+      ref_params: the frozen initial student (`holds_reference`); else it is not looked at.
       batch: the global batch with its feedback.
-      stats: what `score` returned for it with `state.params`: the policy that sampled it.
+      stats: what `score` returned for it with `policy(state.params, ..)`: the one that sampled it.
 
     Returns:
       (state, metrics of scalars, objective.ChunkTargets for the audit log).
@@ -168,6 +192,7 @@ class Steps:
     score_step: object = flax.struct.field(pytree_node=False)
     train_step: object = flax.struct.field(pytree_node=False)
     state_shardings: TrainState = flax.struct.field(pytree_node=False)
+    reference_shardings: dict | None = flax.struct.field(pytree_node=False)
 
 
 def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Steps:
@@ -176,40 +201,68 @@ def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Ste
     `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
     """
     rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
-    state = state_shardings(model_cfg, cfg, mesh)
+    state, reference = state_shardings(model_cfg, cfg, mesh), reference_shardings(model_cfg, cfg, mesh)
     teacher = sharding.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
     score_step = jax.jit(
         functools.partial(score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches),
         static_argnums=(3,),
-        in_shardings=(state.params, rows, rows),
+        in_shardings=(policy(state.params, reference, cfg), rows, rows),
         out_shardings=rows,
     )
     train_step = jax.jit(
         functools.partial(update, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg),
-        in_shardings=(state, state.params, rows, rows, teacher),
+        in_shardings=(state, reference, rows, rows, teacher),
         out_shardings=(state, all_, rows),
         donate_argnums=(0,),
     )
-    return Steps(score_step, train_step, state)
+    return Steps(score_step, train_step, state, reference)
+
+
+def trained(model_cfg, cfg) -> dict:
+    """`model.Param`s of what is trained: of the whole model, or of the adapters."""
+    return lora.table(model_cfg, cfg.lora) if cfg.lora.rank else model.table(model_cfg)
 
 
 def abstract_state(model_cfg, cfg) -> TrainState:
     """TrainState of ShapeDtypeStructs."""
-    params = jax.eval_shape(lambda k: model.init(k, model_cfg), jax.random.key(0))
+    table = trained(model_cfg, cfg)
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), table, is_leaf=model.is_param)
     return jax.eval_shape(lambda p: new_state(p, cfg, jax.random.key(0)), params)
 
 
 def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     """Where every leaf of the state lies: eval_shape -> shardings -> created already sharded."""
     shape = abstract_state(model_cfg, cfg)
-    params = sharding.param_shardings(model_cfg, mesh)
+    params = sharding.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
     return TrainState(params, opt, all_, all_)
 
 
+def holds_reference(cfg) -> bool:
+    """Whether an update reads the frozen model: for the anchor, or as the adapters' base."""
+    return bool(cfg.anchor.kl_coef or cfg.lora.rank)
+
+
+def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
+    """Where the frozen reference lies: as parameters do, in host memory with `anchor.ref_offload`. None: none is held."""
+    if not holds_reference(cfg):
+        return None
+    where = sharding.param_shardings(model_cfg, mesh)
+    return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), where) if cfg.anchor.ref_offload else where
+
+
+def abstract_reference(model_cfg, cfg, mesh) -> dict | None:
+    """The reference as sharded ShapeDtypeStructs, in `anchor.ref_dtype`."""
+    where = reference_shardings(model_cfg, cfg, mesh)
+    return where and jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.dtype(cfg.anchor.ref_dtype), sharding=s),
+        model.table(model_cfg), where, is_leaf=model.is_param,
+    )  # fmt: skip
+
+
 def new_state(params: dict, cfg, key: jax.Array) -> TrainState:
-    """The state before the first update. `params` are float32; `key` is the run's."""
+    """The state before the first update. `params` are float32, what is trained; `key` is the run's."""
     return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key)
 
 

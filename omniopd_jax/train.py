@@ -24,6 +24,7 @@ from omniopd_jax import (
     flops,
     hf,
     host,
+    lora,
     metrics,
     model,
     objective,
@@ -34,6 +35,8 @@ from omniopd_jax import (
     teachers,
 )
 from omniopd_jax.errors import Stopped, UserError
+
+LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 
 
 @dataclasses.dataclass
@@ -50,7 +53,7 @@ class Run:
     end_ids: tuple[int, ...]
     mesh: jax.sharding.Mesh
     steps: step.Steps
-    ref_params: dict
+    ref_params: dict | None  # the frozen initial student: the anchor's reference, with LoRA the adapters' base
     teacher_params: dict | None
     decoder: audit.Decoder
     timer: metrics.PhaseTimer
@@ -60,6 +63,10 @@ class Run:
     disks: list[int] = dataclasses.field(default_factory=lambda: [0])  # checkpoint.restore_journal
     stop: host.StopFlag = dataclasses.field(default_factory=host.StopFlag)
     ahead: dict[int, collect.Asked] = dataclasses.field(default_factory=dict)  # sampled, under audit (max_staleness)
+
+    def policy(self, state: step.TrainState) -> dict:
+        """The whole model as it stands."""
+        return step.policy(state.params, self.ref_params, self.cfg)
 
 
 def train(cfg: ConfigDict) -> dict:
@@ -92,14 +99,14 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
     try:
         before = totals.get("accuracy_before")
         if run.held_out and before is None:
-            before = totals["accuracy_before"] = held_out_accuracy(run, state.params)
+            before = totals["accuracy_before"] = held_out_accuracy(run, state)
             metrics.say(f"accuracy before: {before:.1%}")
         run.timer.take()
         with stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
             state, totals = loop(run, state, checkpoints, writer, totals, stop)
         if stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
-        after = held_out_accuracy(run, state.params) if run.held_out else None
+        after = held_out_accuracy(run, state) if run.held_out else None
         out = summary(run, state, totals, before, after) | {"exit_code": 0}
         distributed.barrier("end")
         return out
@@ -126,6 +133,7 @@ def prepare(cfg: ConfigDict) -> Run:
             problems.append(str(error))
 
     attempt("model_cfg", lambda: hf.read_config(cfg.student.path))
+    attempt("trained", lambda: step.trained(found["model_cfg"], cfg)) if "model_cfg" in found else None
     attempt("tokenizer", lambda: hf.load_tokenizer(cfg.student.path)) if "model_cfg" in found else None
     attempt("train", lambda: load_prompts(cfg, found.get("tokenizer")))
     attempt("phi", lambda: similarity.make(cfg))
@@ -149,15 +157,17 @@ def prepare(cfg: ConfigDict) -> Run:
         found["model_cfg"], dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
         attention=attention.resolve(cfg.model.attention, cfg.compute_dtype),
     )  # fmt: skip
+    model_cfg = lora.scaled(model_cfg, cfg.lora)
     sharding.check_rows(mesh, cfg)
-    ref_params, _ = hf.load(cfg.student.path, mesh=mesh)
+    ref_params = load_reference(cfg, mesh)
     train_prompts, held_out = found["train"]
     teacher_params, teacher_cfg = None, None
     if cfg.objective.name == "opd_exact":
         teacher_params, teacher_cfg = white_box(cfg, found["teacher"], mesh)
     steps = step.make_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
     metrics.say(
-        f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters; attention {model_cfg.attention}; "
+        f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
+        f"{model.count(found['trained']) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
         f"mesh {dict(mesh.shape)}; {len(train_prompts):,} prompts "
         f"({train_prompts.duplicates} duplicates and {train_prompts.overlong} overlong left out)"
     )
@@ -167,6 +177,26 @@ def prepare(cfg: ConfigDict) -> Run:
         hf.end_ids(cfg.student.path, tokenizer), mesh, steps, ref_params, teacher_params,
         audit.Decoder(tokenizer), metrics.PhaseTimer(), thread, profile.Profiler(cfg), profile.Recompilations(metrics.say),
     )  # fmt: skip
+
+
+def load_reference(cfg, mesh) -> dict | None:
+    """The frozen initial student, in its dtype and memory; None where no update reads it."""
+    if not step.holds_reference(cfg):
+        return None
+    kind = "pinned_host" if cfg.anchor.ref_offload else None
+    return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, memory_kind=kind)[0]
+
+
+def first_params(run: Run, key) -> dict:
+    """What a new run trains: new adapters, or the student in float32."""
+    cfg = run.cfg
+    if cfg.lora.rank:
+        where = run.steps.state_shardings.params
+        new = jax.jit(lambda k: lora.init(jax.random.fold_in(k, LORA_STREAM), run.model_cfg, cfg.lora), out_shardings=where)
+        return new(key)
+    if run.ref_params is None or cfg.anchor.ref_offload or cfg.anchor.ref_dtype != "float32":
+        return hf.load(cfg.student.path, mesh=run.mesh)[0]
+    return run.ref_params
 
 
 def same_prompts(prompts: data.Prompts) -> None:
@@ -234,11 +264,17 @@ def first_state(run: Run, checkpoints) -> tuple[step.TrainState, dict]:
         state, totals = found
         metrics.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
     else:
-        state = step.create_state(run.ref_params, frozen(cfg), run.steps, jax.random.key(cfg.seed))
+        key = jax.random.key(cfg.seed)
+        state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
         totals = {}
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1, default=str) + "\n")
+        (folder / "config.json").write_text(as_json(cfg) + "\n")
     return state, totals
+
+
+def as_json(cfg: ConfigDict) -> str:
+    """The resolved config as a run's config.json holds it."""
+    return json.dumps(cfg.to_dict(), indent=1, default=str)
 
 
 def check_same_run(cfg, folder: pathlib.Path) -> None:
@@ -250,8 +286,8 @@ def check_same_run(cfg, folder: pathlib.Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
-    before, now = config.flat(ConfigDict(json.loads(file.read_text()))), config.flat(cfg)
-    fixed = ("seed", "prompts_per_step", "num_generations", "student.path", "data.")
+    before, now = config.flat(ConfigDict(json.loads(file.read_text()))), config.flat(ConfigDict(json.loads(as_json(cfg))))
+    fixed = ("seed", "prompts_per_step", "num_generations", "student.path", "data.", "lora.")
     changed = [k for k in now if k.startswith(fixed) and k in before and before[k] != now[k]]
     if changed:
         detail = "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in changed)
@@ -289,7 +325,7 @@ def loop(run: Run, state, checkpoints, writer, totals: dict, stop: host.StopFlag
             stop.agreed = distributed.any_of("stop", stop.requested)
             done, extra = t + 1 == cfg.num_steps, {}
             if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
-                extra = {"eval/accuracy": held_out_accuracy(run, state.params)}
+                extra = {"eval/accuracy": held_out_accuracy(run, state)}
                 stop.agreed = distributed.any_of("stop", stop.requested)  # a signal may have come meanwhile
             pending = (t, device_metrics, targets, got, run.timer.take() | extra)
             if done or stop.agreed or (t + 1) % cfg.checkpoint.every == 0:
@@ -356,11 +392,11 @@ def report(run: Run, writer, progress, totals: dict, t: int, device_metrics, tar
     progress.step(t + 1, values)
 
 
-def held_out_accuracy(run: Run, params) -> float:
+def held_out_accuracy(run: Run, state) -> float:
     """Greedy accuracy on the held-out prompts."""
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluate.greedy(
-            params, run.model_cfg, run.held_out.prompts, run.tokenizer, run.end_ids,
+            run.policy(state), run.model_cfg, run.held_out.prompts, run.tokenizer, run.end_ids,
             grader=evaluate.grader(run.cfg.eval.grader), max_new_tokens=run.cfg.max_completion_length,
         ).accuracy  # fmt: skip
 

@@ -1,21 +1,23 @@
 """The scoring pass and the update: the index of H, the gradient, and what must not change them."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
+from jax.extend import core
 
-from omniopd_jax import model, objective, sharding, step
+from omniopd_jax import lora, model, objective, rollout, sharding, spread, step, vocab
 
 B, P, T, M = 8, 6, 10, 3
 L = P + T
 
 
-@pytest.fixture(scope="module")
-def batch() -> objective.Batch:
+def make_batch() -> objective.Batch:
     """Eight rows with unequal prompts, responses and numbers of chunks; row 5 is empty, row 6 too short for a chunk."""
     rng = np.random.default_rng(3)
     prompt_length = rng.integers(1, P + 1, B)
@@ -29,6 +31,11 @@ def batch() -> objective.Batch:
     return objective.Batch(
         i32(token), i32(prompt_length), i32(length), i32(peak), jnp.asarray(rng.random((B, M)) * n, jnp.float32), i32(n)
     )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
 
 
 def naive_logp(params, model_cfg, batch):
@@ -285,23 +292,161 @@ def one_device():
     return sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, jax.devices()[:1])
 
 
-def start(params, ref_params, batch, model_cfg, cfg, mesh):
-    """(steps, state, ref_params, batch, stats), all on the mesh; nothing shares a buffer with the fixtures."""
+def laid(params, ref_params, batch, model_cfg, cfg, mesh):
+    """(steps, state, ref_params, batch), all on the mesh; nothing shares a buffer with the fixtures."""
     steps = step.make_steps(model_cfg, cfg, mesh)
     put = jax.device_put
     copy = jax.tree.map(jnp.copy, params)
     state = step.create_state(put(copy, steps.state_shardings.params), cfg, steps, jax.random.key(9))
     batch = sharding.put_rows(batch, mesh)
-    ref = put(jax.tree.map(jnp.copy, ref_params), steps.state_shardings.params)
-    return steps, state, ref, batch, steps.score_step(state.params, batch.token_BL, batch.prompt_length_B, T)
+    ref = put(jax.tree.map(jnp.copy, ref_params), steps.reference_shardings or steps.state_shardings.params)
+    return steps, state, ref, batch
 
 
-def test_eight_devices_take_the_step_of_one(params, ref_params, model_cfg, batch, cfg, plain):
-    """(data, fsdp, tp) = (2, 2, 2): every gradient leaf within 1e-5 of its norm."""
+def start(params, ref_params, batch, model_cfg, cfg, mesh):
+    """`laid`, and the batch's scores under the policy."""
+    steps, state, ref, batch = laid(params, ref_params, batch, model_cfg, cfg, mesh)
+    stats = steps.score_step(step.policy(state.params, ref, cfg), batch.token_BL, batch.prompt_length_B, T)
+    return steps, state, ref, batch, stats
+
+
+def sgd_that_keeps_its_gradient(cfg):
+    """SGD at rate 1; its state is the last gradient."""
+
+    def update(grads, state, params=None):
+        return jax.tree.map(jnp.negative, grads), grads
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+HOW = {"objective.advantage": "batch_mean", "micro_batches": 2}
+
+
+@pytest.fixture(scope="module")
+def kinds(params, ref_params, model_cfg, make_cfg):
+    """kind -> (what is trained, reference, model_cfg, cfg)."""
+    moe_cfg = dataclasses.replace(
+        model_cfg, family="qwen3_moe", tied=False, num_experts=4, experts_per_token=2, expert_size=8
+    )
+    moe = [jax.jit(model.init, static_argnums=1)(jax.random.key(i), moe_cfg) for i in (3, 4)]
+    targets = ("k_proj", "o_proj", "gate_proj", "down_proj")  # every way in which an adapter lies over the mesh
+    with_lora = make_cfg(**HOW | {"lora.rank": 2, "lora.alpha": 3.0, "lora.targets": targets})
+    adapters = lora.init(jax.random.key(5), model_cfg, with_lora.lora)
+    adapters = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(6), a.shape), adapters)
+    return {
+        "dense": (params, ref_params, model_cfg, make_cfg(**HOW)),
+        "lora": (adapters, ref_params, lora.scaled(model_cfg, with_lora.lora), with_lora),
+        "moe": (*moe, moe_cfg, make_cfg(**HOW)),
+    }
+
+
+def one_sgd_step(kind, batch, mesh):
+    """(state, metrics, reference) after one step of SGD at rate 1: the jitted update as a run has it, from made-up scores."""
+    trained, ref, model_cfg, cfg = kind
+    model_cfg = dataclasses.replace(model_cfg, mesh=mesh if mesh.size > 1 else None)
+    steps, state, ref, rows = laid(trained, ref, batch, model_cfg, cfg, mesh)
+    made_up = np.random.default_rng(1).uniform(0.1, 3.0, (2, B, T)).astype(np.float32)
+    stats = sharding.put_rows(vocab.TokenStats(-made_up[0], made_up[1]), mesh)
+    state, metrics, _ = steps.train_step(state, ref, rows, stats, None)
+    for leaf, where in zip(jax.tree.leaves(state.params), jax.tree.leaves(steps.state_shardings.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    return state, {name: float(value) for name, value in metrics.items()}, ref
+
+
+def eight_equal_one(kind, batch):
+    """Raises where a step on (data, fsdp, tp) = (2, 2, 2) is not the step of one device."""
+    many, many_metrics, _ = one_sgd_step(kind, batch, sharding.make_mesh({"data": 2, "fsdp": -1, "tp": 2}))
+    one, one_metrics, _ = one_sgd_step(kind, batch, one_device())
+    assert all(np.linalg.norm(g) > 1e-4 for g in jax.tree.leaves(one.opt_state))
+    close(many.opt_state, one.opt_state, 1e-5)  # every gradient leaf, of its norm
+    close(many.params, one.params, 1e-5)
+    for name, value in one_metrics.items():
+        assert many_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["dense", "lora", "moe"])
+def test_eight_devices_take_the_step_of_one(kinds, batch, monkeypatch, name):
+    monkeypatch.setattr(step.optim, "make_optimizer", sgd_that_keeps_its_gradient)
+    eight_equal_one(kinds[name], batch)
+
+
+@pytest.mark.parametrize("name", ["dense", "lora", "moe"])
+def test_eight_devices_decode_the_tokens_of_one(kinds, batch, name):
+    """Greedily, wherever the top two logits are more than 1e-3 apart."""
+    trained, ref, model_cfg, cfg = kinds[name]
+    mesh, new = sharding.make_mesh({"data": 2, "fsdp": -1, "tp": 2}), 10
+    prompt_BP = batch.token_BL[:, :P] * (jnp.arange(P)[None] < batch.prompt_length_B[:, None])
+    whole, plain = step.policy(trained, ref, cfg), dataclasses.replace(model_cfg, mesh=mesh)
+    table = step.policy(step.trained(plain, cfg), model.table(plain), cfg)
+    sharded = jax.device_put(whole, sharding.table_shardings(table, mesh))
+    tokens = []
+    for params, m_cfg, rows in (
+        (rollout.prepare(sharded, plain, mesh), plain, sharding.put_rows((prompt_BP, batch.prompt_length_B), mesh)),
+        (rollout.prepare(whole, model_cfg), model_cfg, (prompt_BP, batch.prompt_length_B)),
+    ):
+        keys = rollout.row_keys(jax.random.key(0), range(B))
+        keys = keys if m_cfg.mesh is None else jax.device_put(keys, sharding.rows(mesh))
+        tokens.append(np.asarray(rollout.sample(params, m_cfg, *rows, keys, max_new_tokens=new, temperature=0.0).token_BT))
+    many, one = tokens
+    row_BL = np.zeros((B, P + new), np.int32)
+    for b, n in enumerate(np.asarray(batch.prompt_length_B)):
+        row_BL[b, : n + new] = [*prompt_BP[b, :n], *one[b, :new]]
+    logits = jax.jit(lambda p: model.logits(p, model_cfg, model.hidden(p, model_cfg, row_BL)))(whole)
+    top_BLV = np.sort(np.asarray(logits), axis=-1)
+    compared = 0
+    for b, n in enumerate(np.asarray(batch.prompt_length_B)):
+        for t in range(new):
+            if top_BLV[b, n + t - 1, -1] - top_BLV[b, n + t - 1, -2] <= 1e-3:
+                break  # after a tie the rows may go different ways
+            assert many[b, t] == one[b, t], (b, t)
+            compared += 1
+    assert compared > B * new / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("fault", ["copies not summed", "shards not summed", "one shard counted"])
+def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
+    monkeypatch.setattr(step.optim, "make_optimizer", sgd_that_keeps_its_gradient)
+    on_mesh = []
+    real = step.make_steps
+    monkeypatch.setattr(step, "make_steps", lambda m, c, mesh, *more: on_mesh.append(mesh.size > 1) or real(m, c, mesh, *more))
+
+    def collapse(grads, model_cfg):
+        where = sharding.param_shardings(model_cfg, model_cfg.mesh)
+        kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in spread.MATRICES if n in grads}
+        return grads | kept
+
+    def over_rows(function, mesh, matrices, rows):
+        if mesh is None:
+            return spread_over_rows(function, mesh, matrices, rows)
+
+        def first(matrices, rows):  # every shard's sum but the first is lost
+            total, out = function(matrices, rows)
+            return total * (jax.lax.axis_index("fsdp") == 0), out
+
+        return spread_over_rows(first, mesh, matrices, rows)
+
+    def normalize(weight_BT, mask_BT, weighted_BT, cfg):
+        shards = 4 if on_mesh[-1] else 1
+        return tuple(shards * a for a in real_normalize(weight_BT, mask_BT, weighted_BT, cfg))
+
+    spread_over_rows, real_normalize, real_collapse = spread.over_rows, objective.normalize, spread.collapse
+    if fault == "copies not summed":
+        monkeypatch.setattr(spread, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
+    elif fault == "shards not summed":
+        monkeypatch.setattr(spread, "over_rows", over_rows)
+    else:
+        monkeypatch.setattr(objective, "normalize", normalize)
+    with pytest.raises(AssertionError):
+        eight_equal_one(kinds[name], batch)
+
+
+def test_state_and_rows_lie_over_the_mesh(params, ref_params, model_cfg, batch, cfg):
+    """q [layers, D, N, H]: D over fsdp, N over tp; both moments of AdamW lie as it does; rows over data and fsdp."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tp": 2})
     assert mesh.devices.shape == (2, 2, 2)
-    steps, state, ref, rows, stats = start(params, ref_params, batch, model_cfg, cfg, mesh)
-    # q [layers, D, N, H]: D over fsdp, N over tp; the moments lie as it does; rows over data and fsdp
+    steps, state, _, rows, stats = start(params, ref_params, batch, model_cfg, cfg, mesh)
     moments = [a for a in jax.tree.leaves(state.opt_state) if a.shape == (2, 16, 4, 8)]
     for leaf in (state.params["layers"]["q"], *moments):
         assert {s.data.shape for s in leaf.addressable_shards} == {(2, 8, 2, 8)}
@@ -310,25 +455,58 @@ def test_eight_devices_take_the_step_of_one(params, ref_params, model_cfg, batch
         stats.logp_BT, score(params, batch.token_BL, batch.prompt_length_B, T, model_cfg).logp_BT, atol=1e-5
     )
 
-    weight, mask, loss, grads = plain
-    where = steps.state_shardings.params
-    sharded = jax.jit(
-        functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg),
-        in_shardings=(where, where, *[sharding.rows(mesh)] * 3),
-        out_shardings=(sharding.replicated(mesh), where, sharding.rows(mesh)),
-    )
-    got, got_grads, _ = sharded(state.params, ref, rows, *sharding.put_rows((weight, mask), mesh))
-    assert float(got) == pytest.approx(loss, rel=1e-5)
-    close(got_grads, grads, 1e-5)
 
-    one = start(params, ref_params, batch, model_cfg, cfg, one_device())
-    many, many_metrics, _ = steps.train_step(state, ref, rows, stats, None)
-    single, single_metrics, _ = one[0].train_step(*one[1:], None)
-    for name, value in single_metrics.items():
-        assert float(many_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
-    assert many.params["layers"]["q"].sharding == where["layers"]["q"]
-    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), single.params, params)
-    close(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), many.params, params), moved, 0.02)
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_a_bfloat16_reference_is_the_reference_rounded(params, ref_params, model_cfg, batch, make_cfg, plain):
+    weight, mask, loss, _ = plain
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ref_params)
+    rounded = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+    got, want = (loss_and_grads(params, ref, batch, weight, mask, model_cfg, make_cfg()) for ref in (half, rounded))
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6) and abs(float(got[0]) - loss) > 1e-6 * abs(loss)
+    close(got[1], want[1], 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_reference_in_host_memory_changes_no_bit(kinds, batch, make_cfg, monkeypatch, shape):
+    monkeypatch.setattr(step.optim, "make_optimizer", sgd_that_keeps_its_gradient)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), jax.devices()[: np.prod(shape)])
+    params, ref, model_cfg, _ = kinds["dense"]
+    got = []
+    for offload in (False, True):
+        cfg = make_cfg(**HOW | {"anchor.ref_offload": offload})
+        state, metrics, held = one_sgd_step((params, ref, model_cfg, cfg), batch, mesh)
+        assert {a.sharding.memory_kind for a in jax.tree.leaves(held)} == {"pinned_host" if offload else "device"}
+        assert {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
+        got.append(jax.device_get((state.params, state.opt_state, metrics)))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, got), strict=True))
+
+
+def test_an_offloaded_reference_comes_over_one_layer_at_a_time(params, ref_params, model_cfg, batch, make_cfg, plain):
+    """No transfer in the program has a stack of layers; those of one layer stand inside the loop over layers."""
+    cfg = make_cfg(**{"anchor.ref_offload": True})
+    traced = jax.make_jaxpr(functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg))
+    jaxpr = traced(params, ref_params, batch, *plain[:2])
+    moved = [v.aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "device_put" for v in e.invars]
+    layer = {a.shape[1:] for a in jax.tree.leaves(ref_params["layers"])}
+    assert set(moved) == layer | {ref_params["embed"].shape, ref_params["final_norm"].shape}
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, the inner ones too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+def is_jaxpr(x):
+    return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+
+
+# --- what a step leaves ----------------------------------------------------------------------------------------------
 
 
 def test_the_old_state_is_given_up_and_the_reference_is_not(params, ref_params, model_cfg, batch, cfg):
