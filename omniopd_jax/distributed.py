@@ -48,6 +48,10 @@ def init(cfg) -> None:
     )  # fmt: skip
     from jax.experimental import multihost_utils
 
+    if jax.default_backend() == "cpu":
+        # Process 0 alone fills the compile cache. A program from it beside one compiled now may order its collectives
+        # otherwise (XLA's CPU schedule depends on the cores it is given), and then each waits in another one for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
     barrier("start")
     # the first collective connects everyone to everyone, for which gloo allows 30 s: now, not after different compile times
     multihost_utils.sync_global_devices("start")

@@ -165,6 +165,24 @@ def test_no_collective_of_the_heads_size_runs_in_a_loop(compiled):
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("topology, count", [("v6e:2x2", 4), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8), ("v5e:16x16", 256)])
+def test_other_slices(student, topology, count):
+    """Two JAX devices a chip of tpu7x. The largest is only asked for its devices."""
+    assert len(aot.devices(topology)) == count
+    if count < 256:
+        _, (decode,), fits = aot.check(recipe(student), topology, ["decode"], say=lambda _: None)
+        assert fits and 0 < decode.temporaries < decode.total
+
+
+@pytest.mark.aot
+def test_an_unknown_slice_is_one_line():
+    with pytest.raises(UserError, match="v9"):
+        aot.devices("v9:2x2")
+    with pytest.raises(UserError, match="v5e:3x5"):
+        aot.devices("v5e:3x5")
+
+
+@pytest.mark.aot
 def test_what_does_not_fit_ends_with_3_and_a_suggestion(student):
     """Four times the rows: 16 GiB of cache a chip. The command tells what would do."""
     values = settings(student, prompts_per_step=ROWS)

@@ -21,6 +21,8 @@ from omniopd_jax.errors import UserError
 
 STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
+# Several processes compile for themselves, each time (distributed.init): without LLVM's optimisation that is what takes long
+FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 LAUNCH = str(tiny.REPO / "launch" / "multihost_cpu.sh")
 
 
@@ -34,7 +36,7 @@ class Launched:
 
     def __init__(self, count, values):
         self.process = subprocess.Popen(
-            [LAUNCH, str(count), *tiny.arguments(values)], cwd=tiny.REPO, env=tiny.environment(PYTHON=tiny.PYTHON),
+            [LAUNCH, str(count), *tiny.arguments(values)], cwd=tiny.REPO, env=tiny.environment(PYTHON=tiny.PYTHON, **FLAGS),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.lines, self._reader = [], threading.Thread(target=self._read, daemon=True)
@@ -102,7 +104,7 @@ def free_port():
 def grads_of(count, data, models, saved, folder):
     """What `multihost_worker` finds over `count` processes."""
     np.savez(folder / "batch.npz", **saved)
-    env = {"OMNIOPD_COORDINATOR": f"127.0.0.1:{free_port()}", "OMNIOPD_NUM_PROCESSES": str(count)}
+    env = FLAGS | {"OMNIOPD_COORDINATOR": f"127.0.0.1:{free_port()}", "OMNIOPD_NUM_PROCESSES": str(count)}
     command = [tiny.PYTHON, "tests/multihost_worker.py", models[0], folder / "batch.npz", folder / "out.npz", str(data)]
     workers = [
         subprocess.Popen(command, cwd=tiny.REPO, env=tiny.environment(**env, OMNIOPD_PROCESS_ID=str(r))) for r in range(count)
@@ -155,7 +157,7 @@ def test_four_processes_find_the_loss_and_gradients_of_one(models, tmp_path, dat
 
 
 def first_batch(count_folder, models, folder):
-    one = tiny.start(tiny.arguments(recipe(models, folder, num_steps=1)))
+    one = tiny.start(tiny.arguments(recipe(models, folder, num_steps=1)), **FLAGS)
     assert one.wait(timeout=PATIENCE) == 0, one.stderr.read()
     assert audits(folder, 0) == audits(count_folder, 0) and len(audits(folder, 0)) > 8
     ours, theirs = without_time(folder)[0], without_time(count_folder)[0]
@@ -218,7 +220,7 @@ def test_two_runs_of_four_processes_are_bit_identical_and_survive_a_kill(models,
 def test_the_whole_tiny_run_learns_over_two_processes_as_in_one(tmp_path):
     """configs/tiny.py as it is: the same first batch, and an accuracy that differs by less than three standard errors."""
     values = {"audit.log_per_step": 10_000, "log.tensorboard": False}
-    one = tiny.start(tiny.arguments(values | {"run_dir": tmp_path / "one"}))
+    one = tiny.start(tiny.arguments(values | {"run_dir": tmp_path / "one"}), **FLAGS)
     assert one.communicate(timeout=PATIENCE)[0] and one.returncode == 0
     two = Launched(2, values | {"run_dir": tmp_path / "two"})
     assert two.end() == 0, two.text

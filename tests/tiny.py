@@ -68,7 +68,7 @@ def arguments(values: dict) -> list[str]:
 
 def environment(**more) -> dict:
     """One CPU device, the tests' compile cache, no network worth waiting for."""
-    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="", **more)
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="") | more
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax_tests"))
     return env
 
