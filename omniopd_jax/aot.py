@@ -150,10 +150,13 @@ class Plan:
             model.table(self.model_cfg), where, is_leaf=model.is_param,
         )  # fmt: skip
 
-        def layer(a):
-            return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=NamedSharding(self.mesh, P(*a.sharding.spec[1:])))
+        def layer(name, a):
+            shape, spec = a.shape[1:], a.sharding.spec[1:]
+            if name in ("q", "k", "v"):  # the heads and their width as one axis
+                shape, spec = (shape[0], shape[1] * shape[2]), spec[:2]
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=NamedSharding(self.mesh, P(*spec)))
 
-        one = jax.tree.map(layer, stacked["layers"])
+        one = {name: layer(name, a) for name, a in stacked["layers"].items()}
         return stacked | {"layers": [one] * self.model_cfg.num_layers}
 
     def sampler_state(self) -> rollout.SamplerState:
