@@ -61,6 +61,23 @@ def test_sizes_are_what_a_chip_holds(plan):
     assert sizes["cache"] == 2 * LAYERS * (ROWS / 2) * (8 / 2) * LENGTH * 128 * 2
 
 
+def test_sizes_of_a_smaller_reference_and_of_adapters(student, plan):
+    def sizes(**more):
+        return aot.Plan(recipe(student, **more), plan.mesh).sizes()
+
+    full = plan.sizes()
+    assert sizes(**{"anchor.ref_dtype": "bfloat16"})["reference"] == full["reference"] / 2
+    assert sizes(**{"anchor.ref_offload": True})["reference"] == 0.0  # it lies on the host
+    assert sizes(**{"anchor.kl_coef": 0.0})["reference"] == 0.0  # none is held
+    half = sizes(**{"optimizer.mu_dtype": "bfloat16"})["optimizer"]
+    assert half == pytest.approx(full["optimizer"] * 3 / 4, rel=1e-6)
+    adapters = sizes(**{"lora.rank": 16, "anchor.kl_coef": 0.0, "anchor.ref_dtype": "bfloat16"})
+    assert adapters["reference"] == full["reference"] / 2  # the base, with or without an anchor
+    D, F, q, kv = 1024, 3072, 16 * 128, 8 * 128
+    split = LAYERS * 16 * (D + q + 2 * (D + kv) + q + D + 2 * (D + F) + F + D)  # over fsdp or tp, each side of a pair
+    assert adapters["parameters"] == 4 * split / 2
+
+
 def test_decode_is_lowered_with_what_the_sampler_takes(plan):
     """The other passes hold splash's kernel, which only TPU lowers: see below."""
     lowered, donated, resident = plan.lower("decode")
