@@ -26,7 +26,23 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from omniopd_jax import cli, config, flops, hf, hlo, lora, metrics, model, objective, rollout, sharding, step, train, vocab  # noqa: E402
+from omniopd_jax import (  # noqa: E402
+    cli,
+    config,
+    flops,
+    hf,
+    hlo,
+    lora,
+    metrics,
+    model,
+    objective,
+    packing,
+    rollout,
+    sharding,
+    step,
+    train,
+    vocab,
+)
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
 
 PASSES = ("score", "decode", "update")
@@ -131,15 +147,28 @@ class Plan:
         """An abstract array with the batch's rows in front, or so many."""
         return jax.ShapeDtypeStruct((rows or self.rows, *shape), dtype, sharding=sharding.rows(self.mesh))
 
+    def tokens(self, rows: int):
+        """token_BL of so many rows, or what packing makes of them where each is as long as it may be."""
+        if not self.cfg.packing.length:
+            return self.row(self.P + self.T, dtype=jnp.int32, rows=rows)
+        P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
+        packed = packing.make(
+            [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length, micro_batches=self.cfg.micro_batches,
+            shards=list(range(self.mesh.shape["data"] * self.mesh.shape["fsdp"])),
+        )  # fmt: skip
+        return jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=len(a)), packed)
+
     def batch(self) -> objective.Batch:
         """The global batch at the longest lengths."""
         M, i32 = self.cfg.audit.num_chunks, jnp.int32
         reward = self.cfg.objective.name == "grpo" or self.cfg.reward.coef
         stale = {"old_logp_BT": self.row(self.T), "ratio_BM": self.row(M)} if self.cfg.max_staleness else {}
+        tokens = self.tokens(self.rows)
+        packed = tokens if self.cfg.packing.length else None
         return objective.Batch(
-            self.row(self.P + self.T, dtype=i32), self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
+            None if packed else tokens, self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
             self.row(M), self.row(M, dtype=i32), advantage_B=self.row() if reward else None,
-            teacher_logp_BT=self.row(self.T) if self.cfg.objective.name == "opd" else None, **stale,
+            teacher_logp_BT=self.row(self.T) if self.cfg.objective.name == "opd" else None, packed=packed, **stale,
         )  # fmt: skip
 
     def sampler_params(self):
@@ -183,7 +212,7 @@ class Plan:
         state, reference = local_bytes(s), self.sizes()["reference"]
         if name == "score":
             rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
-            lowered = self.steps.score_step.lower(self.policy, rows(self.P + self.T), rows(), self.T)
+            lowered = self.steps.score_step.lower(self.policy, self.tokens(self.sampled), rows(), self.T)
             return lowered, 0.0, state + reference - local_bytes(self.policy) + local_bytes(self.sampler_params())
         if name == "update":
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T))

@@ -12,18 +12,23 @@ from omniopd_jax.errors import UserError
 
 BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's kernel on any device, slowly, for tests
 LANES = 128  # rows of the splash kernel are padded to a multiple
+CUDNN_PACKED = (
+    "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
+    "lacks"
+)
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
-def resolve(name: str, dtype: str | None = None) -> str:
+def resolve(name: str, dtype: str | None = None, *, packed: bool = False) -> str:
     """The kernel for `auto`: splash on TPU, cudnn on GPU, xla elsewhere. Resolved once, at start-up, and printed.
 
     Args:
       name: `auto` or a name of `BACKENDS`.
       dtype: of the computation; cuDNN has no float32 kernel, so `auto` gives xla there.
+      packed: whether several responses share a row (`packing.length`).
 
     Raises:
-      UserError: cudnn asked for by name with float32.
+      UserError: cudnn asked for by name with float32; cudnn, asked for or by `auto`, with packed rows.
     """
     auto = name == "auto"
     if auto:
@@ -34,6 +39,8 @@ def resolve(name: str, dtype: str | None = None) -> str:
                 "model.attention = cudnn has no float32 kernel: set compute_dtype=bfloat16, or attention=xla"
             )
         return "xla"
+    if name == "cudnn" and packed:
+        raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or packing.length=0")
     return name
 
 
@@ -83,10 +90,7 @@ def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):
 
 def _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B):
     if segment_BL is not None:
-        raise UserError(
-            "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its "
-            "public call lacks; set model.attention=xla, or do not pack"
-        )
+        raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or do not pack")
     lengths = None if length_B is None else length_B.astype(jnp.int32)
     return jax.nn.dot_product_attention(
         q_BLNH, k_BLKH, v_BLKH, is_causal=True, scale=q_BLNH.shape[-1] ** -0.5, implementation="cudnn",

@@ -12,7 +12,20 @@ import pathlib
 import jax
 import numpy as np
 
-from omniopd_jax import audit, data, distributed, evaluate, objective, rollout, scheduler, sharding, step, teachers, vocab
+from omniopd_jax import (
+    audit,
+    data,
+    distributed,
+    evaluate,
+    objective,
+    packing,
+    rollout,
+    scheduler,
+    sharding,
+    step,
+    teachers,
+    vocab,
+)
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import Stopped, UserError
 from omniopd_jax.teachers import ContinuationRequest
@@ -257,8 +270,9 @@ def score(run, state, prompts, tokens) -> tuple[np.ndarray, np.ndarray]:
     """(logp_BT, entropy_BT) of this process's rows under the training graph, on the host."""
     with run.timer.phase("score"):
         T = response_width(run, tokens)
-        token_BL, prompt_length_B = join(prompts, tokens, prompt_width(prompts) + T)
-        stats = run.steps.score_step(run.policy(state), *sharding.put_rows((token_BL, prompt_length_B), run.mesh), T)
+        token_BL, packed, prompt_length_B = join(run, prompts, tokens, T)
+        put = sharding.put_rows((token_BL if packed is None else packed, prompt_length_B), run.mesh)
+        stats = run.steps.score_step(run.policy(state), *put, T)
         return sharding.local_rows(stats.logp_BT), sharding.local_rows(stats.entropy_BT)
 
 
@@ -273,10 +287,17 @@ def response_width(run, tokens) -> int:
     return min(rollout.bucket(longest), rollout.bucket(run.cfg.max_completion_length))
 
 
-def join(prompts, tokens, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """token_BL, prompt directly followed by response, and prompt_length_B."""
-    token_BL, _ = rollout.pad_rows([list(p.token_ids) + r for p, r in zip(prompts, tokens, strict=True)], width)
-    return token_BL, np.array([len(p.token_ids) for p in prompts], np.int32)
+def join(run, prompts, tokens, T: int) -> tuple[np.ndarray | None, packing.Packed | None, np.ndarray]:
+    """(token_BL, None, prompt_length_B), prompt directly followed by response; (None, Packed, prompt_length_B) when packing."""
+    rows = [list(p.token_ids) + r for p, r in zip(prompts, tokens, strict=True)]
+    prompt_length_B = np.array([len(p.token_ids) for p in prompts], np.int32)
+    if not run.cfg.packing.length:
+        return rollout.pad_rows(rows, prompt_width(prompts) + T)[0], None, prompt_length_B
+    packed = packing.make(
+        rows, prompt_length_B, most=run.cfg.packing.length, shards=sharding.own_shards(run.mesh),
+        micro_batches=run.cfg.micro_batches,
+    )  # fmt: skip
+    return None, packed, prompt_length_B
 
 
 def find_peaks(run, entropy_BT, tokens, sample_ids, M: int) -> np.ndarray:
@@ -397,7 +418,7 @@ def assemble(run, responses: Responses, feedback: audit.Feedback, rewards, N: in
         arrays = jax.device_put((logp_BT, responses.logp_BT, responses.peak_BM))
         ratio_BM = objective.chunk_ratio(*arrays, chunk_tokens=run.cfg.audit.chunk_tokens)
         stale = {"old_logp_BT": responses.logp_BT, "ratio_BM": np.asarray(jax.device_get(ratio_BM))}
-    token_BL, prompt_length_B = join(responses.prompts, responses.tokens, prompt_width(responses.prompts) + T)
+    token_BL, packed, prompt_length_B = join(run, responses.prompts, responses.tokens, T)
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
     advantage_B = None
     if rewards is not None:
@@ -407,7 +428,7 @@ def assemble(run, responses: Responses, feedback: audit.Feedback, rewards, N: in
         n_min_B = np.full(len(length_B), min(min_continuations(run.cfg), -(-N // 2)), np.int32)
     batch = objective.Batch(
         token_BL, prompt_length_B, length_B, responses.peak_BM, feedback.k_sem_BM, feedback.n_BM, n_min_B, advantage_B,
-        teacher_logp_BT=teacher_logp(run, responses) if run.cfg.objective.name == "opd" else None, **stale,
+        teacher_logp_BT=teacher_logp(run, responses) if run.cfg.objective.name == "opd" else None, packed=packed, **stale,
     )  # fmt: skip
     stats = vocab.TokenStats(logp_BT, entropy_BT)
     batch, stats = sharding.put_rows((batch, stats), run.mesh)

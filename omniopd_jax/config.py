@@ -59,6 +59,9 @@ def default() -> ConfigDict:
     c.model.remat = "full"  # none | dots | context | full: what the backward pass keeps of each layer
     c.model.attention = "auto"  # auto | xla | splash | cudnn
 
+    c.packing = ConfigDict()
+    c.packing.length = 0  # most tokens of a row that several responses share when scored and trained on; 0 = a row each
+
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file, one object with `prompt` a line
@@ -205,7 +208,8 @@ def validate(c: ConfigDict) -> None:
         "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
         "temperature": 0, "teacher.temperature": 0,
         "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "lora.rank": 0, "top_k": 0, "data.num_prompts": 0,
-        "eval.num_prompts": 0, "eval.every": 0, "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0,
+        "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0, "teacher.max_concurrency": 1,
+        "teacher.max_retries": 0, "teacher.hedge_s": 0,
         "teacher.requests_per_minute": 0, "teacher.tokens_per_minute": 0, "teacher.price_input": -1,
         "teacher.price_cached": -1, "teacher.price_output": -1, "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
     }.items():  # fmt: skip
@@ -231,6 +235,12 @@ def validate(c: ConfigDict) -> None:
         raise UserError(
             f"audit.chunk_tokens = {c.audit.chunk_tokens} is larger than max_completion_length = "
             f"{c.max_completion_length}: no chunk could ever fit; allowed: 1 to {c.max_completion_length}"
+        )
+    longest = c.max_prompt_length + c.max_completion_length
+    if 0 < c.packing.length < longest:
+        raise UserError(
+            f"packing.length = {c.packing.length} holds no prompt and response at their longest: at least max_prompt_length + "
+            f"max_completion_length = {longest}, or 0 for no packing"
         )
     if c.audit.min_continuations > c.audit.num_continuations:
         raise UserError(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from omniopd_jax.config import min_continuations
+from omniopd_jax.packing import Packed
 from omniopd_jax.scheduler import chunk_mask
 
 RATIO_BAND = (0.5, 2.0)  # chunks whose importance ratio lies outside are dropped (max_staleness = 1)
@@ -28,7 +29,7 @@ class Batch:
     """What one update is made from. Rows are responses; all arrays have the global batch's B in front.
 
     Attributes:
-      token_BL: int32, prompt directly followed by the response, right-padded.
+      token_BL: int32, prompt directly followed by the response, right-padded; None where `packed` holds them.
       prompt_length_B, length_B: int32 tokens of prompt and response (a sampled end token counted; 0: an empty row).
       peak_BM: int32 response positions where chunks start, ascending, -1 where none.
       k_sem_BM: float32, sum of similarities of the continuations that arrived.
@@ -39,9 +40,10 @@ class Batch:
         policy is still that one.
       ratio_BM: float32, `chunk_ratio`, where the policy has moved on since it sampled (max_staleness = 1); else None.
       teacher_logp_BT: float32, the teacher's log-probs of the response tokens (white-box `opd`); None elsewhere.
+      packed: the tokens in packed rows (packing.py), where several responses share one; None: a row each.
     """
 
-    token_BL: jax.Array
+    token_BL: jax.Array | None
     prompt_length_B: jax.Array
     length_B: jax.Array
     peak_BM: jax.Array
@@ -52,6 +54,7 @@ class Batch:
     old_logp_BT: jax.Array | None = None
     ratio_BM: jax.Array | None = None
     teacher_logp_BT: jax.Array | None = None
+    packed: Packed | None = None
 
 
 @flax.struct.dataclass

@@ -122,6 +122,12 @@ def rows_map(mesh, shards: int) -> dict:
     return {d: (i[0].start or 0) for d, i in rows(mesh).devices_indices_map((shards,)).items()}
 
 
+def own_shards(mesh) -> list[int]:
+    """The row shards that this process holds, ascending: its rows are theirs, one shard's after the other's."""
+    held = rows_map(mesh, mesh.shape["data"] * mesh.shape["fsdp"])
+    return sorted({index for device, index in held.items() if device.process_index == jax.process_index()})
+
+
 def local_rows(array) -> np.ndarray:
     """This process's rows of a global array, in order: the inverse of `put_rows`."""
     if array.is_fully_addressable:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omniopd_jax import lora, model, objective, optim, sharding, spread, vocab
+from omniopd_jax import lora, model, objective, optim, packing, sharding, spread, vocab
 
 
 @flax.struct.dataclass
@@ -27,24 +27,35 @@ class TrainState:
     key: jax.Array
 
 
-def response_hidden(hidden_BLD, prompt_length_B, T: int):
-    """hidden_BTD, row b, position t: the state at prompt_length + t - 1, whose distribution produces y_t."""
-    index_BT = prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None] - 1
-    index_BT = jnp.minimum(index_BT, hidden_BLD.shape[1] - 1)
-    return jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
+def response_places(prompt_length_B, T: int):
+    """at_BT: y_t stands at prompt_length + t of its row."""
+    return prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
 
-def response_tokens(token_BL, prompt_length_B, T: int):
-    """target_BT: y_t stands at prompt_length + t of its row; positions past the row repeat its last token."""
-    index_BT = prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    return jnp.take_along_axis(token_BL, jnp.minimum(index_BT, token_BL.shape[1] - 1), axis=1)
+def response_hidden(hidden_RLD, at_QX):
+    """hidden_QXD: the states whose distributions produce the tokens at `at_QX`: each stands one place before its token.
+
+    Places are counted along a row (Q = R, X = T), or along R / Q packed rows laid end to end (packing.py).
+    """
+    return _gather(hidden_RLD, at_QX - 1)
 
 
-def score(params: dict, token_BL, prompt_length_B, T: int, *, model_cfg, block: int, micro_batches: int):
+def response_tokens(token_RL, at_QX):
+    """target_QX: the tokens y_t themselves; places past the end repeat the last token."""
+    return _gather(token_RL, at_QX)
+
+
+def _gather(a_RL, index_QX):
+    a_QL = a_RL.reshape(index_QX.shape[0], -1, *a_RL.shape[2:])
+    index_QX = jnp.minimum(index_QX, a_QL.shape[1] - 1)
+    return jnp.take_along_axis(a_QL, index_QX.reshape(*index_QX.shape, *(1,) * (a_QL.ndim - 2)), axis=1)
+
+
+def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: int, micro_batches: int):
     """Log-prob and entropy of every response token under `params`, by the training graph (method.md, section 2).
 
     Args:
-      token_BL, prompt_length_B: as in `objective.Batch`.
+      tokens: token_BL, or the `packing.Packed` of the same responses; prompt_length_B: both as in `objective.Batch`.
       T: response positions to score.
       block: positions a block of the vocabulary pass.
       micro_batches: rows are scored in so many pieces.
@@ -56,17 +67,17 @@ def score(params: dict, token_BL, prompt_length_B, T: int, *, model_cfg, block: 
     params, mesh = spread.spread(params, model_cfg.mesh, model_cfg.dtype), model_cfg.mesh
 
     def one(rows):
-        token, prompt_length = rows
-        hidden_BTD = response_hidden(model.hidden(params, model_cfg, token), prompt_length, T)
-        target_BT = response_tokens(token, prompt_length, T)
+        token, segment, position, at = rows
+        hidden_BLD = model.hidden(params, model_cfg, token, position_BL=position, segment_BL=segment)
+        hidden_BTD, target_BT = response_hidden(hidden_BLD, at), response_tokens(token, at)
 
         def stats(head, rows):
             return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], block=block)
 
         return spread.over_rows(stats, mesh, spread.head(params), (hidden_BTD, target_BT))[1]
 
-    stats = jax.lax.map(one, _split((token_BL, prompt_length_B), micro_batches))
-    return _join(stats)
+    stats = jax.lax.map(one, _rows(tokens, prompt_length_B, T, micro_batches, mesh))
+    return _in_place(stats, tokens, T, mesh)
 
 
 def loss_and_grads(
@@ -105,10 +116,12 @@ def loss_and_grads(
         return loss, stats
 
     def micro_loss(params, rows):
-        token, prompt_length, weight, mask = rows
+        token, segment, position, at, weight, mask = rows
 
         def hidden(p, p_cfg):
-            return None if p is None else response_hidden(model.hidden(p, p_cfg, token), prompt_length, T)
+            if p is None:
+                return None
+            return response_hidden(model.hidden(p, p_cfg, token, position_BL=position, segment_BL=segment), at)
 
         student = policy(params, frozen, cfg)
         h = hidden(student, model_cfg)
@@ -117,7 +130,7 @@ def loss_and_grads(
         with jax.named_scope("teacher"):
             teacher_h = hidden(teacher, teacher_cfg)
         heads = tuple(p if p is None else spread.head(p) for p in (student, ref, teacher))
-        rows = (h, ref_h, teacher_h, response_tokens(token, prompt_length, T), weight, mask)
+        rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
         return spread.over_rows(over_vocabulary, mesh, heads, rows)
 
     def add(carry, rows):
@@ -125,9 +138,10 @@ def loss_and_grads(
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], grads)), stats
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    rows = _split((batch.token_BL, batch.prompt_length_B, weight_BT, mask_BT), cfg.micro_batches)
+    tokens = batch.token_BL if batch.packed is None else batch.packed
+    rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, spread.collapse(grads, model_cfg), _join(stats)
+    return loss, spread.collapse(grads, model_cfg), _in_place(stats, tokens, T, mesh)
 
 
 def policy(params: dict, ref_params: dict, cfg) -> dict:
@@ -269,6 +283,23 @@ def new_state(params: dict, cfg, key: jax.Array) -> TrainState:
 def create_state(params: dict, cfg, steps: Steps, key: jax.Array) -> TrainState:
     """`new_state`, jitted with its output already sharded."""
     return jax.jit(functools.partial(new_state, cfg=cfg), out_shardings=steps.state_shardings)(params, key=key)
+
+
+def _rows(tokens, prompt_length_B, T: int, n: int, mesh, *values_BT):
+    """(tokens, segments, positions, places of the responses, *values) of each of n micro-batches, in front."""
+    if not isinstance(tokens, packing.Packed):
+        return _split((tokens, None, None, response_places(prompt_length_B, T), *values_BT), n)
+    at_QX = packing.places(tokens, prompt_length_B, mesh)
+    values_QX = (packing.take(tokens, a, mesh) for a in values_BT)
+    return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_QX, *values_QX), n)
+
+
+def _in_place(stats, tokens, T: int, mesh):
+    """The micro-batches' stats as [B, T], in the batch's own order."""
+    stats = _join(stats)
+    if not isinstance(tokens, packing.Packed):
+        return stats
+    return jax.tree.map(lambda a: packing.give_back(tokens, a, T, mesh), stats)
 
 
 def _split(tree, n: int):

@@ -132,13 +132,15 @@ def prepare(cfg: ConfigDict) -> Run:
         except UserError as error:
             problems.append(str(error))
 
+    packed = cfg.packing.length > 0
+    attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=packed))
     attempt("model_cfg", lambda: hf.read_config(cfg.student.path))
     attempt("trained", lambda: step.trained(found["model_cfg"], cfg)) if "model_cfg" in found else None
     attempt("tokenizer", lambda: hf.load_tokenizer(cfg.student.path)) if "model_cfg" in found else None
     attempt("train", lambda: load_prompts(cfg, found.get("tokenizer")))
     attempt("phi", lambda: similarity.make(cfg))
     found["teacher"] = None
-    if cfg.objective.name in objective.TAUGHT:
+    if cfg.objective.name in objective.TAUGHT and "attention" in found:
         attempt("teacher", lambda: teachers.make(cfg))
     if found["teacher"]:
         attempt("said", lambda: thread.submit(found["teacher"].check()).result())
@@ -155,7 +157,7 @@ def prepare(cfg: ConfigDict) -> Run:
     mesh = sharding.make_mesh(cfg.mesh)
     model_cfg = dataclasses.replace(
         found["model_cfg"], dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
-        attention=attention.resolve(cfg.model.attention, cfg.compute_dtype),
+        attention=found["attention"],
     )  # fmt: skip
     model_cfg = lora.scaled(model_cfg, cfg.lora)
     sharding.check_rows(mesh, cfg)
@@ -386,6 +388,8 @@ def report(run: Run, writer, progress, totals: dict, t: int, device_metrics, tar
     prompts, tokens = (sum((part[i] for part in parts), []) for i in (2, 3))
     totals["student_tokens"] = totals.get("student_tokens", 0) + sum(tokens)
     white = run.teacher.model_cfg if run.teacher_params is not None else None
+    computed = got.batch.token_BL.size if got.batch.packed is None else got.batch.packed.token_RL.size
+    values["perf/padding_fraction"] = 1 - (sum(prompts) + sum(tokens)) / computed
     values |= flops.metrics(run.cfg, run.model_cfg, white, prompts, tokens, own, run.mesh, flops.chip())
     writer.metrics(t, values)
     writer.audits(records)

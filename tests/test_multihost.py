@@ -171,6 +171,19 @@ def test_the_first_batch_is_that_of_one_process(models, undisturbed, tmp_path):
     first_batch(undisturbed, models, tmp_path)
 
 
+@pytest.mark.slow
+def test_packed_rows_of_two_processes_give_the_first_batch_of_one_unpacked(models, tmp_path):
+    run = Launched(2, recipe(models, tmp_path / "two", num_steps=1, **{"packing.length": 384}))
+    assert run.end() == 0, run.text
+    one = tiny.start(tiny.arguments(recipe(models, tmp_path / "one", num_steps=1)))
+    assert one.wait(timeout=PATIENCE) == 0, one.stderr.read()
+    assert audits(tmp_path / "two", 0) == audits(tmp_path / "one", 0)
+    packed, plain = (without_time(tmp_path / name)[0] for name in ("two", "one"))
+    assert packed["perf/padding_fraction"] < plain["perf/padding_fraction"]
+    for key in ("loss", "grad_norm", "entropy", "audit/pi_hat_mean", "audit/pi_bar_mean", "audit/entropy_at_peak"):
+        assert packed[key] == pytest.approx(plain[key], rel=2e-5), key
+
+
 def test_each_process_writes_its_own_audits_and_process_0_the_rest(undisturbed):
     files = {f.name for f in undisturbed.iterdir()}
     assert {"audits.jsonl", "audits-1.jsonl", "metrics.jsonl", "summary.json"} <= files
