@@ -167,6 +167,19 @@ def test_encode_renders_with_the_generation_prompt(tmp_path):
     assert text == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_encode_passes_the_students_template_settings_on(tmp_path):
+    """Qwen3's way: a prompt without thinking ends with an empty thought. The teacher's settings are not the student's."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    c = small()
+    c.teacher.chat_template_kwargs.enable_thinking = False
+    for off in (False, True):
+        if off:
+            c.student.chat_template_kwargs.enable_thinking = False
+        (prompt,) = data.encode(load(write(tmp_path, {"prompt": "1 + 1?"})), tokenizer, c).prompts
+        assert tokenizer.decode(prompt.token_ids).endswith("assistant\n" + "<think></think>" * off)
+
+
 def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path):
     path = write(tmp_path, {"prompt": "short"}, {"prompt": "long " * 90, "id": "the-long-one"}, {"prompt": "brief"})
     kept = encode(path, max_prompt_length=64)

@@ -186,6 +186,29 @@ def test_the_students_prefix_is_what_the_teacher_continues():
     assert texts(got) == ["7"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"enable_thinking": False}])
+def test_the_answer_so_far_is_an_unfinished_turn_of_the_teachers_template(folders, tmp_path, monkeypatch, settings):
+    """What is tokenized: the prompt by the teacher's template and settings, then the prefix; nothing ends the turn."""
+    params, cfg = hf.load(folders[1])
+    tok = hf.load_tokenizer(folders[1])
+    tok.chat_template += "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    hf.save(tmp_path / "t", params, cfg, tok, dtype="float32")
+    c = config.default()
+    c.student.path, c.teacher.model = str(folders[0]), str(tmp_path / "t")
+    c.student.chat_template_kwargs.enable_thinking = not settings  # must not reach the teacher
+    c.teacher.chat_template_kwargs.update(settings)
+    teacher, seen = teachers.make(c), []
+    real = teacher._sample
+    monkeypatch.setattr(teacher, "_sample", lambda ids, *rest: seen.extend(ids) or real(ids, *rest))
+    ask(teacher, request(prefix="The sum"))
+    text = tok.decode(seen[0])
+    prompt = f"<|im_start|>user\n{MESSAGES[0][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert text == prompt + ("<think></think>" if settings else "") + "The sum"
+    if not settings:  # as transformers itself renders an unfinished turn
+        turns = [*MESSAGES[0], {"role": "assistant", "content": "The sum"}]
+        assert text == tok.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+
+
 # --- making one ---------------------------------------------------------------------------------------------------------
 
 

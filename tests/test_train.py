@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rapidfuzz.distance.Levenshtein import distance as edit_distance
 
-from omniopd_jax import checkpoint, collect, config, evaluate, hf, metrics, rollout, sharding, train
+from omniopd_jax import checkpoint, collect, config, evaluate, hf, metrics, rollout, sharding, train, world
 from omniopd_jax.errors import UserError
 
 METRICS = {
@@ -270,6 +271,25 @@ def test_a_chunk_as_long_as_the_response_is_audited(make):
     (row,) = tiny.lines(f"{c.run_dir}/metrics.jsonl")
     assert 0 < row["audit/chunks"] <= 8
     assert all(a["peak"] == 0 for a in tiny.lines(f"{c.run_dir}/audits.jsonl"))
+
+
+def test_a_teacher_with_a_tokenizer_of_its_own_teaches(make, tmp_path):
+    """Two tokenizers trained here: the whole loop, continuations cut to the chunk's characters before they are compared."""
+    tok = tiny.tokenizer(tiny.VOCAB - 40, count=25)
+    params, cfg = tiny.random_model(len(tok), 7)
+    hf.save(tmp_path / "foreign", params, cfg, tok, dtype="float32")
+    c = make(**{"teacher.model": str(tmp_path / "foreign")})
+    student = hf.load_tokenizer(c.student.path)
+    text = world.corpus("forks", "student", 1, 0)[0][1]
+    assert student.get_vocab() != tok.get_vocab() and student(text)["input_ids"] != tok(text)["input_ids"]
+    train.train(c)
+    rows, audits = (tiny.lines(f"{c.run_dir}/{name}.jsonl") for name in ("metrics", "audits"))
+    assert len(rows) == 2 and all(r["grad_norm"] > 0 and r["audit/n_eff"] == 3 for r in rows)
+    assert rows[1]["anchor/kl_ref_to_student_exact"] > 1e-6  # the update moved the student
+    assert any(len(t) > len(a["chunk"]) for a in audits for t in a["continuations"])  # else nothing had to be cut
+    for a in audits:
+        near = [1 - edit_distance(a["chunk"], t[: len(a["chunk"])]) / max(1, len(a["chunk"])) for t in a["continuations"]]
+        assert a["similarity"] == pytest.approx(near, abs=1e-4)
 
 
 def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
