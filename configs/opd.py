@@ -20,7 +20,8 @@ from configs import math
 from omniopd_jax import config
 
 VARIANTS = {
-    "remote": {"teacher.provider": "openai", "teacher.model": "Qwen/Qwen3-32B"},
+    # one tokenizer for the whole Qwen3 family: named by the student's path, and compared by the probe
+    "remote": {"teacher.provider": "openai", "teacher.model": "Qwen/Qwen3-32B", "teacher.tokenizer": "Qwen/Qwen3-1.7B"},
     "exact": {"objective.name": "opd_exact"},
     "4b": math.VARIANTS["4b"],
 }
@@ -36,5 +37,5 @@ def get_config(arg=None):
     c.teacher.model = "Qwen/Qwen3-4B"
     config.apply(c, VARIANTS, arg)
     if c.teacher.provider == "openai":
-        c.teacher.tokenizer = c.student.path  # one tokenizer for the whole Qwen3 family; the probe compares its tokens
+        c.teacher.tokenizer = c.student.path  # which another variant may have changed
     return c

@@ -145,11 +145,18 @@ def test_half_a_character_is_marked_and_kept(tmp_path):
 def test_a_prefix_longer_than_the_teachers_context_costs_its_audit_and_no_more(provider, tmp_path):
     with WireServer(extensions=EXTENSIONS[provider], max_context=300) as server:
         c = cfg_for(server.url(provider), provider, tmp_path)
-        whole, *long = ask(c, request("a", 1, "short"), *(request(f"s{i}", 9, f"{i} " * 300) for i in range(20)))
+        far = [request(f"s{i}", 9, f"{i} " * 300) for i in range(20)]
+
+        async def run():
+            async with teacher_of(c) as teacher:  # the first answer, as of the probe: the service works
+                whole = await teacher.continue_text(request("a", 1, "short"))
+                return whole, await asyncio.gather(*map(teacher.continue_text, far))
+
+        whole, long = asyncio.run(run())
         assert len(whole.continuations) == 4
         assert all(len(r.failures) == 4 and r.usage.calls == 1 for r in long)  # asked once, never again
         calls = len(server.calls())
-        ask(c, *(request(f"s{i}", 9, f"{i} " * 300) for i in range(20)))
+        ask(c, *far)
         assert len(server.calls()) == calls
 
 
