@@ -365,6 +365,13 @@ def knobs(cfg, mesh):
     while cfg.micro_batches * 2 <= most and most % (cfg.micro_batches * 2) == 0:
         cfg.micro_batches *= 2
         yield f"micro_batches={cfg.micro_batches}", cfg
+    if cfg.anchor.kl_coef and not cfg.lora.rank:  # with adapters the reference is the base, which every pass needs
+        if cfg.anchor.ref_dtype != "bfloat16":
+            cfg.anchor.ref_dtype = "bfloat16"
+            yield "anchor.ref_dtype=bfloat16", cfg
+        if not cfg.anchor.ref_offload:
+            cfg.anchor.ref_offload = True
+            yield "anchor.ref_offload=True", cfg
     kv_heads = model_config(cfg.student.path).num_kv_heads
     tp = mesh.shape["tp"] * 2
     while tp <= min(kv_heads, mesh.size):

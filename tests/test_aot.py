@@ -93,11 +93,14 @@ def test_knobs_come_in_order_and_build_on_each_other(student):
     taken = [(what, c.to_dict()) for what, c in aot.knobs(cfg, mesh)]
     assert [what for what, _ in taken] == [
         "model.remat=full", "mesh.data=1, mesh.fsdp=-1", "rollout_groups=2", "rollout_groups=4", "rollout_groups=8",
-        "mesh.tp=2, mesh.fsdp=-1", "mesh.tp=4, mesh.fsdp=-1",
+        "anchor.ref_dtype=bfloat16", "anchor.ref_offload=True", "mesh.tp=2, mesh.fsdp=-1", "mesh.tp=4, mesh.fsdp=-1",
     ]  # fmt: skip
     last = taken[-1][1]
     assert (last["model"]["remat"], last["rollout_groups"], last["mesh"]["tp"]) == ("full", 8, 4)
+    assert last["anchor"]["ref_offload"] and last["anchor"]["ref_dtype"] == "bfloat16"
     assert cfg.model.remat == "none" and cfg.rollout_groups == 1, "the recipe itself is left alone"
+    adapters = recipe(student, **{"lora.rank": 8})
+    assert not any("anchor" in what for what, _ in aot.knobs(adapters, mesh))
 
 
 def test_the_heads_size_in_a_loop_is_found(plan):
@@ -189,6 +192,14 @@ def test_other_slices(student, topology, count):
     if count < 256:
         _, (decode,), fits = aot.check(recipe(student), topology, ["decode"], say=lambda _: None)
         assert fits and 0 < decode.temporaries < decode.total
+
+
+@pytest.mark.aot
+def test_a_reference_in_host_memory_leaves_the_chip(compiled, student):
+    plan, (update,), fits = aot.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
+    assert fits and plan.sizes()["reference"] == 0.0
+    held = compiled[1].sizes()["reference"]
+    assert update.total < compiled[2]["update"].total - 0.5 * held
 
 
 @pytest.mark.aot
