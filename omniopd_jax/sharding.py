@@ -26,7 +26,7 @@ DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
-    """Mesh over (data, fsdp, tp); one size may be -1 and takes what is left.
+    """Mesh over (data, fsdp, tp); one size may be -1 and takes what is left. A tp group is one host's, where that can be.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -37,7 +37,16 @@ def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
     if shape.count(-1) > 1 or len(devices) % rest or (-1 not in shape and rest != len(devices)):
         raise UserError(f"mesh {dict(zip(AXES, shape))} does not fit {len(devices)} device(s); one axis may be -1")
     shape = [len(devices) // rest if s == -1 else s for s in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        if all(len({d.process_index for d in group}) == 1 for group in mesh.devices.reshape(-1, shape[2])):
+            return mesh
+    except NotImplementedError:  # sizes that no rings of the slice make
+        pass
+    # jax lays an axis along a ring of the slice, which may run through hosts; the rows of a tp group must be one host's
+    by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return jax.sharding.Mesh(np.array(by_host).reshape(shape), AXES, axis_types=types)
 
 
 def param_shardings(cfg: model.ModelConfig, mesh, rules=RULES) -> dict:

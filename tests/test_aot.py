@@ -195,6 +195,16 @@ def test_other_slices(student, topology, count):
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("topology, tp", [("v5p:4x4x4", 4), ("v5p:4x4x4", 2), ("v5e:4x4", 4), ("v5e:8x8", 8)])
+def test_tensor_parallel_groups_stay_on_a_host(topology, tp):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tp": tp}, aot.devices(topology))
+    hosts = [{d.process_index for d in group} for group in mesh.devices.reshape(-1, tp)]
+    per_host = max(sum(d.process_index == h for d in mesh.devices.flat) for h in {min(h) for h in hosts})
+    assert tp > per_host or all(len(h) == 1 for h in hosts)
+    assert len(set(mesh.devices.flat)) == mesh.size
+
+
+@pytest.mark.aot
 def test_a_reference_in_host_memory_leaves_the_chip(compiled, student):
     plan, (update,), fits = aot.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
     assert fits and plan.sizes()["reference"] == 0.0
