@@ -6,8 +6,8 @@
 Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
 4b, lora, e.g. --config=configs/math.py:m5,c100.
 
-Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1, micro_batches=2.
-Teacher: Qwen3-32B behind any OpenAI-compatible server.
+Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1, micro_batches=2,
+mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
 Time and cost: 25,600 continuations a step at the defaults; the estimate printed before the first call says more.
 Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 60.67, mean of five benchmarks.
 """

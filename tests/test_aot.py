@@ -190,7 +190,7 @@ def test_other_slices(student, topology, count):
     """Two JAX devices a chip of tpu7x. The largest is only asked for its devices."""
     assert len(aot.devices(topology)) == count
     if count < 256:
-        _, (decode,), fits = aot.check(recipe(student), topology, ["decode"], say=lambda _: None)
+        _, (decode,), fits = aot.check(recipe(student, micro_batches=16), topology, ["decode"], say=lambda _: None)
         assert fits and 0 < decode.temporaries < decode.total
 
 
