@@ -149,7 +149,7 @@ def default() -> ConfigDict:
     c.lora = ConfigDict()  # adapters beside frozen projections; the base is the reference, held once
     c.lora.rank = 0  # 0 = off: all parameters are trained
     c.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
-    c.lora.targets = TARGETS  # projections that get one, by PEFT's names
+    c.lora.targets = TARGETS  # projections that get one, by PEFT's names; as a flag: "('q_proj','v_proj')"
 
     c.mesh = ConfigDict()  # device axes; -1 once = whatever is left
     c.mesh.data = 1  # copies of the parameters; rows are split over it
