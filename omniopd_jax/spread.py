@@ -53,6 +53,11 @@ def head(params: dict) -> jax.Array:
     return params["head"] if "head" in params else jnp.swapaxes(params["embed"], -1, -2)
 
 
+def head_as_it_lies(params: dict) -> jax.Array:
+    """`head` without the transpose: with tied embeddings [V, D], or [X, V, D] (`tied` of the vocabulary pass)."""
+    return params["head"] if "head" in params else params["embed"]
+
+
 def over_rows(function, mesh, matrices, rows):
     """`function(matrices, rows) -> (sum, tree of rows)`, run on each shard's rows alone; the sums are added up.
 

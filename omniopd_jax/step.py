@@ -72,9 +72,10 @@ def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: in
         hidden_BTD, target_BT = response_hidden(hidden_BLD, at), response_tokens(token, at)
 
         def stats(head, rows):
-            return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], block=block)
+            how = {"block": block, "piece": vocab.piece_on(mesh), "tied": model_cfg.tied}
+            return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], **how)
 
-        return spread.over_rows(stats, mesh, spread.head(params), (hidden_BTD, target_BT))[1]
+        return spread.over_rows(stats, mesh, spread.head_as_it_lies(params), (hidden_BTD, target_BT))[1]
 
     stats = jax.lax.map(one, _rows(tokens, prompt_length_B, T, micro_batches, mesh))
     return _in_place(stats, tokens, T, mesh)
@@ -105,14 +106,14 @@ def loss_and_grads(
     def over_vocabulary(heads, rows):
         head, ref_head, teacher_head = heads
         h, ref_h, teacher_h, target, weight, mask = rows
+        how = {
+            "block": cfg.vocab_block, "head_grad": not cfg.lora.rank, "piece": vocab.piece_on(mesh), "tied": model_cfg.tied,
+        }  # fmt: skip
         loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, block=cfg.vocab_block,
-            head_grad=not cfg.lora.rank,
-        )  # fmt: skip
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **how
+        )
         if teacher_head is not None:
-            loss += vocab.reverse_kl(
-                h, head, teacher_h, teacher_head, mask, block=cfg.vocab_block, head_grad=not cfg.lora.rank
-            )[0]
+            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **how)[0]
         return loss, stats
 
     def micro_loss(params, rows):
@@ -129,7 +130,8 @@ def loss_and_grads(
             ref_h = hidden(ref, ref_cfg)
         with jax.named_scope("teacher"):
             teacher_h = hidden(teacher, teacher_cfg)
-        heads = tuple(p if p is None else spread.head(p) for p in (student, ref, teacher))
+        heads = tuple(p if p is None else spread.head_as_it_lies(p) for p in (student, ref))
+        heads += (teacher if teacher is None else spread.head(teacher),)
         rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
         return spread.over_rows(over_vocabulary, mesh, heads, rows)
 

@@ -13,8 +13,11 @@ from omniopd_jax import model, objective, rollout, step, vocab
 
 B, T, D, V = 3, 10, 8, 37
 BETA = 0.3
-# block (B * T = 30): divides, does not, one position, larger than B * T; soft-cap; temperature
-SETTINGS = [(10, None, 1.0), (7, None, 1.0), (1, 4.0, 1.0), (64, None, 0.6), (8, 4.0, 1.7)]
+# block (B * T = 30): divides, does not, one position, larger than B * T; soft-cap; temperature; piece (V = 37): all at
+# once, three and four pieces that do not divide V, one column at a time
+SETTINGS = [
+    (10, None, 1.0, 0), (7, None, 1.0, 10), (1, 4.0, 1.0, 0), (64, None, 0.6, 1), (8, 4.0, 1.7, 0), (8, 4.0, 1.7, 13),
+]  # fmt: skip
 
 
 @functools.cache
@@ -60,23 +63,23 @@ def relative(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(np.asarray(want, np.float64))
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature"), SETTINGS)
-def test_token_stats(block, softcap, temperature):
+@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS)
+def test_token_stats(block, softcap, temperature, piece):
     hidden, head, _, _, target, _, _ = case()
-    how = {"block": block, "softcap": softcap, "temperature": temperature}
+    how = {"block": block, "softcap": softcap, "temperature": temperature, "piece": piece}
     got = jax.jit(functools.partial(vocab.token_stats, **how))(hidden, head, target)
     logp, want = naive_stats(hidden, head, target, softcap, temperature)
     np.testing.assert_allclose(got.logp_BT, want, rtol=1e-5)
     np.testing.assert_allclose(got.entropy_BT, -(np.exp(logp) * logp).sum(-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature"), SETTINGS)
-def test_loss_and_gradients(block, softcap, temperature):
+@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS)
+def test_loss_and_gradients(block, softcap, temperature, piece):
     args = case()
     how = {"beta": BETA, "softcap": softcap, "temperature": temperature}
 
     def ours(hidden, head):
-        return vocab.weighted_nll_and_kl(hidden, head, *args[2:], block=block, **how)
+        return vocab.weighted_nll_and_kl(hidden, head, *args[2:], block=block, piece=piece, **how)
 
     (loss, stats), grads = value_and_grad(ours)(*args[:2])
     want, want_grads = jax.jit(jax.value_and_grad(functools.partial(naive_loss, **how), argnums=(0, 1)))(*args)
@@ -134,8 +137,8 @@ def test_no_gradient_into_reference_weight_or_mask():
         np.testing.assert_array_equal(grad, 0.0)
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature"), SETTINGS[1:4])
-def test_reverse_kl_and_gradients(block, softcap, temperature):
+@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS[1:])
+def test_reverse_kl_and_gradients(block, softcap, temperature, piece):
     """KL(student || teacher) against naive, the teacher narrower than the student and with its own soft-cap."""
     hidden, head, teacher_hidden, teacher_head, _, weight, _ = case()
     teacher = (teacher_hidden[..., :5], teacher_head[:5])
@@ -147,8 +150,9 @@ def test_reverse_kl_and_gradients(block, softcap, temperature):
 
     def ours(hidden, head):
         return vocab.reverse_kl(
-            hidden, head, *teacher, weight, block=block, temperature=temperature, softcap=softcap, teacher_softcap=3.0
-        )
+            hidden, head, *teacher, weight, block=block, temperature=temperature, softcap=softcap, teacher_softcap=3.0,
+            piece=piece,
+        )  # fmt: skip
 
     (loss, kl), grads = value_and_grad(ours)(hidden, head)
     (want, want_kl), want_grads = value_and_grad(naive)(hidden, head)
@@ -156,6 +160,30 @@ def test_reverse_kl_and_gradients(block, softcap, temperature):
     np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
     for got, wanted in zip(grads, want_grads):
         assert relative(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("piece", [0, 10])
+def test_a_tied_head_is_taken_as_the_embedding_lies(piece):
+    hidden, head, ref_hidden, ref_head, target, weight, mask = case()
+    how = {"block": 8, "piece": piece}
+
+    def losses(tied):
+        def both(hidden, head):
+            ref = ref_head.T if tied else ref_head
+            loss, _ = vocab.weighted_nll_and_kl(
+                hidden, head, ref_hidden, ref, target, weight, mask, beta=BETA, tied=tied, **how
+            )
+            return loss + vocab.reverse_kl(hidden, head, ref_hidden, ref_head, mask, tied=tied, **how)[0]
+
+        return jax.value_and_grad(both, argnums=(0, 1))(hidden, head.T if tied else head)
+
+    (want, (dh, dhead)), (got, (tied_dh, dembed)) = losses(False), losses(True)
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    assert relative(tied_dh, dh) < 1e-6
+    assert relative(dembed, dhead.T) < 1e-6
+    stats = [vocab.token_stats(hidden, h, target, tied=t, **how) for h, t in ((head, False), (head.T, True))]
+    for a, b in zip(*map(jax.tree.leaves, stats)):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["weighted_nll_and_kl", "reverse_kl"])
@@ -173,7 +201,8 @@ def test_a_frozen_head_gets_no_gradient_and_no_accumulator(name):
     np.testing.assert_array_equal(grads[False][1], 0.0)
     made = {flag: str(jax.make_jaxpr(jax.grad(functools.partial(loss, head_grad=flag)))(hidden, head)) for flag in grads}
     accumulator = f"f32[{D},{V}] = add"
-    assert accumulator in made[True] and accumulator not in made[False]
+    assert accumulator in made[True]
+    assert accumulator not in made[False]
 
 
 def test_scoring_carries_no_gradient():
@@ -212,8 +241,8 @@ def test_beta_zero_is_the_nll_alone_with_and_without_a_reference():
         assert relative(grad, want_grad) < 1e-4
 
 
-@pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])
-def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype):
+@pytest.mark.parametrize(("head_dtype", "piece"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
+def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype, piece):
     rng = np.random.default_rng(5)
     blocks, block, D, V = 128, 4, 16, 48
     shape = (1, blocks * block)
@@ -224,7 +253,7 @@ def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype):
     weight, mask = (jnp.asarray(rng.random(shape) / shape[1], jnp.float32) for _ in range(2))
     got = jax.grad(
         lambda w: vocab.weighted_nll_and_kl(
-            hidden, w, ref_hidden, ref_head, jnp.asarray(target), weight, mask, beta=1.0, block=block
+            hidden, w, ref_hidden, ref_head, jnp.asarray(target), weight, mask, beta=1.0, block=block, piece=piece
         )[0]
     )(head)
     assert got.dtype == head_dtype
