@@ -239,18 +239,30 @@ def draw(z_BV, u_B, temperature, top_p, top_k):
     Returns:
       (token_B, logp under the model, logp under the sampler, entropy of the model), all [B].
     """
-    logp_BV = jax.nn.log_softmax(z_BV, axis=-1)
-    p_BV = jnp.exp(logp_BV)
-    entropy_B = -jnp.sum(p_BV * logp_BV, axis=-1)
-    q_BV = jax.lax.cond(
-        temperature == 1.0, lambda: p_BV, lambda: jax.nn.softmax(z_BV / jnp.maximum(temperature, 1e-6), axis=-1)
-    )
-    q_BV = jax.lax.cond((top_p < 1.0) | (top_k > 0), lambda: truncate(q_BV, top_p, top_k), lambda: q_BV)
-    token_B = jnp.where(temperature > 0, inverse_cdf(q_BV, u_B), jnp.argmax(z_BV, axis=-1)).astype(jnp.int32)
-    mass_B = q_BV.sum(-1)
-    q_B = jnp.take_along_axis(q_BV, token_B[:, None], axis=1)[:, 0] / mass_B
-    sampler_B = jnp.where(temperature > 0, jnp.log(q_B), 0.0)
-    return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0], sampler_B, entropy_B
+    z_BV -= z_BV.max(-1, keepdims=True)
+    p_BV = jnp.exp(z_BV)  # not normalised: one array of V, and sums of it
+    blocks = _blocks(p_BV)
+    mass_B = blocks[2][:, -1]
+    entropy_B = jnp.log(mass_B) - jnp.sum(p_BV * z_BV, axis=-1) / mass_B
+
+    def logp(token_B):
+        return _at(z_BV, token_B) - jnp.log(mass_B)
+
+    def plain():
+        token_B = _invert(p_BV, blocks, u_B)
+        logp_B = logp(token_B)
+        return token_B, logp_B, logp_B
+
+    def shaped():
+        q_BV = jnp.exp(z_BV / jnp.maximum(temperature, 1e-6))
+        q_BV = jax.lax.cond((top_p < 1.0) | (top_k > 0), lambda: truncate(q_BV, top_p, top_k), lambda: q_BV)
+        token_B = jnp.where(temperature > 0, inverse_cdf(q_BV, u_B), jnp.argmax(z_BV, axis=-1)).astype(jnp.int32)
+        sampler_B = jnp.where(temperature > 0, jnp.log(_at(q_BV, token_B) / q_BV.sum(-1)), 0.0)
+        return token_B, logp(token_B), sampler_B
+
+    # the branches give [B] arrays only: whatever is [B, V] stays inside
+    token_B, logp_B, sampler_B = jax.lax.cond((temperature == 1.0) & (top_p >= 1.0) & (top_k <= 0), plain, shaped)
+    return token_B, logp_B, sampler_B, entropy_B
 
 
 def truncate(q_BV, top_p, top_k):
@@ -286,17 +298,30 @@ def inverse_cdf(q_BV, u_B, block: int = 0):
 
     q need not sum to one. A token of zero mass is never returned.
     """
+    return _invert(q_BV, _blocks(q_BV, block), u_B)
+
+
+def _blocks(q_BV, block: int = 0):
+    """(block, sums of q over blocks of the vocabulary [B, X], their cumulative sums)."""
     B, V = q_BV.shape
-    block = block or (512 if V > 16_384 else 64)
-    q_BXY = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block)
-    sum_BX = q_BXY.sum(-1)
-    cum_BX = jnp.cumsum(sum_BX, axis=-1)
+    block = block or next((n for n in (512, 256, 128) if V % n == 0), 512 if V > 16_384 else 64)
+    sum_BX = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block).sum(-1)
+    return block, sum_BX, jnp.cumsum(sum_BX, axis=-1)
+
+
+def _invert(q_BV, blocks, u_B):
+    """`inverse_cdf` from what `_blocks` returns."""
+    V, (block, sum_BX, cum_BX) = q_BV.shape[1], blocks
     aim_B = u_B * cum_BX[:, -1]
     x_B = _first_past(cum_BX, sum_BX, aim_B)
-    before_B = jnp.where(x_B > 0, jnp.take_along_axis(cum_BX, jnp.maximum(x_B - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    q_BY = jnp.take_along_axis(q_BXY, x_B[:, None, None], axis=1)[:, 0]
-    y_B = _first_past(jnp.cumsum(q_BY, axis=-1), q_BY, aim_B - before_B)
-    return x_B * block + y_B
+    before_B = jnp.where(x_B > 0, _at(cum_BX, jnp.maximum(x_B - 1, 0)), 0.0)
+    index_BY = x_B[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
+    q_BY = jnp.where(index_BY < V, jnp.take_along_axis(q_BV, jnp.minimum(index_BY, V - 1), axis=1), 0.0)
+    return x_B * block + _first_past(jnp.cumsum(q_BY, axis=-1), q_BY, aim_B - before_B)
+
+
+def _at(a_BV, index_B):
+    return jnp.take_along_axis(a_BV, index_B[:, None], axis=1)[:, 0]
 
 
 def _first_past(cum, mass, aim_B):
