@@ -312,8 +312,9 @@ def bound_holds(fn, *args, limit: int):
     assert elements >= BIG_V  # the walk has seen the vocabulary at all
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(make_cfg, micro_batches):
+@pytest.mark.parametrize(("micro_batches", "piece"), [(1, 0), (2, 0), (2, 500)])
+def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(make_cfg, monkeypatch, micro_batches, piece):
+    monkeypatch.setattr(vocab, "CPU_PIECE", piece)
     params, batch = big_shapes()
     cfg = make_cfg(vocab_block=BLOCK, micro_batches=micro_batches)
     score = functools.partial(step.score, model_cfg=big, block=BLOCK, micro_batches=micro_batches)
