@@ -37,9 +37,10 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.run_dir = "runs/default"  # everything the run writes: checkpoints, metrics, audits, the resolved config
     c.seed = 0  # of data order, sampling and teacher seeds; all else follows from it
-    c.num_steps = 200  # optimizer updates
+    c.num_steps = 200  # batches; each makes num_iterations optimizer updates
     c.prompts_per_step = 64  # prompts of the global batch
     c.num_generations = 4  # responses a prompt
+    c.num_iterations = 1  # grpo: optimizer updates from each batch; from the second on the ratio is clipped
     c.rollout_groups = 1  # pieces of a step's prompts: the teacher answers one while the next is being sampled
     c.max_staleness = 0  # 0: strictly on-policy | 1: step t is audited while step t + 1 is sampled (objective.chunk_ratio)
     c.micro_batches = 1  # gradient accumulation: sums and counts are carried, so the result does not depend on it
@@ -202,8 +203,9 @@ def validate(c: ConfigDict) -> None:
     one_of(c.teacher.provider, teachers.TEACHERS, "teacher.provider")
     one_of(c.audit.trim_continuation, ("auto", "always", "never"), "audit.trim_continuation")
     for path, least in {
-        "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "micro_batches": 1, "rollout_groups": 1,
-        "max_prompt_length": 1, "max_completion_length": 1, "vocab_block": 1, "audit.num_chunks": 1, "audit.chunk_tokens": 1,
+        "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
+        "rollout_groups": 1, "max_prompt_length": 1, "max_completion_length": 1,
+        "vocab_block": 1, "audit.num_chunks": 1, "audit.chunk_tokens": 1,
         "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0, "prior.alpha": 0,
         "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
         "temperature": 0, "teacher.temperature": 0,
@@ -250,6 +252,11 @@ def validate(c: ConfigDict) -> None:
     if c.max_staleness and c.objective.name not in objective.AUDITED:
         raise UserError(
             f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} asks none: 0"
+        )
+    if c.num_iterations > 1 and c.objective.name != "grpo":
+        raise UserError(
+            f"num_iterations = {c.num_iterations} is for objective.name = 'grpo', whose ratio is clipped; "
+            f"{c.objective.name!r} takes 1 update a batch"
         )
     rows = c.prompts_per_step * c.num_generations
     if rows % c.micro_batches:

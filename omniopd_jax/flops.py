@@ -124,6 +124,8 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
             out[f"perf/{phase}_tokens_per_s"] = tokens / spent / devices
     if chip is None:
         return out
+    again = cfg.num_iterations - 1  # each scores the batch anew
+    work["update"] += again * (work["update"] + work["score"])
     for phase in ("score", "update"):
         if spent := seconds.get(f"time/{phase}"):
             out[f"perf/{phase}_mfu"] = work[phase] / spent / devices / chip.flops

@@ -231,9 +231,13 @@ def policy_gradient_weight(logp_BT, batch: Batch, cfg):
     if batch.old_logp_BT is None:
         return advantage_BT
     ratio_BT = jnp.exp(logp_BT - batch.old_logp_BT)
-    eps = cfg.objective.clip
-    clipped = jnp.where(advantage_BT > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
-    return jax.lax.stop_gradient(jnp.where(clipped, 0.0, advantage_BT * ratio_BT))
+    return jax.lax.stop_gradient(jnp.where(clipped(logp_BT, batch, cfg), 0.0, advantage_BT * ratio_BT))
+
+
+def clipped(logp_BT, batch: Batch, cfg):
+    """bool [B, T]: where the ratio has left [1 - clip, 1 + clip] on the side that the advantage pushes to."""
+    ratio_BT, eps = jnp.exp(logp_BT - batch.old_logp_BT), cfg.objective.clip
+    return jnp.where(batch.advantage_B[:, None] > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
 
 
 def group_advantage(reward_B, group: int):

@@ -5,9 +5,12 @@ import optax
 
 
 def make_schedule(cfg):
-    """Learning rate by update: linear warm-up over `warmup_steps`, then constant, linear or cosine to 0."""
+    """Learning rate by update: linear warm-up over `warmup_steps`, then constant, linear or cosine to 0.
+
+    A batch makes `num_iterations` updates, and each of them counts.
+    """
     o = cfg.optimizer
-    left = max(1, cfg.num_steps - o.warmup_steps)
+    left = max(1, cfg.num_steps * cfg.num_iterations - o.warmup_steps)
     after = {
         "constant": optax.constant_schedule(o.learning_rate),
         "linear": optax.linear_schedule(o.learning_rate, 0.0, left),

@@ -190,9 +190,50 @@ def update(
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
         "score/update_logp_gap": (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max(),
     } | objective.metrics(batch, targets, stats.entropy_BT, cfg)
+    if cfg.num_iterations > 1:
+        clipped_BT = objective.clipped(stats.logp_BT, batch, cfg) * real_BT
+        metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
         metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics, targets
+
+
+def updates(
+    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats, teacher_params=None, *,
+    model_cfg, cfg, teacher_cfg=None,
+):  # fmt: skip
+    """`num_iterations` updates from one batch, as `update`; the ratio is to the policy that sampled (arXiv 2402.03300).
+
+    Every update but the first scores the batch anew. `state.step` counts batches, so that it stays the data position.
+
+    Returns:
+      (state, metrics, means over the updates; objective.ChunkTargets of the last).
+    """
+    one = functools.partial(update, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg)
+    if cfg.num_iterations == 1:
+        return one(state, ref_params, batch, stats, teacher_params)
+    first, T = state.step, stats.logp_BT.shape[1]
+    batch = batch.replace(old_logp_BT=stats.logp_BT)
+
+    def rescore(params):
+        tokens = batch.token_BL if batch.packed is None else batch.packed
+        return score(
+            policy(params, ref_params, cfg), tokens, batch.prompt_length_B, T, model_cfg=model_cfg, block=cfg.vocab_block,
+            micro_batches=cfg.micro_batches,
+        )  # fmt: skip
+
+    def body(carry, i):
+        state, stats = carry
+        rate = optim.make_schedule(cfg)(first * cfg.num_iterations + i)
+        state, metrics, targets = one(state, ref_params, batch, stats, teacher_params)
+        last = i + 1 == cfg.num_iterations
+        stats = jax.lax.cond(last, lambda params: stats, rescore, state.params)
+        return (state, stats), (metrics | {"learning_rate": jnp.float32(rate)}, targets)
+
+    count = jnp.arange(cfg.num_iterations, dtype=jnp.int32)
+    (state, _), (metrics, targets) = jax.lax.scan(body, (state, stats), count)
+    metrics = jax.tree.map(lambda a: a.astype(jnp.float32).mean(0), metrics)
+    return state.replace(step=first + 1), metrics, jax.tree.map(lambda a: a[-1], targets)
 
 
 def anchored_mean(kl_BT, mask_BT):
@@ -212,7 +253,7 @@ class Steps:
 
 
 def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Steps:
-    """Jits `score` and `update` for a mesh. Rows lie over (data, fsdp); parameters and optimizer state as their rules say.
+    """Jits `score` and `updates` for a mesh. Rows lie over (data, fsdp); parameters and optimizer state as their rules say.
 
     `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
     """
@@ -226,7 +267,7 @@ def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Ste
         out_shardings=rows,
     )
     train_step = jax.jit(
-        functools.partial(update, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg),
+        functools.partial(updates, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg),
         in_shardings=(state, reference, rows, rows, teacher),
         out_shardings=(state, all_, rows),
         donate_argnums=(0,),
