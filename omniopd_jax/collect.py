@@ -287,12 +287,18 @@ def response_width(run, tokens) -> int:
     return min(rollout.bucket(longest), rollout.bucket(run.cfg.max_completion_length))
 
 
+def row_width(prompts, tokens, T: int) -> int:
+    """L, padded to a bucket that all processes share: the longest prompt seldom has the longest response."""
+    longest = sharding.global_max(max(len(p.token_ids) + len(r) for p, r in zip(prompts, tokens, strict=True)))
+    return min(rollout.bucket(longest), prompt_width(prompts) + T)
+
+
 def join(run, prompts, tokens, T: int) -> tuple[np.ndarray | None, packing.Packed | None, np.ndarray]:
     """(token_BL, None, prompt_length_B), prompt directly followed by response; (None, Packed, prompt_length_B) when packing."""
     rows = [list(p.token_ids) + r for p, r in zip(prompts, tokens, strict=True)]
     prompt_length_B = np.array([len(p.token_ids) for p in prompts], np.int32)
     if not run.cfg.packing.length:
-        return rollout.pad_rows(rows, prompt_width(prompts) + T)[0], None, prompt_length_B
+        return rollout.pad_rows(rows, row_width(prompts, tokens, T))[0], None, prompt_length_B
     packed = packing.make(
         rows, prompt_length_B, most=run.cfg.packing.length, shards=sharding.own_shards(run.mesh),
         micro_batches=run.cfg.micro_batches,

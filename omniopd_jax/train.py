@@ -5,6 +5,7 @@ from the config's seed and the step, so a run that was killed and started again 
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -37,6 +38,7 @@ from omniopd_jax import (
 from omniopd_jax.errors import Stopped, UserError
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
+compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
 
 
 @dataclasses.dataclass
@@ -166,7 +168,7 @@ def prepare(cfg: ConfigDict) -> Run:
     teacher_params, teacher_cfg = None, None
     if cfg.objective.name == "opd_exact":
         teacher_params, teacher_cfg = white_box(cfg, found["teacher"], mesh)
-    steps = step.make_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
+    steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
     metrics.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
         f"{model.count(found['trained']) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
@@ -227,7 +229,8 @@ def white_box(cfg, teacher, mesh) -> tuple[dict, model.ModelConfig]:
 def frozen(cfg: ConfigDict) -> FrozenConfigDict:
     """The config as a hashable static argument, without what no jitted code reads: a new run_dir must not recompile."""
     plain = cfg.to_dict()
-    for key in ("run_dir", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed", "profile"):
+    unread = ("run_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed", "profile")
+    for key in unread:
         plain.pop(key, None)
     return FrozenConfigDict(plain)
 
