@@ -48,7 +48,8 @@ def method_row(method: str, which: str, lines) -> str:
         return f"| {method} | {runs.ABOUT[method]} | not run |" + "  |" * 8
     after = [r["after"] for r in rows]
     gain = [r["after"] - r["before"] for r in rows]
-    rate = f"{rows[0]['learning_rate']:g}" + ("" if runs.rate(method, which) else " (not swept)")
+    swept = "" if runs.rate(method, which) else " (forks' sweep)" if runs.rate(method, "forks") else " (not swept)"
+    rate = f"{rows[0]['learning_rate']:g}{swept}"
     teacher, scored = _mean(rows, "teacher_tokens"), _mean(rows, "teacher_scored")
     data = runs.chosen("sft", which, lines)
     effort = f"{teacher / _mean(data, 'teacher_tokens'):.2f}x" if data and teacher else ""
@@ -76,6 +77,16 @@ def ablation_row(method: str, which: str, lines) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def sweep_rows(which: str) -> list[str]:
+    """The learning-rate sweeps: accuracy on the validation split after a run, by rate; the best in bold."""
+    out = [f"| sweep | {' | '.join(f'{r:g}' for r in runs.SWEEP)} |", "| --- " * (1 + len(runs.SWEEP)) + "|"]
+    for method in (m for m in runs.IN_WORLD[which] if m in runs.METHODS):
+        known, best = runs.rates().get(which, {}).get(method, {}), runs.rate(method, which)
+        cells = [f"{100 * known[f'{r:g}']:.1f}" if f"{r:g}" in known else "not run" for r in runs.SWEEP]
+        out.append(f"| {method} | {' | '.join(f'**{c}**' if r == best else c for c, r in zip(cells, runs.SWEEP))} |")
+    return out
+
+
 def tables(which: str, lines) -> str:
     """A world's part of the page."""
     own = [r for r in lines if r["world"] == which]
@@ -88,6 +99,7 @@ def tables(which: str, lines) -> str:
         out += ["", ABLATION_HEAD, "| --- " * 7 + "|"]
         out += [ablation_row(m, which, lines) for m in ablations]
         out += ["", "C = 8 and N = 4 are `default`'s own."]
+    out += ["", *sweep_rows(which)]
     if own:
         out += ["", f"![accuracy against steps, student tokens and teacher tokens](small_world_{which}.png)"]
     return "\n".join(out)

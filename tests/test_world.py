@@ -1,14 +1,16 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniopd_jax import world
+from benchmarks import small_world
+from omniopd_jax import model, step, world
 from omniopd_jax.errors import UserError
-from omniopd_jax.world import forks
+from omniopd_jax.world import build, forks
 
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 LEAST = {"train": 8192, "validation": 512, "test": 1024}
@@ -93,10 +95,11 @@ def test_both_strategies_compute_and_disagree(test_split):
         assert {str(n) for n in p.numbers if isinstance(n, int)} <= set(re.findall(r"\d+", p.prompt))
 
 
-def test_terse_expression_is_the_answer(test_split):
+def test_terse_is_the_last_step_of_the_right_solution(test_split):
     for p in test_split:
         expression, result = re.fullmatch(r"It is ([\d +*-]+) = (\d+)\. The answer is \d+\.", p.terse).groups()
         assert eval(expression) == int(result) == int(p.answer)  # digits and operators only, see the pattern
+        assert f": {expression} = {result}. The answer is" in p.right
 
 
 def test_fork_is_visible_to_edit_similarity(test_split, tokenizer):
@@ -294,3 +297,33 @@ def test_full_split_has_no_prompt_twice():
     prompts = [p.prompt for p in world.problems("forks", "validation", world.capacity("validation"))]
     assert len(set(prompts)) == len(prompts)
     assert all(world.capacity(split) >= least for split, least in LEAST.items())
+
+
+# --- the checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_worlds_share_a_model_only_where_its_corpus_is_the_same():
+    """slips' teacher is forks' teacher, style's student forks' student; the other two learn texts of their own."""
+    for role, same, other in (("teacher", "slips", "style"), ("student", "style", "slips")):
+        forks_texts, same_texts, other_texts = (world.corpus(w, role, 2000, 0) for w in ("forks", same, other))
+        assert forks_texts == same_texts and forks_texts != other_texts
+        owners = {small_world.CHECKPOINTS[w][world.ROLES.index(role)] for w in ("forks", same)}
+        assert owners == {f"forks/{role}"} and small_world.CHECKPOINTS[other][world.ROLES.index(role)] == f"{other}/{role}"
+
+
+def test_a_build_learns_its_corpus(tokenizer):
+    """Eight updates of a small model, by the real command's own step: the loss falls."""
+    role = build.Role(32, 32, 1, 8, 128, 1e-2)
+    model_cfg = build.model_config(role, 560)
+    corpus = build.encode_corpus(tokenizer, world.corpus("style", "teacher", role.texts, 0))
+    cfg = build.sft_config(role, role.steps)
+    start = model.init(jax.random.key(0), model_cfg)
+    end = jax.device_put(build.train(model_cfg, cfg, corpus, 0))
+    token_BL, prompt_length_B, length_B = corpus
+    T = int(length_B.max())
+    real_BT = np.arange(T)[None] < length_B[:, None]
+    losses = []
+    for params in (start, end):
+        stats = step.score(params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=4096, micro_batches=1)
+        losses.append(-float(np.asarray(stats.logp_BT)[real_BT].mean()))
+    assert losses[1] < losses[0] - 0.3, losses

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.world.forks import KINDS, NAMES, THINGS, UNIT_WORDS, Step, slipped_result, work
+from omniopd_jax.world.forks import KINDS, NAMES, THINGS, UNIT_WORDS, Step, skip_to_last, slipped_result, work
 from omniopd_jax.world.tokenizer import CHAT_TEMPLATE, SPECIALS, train_tokenizer
 
 __all__ = [
@@ -55,7 +55,7 @@ class Problem:
     right: str  # worked out with the right strategy
     wrong: str  # worked out with the wrong strategy, its arithmetic in order
     slipped: str  # world slips: the right strategy with every hard fact wrong; equal to `right` where there is none
-    terse: str  # world style: one line, no steps
+    terse: str  # world style: one line, all steps but the last skipped
     steps: tuple[Step, ...]  # the right strategy
 
 
@@ -75,7 +75,7 @@ def _contents(fork: str, split: str) -> tuple[tuple, ...]:
     kind = KINDS[fork]
     kept = []
     for numbers in kind.contents():
-        right, wrong, _ = kind.solve(*numbers)
+        right, wrong = kind.solve(*numbers)
         if work(right)[1] != work(wrong)[1] and split_of(fork, numbers) == split:
             kept.append(numbers)
     return tuple(kept)
@@ -99,7 +99,7 @@ def _problem(world: str, fork: str, numbers: tuple, telling: int) -> Problem:
     template, words = _tellings(fork)[telling]
     if fork == "units":
         words = words | dict(zip("uv", UNIT_WORDS[numbers[0]]))
-    right, wrong, expression = KINDS[fork].solve(*numbers)
+    right, wrong = KINDS[fork].solve(*numbers)
     right_text, answer = work(right)
     return Problem(
         id=f"{world}/{fork}/{'-'.join(map(str, numbers))}/{telling}",
@@ -110,7 +110,7 @@ def _problem(world: str, fork: str, numbers: tuple, telling: int) -> Problem:
         right=right_text,
         wrong=work(wrong)[0],
         slipped=work(right, lambda: True)[0],
-        terse=f"It is {expression} = {answer}. The answer is {answer}.",
+        terse=skip_to_last(right),
         steps=tuple(right),
     )
 

@@ -1,8 +1,12 @@
-"""Makes the small world's checkpoints: `python -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints`.
+"""Makes the small worlds' checkpoints: `make checkpoints`, four of them in omniopd_jax/world/checkpoints. By hand:
+
+    python -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints --world=slips --role=student
 
 A tokenizer, a base student trained on a corpus that mixes right and wrong strategies, and a larger teacher trained on a
 clean one; Qwen3 architecture, real Hugging Face folders, by the project's own step with the `sft` objective. Everything
-follows from the seed. About 15 minutes on two cores.
+follows from the seed. A student takes 7 minutes of one core, a teacher 15; style's teacher goes on from forks' teacher, for
+a third of that. All worlds have the tokenizer of forks, so that they can share models: the teacher of slips would learn the
+corpus of forks' teacher, text by text, and the student of style that of forks' student (benchmarks.small_world.CHECKPOINTS).
 """
 
 import dataclasses
@@ -12,17 +16,11 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import FrozenConfigDict
 
-from omniopd_jax import config, data, evaluate, hf, metrics, model, objective, rollout, sharding, step, world
+from omniopd_jax import cli, config, data, evaluate, hf, metrics, model, objective, rollout, sharding, step, world
 from omniopd_jax.errors import one_of
-
-OUT = flags.DEFINE_string("out", None, "folder for <world>/student and <world>/teacher", required=True)
-WORLD = flags.DEFINE_string("world", "forks", "forks | slips | style")
-ROLE = flags.DEFINE_string("role", "both", "student | teacher | both")
-SEED = flags.DEFINE_integer("seed", 0, "of corpus, init and order")
-STEPS = flags.DEFINE_integer("steps", 0, "SFT updates; 0 = the role's own")
 
 PROMPT, COMPLETION, ROWS = 40, 48, 64
 VOCAB = 560
@@ -79,12 +77,13 @@ def encode_corpus(tokenizer, pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return token_BL, np.array(list(map(len, ids)), np.int32), np.array(list(map(len, ends)), np.int32)
 
 
-def train(model_cfg, cfg, corpus, seed: int, log=metrics.say) -> dict:
-    """SFT from scratch; returns float32 parameters on the host."""
+def train(model_cfg, cfg, corpus, seed: int, start: dict | None = None, log=metrics.say) -> dict:
+    """SFT from `start`, or from scratch; returns float32 parameters on the host."""
     token_BL, prompt_length_B, length_B = corpus
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tp": 1}, jax.devices()[:1])
     steps = step.make_steps(model_cfg, cfg, mesh)
-    state = step.create_state(model.init(jax.random.key(seed), model_cfg), cfg, steps, jax.random.key(seed))
+    params = model.init(jax.random.key(seed), model_cfg) if start is None else start
+    state = step.create_state(params, cfg, steps, jax.random.key(seed))
     ref = jax.tree.map(lambda a: a + 0, state.params)
     zeros = jax.numpy.zeros((ROWS, -(-int(length_B.max()) // 4) * 4))
     stats = step.vocab.TokenStats(zeros, zeros)
@@ -95,26 +94,27 @@ def train(model_cfg, cfg, corpus, seed: int, log=metrics.say) -> dict:
         batch = objective.Batch(
             token_BL[pick], prompt_length_B[pick], length_B[pick], none, np.zeros((ROWS, 1), np.float32), 0 * none
         )
-        state, values, _ = steps.train_step(state, ref, sharding.put_rows(batch, mesh), stats)
+        state, values, _ = steps.train_step(state, ref, sharding.put_rows(batch, mesh), stats, None)
         if i % 50 == 49:
             log(f"  step {i + 1}/{cfg.num_steps}  loss {float(values['loss']):.4f}  {time.time() - started:.0f} s")
     return jax.device_get(state.params)
 
 
-def build(role_name: str, world_name: str, seed: int, out: pathlib.Path, tokenizer, steps: int = 0) -> float:
-    """Trains one role, saves its folder, returns its greedy accuracy on the test split."""
+def build(role_name: str, world_name: str, seed: int, out: pathlib.Path, tokenizer, steps: int, start: str) -> float:
+    """Trains one role, from scratch or from the folder `start`, saves it, returns its greedy accuracy on the test split."""
     role = ROLES[role_name]
     model_cfg = model_config(role, VOCAB)
     cfg = sft_config(role, steps or role.steps)
     pairs = world.corpus(world_name, role_name, role.texts, seed)
     size = f"{model.num_params(model_cfg):,} parameters, {len(pairs):,} texts, {cfg.num_steps} updates"
     print(f"{world_name}/{role_name}: {size}", flush=True)
-    params = train(model_cfg, cfg, encode_corpus(tokenizer, pairs), seed)
+    params = train(model_cfg, cfg, encode_corpus(tokenizer, pairs), seed, hf.load(start)[0] if start else None)
     folder = out / world_name / role_name
     hf.save(folder, params, model_cfg, tokenizer, dtype="bfloat16")
     params, model_cfg = hf.load(folder)  # what was saved is what is measured: bf16 rounding included
     accuracy = greedy_accuracy(params, model_cfg, tokenizer, world_name)
     card = {"world": world_name, "role": role_name, "seed": seed, "updates": cfg.num_steps, "test_accuracy": accuracy}
+    card |= {"start": start} if start else {}
     (folder / "build.json").write_text(json.dumps(card) + "\n")
     print(f"{world_name}/{role_name}: greedy accuracy on the test split {accuracy:.1%}", flush=True)
     return accuracy
@@ -133,13 +133,25 @@ def greedy_accuracy(params, model_cfg, tokenizer, world_name: str, split="test",
 
 def main(_):
     """Builds the folders that the flags name."""
-    one_of(WORLD.value, world.WORLDS, "--world")
-    one_of(ROLE.value, (*ROLES, "both"), "--role")
-    texts = [t for role in ROLES for pair in world.corpus(WORLD.value, role, 4000, SEED.value) for t in pair]
+    given = flags.FLAGS.flag_values_dict()
+    name, only, seed = (given[key] for key in ("world", "role", "seed"))
+    one_of(name, world.WORLDS, "--world")
+    one_of(only, (*ROLES, "both"), "--role")
+    texts = [t for role in ROLES for pair in world.corpus("forks", role, 4000, seed) for t in pair]  # of every world
     tokenizer = world.train_tokenizer(texts, VOCAB)
-    for role in ROLES if ROLE.value == "both" else (ROLE.value,):
-        build(role, WORLD.value, SEED.value, pathlib.Path(OUT.value), tokenizer, STEPS.value)
+    for role in ROLES if only == "both" else (only,):
+        build(role, name, seed, pathlib.Path(given["out"]), tokenizer, given["steps"], given["start"])
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("out", None, "folder for <world>/student and <world>/teacher", required=True)
+    flags.DEFINE_string("world", "forks", "forks | slips | style")
+    flags.DEFINE_string("role", "both", "student | teacher | both")
+    flags.DEFINE_integer("seed", 0, "of corpus, init and order")
+    flags.DEFINE_integer("steps", 0, "SFT updates; 0 = the role's own")
+    flags.DEFINE_string("start", "", "go on from this folder's weights")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _define_flags()  # here, not on import: the tests import this file
+    cli.run(main)

@@ -29,7 +29,7 @@ class Kind:
     """A kind of fork: which contents there are, how they are told, and the two ways to work them out."""
 
     contents: Callable[[], Iterable[tuple]]
-    solve: Callable[..., tuple[list[Step], list[Step], str]]  # content -> right steps, wrong steps, one-line expression
+    solve: Callable[..., tuple[list[Step], list[Step]]]  # content -> right steps, wrong steps
     templates: tuple[str, ...]  # of {n} {m} names, {o} {q} things, {0} {1} .. the content
 
 
@@ -41,41 +41,41 @@ def _order(a, b, c):
     """a + b * c, read as (a + b) * c."""
     right = [("fill the bags", b, "*", c), ("add the rest", a, "+", PREV)]
     wrong = [("put all together", a, "+", b), ("multiply that", PREV, "*", c)]
-    return right, wrong, f"{a} + {b} * {c}"
+    return right, wrong
 
 
 def _quantity(a, b, k, loss):
     """a + b - loss; the wrong strategy also counts the k things of another kind."""
     right = [("only this kind", a, "+", b), ("take off the lost", PREV, "-", loss)]
     wrong = [("count everything", k, "+", a), ("buy more", PREV, "+", b), ("take off the lost", PREV, "-", loss)]
-    return right, wrong, f"{a} + {b} - {loss}"
+    return right, wrong
 
 
 def _units(unit, count, single):
     """count * unit + single; the wrong strategy adds dozens to eggs."""
     right = [("change the units", count, "*", UNITS[unit]), ("add the rest", PREV, "+", single)]
-    return right, [("just add both", single, "+", count)], f"{count} * {UNITS[unit]} + {single}"
+    return right, [("just add both", single, "+", count)]
 
 
 def _compare(direction, a, b, c):
     """'a, b more than the other, who gets c': the other has a - b, read as a + b; 'fewer' the other way round."""
     down = [("go down by the gap", a, "-", b), ("add the new", PREV, "+", c)]
     up = [("climb higher up", b, "+", a), ("add the new", PREV, "+", c)]
-    return (down, up, f"{a} - {b} + {c}") if direction == "more" else (up, down, f"{a} + {b} + {c}")
+    return (down, up) if direction == "more" else (up, down)
 
 
 def _left(a, b, c):
     """a - b * c, read as one share and the heads taken off: a - c - b."""
     right = [("find all the shares", b, "*", c), ("take them off", a, "-", PREV)]
     wrong = [("give one away", a, "-", c), ("give to friends", PREV, "-", b)]
-    return right, wrong, f"{a} - {b} * {c}"
+    return right, wrong
 
 
 def _times(a, b, c):
     """b times as many as a, then c more; read as b more."""
     right = [("multiply by times", b, "*", a), ("add the new", PREV, "+", c)]
     wrong = [("go up a bit", a, "+", b), ("add the new", PREV, "+", c)]
-    return right, wrong, f"{b} * {a} + {c}"
+    return right, wrong
 
 
 def _grid(*ranges, keep=lambda *_: True):
@@ -181,6 +181,15 @@ def work(steps: Iterable[Step], slip: Callable[[], bool] | None = None) -> tuple
             prev = wrong
         parts.append(f"{'Then' if i else 'First'} {what}: {x} {op} {y} = {prev}.")
     return " ".join([*parts, f"The answer is {prev}."]), prev
+
+
+def skip_to_last(steps: Iterable[Step]) -> str:
+    """The whole solution in one line: the last step alone, the results of those before it out of nowhere."""
+    *before, (_, x, op, y) = steps
+    prev = work(before)[1]
+    x, y = prev if x is PREV else x, prev if y is PREV else y
+    z = OPS[op](x, y)
+    return f"It is {x} {op} {y} = {z}. The answer is {z}."
 
 
 def _stays_small(prev: int, steps: Iterable[Step]) -> bool:
