@@ -57,7 +57,7 @@ def read_config(folder, *, setting: str = "student.path") -> model.ModelConfig:
 
 
 def load(
-    folder, *, mesh=None, dtype=None, memory_kind: str | None = None, setting: str = "student.path"
+    folder, *, mesh=None, dtype=None, shardings: dict | None = None, setting: str = "student.path"
 ) -> tuple[dict, model.ModelConfig]:
     """Parameters of a Hugging Face folder (or hub name), as `model.table` lays them out.
 
@@ -69,7 +69,7 @@ def load(
       mesh: parameters are created sharded over it (`sharding.RULES`); a host reads only its devices' part. None: one
         device.
       dtype: of the parameters; None = float32, the master weights.
-      memory_kind: where a sharded parameter lies, such as "pinned_host"; None = on the device.
+      shardings: where each parameter lies instead, such as in host memory.
       setting: the config key that errors name.
 
     Raises:
@@ -100,7 +100,7 @@ def load(
     leaves, tree = jax.tree.flatten(table, is_leaf=model.is_param)
     wheres = [None] * len(leaves)
     if mesh is not None:
-        wheres = [s.with_memory_kind(memory_kind) for s in tree.flatten_up_to(sharding.param_shardings(cfg, mesh))]
+        wheres = tree.flatten_up_to(shardings or sharding.param_shardings(cfg, mesh))
     return tree.unflatten([one(p, w) for p, w in zip(leaves, wheres)]), cfg
 
 

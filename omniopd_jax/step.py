@@ -302,11 +302,20 @@ def holds_reference(cfg) -> bool:
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
-    """Where the frozen reference lies: as parameters do, in host memory with `anchor.ref_offload`. None: none is held."""
+    """Where the frozen reference lies: as parameters do, its matrices in host memory with `anchor.ref_offload`.
+
+    A stack of vectors stays on the device: TPU cannot cut one bfloat16 row out of it in host memory. None: none is held.
+    """
     if not holds_reference(cfg):
         return None
     where = sharding.param_shardings(model_cfg, mesh)
-    return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), where) if cfg.anchor.ref_offload else where
+    if not cfg.anchor.ref_offload:
+        return where
+
+    def one(p: model.Param, s):
+        return s.with_memory_kind("pinned_host") if len(p.hf_shape) > 1 else s
+
+    return jax.tree.map(one, model.table(model_cfg), where, is_leaf=model.is_param)
 
 
 def abstract_reference(model_cfg, cfg, mesh) -> dict | None:

@@ -163,7 +163,7 @@ def prepare(cfg: ConfigDict) -> Run:
     )  # fmt: skip
     model_cfg = lora.scaled(model_cfg, cfg.lora)
     sharding.check_rows(mesh, cfg)
-    ref_params = load_reference(cfg, mesh)
+    ref_params = load_reference(cfg, model_cfg, mesh)
     train_prompts, held_out = found["train"]
     teacher_params, teacher_cfg = None, None
     if cfg.objective.name == "opd_exact":
@@ -183,12 +183,12 @@ def prepare(cfg: ConfigDict) -> Run:
     )  # fmt: skip
 
 
-def load_reference(cfg, mesh) -> dict | None:
+def load_reference(cfg, model_cfg, mesh) -> dict | None:
     """The frozen initial student, in its dtype and memory; None where no update reads it."""
     if not step.holds_reference(cfg):
         return None
-    kind = "pinned_host" if cfg.anchor.ref_offload else None
-    return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, memory_kind=kind)[0]
+    where = step.reference_shardings(model_cfg, cfg, mesh)
+    return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, shardings=where)[0]
 
 
 def first_params(run: Run, key) -> dict:
