@@ -80,9 +80,9 @@ def init(key: jax.Array, model_cfg: model.ModelConfig, settings) -> dict:
     return tree.unflatten([one(k, p) for k, p in zip(jax.random.split(key, len(leaves)), leaves)])
 
 
-def scaled(model_cfg: model.ModelConfig, settings) -> model.ModelConfig:
-    """`model_cfg` with the adapters' scale, alpha / rank; as it is where LoRA is off."""
-    return dataclasses.replace(model_cfg, lora_scale=settings.alpha / settings.rank) if settings.rank else model_cfg
+def scaled(model_cfg: model.ModelConfig, lora) -> model.ModelConfig:
+    """`model_cfg` with the adapters' scale, alpha / rank of the config's `lora` section; as it is where LoRA is off."""
+    return dataclasses.replace(model_cfg, lora_scale=lora.alpha / lora.rank) if lora.rank else model_cfg
 
 
 def peft_config(settings, base) -> dict:

@@ -161,7 +161,8 @@ def test_state_holds_the_adapters_alone(params, batch, cfg, new, lora_cfg):
         assert float(metrics["score/update_logp_gap"]) < 1e-4
     assert not any(a.is_deleted() for a in jax.tree.leaves(base))
     close(base, params, 0.0)
-    assert float(metrics["anchor/kl_ref_to_student_exact"]) >= 0 and float(metrics["grad_norm"]) > 0
+    assert float(metrics["anchor/kl_ref_to_student_exact"]) > -1e-6, "float32 rounding about a KL near 0"
+    assert float(metrics["grad_norm"]) > 0
 
 
 def test_the_sampler_gets_merged_weights(params, adapters, lora_cfg):
