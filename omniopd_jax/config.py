@@ -94,7 +94,7 @@ def default() -> ConfigDict:
     c.anchor.kl_coef = 0.1  # weight of KL(ref || student), exact over the vocabulary
     c.anchor.scope = "unaudited"  # unaudited | all tokens
     c.anchor.ref_dtype = "float32"  # float32 | bfloat16: what the frozen reference is held in (with LoRA: the base)
-    c.anchor.ref_offload = False  # it lies in pinned host memory; each layer is brought over when its turn comes
+    c.anchor.ref_offload = False  # its layers lie in pinned host memory; each is brought over when its turn comes
 
     c.objective = ConfigDict()
     c.objective.name = "omniopd"  # a key of objective.OBJECTIVES

