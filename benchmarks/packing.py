@@ -1,22 +1,22 @@
 """What packing saves: scoring and the update of responses as long as answers to math problems are, packed and unpacked.
 
-    python -m benchmarks.packing [--rows 32] [--cap 512] [--repeats 3]
+    python -m benchmarks.packing [--rounds 3] [--cap 512]     # adds a line to docs/results/packing.jsonl; then the table
+    python -m benchmarks.packing --table                      # only docs/results/packing.md from the lines
 
 Lengths are lognormal (sigma 0.8) with a median of an eleventh of the cap, which is what a median of 650 tokens at a cap of
 7,168 would be; one response is cut at the cap, as nearly always happens. Same model, same responses, one process, the two
-layouts alternating; prints medians of wall time, what is computed, and how far the losses are apart.
+layouts in turn, after one round that compiles. The difference of the losses is printed beside.
 """
 
 import argparse
 import functools
-import statistics
-import time
 
 import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from omniopd_jax import config, metrics, model, objective, packing, rollout, step
+from benchmarks import sides
+from omniopd_jax import config, model, objective, packing, rollout, step
 
 MODEL = model.ModelConfig("qwen3", 8192, 192, 512, 4, 6, 2, 32, qk_norm=True, tied=True)
 PROMPTS = (8, 24)  # tokens, at a cap of 512
@@ -59,8 +59,8 @@ def passes(cfg, T: int):
     return jax.jit(score), jax.jit(update)
 
 
-def measure(rows: int, cap: int, repeats: int) -> list[str]:
-    """Lines of a Markdown table."""
+def measure(rows: int, cap: int, rounds: int) -> dict:
+    """Times both layouts; returns the result line."""
     c = config.default()
     c.update_from_flattened_dict({"max_completion_length": cap, "audit.chunk_tokens": 8, "audit.num_chunks": 2})
     cfg = FrozenConfigDict(c)
@@ -69,41 +69,63 @@ def measure(rows: int, cap: int, repeats: int) -> list[str]:
     score, update = passes(cfg, T)
     params = jax.jit(functools.partial(model.init, cfg=MODEL))(jax.random.key(0))
     ref = jax.tree.map(lambda a: a * 1.01, params)
-    seconds = {(layout, name): [] for layout in by_layout for name in ("score", "update")}
-    loss = {}
-    for k in range(repeats + 1):  # the first one compiles
+    times = {layout: {"score": [], "update": []} for layout in by_layout}
+    loss, out = {}, {}
+    for i in range(rounds + 1):  # the first one compiles
         for layout, batch in by_layout.items():
-            start = time.perf_counter()
-            stats = jax.block_until_ready(score(params, batch))
-            middle = time.perf_counter()
-            loss[layout] = float(jax.block_until_ready(update(params, ref, batch, stats.logp_BT))[0])
-            if k:
-                seconds[layout, "score"].append(middle - start)
-                seconds[layout, "update"].append(time.perf_counter() - middle)
-    real, tokens = int((prompt_B + length_B).sum()), int(length_B.sum())
-    out = [
-        f"{rows} responses, {real:,} real tokens ({tokens:,} of responses, median {int(np.median(length_B))}, longest "
-        f"{length_B.max()}); losses differ by {abs(loss['packed'] / loss['unpacked'] - 1):.1e} of their size",
-        "",
-        "| | rows | tokens computed | over real | vocabulary positions | over real | score, s | update, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for layout, batch in by_layout.items():
-        grid = batch.token_BL if batch.packed is None else batch.packed.token_RL
-        positions = rows * T if batch.packed is None else batch.packed.owner_QX.size
-        times = " | ".join(f"{statistics.median(seconds[layout, name]):.2f}" for name in ("score", "update"))
-        shape = f"{grid.shape[0]} x {grid.shape[1]} | {grid.size:,} | {grid.size / real:.2f}"
-        out.append(f"| {layout} | {shape} | {positions:,} | {positions / tokens:.2f} | {times} |")
-    ratio = [statistics.median(seconds["packed", n]) / statistics.median(seconds["unpacked", n]) for n in ("score", "update")]
-    return [*out, f"| packed / unpacked | | | | | | {ratio[0]:.2f} | {ratio[1]:.2f} |"]
+
+            def one_score(layout=layout, batch=batch):
+                out[layout] = jax.block_until_ready(score(params, batch))
+
+            def one_update(layout=layout, batch=batch):
+                loss[layout] = float(jax.block_until_ready(update(params, ref, batch, out[layout].logp_BT))[0])
+
+            for name, run in (("score", one_score), ("update", one_update)):
+                wall, _ = sides.timed(run)
+                if i:
+                    times[layout][name].append(round(wall, 4))
+    grids = {k: (b.token_BL if b.packed is None else b.packed.token_RL).shape for k, b in by_layout.items()}
+    positions = {k: rows * T if b.packed is None else b.packed.owner_QX.size for k, b in by_layout.items()}
+    return {
+        "rows": rows, "cap": cap, "real": int((prompt_B + length_B).sum()), "tokens": int(length_B.sum()),
+        "median": int(np.median(length_B)), "grids": grids, "positions": positions, "times": times,
+        "gap": abs(loss["packed"] / loss["unpacked"] - 1), "parameters": model.num_params(MODEL),
+    }  # fmt: skip
+
+
+def write_table() -> None:
+    """docs/results/packing.md: medians over the rounds."""
+    rows = []
+    for line in sides.read("packing"):
+        took = {(k, n): sides.median(t[n]) for k, t in line["times"].items() for n in t}
+        for layout, (r, length) in line["grids"].items():
+            positions = line["positions"][layout]
+            seconds = [took[layout, n] for n in ("score", "update")]
+            ratio = [f"{t / took['unpacked', n]:.2f}" for t, n in zip(seconds, ("score", "update"))]
+            ratio = ratio if layout == "packed" else ["", ""]
+            rows.append(
+                (
+                    f"{line['cap']:,}", layout, len(line["times"][layout]["score"]), f"{r} x {length:,}",
+                    f"{r * length / line['real']:.2f}", f"{positions / line['tokens']:.2f}",
+                    *(f"{t:.2f}" for t in seconds), *ratio, f"{line['gap']:.0e}",
+                )
+            )  # fmt: skip
+    head = ["cap", "layout", "rounds", "rows", "tokens / real", "vocabulary positions / real", "score s", "update s"]
+    sides.write_page("packing", sides.table([*head, "score / unpacked", "update / unpacked", "losses apart"], rows))
+
+
+def main():
+    """Runs and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--cap", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        sides.append("packing", measure(args.rows, args.cap, args.rounds))
+    write_table()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--cap", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    size = f"{model.num_params(MODEL) / 1e6:.1f} M parameters, vocabulary {MODEL.vocab_size:,}, {MODEL.dtype}"
-    metrics.say(f"{size}; {MODEL.attention} attention, {jax.devices()[0].device_kind}")
-    metrics.say("\n".join(measure(args.rows, args.cap, args.repeats)))
+    main()

@@ -16,7 +16,13 @@ CUDNN_PACKED = (
     "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
     "lacks"
 )
+XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most (each is compiled)
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
+
+
+def platform(mesh) -> str:
+    """What arrays on `mesh` lie on: cpu, gpu or tpu, also where it is only described (aot.py). None: the default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def resolve(name: str, dtype: str | None = None, *, packed: bool = False) -> str:
@@ -67,25 +73,40 @@ def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
     if backend == "cudnn":
         out_BLNH = _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B)
     elif backend == "xla":
-        L = q_BLNH.shape[1]
-        mask = jnp.tril(jnp.ones((L, L), bool))[None]
-        if segment_BL is not None:
-            mask = mask & (segment_BL[:, :, None] == segment_BL[:, None, :])
-        out_BLNH = grouped(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), mask)
+        out_BLNH = _causal(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL)
     else:
         raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}; resolve() comes first")
     return checkpoint_name(out_BLNH, "context")
 
 
+def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):
+    """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not made."""
+    L = q_BLNH.shape[1]
+    size = max(XLA_BLOCK, -(-L // XLA_BLOCKS))
+    out = []
+    for start in range(0, L, size):
+        S = min(start + size, L)
+        mask = (jnp.arange(S)[None] <= jnp.arange(start, S)[:, None])[None]
+        if segment_BL is not None:
+            mask = mask & (segment_BL[:, start:S, None] == segment_BL[:, None, :S])
+        out.append(grouped(q_BLNH[:, start:S], k_BKLH[:, :, :S], v_BKLH[:, :, :S], mask))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
 def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):
-    """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1."""
+    """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1.
+
+    The queries of a group are rows of one product (X = G * L): as axes of their own the CPU takes three times as long.
+    """
     B, L, N, H = q_BLNH.shape
-    K = k_BKSH.shape[1]
-    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
-    score = jnp.einsum("blkgh,bksh->bkgls", q_BLKGH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    K, S = k_BKSH.shape[1:3]
+    q_BKXH = q_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    score = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    score = score.reshape(B, K, N // K, L, S)
     score = jnp.where(mask_BLS[:, None, None], score, jnp.finfo(jnp.float32).min)
-    p = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("bkgls,bksh->blkgh", p, v_BKSH).reshape(B, L, N, H)
+    p_BKXS = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, -1, S)
+    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", p_BKXS, v_BKSH)
+    return out_BKXH.reshape(B, K, N // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
 def _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B):

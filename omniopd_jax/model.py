@@ -244,7 +244,7 @@ def project(spec: str, x, p: dict, name: str, cfg: ModelConfig):
 
     The adapter's products are formed from x, so no merged W is, and none has a gradient but A and B.
     """
-    y = jnp.einsum(spec, x, p[name].astype(cfg.dtype))
+    y = _product(spec, x, p[name].astype(cfg.dtype), cfg)
     if f"{name}_lora_a" not in p:
         return y
     if cfg.lora_scale is None:
@@ -254,8 +254,21 @@ def project(spec: str, x, p: dict, name: str, cfg: ModelConfig):
     inner = "".join(c for c in weight if c in into)
     outer = "".join(c for c in weight if c not in into)
     rows = "".join(c for c in into if c not in weight)
-    low = jnp.einsum(f"{into},{inner}r->{rows}r", x, p[f"{name}_lora_a"].astype(cfg.dtype))
-    return y + jnp.einsum(f"{rows}r,r{outer}->{out}", cfg.lora_scale * low, p[f"{name}_lora_b"].astype(cfg.dtype))
+    low = _product(f"{into},{inner}r->{rows}r", x, p[f"{name}_lora_a"].astype(cfg.dtype), cfg)
+    return y + _product(f"{rows}r,r{outer}->{out}", cfg.lora_scale * low, p[f"{name}_lora_b"].astype(cfg.dtype), cfg)
+
+
+def _product(spec: str, x, w, cfg: ModelConfig):
+    """The einsum `rows inner, inner outer -> rows outer`, on CPU as a product of two matrices.
+
+    With more axes the CPU's compiler transposes the gradient for that of w element by element: 1.4 times the time.
+    """
+    if attention.platform(cfg.mesh) != "cpu":
+        return jnp.einsum(spec, x, w)
+    into, weight = spec.split("->")[0].split(",")
+    n = sum(c in into for c in weight)
+    y = x.reshape(-1, math.prod(x.shape[-n:])) @ w.reshape(math.prod(w.shape[:n]), -1)
+    return y.reshape(*x.shape[:-n], *w.shape[n:])
 
 
 def mlp(x_BLD, p: dict, cfg: ModelConfig):

@@ -15,6 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from omniopd_jax import attention
+
 CPU_PIECE = 4_096  # vocabulary columns; 1,000 to 10,000 measured the same
 FAR = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not
 
@@ -280,8 +282,7 @@ def _kl(p_XV, q_XV, y_X, piece):
 
 def piece_on(mesh) -> int:
     """The `piece` for arrays on `mesh` (None: the default device)."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return CPU_PIECE if platform == "cpu" and (mesh is None or mesh.shape["tp"] == 1) else 0
+    return CPU_PIECE if attention.platform(mesh) == "cpu" and (mesh is None or mesh.shape["tp"] == 1) else 0
 
 
 def _fold(body, carry, arrays, piece, fill=FAR):

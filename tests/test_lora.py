@@ -140,7 +140,8 @@ def test_no_gradient_of_the_base_or_its_head_is_formed(params, batch, make_cfg, 
         made = equations(jax.make_jaxpr(fn)(trained, params, batch, weight, mask).jaxpr)
         return {tuple(sorted(e.outvars[0].aval.shape)) for e in made if e.primitive.name == "dot_general"}
 
-    base = {tuple(sorted(params["layers"][n].shape[1:])) for n in MATRICES} | {tuple(sorted(params["embed"].shape))}
+    table = model.table(lora_cfg)
+    base = {tuple(sorted(p.hf_shape)) for p in [table["embed"], *(table["layers"][n] for n in MATRICES)]}
     dense = dataclasses.replace(lora_cfg, lora_scale=None)
     assert base <= shapes(params, dense, make_cfg())
     both = base & shapes(adapters, lora_cfg, cfg)
