@@ -249,10 +249,8 @@ def cells() -> list[tuple[str, str, float | None, int]]:
     main = [m for m in METHODS if m in IN_WORLD["slips"] or m == "opd_exact"]
     others = [m for m in METHODS if m not in main]
     out = swept("forks", main) + table("forks", main, range(3))
-    for which in ("style", "slips"):
-        out += table(which, IN_WORLD[which], range(3))
     out += table("forks", ABLATIONS, range(3)) + swept("forks", others) + table("forks", others, range(3))
-    for which in ("style", "slips"):
+    for which in ("slips", "style"):
         out += swept(which, IN_WORLD[which]) + table(which, IN_WORLD[which], range(3))
     return out + table("forks", METHODS, (3, 4))
 
