@@ -32,11 +32,11 @@ lint: .venv/.full
 	$(PY) -m ruff check .
 
 checkpoints: .venv/.lean
-	@echo "== checkpoints: training the small worlds' two students and two teachers again (an hour on 2 cores)"
+	@echo "== checkpoints: training the small worlds' two students and two teachers again (an hour and a half on 2 cores)"
 	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints
 	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints --world=slips --role=student
 	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints --world=style --role=teacher \
-		--start=omniopd_jax/world/checkpoints/forks/teacher --steps=400
+		--start=omniopd_jax/world/checkpoints/forks/teacher --steps=2000
 
 .venv/bin/uv:
 	@echo "== set-up: .venv, with the installer uv $(UV)"

@@ -131,7 +131,7 @@ def plot(which: str, lines) -> pathlib.Path | None:
     methods = [(m, rows) for m in runs.METHODS if (rows := runs.chosen(m, which, lines))]
     if not methods:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), sharey=True)
     colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
     names = ("optimizer steps", "student tokens sampled", "teacher tokens, written or scored")
     for i, (method, rows) in enumerate(methods):
@@ -144,10 +144,15 @@ def plot(which: str, lines) -> pathlib.Path | None:
     for axis, name in zip(axes, names):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
+    axes[0].set_xticks(range(0, 1 + max(row["steps"] for _, rows in methods for row in rows), 4))
     axes[0].set_ylabel("accuracy on the test split, percent")
-    axes[0].legend(fontsize=7, title="method (seeds)")
+    if data := runs.chosen("sft", which, lines):
+        once = _mean(data, "teacher_tokens")
+        top = axes[2].secondary_xaxis("top", functions=(lambda x: x / once, lambda x: x * once))
+        top.set_xlabel("teacher effort: times the tokens of the SFT data")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8, title="method (seeds)")
     figure.suptitle(f"small world {which}: mean over seeds")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.87, 1))
     path = FOLDER / f"small_world_{which}.png"
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)

@@ -311,6 +311,17 @@ def test_worlds_share_a_model_only_where_its_corpus_is_the_same():
         assert owners == {f"forks/{role}"} and small_world.CHECKPOINTS[other][world.ROLES.index(role)] == f"{other}/{role}"
 
 
+def test_the_checkpoints_in_git_are_whole_small_and_speak_one_tokenizer():
+    folders = {folder for which in world.WORLDS for folder in small_world.checkpoints(which)}
+    assert len(folders) == 4 and len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
+    assert sum(f.stat().st_size for folder in folders for f in folder.iterdir()) < 5e6
+    for folder in folders:
+        card = json.loads((folder / "build.json").read_text())
+        assert folder.parts[-2:] == (card["world"], card["role"])
+        right = card["test_accuracy"]
+        assert right > 0.95 if card["role"] == "teacher" else 0.2 < right < 0.5, folder
+
+
 def test_a_build_learns_its_corpus(tokenizer):
     """Eight updates of a small model, by the real command's own step: the loss falls."""
     role = build.Role(32, 32, 1, 8, 128, 1e-2)

@@ -5,7 +5,7 @@
 A tokenizer, a base student trained on a corpus that mixes right and wrong strategies, and a larger teacher trained on a
 clean one; Qwen3 architecture, real Hugging Face folders, by the project's own step with the `sft` objective. Everything
 follows from the seed. A student takes 7 minutes of one core, a teacher 15; style's teacher goes on from forks' teacher, for
-a third of that. All worlds have the tokenizer of forks, so that they can share models: the teacher of slips would learn the
+twice that. All worlds have the tokenizer of forks, so that they can share models: the teacher of slips would learn the
 corpus of forks' teacher, text by text, and the student of style that of forks' student (benchmarks.small_world.CHECKPOINTS).
 """
 
