@@ -66,7 +66,7 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file, one object with `prompt` a line
-    c.data.name = ""  # hub: data set name; world: forks
+    c.data.name = ""  # hub: data set name; world: forks | slips | style
     c.data.split = "train"  # hub and world
     c.data.fields = ConfigDict()  # hub: our name -> the data set's column
     c.data.fields.prompt = "prompt"  # column
@@ -105,7 +105,7 @@ def default() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
-    c.reward.grader = "world"  # a key of evaluate.GRADERS; 1 for a right answer, else 0
+    c.reward.grader = "world"  # world | math | code | code_unsafe | reasoning_gym; 1 for a right answer, else 0
 
     c.teacher = ConfigDict()
     c.teacher.provider = "local"  # a key of teachers.TEACHERS
@@ -167,7 +167,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.grader = "world"  # a key of evaluate.GRADERS
+    c.eval.grader = "world"  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)
     c.distributed.start_s = 300.0  # how long the processes wait for each other at the start

@@ -5,6 +5,9 @@
 `--checkpoint` is a run (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face folder; without it the recipe's
 `student.path` is evaluated. Benchmarks: suites.py. `--out` (default: RUN_DIR/evaluate of the recipe) gets one JSON line a
 completion, results.json and table.md; the same command goes on where an interrupted one was. One process.
+
+Programs run in a sandbox (graders/code.py). Where the machine gives none, the command refuses before weights are read,
+unless `--unsafe` says that they may run as you.
 """
 
 import dataclasses
@@ -24,10 +27,11 @@ from omniopd_jax.data import Prompt
 from omniopd_jax.errors import UserError, one_of
 
 
-def _code():
+def _code(unsafe: bool = False):
     from omniopd_jax.graders.code import extract_program
 
-    grader = graders.make("code")
+    grader = graders.make("code", unsafe=unsafe)
+    grader.grade("", {"stdin": "", "stdout": ""})  # a machine without a sandbox says so now
     return lambda text, tests: bool(grader.grade(extract_program(text), json.loads(tests)))
 
 
@@ -35,6 +39,7 @@ GRADERS = {  # name -> () -> ((text, answer) -> bool); started when first used
     "world": lambda: world.grade,
     "math": lambda: graders.make("math").grade,
     "code": _code,  # `answer` is JSON: stdin/stdout pairs or asserts (graders/code.py)
+    "code_unsafe": functools.partial(_code, unsafe=True),  # the same as the current user, under rlimits alone
     "reasoning_gym": lambda: graders.make("reasoning_gym").grade,  # `answer` names the problem (graders/gym.py)
 }
 
@@ -275,20 +280,25 @@ def _whole_batches(path: pathlib.Path, batches, samples: int) -> list[list[dict]
     return whole
 
 
-def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: int, out) -> dict:
+def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: int, out, unsafe: bool = False) -> dict:
     """Answers the benchmarks and writes completions, results.json and table.md into `out`.
 
     Returns:
       {benchmark: scores (scores.of)}.
 
     Raises:
-      UserError: in seconds, before weights are read, where a benchmark can't be had; or an `out` of another evaluation.
+      UserError: in seconds, before weights are read, where a benchmark can't be had or its programs can't be isolated and
+        `unsafe` is false; or an `out` of another evaluation.
     """
     from omniopd_jax import scores, suites
 
     if jax.process_count() > 1:
         raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
     loaded = [suites.load(name, limit) for name in benchmarks]
+    if unsafe:
+        loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
+    for suite in loaded:
+        grader(suite.grader)
     files = [re.sub(r"[^\w.-]+", "_", s.name) + ".jsonl" for s in loaded]
     if len(set(files)) < len(files):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
@@ -336,6 +346,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("limit", 0, "the first so many problems of each benchmark; 0 = all")
     flags.DEFINE_integer("rows", 64, "completions sampled at once")
     flags.DEFINE_integer("seed", None, "of the sampling; default: the recipe's")
+    flags.DEFINE_bool("unsafe", False, "run graded programs as you, where the machine can't isolate them")
     flags.DEFINE_string("out", None, "folder of the results; default: evaluate in the recipe's run_dir")
 
 
@@ -358,8 +369,9 @@ def main(argv) -> int:
     out = given["out"] or pathlib.Path(cfg.run_dir) / "evaluate"
     cli.setup_jax()
     results = run(
-        cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out
-    )
+        cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,
+        unsafe=given["unsafe"],
+    )  # fmt: skip
     from omniopd_jax import scores
 
     metrics.say(f"{scores.table(results)}\n\nwritten to {out}")

@@ -120,6 +120,11 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
         run.thread.close()
 
 
+def graders_of(cfg) -> list[str]:
+    """Names of the graders that the run will ask."""
+    return [cfg.reward.grader] * collect.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
+
+
 def prepare(cfg: ConfigDict) -> Run:
     """Checks data, student and teacher within seconds, then loads; nothing is compiled before all three answered.
 
@@ -141,6 +146,7 @@ def prepare(cfg: ConfigDict) -> Run:
     attempt("tokenizer", lambda: hf.load_tokenizer(cfg.student.path)) if "model_cfg" in found else None
     attempt("train", lambda: load_prompts(cfg, found.get("tokenizer")))
     attempt("phi", lambda: similarity.make(cfg))
+    attempt("graders", lambda: [evaluate.grader(name) for name in graders_of(cfg)])
     found["teacher"] = None
     if cfg.objective.name in objective.TAUGHT and "attention" in found:
         attempt("teacher", lambda: teachers.make(cfg))

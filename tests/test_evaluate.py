@@ -17,6 +17,7 @@ import tiny
 
 from omniopd_jax import evaluate, graders, scores, sharding, suites
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders import sandbox
 
 HOW = evaluate.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
 
@@ -278,6 +279,30 @@ def test_results_of_different_settings_are_not_mixed(whole):
     for bad in ({"samples": 0}, {"top_p": 0.0}, {"temperature": 0.0}):
         with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
             evaluate.How(**{"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0} | bad)
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, monkeypatch, unsafe):
+    """Programs are refused, unless --unsafe: then the evaluation goes on to the student."""
+
+    def run(self, program, **_):
+        if not self.unsafe:
+            raise UserError("can't isolate programs")
+        return [{"reason": "ok", "stdout": "", "detail": ""}]
+
+    def load(cfg, checkpoint):
+        raise UserError("the student's turn")
+
+    monkeypatch.setattr(sandbox.Sandbox, "run", run)
+    monkeypatch.setattr(evaluate, "load_student", load)
+    evaluate.grader.cache_clear()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS["humaneval"]) + "\n")
+    with pytest.raises(UserError, match="the student's turn" if unsafe else "can't isolate"):
+        evaluate.run(
+            None, HOW, checkpoint=None, benchmarks=[f"humaneval={path}"], limit=0, out=tmp_path / "out", unsafe=unsafe
+        )  # fmt: skip
+    evaluate.grader.cache_clear()
 
 
 def test_a_folder_is_a_run_only_with_a_runs_config(whole, tmp_path):

@@ -96,7 +96,8 @@ class Sandbox:
             raise UserError(
                 f"the code grader can't isolate programs on this machine ({answers[0]['refused']}): allow user "
                 "namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux "
-                "5.14 or newer), or set unsafe=True to run them unprotected"
+                "5.14 or newer), or run them unprotected: --unsafe with omniopd_jax.evaluate, the grader code_unsafe in a "
+                "recipe, unsafe=True in Python"
             )
         return answers
 
