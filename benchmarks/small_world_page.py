@@ -134,7 +134,8 @@ def plot(which: str, lines) -> pathlib.Path | None:
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), sharey=True)
     colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
     names = ("optimizer steps", "student tokens sampled", "teacher tokens, written or scored")
-    for i, (method, rows) in enumerate(methods):
+    for method, rows in methods:
+        i = list(runs.METHODS).index(method)  # the same look in every world
         curves = [curve(r) for r in rows]
         points = np.mean([c for c in curves if c.shape == curves[0].shape], axis=0)
         for axis, x in zip(axes, points.T[:3]):
