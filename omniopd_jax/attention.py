@@ -16,7 +16,7 @@ CUDNN_PACKED = (
     "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
     "lacks"
 )
-XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most (each is compiled)
+XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
@@ -82,7 +82,7 @@ def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
 def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):
     """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not made."""
     L = q_BLNH.shape[1]
-    size = max(XLA_BLOCK, -(-L // XLA_BLOCKS))
+    size = max(XLA_BLOCK, -(-L // XLA_BLOCKS)) if L > 2 * XLA_BLOCK else L
     out = []
     for start in range(0, L, size):
         S = min(start + size, L)

@@ -96,15 +96,18 @@ def test_segments_equal_rows_of_their_own():
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
 
 
-def test_xla_equals_the_textbook():
-    q, k, v, _ = qkvg(B=1, L=7, N=4, K=2, H=4)
+@pytest.mark.parametrize("L", [7, 150, 600])  # whole, in blocks, in the most blocks
+def test_xla_equals_the_textbook(L):
+    """NumPy float64, grouped heads, two segments and padding behind them."""
+    q, k, v, _ = qkvg(B=1, L=L, N=4, K=2, H=4)
+    segment = np.repeat([[1, 2, 0]], [L // 3, L // 2, L - L // 3 - L // 2], axis=1).astype(np.int32)
     out = np.zeros(q.shape)
+    seen = np.tril(segment[0][:, None] == segment[0][None])
     for n in range(4):
-        for i in range(7):
-            score = np.asarray(k)[0, : i + 1, n // 2] @ np.asarray(q)[0, i, n] / 2.0
-            p = np.exp(score - score.max())
-            out[0, i, n] = p / p.sum() @ np.asarray(v)[0, : i + 1, n // 2]
-    np.testing.assert_allclose(attention.attend(q, k, v, backend="xla"), out, atol=1e-5)
+        score = np.asarray(q, np.float64)[0, :, n] @ np.asarray(k, np.float64)[0, :, n // 2].T / 2.0
+        p = np.where(seen, np.exp(score - score.max(-1, keepdims=True)), 0)
+        out[0, :, n] = p / p.sum(-1, keepdims=True) @ np.asarray(v, np.float64)[0, :, n // 2]
+    np.testing.assert_allclose(attention.attend(q, k, v, segment_BL=segment, backend="xla"), out, atol=1e-5)
 
 
 def test_cudnn_refuses_segments_and_float32():
