@@ -45,6 +45,7 @@ def state_on(model_cfg):
     return make
 
 
+@pytest.mark.slow
 def test_a_bfloat16_first_moment_is_sharded_saved_and_resumed(model_cfg, tmp_path):
     cfg = FrozenConfigDict(tiny.recipe("", "", "", **{"optimizer.mu_dtype": "bfloat16"}))
 

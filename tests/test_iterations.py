@@ -105,6 +105,7 @@ def test_several_updates_are_for_grpo(make_cfg):
         config.validate(c)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_between_batches(tmp_path, monkeypatch):
     """Stopped after two of four batches, two updates each: the same bits as never stopped."""
     real = sharding.make_mesh

@@ -75,7 +75,7 @@ def test_merging_adds_the_scaled_product(params, adapters, lora_cfg):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("objective", ["omniopd", "opd_exact"])
+@pytest.mark.parametrize("objective", ["omniopd", pytest.param("opd_exact", marks=pytest.mark.slow)])
 def test_the_gradient_is_the_chain_rule_through_merged_weights(
     params, ref_params, model_cfg, batch, make_cfg, adapters, lora_cfg, objective
 ):

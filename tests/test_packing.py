@@ -103,7 +103,7 @@ def settings(make_cfg, **more):
 
 @pytest.mark.parametrize(
     ("kind", "micro_batches"),
-    [("dense", 1), ("moe", 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("dense", 2), ("moe", 1)))],
+    [("dense", 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("dense", 2), ("moe", 1), ("moe", 2)))],
 )
 def test_packed_equals_unpacked(model_cfg, make_cfg, kind, micro_batches):
     want = unpacked(kind, model_cfg, settings(make_cfg))
@@ -324,6 +324,7 @@ def test_a_row_too_short_for_the_longest_response_is_refused():
         config.validate(c)
 
 
+@pytest.mark.slow
 def test_a_packed_run_takes_the_steps_of_an_unpacked_one(tmp_path, monkeypatch):
     """Two whole runs: the first step's figures to rounding, and fewer padded tokens."""
     real = sharding.make_mesh

@@ -135,6 +135,7 @@ def test_with_a_learning_rate_of_0_both_are_the_same_run(runner, tmp_path):
     assert all("audit/ratio_mean" not in m for m in fresh.metrics())
 
 
+@pytest.mark.slow
 def test_a_stale_run_that_was_killed_and_resumed_is_the_one_that_was_not(runner, tmp_path):
     """The samples of the step ahead are saved with the checkpoint: the policy that drew them is gone at the resume."""
     with WireServer(delay_s=0.15) as server:

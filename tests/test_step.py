@@ -161,7 +161,9 @@ def test_segments_see_themselves_only(params, model_cfg):
     [
         ("published", {}),
         ("batch mean, separate means", {"objective.advantage": "batch_mean", "objective.normalizer": "separate_means"}),
-        ("all tokens anchored", {"objective.advantage": "leave_one_out", "anchor.scope": "all"}),
+        pytest.param(
+            "all tokens anchored", {"objective.advantage": "leave_one_out", "anchor.scope": "all"}, marks=pytest.mark.slow
+        ),
         ("no anchor, no smoothing", {"anchor.kl_coef": 0.0, "prior.alpha": 0.0}),
     ],
 )

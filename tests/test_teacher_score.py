@@ -240,6 +240,7 @@ def runner():
     runner.close()
 
 
+@pytest.mark.slow
 def test_a_whole_run_distils_over_the_wire_and_replays_offline(runner, server_of, tmp_path):
     """opd with the small world's own teacher behind vLLM's protocol, against the same run with that teacher in process."""
     folder = str(tiny.TRAINED / "teacher")

@@ -211,6 +211,7 @@ def test_another_seed_is_another_run(make):
 # --- settings -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_micro_batches_and_rollout_groups_do_not_change_the_result(make):
     """Gradient accumulation carries sums and counts; a step sampled in pieces is the same step."""
     more = {"num_generations": 2, "num_steps": 2}
@@ -304,7 +305,9 @@ def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
     assert len({a["chunk"] for a in audits}) > 8
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4, "tp": 1}, {"data": 1, "fsdp": 4, "tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 1, "fsdp": 4, "tp": 2}, pytest.param({"data": 2, "fsdp": 4, "tp": 1}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_device, mesh):
     alone, many = make("alone"), make("many", **{f"mesh.{k}": v for k, v in mesh.items()})
     train.train(alone)

@@ -322,6 +322,7 @@ def test_the_checkpoints_in_git_are_whole_small_and_speak_one_tokenizer():
         assert right > 0.95 if card["role"] == "teacher" else 0.2 < right < 0.5, folder
 
 
+@pytest.mark.slow
 def test_a_build_learns_its_corpus(tokenizer):
     """Eight updates of a small model, by the real command's own step: the loss falls."""
     role = build.Role(32, 32, 1, 8, 128, 1e-2)
