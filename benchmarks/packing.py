@@ -73,17 +73,17 @@ def measure(rows: int, cap: int, rounds: int) -> dict:
     ref = jax.tree.map(lambda a: a * 1.1, params)
     times = {layout: {"score": [], "update": []} for layout in by_layout}
     loss, out = {}, {}
+
+    def one_score(layout):
+        out[layout] = jax.block_until_ready(score(params, by_layout[layout]))
+
+    def one_update(layout):
+        loss[layout] = float(jax.block_until_ready(update(params, ref, by_layout[layout], out[layout].logp_BT))[0])
+
     for i in range(rounds + 1):  # the first one compiles
-        for layout, batch in by_layout.items():
-
-            def one_score(layout=layout, batch=batch):
-                out[layout] = jax.block_until_ready(score(params, batch))
-
-            def one_update(layout=layout, batch=batch):
-                loss[layout] = float(jax.block_until_ready(update(params, ref, batch, out[layout].logp_BT))[0])
-
+        for layout in by_layout:
             for name, run in (("score", one_score), ("update", one_update)):
-                wall, _ = sides.timed(run)
+                wall, _ = sides.timed(run, layout)
                 if i:
                     times[layout][name].append(round(wall, 4))
     grids = {k: (b.token_BL if b.packed is None else b.packed.token_RL).shape for k, b in by_layout.items()}

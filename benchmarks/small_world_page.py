@@ -128,14 +128,13 @@ def plot(which: str, lines) -> pathlib.Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    methods = [(m, rows) for m in runs.METHODS if (rows := runs.chosen(m, which, lines))]
+    methods = [(i, m, rows) for i, m in enumerate(runs.METHODS) if (rows := runs.chosen(m, which, lines))]
     if not methods:
         return None
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), sharey=True)
     colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
     names = ("optimizer steps", "student tokens sampled", "teacher tokens, written or scored")
-    for method, rows in methods:
-        i = list(runs.METHODS).index(method)  # the same look in every world
+    for i, method, rows in methods:  # i gives a method the same look in every world
         curves = [curve(r) for r in rows]
         points = np.mean([c for c in curves if c.shape == curves[0].shape], axis=0)
         for axis, x in zip(axes, points.T[:3]):
@@ -145,7 +144,7 @@ def plot(which: str, lines) -> pathlib.Path | None:
     for axis, name in zip(axes, names):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
-    axes[0].set_xticks(range(0, 1 + max(row["steps"] for _, rows in methods for row in rows), 4))
+    axes[0].set_xticks(range(0, 1 + max(row["steps"] for *_, rows in methods for row in rows), 4))
     axes[0].set_ylabel("accuracy on the test split, percent")
     if data := runs.chosen("sft", which, lines):
         once = _mean(data, "teacher_tokens")

@@ -38,7 +38,7 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False) -> str
     """
     auto = name == "auto"
     if auto:
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform(None), "xla")
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(
@@ -90,7 +90,7 @@ def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):
         if segment_BL is not None:
             mask = mask & (segment_BL[:, start:S, None] == segment_BL[:, None, :S])
         out.append(grouped(q_BLNH[:, start:S], k_BKLH[:, :, :S], v_BKLH[:, :, :S], mask))
-    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+    return jnp.concatenate(out, axis=1)
 
 
 def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):

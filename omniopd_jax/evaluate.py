@@ -346,7 +346,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("limit", 0, "the first so many problems of each benchmark; 0 = all")
     flags.DEFINE_integer("rows", 64, "completions sampled at once")
     flags.DEFINE_integer("seed", None, "of the sampling; default: the recipe's")
-    flags.DEFINE_bool("unsafe", False, "run graded programs as you, where the machine can't isolate them")
+    flags.DEFINE_bool("unsafe", False, "run graded programs as you, without the sandbox")
     flags.DEFINE_string("out", None, "folder of the results; default: evaluate in the recipe's run_dir")
 
 
