@@ -7,12 +7,13 @@
 run_again() {
   local tries="$1" code=0 try=0
   shift
-  child=""
   stopped=0
-  trap 'stopped=1; if [[ -n "$child" ]]; then kill -TERM "$child" 2> /dev/null || true; fi' TERM INT
+  trap 'stopped=1; if [[ -n "$child" ]]; then kill -TERM "$child" 2> /dev/null || true; else missed=1; fi' TERM INT
   while :; do
+    child="" missed="" # a signal before the command's number is known is passed on as soon as it is
     "$@" &
     child=$!
+    if [[ -n "$missed" ]]; then kill -TERM "$child" 2> /dev/null || true; fi
     code=0
     wait "$child" || code=$?
     while kill -0 "$child" 2> /dev/null; do # the first wait ended with the trap: the command is still saving

@@ -204,14 +204,19 @@ def test_a_run_that_asks_for_it_is_started_again(tmp_path, tries, codes, want):
     assert again(tmp_path, tries, codes) == want
 
 
-def test_a_signal_to_the_script_reaches_the_run_which_saves_and_is_not_started_again(tmp_path):
+@pytest.mark.parametrize("early", [False, True])  # early: the command is up, the script does not know its number yet
+def test_a_signal_to_the_script_reaches_the_run_which_saves_and_is_not_started_again(tmp_path, early):
     command = tmp_path / "command"
     command.write_text(
         f"trap 'sleep 0.5; echo saved >> {tmp_path}/log; exit 75' TERM; echo up >> {tmp_path}/log; while :; do sleep 0.05; done"
     )
-    script = subprocess.Popen(["bash", "-euo", "pipefail", "-c", f"source launch/lib.sh; run_again 5 bash {command}"], cwd=REPO)
+    up = f"until [[ -e {tmp_path}/log ]]; do :; done"
+    before = f"""set -T; trap 'if [[ "$BASH_COMMAND" == "child=\\$!" ]]; then {up}; kill -TERM $$; fi' DEBUG"""
+    text = f"source launch/lib.sh; {before if early else ':'}; run_again 5 bash {command}"
+    script = subprocess.Popen(["bash", "-euo", "pipefail", "-c", text], cwd=REPO)
     while not (tmp_path / "log").exists():
         time.sleep(0.02)
-    script.send_signal(signal.SIGTERM)
+    if not early:
+        script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=30) == 75
     assert (tmp_path / "log").read_text().split() == ["up", "saved"]
