@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-aot | lint | checkpoints
+# make demo | test | test-slow | test-aot | test-gpu | lint | checkpoints
 # INSTALL_ARGS goes to the installer. Where the plain torch pin would bring a CUDA build of several GB, point it at a
 # folder or index that holds a CPU build:  make test INSTALL_ARGS="--find-links /path/to/wheels"
 SHELL := /bin/bash
@@ -9,7 +9,7 @@ PY := .venv/bin/python
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-slow test-aot lint checkpoints
+.PHONY: demo test test-slow test-aot test-gpu lint checkpoints
 .DELETE_ON_ERROR:
 
 demo: .venv/.lean
@@ -27,6 +27,10 @@ test-slow: .venv/.full
 test-aot: .venv/.tpu
 	@echo "== test-aot: ahead-of-time compilation for a TPU topology"
 	$(PY) -m pytest -m aot
+
+test-gpu: .venv/.full
+	@echo "== test-gpu: cuDNN against xla, a GPU against the CPU; needs pip install \"jax[cuda13]==0.10.2\""
+	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
 
 lint: .venv/.full
 	$(PY) -m ruff check .

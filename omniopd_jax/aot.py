@@ -31,6 +31,7 @@ from omniopd_jax import (  # noqa: E402
     config,
     flops,
     hf,
+    hf_config,
     hlo,
     lora,
     metrics,
@@ -49,16 +50,6 @@ PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
 ROOM = 0.98  # of a chip's memory that the compiler may plan with (v5e: 15.75 of 16 GiB)
 MIB = 2.0**20
-
-# Shapes from the public config.json of each model, so that no hub is needed: width, layers, heads, kv heads, ff, tied.
-SHAPES = {
-    "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
-    "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
-    "Qwen/Qwen3-4B": (2560, 36, 32, 8, 9728, True),
-    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, False),
-    "Qwen/Qwen3-14B": (5120, 40, 40, 8, 17408, False),
-    "Qwen/Qwen3-32B": (5120, 64, 64, 8, 25600, False),
-}
 
 
 @dataclasses.dataclass
@@ -86,17 +77,13 @@ class Pass:
 
 
 def model_config(path: str) -> model.ModelConfig:
-    """Of a local folder, or of a name in SHAPES.
+    """Of a local folder, or of a published name whose shape is known (`hf_config.PUBLISHED`), so that no hub is needed.
 
     Raises:
       UserError: neither.
     """
-    if not pathlib.Path(path).is_dir() and path in SHAPES:
-        D, layers, N, K, F, tied = SHAPES[path]
-        return model.ModelConfig(
-            "qwen3", 151_936, D, F, layers, N, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
-        )
-    return hf.read_config(path)
+    known = not pathlib.Path(path).is_dir() and path in hf_config.PUBLISHED
+    return hf_config.published(path) if known else hf.read_config(path)
 
 
 def devices(topology: str):
@@ -411,7 +398,7 @@ def main(argv) -> int:
     for name in names:
         one_of(name, PASSES, "--passes")
     config.validate(cfg)
-    cli.setup_jax()
+    cli.setup_jax(cfg.compute_dtype)
     whole = True
     for topology in flags.FLAGS.topology.split(","):
         plan, done, fits = check(cfg, topology, names, say=metrics.say)

@@ -109,14 +109,26 @@ def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):
     return out_BKXH.reshape(B, K, N // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
+def saved_by_kernel(primitive, *_, **__) -> bool:
+    """Remat policy: keeps what cuDNN's forward kernel leaves for its backward (output and log-sum), which carries no name.
+
+    Without it the backward pass runs the forward kernel again.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B):
     if segment_BL is not None:
         raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or do not pack")
     lengths = None if length_B is None else length_B.astype(jnp.int32)
-    return jax.nn.dot_product_attention(
-        q_BLNH, k_BLKH, v_BLKH, is_causal=True, scale=q_BLNH.shape[-1] ** -0.5, implementation="cudnn",
+    L = q_BLNH.shape[1]
+    # its backward kernel takes even lengths alone; causal, so no real token sees what is added on the right
+    q, k, v = (jnp.pad(a, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for a in (q_BLNH, k_BLKH, v_BLKH))
+    out_BLNH = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, scale=q_BLNH.shape[-1] ** -0.5, implementation="cudnn",
         query_seq_lengths=lengths, key_value_seq_lengths=lengths,
     )  # fmt: skip
+    return out_BLNH[:, :L]
 
 
 def _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh):

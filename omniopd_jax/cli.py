@@ -75,8 +75,9 @@ def _config_message(argv, error: Exception) -> str:
     return f"{where}: {words[:400]}"
 
 
-def setup_jax() -> None:
-    """Process-wide settings, before the first computation: the persistent compilation cache, on unless it is set to ''.
+def setup_jax(compute_dtype: str = "float32") -> None:
+    """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the persistent
+    compilation cache, on unless it is set to ''.
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
@@ -84,6 +85,8 @@ def setup_jax() -> None:
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
+    if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16
+        jax.config.update("jax_default_matmul_precision", "highest")  # splash's bfloat16 kernel does not compile with it
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(os.path.expanduser("~"), ".cache", "omniopd_jax", "xla")

@@ -367,7 +367,7 @@ def main(argv) -> int:
         default("max_new_tokens", cfg.max_completion_length), default("seed", cfg.seed), given["rows"],
     )  # fmt: skip
     out = given["out"] or pathlib.Path(cfg.run_dir) / "evaluate"
-    cli.setup_jax()
+    cli.setup_jax(cfg.compute_dtype)
     results = run(
         cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,
         unsafe=given["unsafe"],

@@ -48,6 +48,24 @@ MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
 RUN_FIELDS = ("dtype", "remat", "attention", "mesh", "host_layers", "lora_scale")  # of ModelConfig: how a run computes it
 _REQUIRED = object()
 
+# Of each model's public config.json: width, layers, heads, key/value heads, feed-forward, tied.
+PUBLISHED = {
+    "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
+    "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
+    "Qwen/Qwen3-4B": (2560, 36, 32, 8, 9728, True),
+    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, False),
+    "Qwen/Qwen3-14B": (5120, 40, 40, 8, 17408, False),
+    "Qwen/Qwen3-32B": (5120, 64, 64, 8, 25600, False),
+}
+
+
+def published(name: str) -> ModelConfig:
+    """The architecture of a model in `PUBLISHED`, for what needs its shapes alone."""
+    D, layers, N, K, F, tied = PUBLISHED[name]
+    return ModelConfig(
+        "qwen3", 151_936, D, F, layers, N, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
+    )
+
 
 def model_config(config_json: dict, where: str) -> ModelConfig:
     """ModelConfig of a config.json, in the form of transformers 5 or an older one.

@@ -19,7 +19,7 @@ def main(argv) -> int:
         raise UserError("--config is missing, e.g. --config=configs/tiny.py")
     from omniopd_jax import distributed, train
 
-    cli.setup_jax()
+    cli.setup_jax(_CONFIG.value.compute_dtype)
     try:
         distributed.init(_CONFIG.value)
         return train.train(_CONFIG.value)["exit_code"]

@@ -373,10 +373,19 @@ def unstack(params: dict, cfg: ModelConfig, dtype=None) -> dict:
     return params | {"layers": layers}
 
 
+def cast_layers(params: dict, cfg: ModelConfig) -> dict:
+    """`params` with the stacked layers in `cfg.dtype`: once in front of a pass, not once a layer, turn and micro-batch.
+
+    A layer's leaf is used once a pass and in `cfg.dtype`, so its gradient is the same number, of that dtype.
+    """
+    return params | {"layers": jax.tree.map(lambda a: a.astype(cfg.dtype), params["layers"])}
+
+
 def _remat(body, name: str):
+    both, names = jax.checkpoint_policies.save_from_both_policies, jax.checkpoint_policies.save_only_these_names
     policies = {
-        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-        "context": jax.checkpoint_policies.save_only_these_names("context"),
+        "dots": both(jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, attention.saved_by_kernel),
+        "context": both(names("context"), attention.saved_by_kernel),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     return body if name == "none" else jax.checkpoint(body, policy=policies[name], prevent_cse=False)

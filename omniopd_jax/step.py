@@ -64,7 +64,8 @@ def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: in
       vocab.TokenStats, [B, T], float32; what stands past a row's length means nothing.
     """
 
-    params, mesh = spread.spread(params, model_cfg.mesh, model_cfg.dtype), model_cfg.mesh
+    mesh = model_cfg.mesh
+    params = model.cast_layers(spread.spread(params, mesh, model_cfg.dtype), model_cfg)
 
     def one(rows):
         token, segment, position, at = rows
@@ -96,12 +97,17 @@ def loss_and_grads(
     frozen, ref, teacher = None, None, None
     if holds_reference(cfg):
         frozen = spread.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
+        if not cfg.anchor.ref_offload:
+            frozen = model.cast_layers(frozen, model_cfg)
         ref = frozen if cfg.anchor.kl_coef else None
     ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
     if not cfg.lora.rank:
         params = spread.spread(params, mesh)
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    params = model.cast_layers(params, model_cfg)
     if cfg.objective.name == "opd_exact":
         teacher = spread.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
+        teacher = model.cast_layers(teacher, teacher_cfg)
 
     def over_vocabulary(heads, rows):
         head, ref_head, teacher_head = heads
@@ -137,9 +143,9 @@ def loss_and_grads(
 
     def add(carry, rows):
         (loss, stats), grads = jax.value_and_grad(micro_loss, has_aux=True)(params, rows)
-        return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], grads)), stats
+        grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[1], grads)
+        return (carry[0] + loss, grads), stats
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)

@@ -51,7 +51,7 @@ def token_stats(
       piece: vocabulary columns worked on at a time (`piece_on`); 0: all.
       tied: the layout of `head_DV`.
     """
-    hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV))
+    hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV.astype(hidden_BTD.dtype)))
     blocks, T = _blocks(block, (hidden_BTD, target_BT))
 
     def body(_, xs):
@@ -138,11 +138,12 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps, how, *, with_grad):
     head_grad, piece, tied = how
     blocks, T = _blocks(block, (hidden, teacher_hidden, weight))
+    matrix, teacher_head = head.astype(hidden.dtype), teacher_head.astype(teacher_hidden.dtype)
 
     def body(carry, xs):
         loss, dhead_DV = carry
         h, th, w = xs
-        z_XV = _logits(h, head, temperature, caps[0], piece, tied)
+        z_XV = _logits(h, matrix, temperature, caps[0], piece, tied)
         other_XV = _logits(th, teacher_head, temperature, caps[1], piece, False)
         kl, (top, mass, gap), _, _ = _kl(z_XV, other_XV, None, piece)
         loss += jnp.sum(w * kl)
@@ -151,7 +152,7 @@ def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, tem
         p_XV = jnp.exp(z_XV - top[:, None])
         dz_XV = (w / mass)[:, None] * p_XV * (z_XV - other_XV - gap[:, None])
         dz_XV *= _slope(z_XV, temperature, caps[0])
-        dh, dhead_DV = _head_grads(h, head, dz_XV, dhead_DV, piece, tied)
+        dh, dhead_DV = _head_grads(h, matrix, dz_XV, dhead_DV, piece, tied)
         return (loss, dhead_DV), (kl, dh)
 
     dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
@@ -186,11 +187,12 @@ def _walk(
     head_grad, piece, tied = how
     blocks, T = _blocks(block, (hidden, ref_hidden, target, weight, mask))
     anchored = ref_hidden.shape[-1] > 0
+    matrix, ref_head = head.astype(hidden.dtype), ref_head.astype(ref_hidden.dtype)
 
     def body(carry, xs):
         loss, dhead_DV = carry
         h, rh, y, w, m = xs
-        z_XV, ref_XV = _logits(h, head, temperature, softcap, piece, tied), None
+        z_XV, ref_XV = _logits(h, matrix, temperature, softcap, piece, tied), None
         if anchored:
             ref_XV = _logits(rh, ref_head, temperature, softcap, piece, tied)
             kl, (ref_top, ref_mass, _), (top, mass), at_y = _kl(ref_XV, z_XV, y, piece)
@@ -208,7 +210,7 @@ def _walk(
             dz_XV -= (beta * m / ref_mass)[:, None] * jnp.exp(ref_XV - ref_top[:, None])
         dz_XV = jnp.where(jnp.arange(dz_XV.shape[1])[None] == y[:, None], dz_XV - w[:, None], dz_XV)
         dz_XV *= _slope(z_XV, temperature, softcap)
-        dh, dhead_DV = _head_grads(h, head, dz_XV, dhead_DV, piece, tied)
+        dh, dhead_DV = _head_grads(h, matrix, dz_XV, dhead_DV, piece, tied)
         return (loss, dhead_DV), (logp, kl, dh)
 
     dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
@@ -220,9 +222,9 @@ def _walk(
 
 
 def _logits(h_XD, head, temperature, softcap, piece, tied):
-    """float32 logits of a block."""
+    """float32 logits of a block; `head` is in the dtype of h_XD already: cast before the walk, not once a block."""
     spec = "xd,vd->xv" if tied else "xd,dv->xv"
-    z = jnp.einsum(spec, h_XD, head.astype(h_XD.dtype), preferred_element_type=jnp.float32)
+    z = jnp.einsum(spec, h_XD, head, preferred_element_type=jnp.float32)
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
     z = z / temperature
@@ -316,7 +318,7 @@ def _head_grads(h_XD, head, dz_XV, dhead, piece, tied):
     if piece:
         dz_XV = jax.lax.optimization_barrier(dz_XV)
     spec = "xv,vd->xd" if tied else "xv,dv->xd"
-    dh_XD = jnp.einsum(spec, dz_XV, head.astype(h_XD.dtype), preferred_element_type=jnp.float32).astype(h_XD.dtype)
+    dh_XD = jnp.einsum(spec, dz_XV, head, preferred_element_type=jnp.float32).astype(h_XD.dtype)
     if dhead is None:
         return dh_XD, None
     axis, spec = (0, "dx,xv->vd") if tied else (1, "dx,xv->dv")
