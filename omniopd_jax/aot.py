@@ -1,11 +1,12 @@
-"""Will it fit? Compiles a recipe's passes for a TPU slice that you do not have, on any CPU machine.
+"""Will it fit? Compiles a recipe's passes for a TPU slice, or for GPUs, that you do not have, on any CPU machine.
 
-    pip install -r requirements-tpu.txt          # the TPU compiler
+    pip install -r requirements-tpu.txt          # the TPU compiler; for GPUs: pip install "jax[cuda13]==0.10.2"
     python -m omniopd_jax.aot --config=configs/math.py --topology=v5e:4x4 [--suggest] [--config.key=value ...]
 
 Score, decode and update are compiled as the run would compile them, at the recipe's longest lengths, and what the
 compiler says is printed per chip (per JAX device: a tpu7x chip has two). Exit code 3: it does not fit. Topologies:
-v5e and v6e 2x2 to 16x16, v5p 2x2x1 to 4x4x4, tpu7x 2x2x1 and up; several with commas.
+v5e and v6e 2x2 to 16x16, v5p 2x2x1 to 4x4x4, tpu7x 2x2x1 and up; H100:8 is one node of eight GPUs, H100:2x8 two of
+them, H200 and A100 likewise; several with commas. For a GPU nothing is tuned, so kernels may differ from the run's.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import re
 import time
 
 # Before jax is imported: compile-only, on a machine without the chip, beside other processes that do the same.
@@ -27,6 +29,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from omniopd_jax import (  # noqa: E402
+    attention,
     cli,
     config,
     flops,
@@ -48,7 +51,6 @@ from omniopd_jax.errors import UserError, one_of  # noqa: E402
 
 PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
-ROOM = 0.98  # of a chip's memory that the compiler may plan with (v5e: 15.75 of 16 GiB)
 MIB = 2.0**20
 
 
@@ -75,6 +77,10 @@ class Pass:
         """Peak of the whole run while this pass is at work."""
         return self.peak + self.resident
 
+    def fits(self, chip: flops.Chip) -> bool:
+        """Whether a run with it has the memory."""
+        return not self.problem and self.total <= chip.room * chip.memory
+
 
 def model_config(path: str) -> model.ModelConfig:
     """Of a local folder, or of a published name whose shape is known (`hf_config.PUBLISHED`), so that no hub is needed.
@@ -87,20 +93,62 @@ def model_config(path: str) -> model.ModelConfig:
 
 
 def devices(topology: str):
-    """The devices of a slice that is not there.
+    """The devices of a slice, or of nodes of GPUs, that are not there.
 
     Raises:
-      UserError: no TPU compiler, or no such topology.
+      UserError: no compiler for them, or no such topology.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is not installed: pip install -r requirements-tpu.txt")
     from jax.experimental import topologies
 
-    one_of(topology.split(":")[0], [n for n in flops.CHIPS if n[0] in "vt"], "--topology's chip")
+    chip, _, shape = topology.partition(":")
+    one_of(chip, flops.CHIPS, "--topology's chip")
+    if chip in CARDS:
+        how = {"platform": "cuda", "topology_name": _nodes(topology, shape), "target_config": _card(chip)}
+        how["topology"] = how["topology_name"]
+        package, install = "jax_plugins.xla_cuda13", 'pip install "jax[cuda13]==0.10.2"'
+    else:
+        how = {"platform": "tpu", "topology_name": topology}
+        package, install = "libtpu", "pip install -r requirements-tpu.txt"
+    if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:
+        raise UserError(f"no compiler for {chip} is installed: {install}")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(**how).devices
     except Exception as error:  # whatever the plug-in makes of a name
         raise UserError(f"--topology = {topology!r}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _nodes(topology: str, shape: str) -> str:
+    """'8' or '2x8', nodes and GPUs of each, as XLA counts them: partitions x hosts x devices of a host."""
+    if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
+        raise UserError(f"--topology = {topology!r}: GPUs are counted as H100:8, or as H100:2x8 for two nodes of eight")
+    return f"1x{shape}" if "x" in shape else f"1x1x{shape}"
+
+
+# What XLA's compiler asks of a card, from its makers' tables (openxla/xla, xla/backends/gpu/target_config/specs):
+# capability, processors, float32 units each, clock in GHz, L2 and memory in bytes, shared memory of a processor and a block.
+CARDS = {
+    "H100": ((9, 0), 132, 128, 1.98, 52_428_800, 84_942_979_072, 233_472, 232_448),
+    "H200": ((9, 0), 132, 128, 1.98, 52_428_800, 151_397_597_184, 233_472, 232_448),
+    "A100": ((8, 0), 108, 64, 1.41, 41_943_040, 85_100_068_864, 167_936, 166_912),
+}
+
+
+def _card(name: str) -> str:
+    """A card's description in the form that XLA reads (GpuTargetConfigProto, as text)."""
+    (major, minor), cores, units, clock, cache, memory, shared, block = CARDS[name]
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock} l2_cache_size: {cache}
+          device_memory_size: {memory} memory_bandwidth: {flops.CHIPS[name].bandwidth:.0f}
+          shared_memory_per_core: {shared} shared_memory_per_block_optin: {block} shared_memory_per_block: 49152
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536 name: "NVIDIA {name}"
+          driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "NVIDIA {name}"
+    """
 
 
 class Plan:
@@ -108,10 +156,11 @@ class Plan:
 
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh = train.frozen(cfg), mesh
-        self.model_cfg = dataclasses.replace(
-            model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention="splash",
-            mesh=mesh if mesh.size > 1 else None,
-        )  # fmt: skip
+        on = attention.platform(mesh)
+        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=bool(cfg.packing.length), on=on)
+        self.model_cfg = dataclasses.replace(  # with a mesh even of one device: it says for what the passes are
+            model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention=kernel, mesh=mesh
+        )
         self.model_cfg = lora.scaled(self.model_cfg, cfg.lora)
         self.steps = step.make_steps(self.model_cfg, self.cfg, mesh)
         self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
@@ -280,8 +329,8 @@ def head_in_loops(plan: Plan, done: list[Pass]) -> list[tuple[str, hlo.Collectiv
 
 def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass], bool]:
     """Compiles the passes for one topology and prints the report. Returns (plan, passes, whether all fits)."""
-    chip = flops.CHIPS[topology.split(":")[0]]
     mesh = sharding.make_mesh(cfg.mesh, devices=devices(topology))
+    chip = flops.CHIPS[topology.split(":")[0]]
     plan = Plan(cfg, mesh)
     sizes = plan.sizes()
     say(
@@ -298,14 +347,14 @@ def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass]
             say(line)
     for name, c in head_in_loops(plan, done):
         say(f"warning: {name}: {c.kind} of {list(c.dims)}, the head's size, in {c.loops} loop(s)")
-    return plan, done, all(not p.problem and p.total <= ROOM * chip.memory for p in done)
+    return plan, done, all(p.fits(chip) for p in done)
 
 
 def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
     """The report on one pass."""
     if p.problem:
         return [f"{p.name:<7} DOES NOT FIT: {p.problem}  (compiled {p.seconds:.0f} s)"]
-    verdict = "fits" if p.total <= ROOM * chip.memory else "DOES NOT FIT"
+    verdict = "fits" if p.fits(chip) else "DOES NOT FIT"
     out = [
         f"{p.name:<7} {verdict}: arguments {p.arguments / MIB:,.0f}, temporaries {p.temporaries / MIB:,.0f}, peak of the "
         f"pass {p.peak / MIB:,.0f}, held beside it {p.resident / MIB:,.0f}, together {p.total / MIB:,.0f} MiB of "
@@ -379,7 +428,8 @@ def suggest(cfg, topology: str, plan: Plan, names) -> None:
             print(f"suggest: {what}: {error}")
             continue
         if fits:
-            print(f"\nsuggest: it fits with {' '.join('--config.' + w for t in taken for w in t.split(', '))}")
+            last = dict(w.split("=") for t in taken for w in t.split(", "))  # a knob turned twice: where it ended
+            print(f"\nsuggest: it fits with {' '.join(f'--config.{k}={v}' for k, v in last.items())}")
             return
     print("\nsuggest: nothing here makes it fit: take a larger slice, shorter responses or fewer rows")
 
@@ -412,7 +462,7 @@ def main(argv) -> int:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A recipe: configs/math.py, configs/math.py:4b ...")
-    flags.DEFINE_string("topology", "v5e:4x4", "A TPU slice, e.g. v5e:4x4, v5p:4x4x4, tpu7x:2x2x1; several with commas.")
+    flags.DEFINE_string("topology", "v5e:4x4", "Slices or GPUs: v5e:4x4, v5p:4x4x4, tpu7x:2x2x1, H100:8; several with commas.")
     flags.DEFINE_string("passes", ",".join(PASSES), "Which passes to compile.")
     flags.DEFINE_bool("suggest", False, "Where it does not fit, try the knobs in order.")
     cli.run(main)

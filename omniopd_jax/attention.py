@@ -25,20 +25,21 @@ def platform(mesh) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def resolve(name: str, dtype: str | None = None, *, packed: bool = False) -> str:
+def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: str = "") -> str:
     """The kernel for `auto`: splash on TPU, cudnn on GPU, xla elsewhere. Resolved once, at start-up, and printed.
 
     Args:
       name: `auto` or a name of `BACKENDS`.
       dtype: of the computation; cuDNN has no float32 kernel, so `auto` gives xla there.
       packed: whether several responses share a row (`packing.length`).
+      on: tpu, gpu or cpu; empty: the default device's.
 
     Raises:
       UserError: cudnn asked for by name with float32; cudnn, asked for or by `auto`, with packed rows.
     """
     auto = name == "auto"
     if auto:
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform(None), "xla")
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(on or platform(None), "xla")
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(

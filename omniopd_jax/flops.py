@@ -21,6 +21,7 @@ class Chip:
     bandwidth: float
     links: float
     devices: int = 1  # JAX devices a chip; the other figures are of one device
+    room: float = 0.98  # of the memory that a run may plan with (v5e: 15.75 of 16 GiB; GPUs: launch/gpu_node.sh)
 
 
 # From the makers' public pages: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets (SXM, no sparsity).
@@ -31,9 +32,9 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9),
     "tpu7x": Chip(2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9, devices=2),
-    "H100": Chip(989e12, 80e9, 3350e9, 450e9),
-    "H200": Chip(989e12, 141e9, 4800e9, 450e9),
-    "A100": Chip(312e12, 80e9, 2039e9, 300e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, room=0.92),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, room=0.92),
+    "A100": Chip(312e12, 80e9, 2039e9, 300e9, room=0.92),
 }
 KINDS = {  # what `device_kind` may hold -> name
     "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "TPU v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "tpu7x": "tpu7x",

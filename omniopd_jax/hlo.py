@@ -19,7 +19,7 @@ _ARRAY = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program text. Sizes are a device's: `dims` and `bytes` of its largest array.
+    """One collective of the program text. Sizes are a device's: `dims` of its largest array, `bytes` of all that it joins.
 
     `times` is how often it runs: the product of the known trip counts of the loops around it (1 where one is unknown);
     `loops` how many loops are around it; `group` the devices that take part.
@@ -56,11 +56,8 @@ def collectives(text: str) -> list[Collective]:
             op = _OP.match(line)
             if not op:
                 continue
-            sizes = [_size(kind, dims) for kind, dims in _ARRAY.findall(op.group(1))]
-            dims, size = max(sizes, default=((), 0.0), key=lambda s: s[1])
             group = _group(line)
-            if op.group(2) == "reduce-scatter":  # the text shows what comes out
-                size *= group
+            dims, size = _whole(op.group(2), bool(op.group(3)), op.group(1), group)
             one = Collective(op.group(2), dims, size, group, loops, times)
             channel = _CHANNEL.search(line)
             key = (one.kind, channel.group(1)) if channel else len(found)
@@ -111,6 +108,21 @@ def _trips(line: str, condition) -> int:
         return int(known.group(1))
     numbers = {int(n) for li in condition for n in _CONSTANT.findall(li)}
     return numbers.pop() if len(numbers) == 1 else 1
+
+
+def _whole(kind: str, start: bool, shapes: str, group: int) -> tuple[tuple[int, ...], float]:
+    """(dims of the largest array, bytes of all) on the side where they are whole: what an all-gather gives, what a
+    reduce-scatter takes. A compiler may join several arrays in one collective; the start of an asynchronous one shows what
+    goes in, what comes out, and on a TPU two counters, a plain one what comes out.
+    """
+    sizes = [_size(*array) for array in _ARRAY.findall(shapes)]
+    if start and kind != "all-reduce":
+        sizes = [s for s in sizes if s[0]]
+        half = len(sizes) // 2
+        sizes = sizes[:half] if kind == "reduce-scatter" else sizes[half:]
+    total = sum(size for _, size in sizes)
+    dims, _ = max(sizes, default=((), 0.0), key=lambda s: s[1])
+    return dims, total * group if kind == "reduce-scatter" and not start else total
 
 
 def _size(kind: str, dims: str) -> tuple[tuple[int, ...], float]:

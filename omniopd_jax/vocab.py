@@ -58,16 +58,16 @@ def token_stats(
         h, y = xs
         z_XV = _logits(h, head_DV, temperature, softcap, piece, tied)
 
-        def add(sums, column_V, parts):
-            (top, mass, moment, at_y), (z,) = sums, parts
+        def add(sums, _, parts):
+            (top, mass, moment), (z,) = sums, parts
             new, scale = _raise(top, z)
             e = jnp.exp(z - new[:, None])
             moment = (moment + mass * (top - new)) * scale + jnp.sum(e * (z - new[:, None]), axis=-1)
-            return new, mass * scale + e.sum(-1), moment, at_y + _pick(z, y, column_V)
+            return new, mass * scale + e.sum(-1), moment
 
         zero = jnp.zeros(z_XV.shape[0], jnp.float32)
-        top, mass, moment, at_y = _fold(add, (zero + FAR, zero, zero, zero), (z_XV,), piece)
-        return None, ((at_y - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
+        top, mass, moment = _fold(add, (zero + FAR, zero, zero), (z_XV,), piece)
+        return None, ((_pick(z_XV, y, piece) - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
 
     with jax.named_scope("vocab_stats"):
         _, (logp, entropy) = jax.lax.scan(body, None, blocks)
@@ -145,7 +145,7 @@ def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, tem
         h, th, w = xs
         z_XV = _logits(h, matrix, temperature, caps[0], piece, tied)
         other_XV = _logits(th, teacher_head, temperature, caps[1], piece, False)
-        kl, (top, mass, gap), _, _ = _kl(z_XV, other_XV, None, piece)
+        kl, (top, mass, gap), _ = _kl(z_XV, other_XV, piece)
         loss += jnp.sum(w * kl)
         if not with_grad:
             return (loss, dhead_DV), (kl, None)
@@ -195,11 +195,11 @@ def _walk(
         z_XV, ref_XV = _logits(h, matrix, temperature, softcap, piece, tied), None
         if anchored:
             ref_XV = _logits(rh, ref_head, temperature, softcap, piece, tied)
-            kl, (ref_top, ref_mass, _), (top, mass), at_y = _kl(ref_XV, z_XV, y, piece)
+            kl, (ref_top, ref_mass, _), (top, mass) = _kl(ref_XV, z_XV, piece)
         else:
-            top, mass, at_y = _sums(z_XV, y, piece)
+            top, mass = _sums(z_XV, piece)
             kl = jnp.zeros_like(top)
-        logp = (at_y - top) - jnp.log(mass)
+        logp = (_pick(z_XV, y, piece) - top) - jnp.log(mass)
         loss += jnp.sum(-w * logp) + beta * jnp.sum(m * kl)
         if not with_grad:
             return (loss, dhead_DV), (logp, kl, None)
@@ -245,41 +245,38 @@ def _raise(top_X, z_XV):
     return new, jnp.exp(top_X - new)
 
 
-def _sums(z_XV, y_X, piece):
-    """(largest logit, sum of exp(z - largest), z of y), each [X]."""
+def _sums(z_XV, piece):
+    """(largest logit, sum of exp(z - largest)), each [X]."""
 
-    def add(sums, column_V, parts):
-        (top, mass, at_y), (z,) = sums, parts
+    def add(sums, _, parts):
+        (top, mass), (z,) = sums, parts
         new, scale = _raise(top, z)
-        return new, mass * scale + jnp.exp(z - new[:, None]).sum(-1), at_y + _pick(z, y_X, column_V)
+        return new, mass * scale + jnp.exp(z - new[:, None]).sum(-1)
 
     zero = jnp.zeros(z_XV.shape[0], jnp.float32)
-    return _fold(add, (zero + FAR, zero, zero), (z_XV,), piece)
+    return _fold(add, (zero + FAR, zero), (z_XV,), piece)
 
 
-def _kl(p_XV, q_XV, y_X, piece):
+def _kl(p_XV, q_XV, piece):
     """Exact KL(p || q) a row from the logits of both.
 
     Returns:
-      (kl, (largest of p, its mass, mean of p's logit less q's under p), (largest of q, its mass), q's logit of y or 0).
+      (kl, (largest of p, its mass, mean of p's logit less q's under p), (largest of q, its mass)).
     """
 
-    def add(sums, column_V, parts):
-        (p_top, p_mass, gap, q_top, q_mass, at_y), (p, q) = sums, parts
+    def add(sums, _, parts):
+        (p_top, p_mass, gap, q_top, q_mass), (p, q) = sums, parts
         p_new, p_scale = _raise(p_top, p)
         q_new, q_scale = _raise(q_top, q)
         e = jnp.exp(p - p_new[:, None])
         gap = gap * p_scale + jnp.sum(e * (p - q), axis=-1)
-        q_mass = q_mass * q_scale + jnp.exp(q - q_new[:, None]).sum(-1)
-        at_y = at_y if y_X is None else at_y + _pick(q, y_X, column_V)
-        return p_new, p_mass * p_scale + e.sum(-1), gap, q_new, q_mass, at_y
+        return p_new, p_mass * p_scale + e.sum(-1), gap, q_new, q_mass * q_scale + jnp.exp(q - q_new[:, None]).sum(-1)
 
     zero = jnp.zeros(p_XV.shape[0], jnp.float32)
-    start = (zero + FAR, zero, zero, zero + FAR, zero, zero)
-    p_top, p_mass, gap, q_top, q_mass, at_y = _fold(add, start, (p_XV, q_XV), piece)
+    p_top, p_mass, gap, q_top, q_mass = _fold(add, (zero + FAR, zero, zero, zero + FAR, zero), (p_XV, q_XV), piece)
     gap /= p_mass
     kl = (gap - (p_top - q_top)) + (jnp.log(q_mass) - jnp.log(p_mass))
-    return kl, (p_top, p_mass, gap), (q_top, q_mass), at_y
+    return kl, (p_top, p_mass, gap), (q_top, q_mass)
 
 
 def piece_on(mesh) -> int:
@@ -288,26 +285,24 @@ def piece_on(mesh) -> int:
 
 
 def _fold(body, carry, arrays, piece, fill=FAR):
-    """`body(carry, column_V, parts)` over pieces of the [X, V] arrays; column_V are their columns' numbers.
+    """`body(carry, start, parts)` over pieces of the [X, V] arrays; `start` is the number of a part's first column.
 
-    Where the pieces do not divide V the last one begins early; columns it repeats hold `fill` and have number -1.
+    Where the pieces do not divide V the last one begins early; columns it repeats hold `fill`.
     """
     V = arrays[0].shape[1]
     count = -(-V // piece) if piece else 1
     count = next((n for n in range(count, 2 * count) if V % n == 0), count)
     size = -(-V // count)
     if count == 1:
-        return body(carry, jnp.arange(V), arrays)
+        return body(carry, 0, arrays)
 
     def step(i, carry):
         start = jnp.minimum(i * size, V - size)
-        column_V = start + jnp.arange(size)
         parts = [jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in arrays]
         if count * size > V:
-            new_V = column_V >= i * size
-            column_V = jnp.where(new_V, column_V, -1)
+            new_V = start + jnp.arange(size) >= i * size
             parts = [jnp.where(new_V[None], a, jnp.asarray(fill, a.dtype)) for a in parts]
-        return body(carry, column_V, jax.lax.optimization_barrier(parts))
+        return body(carry, start, jax.lax.optimization_barrier(parts))
 
     return jax.lax.fori_loop(0, count, step, carry)
 
@@ -324,11 +319,10 @@ def _head_grads(h_XD, head, dz_XV, dhead, piece, tied):
     axis, spec = (0, "dx,xv->vd") if tied else (1, "dx,xv->dv")
     h_DX = jax.lax.optimization_barrier(h_XD.T) if piece else h_XD.T
 
-    def add(dhead, column_V, parts):
+    def add(dhead, start, parts):
         part = jnp.einsum(spec, h_DX, parts[0], preferred_element_type=jnp.float32)
         if part.shape == dhead.shape:
             return dhead + part
-        start = column_V[-1] - (part.shape[axis] - 1)
         old = jax.lax.dynamic_slice_in_dim(dhead, start, part.shape[axis], axis)
         return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, start, axis)
 
@@ -346,9 +340,11 @@ def _scaled(grads, g):
     return (a if a is None else (g * a).astype(a.dtype) for a in grads)
 
 
-def _pick(z_XV, y_X, column_V):
-    """z of y by a masked sum: it stays local where the vocabulary is sharded, a gather need not."""
-    return jnp.sum(jnp.where(column_V[None] == y_X[:, None], z_XV, 0.0), axis=-1)
+def _pick(z_XV, y_X, piece):
+    """z of y. A masked sum stays local where the vocabulary is sharded, a gather need not; in pieces it is not."""
+    if piece:
+        return jnp.take_along_axis(z_XV, y_X[:, None], axis=1)[:, 0]
+    return jnp.sum(jnp.where(jnp.arange(z_XV.shape[1])[None] == y_X[:, None], z_XV, 0.0), axis=-1)
 
 
 def _blocks(block: int, arrays):

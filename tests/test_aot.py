@@ -1,6 +1,6 @@
 """Will it fit? Sizes and knobs on fake devices; with `make test-aot` the TPU compiler's own figures for a v5e:2x2 slice.
 
-The marked tests fail, and never skip, where that compiler is missing.
+The marked tests fail, and never skip, where that compiler is missing; the one marked gpu needs `jax[cuda13]`, and no GPU.
 """
 
 import json
@@ -133,10 +133,35 @@ def test_known_models_need_no_hub():
         aot.model_config("nobody/nothing")
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(("topology", "install"), [("v5e:2x2", "requirements-tpu.txt"), ("H100:8", r"jax\[cuda13\]")])
+def test_without_the_compiler_it_says_what_to_install(monkeypatch, topology, install):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="requirements-tpu.txt"):
-        aot.devices("v5e:2x2")
+    with pytest.raises(UserError, match=install):
+        aot.devices(topology)
+
+
+@pytest.mark.parametrize("topology", ["H100", "H100:", "H100:0", "H200:2x", "A100:2x2x2"])
+def test_gpus_are_counted_by_node(topology):
+    with pytest.raises(UserError, match="H100:2x8 for two nodes of eight"):
+        aot.devices(topology)
+
+
+def test_an_unknown_chip_is_one_line(student):
+    with pytest.raises(UserError, match="B300.*A100, H100, H200"):
+        aot.check(recipe(student), "B300:8")
+
+
+@pytest.mark.gpu
+def test_gpus_that_are_not_there(student):
+    """Eight H100: everything fits, cuDNN attends, the layers' gathers are in loops and the head's are not."""
+    said = []
+    plan, done, fits = aot.check(recipe(student, micro_batches=4), "H100:8", say=said.append)
+    passes = {p.name: p for p in done}
+    assert fits and plan.mesh.size == 8 and plan.model_cfg.attention == "cudnn"
+    assert passes["decode"].temporaries <= 0.1 * plan.sizes()["cache"]
+    assert passes["update"].aliased >= passes["update"].donated > 0
+    assert any(c.loops for c in passes["update"].collectives) and not any("warning" in line for line in said)
+    assert len({d.process_index for d in aot.devices("H200:2x8")}) == 2
 
 
 # --- the TPU compiler itself ------------------------------------------------------------------------------------------

@@ -69,6 +69,22 @@ def test_a_programs_text_is_read_with_its_loops():
     assert (spread.loops, spread.times, spread.group) == (0, 1, 2) and spread.bytes == 16 * 4 * 2
 
 
+@pytest.mark.parametrize(
+    ("line", "dims", "size", "moved"),
+    [
+        ("((f32[8,4]{0,1}), f32[2,4]{0,1}) reduce-scatter-start(%x)", (8, 4), 128, 96),
+        ("((f32[8,4], bf16[4,4]), (f32[2,4], bf16[1,4])) reduce-scatter-start(%x, %y)", (8, 4), 160, 120),
+        ("((f32[2,4], bf16[1,4]), (f32[8,4], bf16[4,4])) all-gather-start(%x, %y)", (8, 4), 160, 120),
+        ("(f32[2,4], bf16[4]) reduce-scatter(%x, %y)", (2, 4), 160, 120),
+        ("(f32[8,4], f32[]) all-reduce-start(%x, %y)", (8, 4), 132, 198),
+        ("(f32[8,4], f32[8,4], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)", (8, 4), 128, 128),
+    ],
+)
+def test_joined_and_asynchronous_collectives_count_what_they_move(line, dims, size, moved):
+    (one,) = hlo.collectives(f"ENTRY %main (x: f32[8,4]) -> f32[8,4] {{\n  %c = {line}, replica_groups=[1,4]<=[4]\n}}\n")
+    assert (one.dims, one.bytes, one.group, one.moved) == (dims, size, 4, moved)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_compiled_programs_collectives_are_found(inside):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tp": 1}, jax.devices()[:4])
