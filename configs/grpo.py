@@ -29,5 +29,5 @@ def get_config(arg=None):
     c.anchor.kl_coef = 0.0
     c.num_generations = 16  # the group
     c.rollout_groups = 8  # 128 rows' keys and values at a time, as there
-    c.micro_batches = 32
+    c.micro_batches = 16  # divides 128 rows over 8 GPUs
     return config.apply(c, VARIANTS, arg)
