@@ -314,6 +314,8 @@ def main():
     parser.add_argument("--trace", default="", help="a folder for the profiler's traces")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if unknown := [name for name in args.only.split(",") if name not in PARTS]:
+        parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(PARTS)}")
     if not args.table:
         import jax
 
