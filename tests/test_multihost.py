@@ -209,6 +209,7 @@ def killed_and_resumed(rank, count, models, folder, undisturbed):
     same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_resumes_bit_identical(models, undisturbed, tmp_path):
     killed_and_resumed(1, 2, models, tmp_path, undisturbed)
 

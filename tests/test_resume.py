@@ -141,6 +141,7 @@ def test_a_complete_run_started_again_only_evaluates(folder, whole, one_device):
     assert tiny.same(checkpoint.restore_params(whole)[0], params)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(folder, whole, one_device):
     """The data position is the step: nine steps are the first of eleven."""
     c = in_process(folder, "more", num_steps=2)

@@ -163,7 +163,8 @@ def lost_calls(folder):
             yield connection.execute("select count(*) from calls where status = 'asked'").fetchone()[0]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_kill_9_and_resume_pays_for_nothing_twice(kills, runner, tmp_path):
     steps = kills + 1
     rng = random.Random(kills)
