@@ -144,7 +144,7 @@ def test_half_a_character_is_marked_and_kept(tmp_path):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_prefix_longer_than_the_teachers_context_costs_its_audit_and_no_more(provider, tmp_path):
     with WireServer(extensions=EXTENSIONS[provider], max_context=300) as server:
-        c = cfg_for(server.url(provider), provider, tmp_path)
+        c = cfg_for(server.url(provider), provider, tmp_path, **{"teacher.timeout_s": 15.0})  # a late answer is no second call
         far = [request(f"s{i}", 9, f"{i} " * 300) for i in range(20)]
 
         async def run():
