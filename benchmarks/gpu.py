@@ -63,7 +63,7 @@ def best(f, *args) -> float:
 
 
 def attention(case: dict) -> dict:
-    """`attend` alone, forward and with gradient: milliseconds, temporary MiB, and its distance from float32 xla."""
+    """`attend` alone, forward and with gradient: seconds, temporary bytes, and its distance from float32 xla."""
     import jax
     import jax.numpy as jnp
 

@@ -126,6 +126,7 @@ def _nodes(topology: str, shape: str) -> str:
 
 # What XLA's compiler asks of a card, from its makers' tables (openxla/xla, xla/backends/gpu/target_config/specs):
 # capability, processors, float32 units each, clock in GHz, L2 and memory in bytes, shared memory of a processor and a block.
+# The verdict goes by flops.CHIPS, whose memory is the makers' round figure, a little less.
 CARDS = {
     "H100": ((9, 0), 132, 128, 1.98, 52_428_800, 84_942_979_072, 233_472, 232_448),
     "H200": ((9, 0), 132, 128, 1.98, 52_428_800, 151_397_597_184, 233_472, 232_448),

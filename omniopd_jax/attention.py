@@ -35,11 +35,15 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
       on: tpu, gpu or cpu; empty: the default device's.
 
     Raises:
-      UserError: cudnn asked for by name with float32; cudnn, asked for or by `auto`, with packed rows.
+      UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or by
+        `auto`, with packed rows.
     """
     auto = name == "auto"
+    kernels = {"tpu": "splash", "gpu": "cudnn"}
     if auto:
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(on or platform(None), "xla")
+        name = kernels.get(on or platform(None), "xla")
+    if on and name in kernels.values() and kernels.get(on) != name:
+        raise UserError(f"model.attention = {name} has no kernel for a {on}: set model.attention=auto")
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(
@@ -71,13 +75,11 @@ def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
     if backend in ("splash", "splash_interpret"):
         run = functools.partial(_splash, interpret=backend == "splash_interpret")
         return _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh)
-    if backend == "cudnn":
-        out_BLNH = _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B)
-    elif backend == "xla":
-        out_BLNH = _causal(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL)
-    else:
+    if backend == "cudnn":  # not named: its output is kept with the kernel's other results (`saved_by_kernel`), once
+        return _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B)
+    if backend != "xla":
         raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}; resolve() comes first")
-    return checkpoint_name(out_BLNH, "context")
+    return checkpoint_name(_causal(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL), "context")
 
 
 def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):

@@ -112,8 +112,10 @@ def _trips(line: str, condition) -> int:
 
 def _whole(kind: str, start: bool, shapes: str, group: int) -> tuple[tuple[int, ...], float]:
     """(dims of the largest array, bytes of all) on the side where they are whole: what an all-gather gives, what a
-    reduce-scatter takes. A compiler may join several arrays in one collective; the start of an asynchronous one shows what
-    goes in, what comes out, and on a TPU two counters, a plain one what comes out.
+    reduce-scatter takes (dims of a plain one: what it gives, which is all that its text shows).
+
+    A compiler may join several arrays in one collective; the start of an asynchronous one shows what goes in, what comes
+    out, and on a TPU two counters, a plain one what comes out.
     """
     sizes = [_size(*array) for array in _ARRAY.findall(shapes)]
     if start and kind != "all-reduce":

@@ -376,7 +376,8 @@ def unstack(params: dict, cfg: ModelConfig, dtype=None) -> dict:
 def cast_layers(params: dict, cfg: ModelConfig) -> dict:
     """`params` with the stacked layers in `cfg.dtype`: once in front of a pass, not once a layer, turn and micro-batch.
 
-    A layer's leaf is used once a pass and in `cfg.dtype`, so its gradient is the same number, of that dtype.
+    A layer's leaf is used once a pass and in `cfg.dtype`: its gradient comes in that dtype, as its product does, and the sum
+    over micro-batches belongs in the masters'.
     """
     return params | {"layers": jax.tree.map(lambda a: a.astype(cfg.dtype), params["layers"])}
 

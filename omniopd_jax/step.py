@@ -103,7 +103,7 @@ def loss_and_grads(
     ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
     if not cfg.lora.rank:
         params = spread.spread(params, mesh)
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, model_cfg)
     if cfg.objective.name == "opd_exact":
         teacher = spread.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)

@@ -81,7 +81,7 @@ def test_sizes_of_a_smaller_reference_and_of_adapters(student, plan):
 
 
 def test_decode_is_lowered_with_what_the_sampler_takes(plan):
-    """The other passes hold splash's kernel, which only TPU lowers: see below."""
+    """With the whole cache, donated; the kernels of the other passes are compiled below."""
     lowered, donated, resident = plan.lower("decode")
     text = lowered.as_text()
     assert f"tensor<{ROWS}x8x{LENGTH}x128xbf16>" in text and "stablehlo.while" in text

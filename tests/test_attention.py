@@ -135,6 +135,27 @@ def test_cudnn_is_asked_for_with_lengths_and_never_replaced(monkeypatch):
     np.testing.assert_array_equal(asked["key_value_seq_lengths"], [8, 5])
 
 
+def test_a_kernel_is_chosen_for_the_devices_and_refused_on_others():
+    chosen = {on: attention.resolve("auto", "bfloat16", on=on) for on in ("tpu", "gpu", "cpu")}
+    assert chosen == {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+    for name, on in (("splash", "gpu"), ("cudnn", "tpu")):
+        with pytest.raises(UserError, match=f"{name} has no kernel for a {on}.*auto"):
+            attention.resolve(name, "bfloat16", on=on)
+    assert attention.resolve("xla", "bfloat16", on="gpu") == "xla"
+
+
+def test_odd_rows_are_padded_for_cudnn(monkeypatch):
+    def fake(q, k, v, *, implementation, **kwargs):
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        return plain(q, k, v, **kwargs)
+
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    q, k, v, _ = qkvg(L=7)
+    ours = attention.attend(q, k, v, backend="cudnn")
+    np.testing.assert_allclose(ours, attention.attend(q, k, v, backend="xla"), atol=1e-5)
+
+
 def test_auto_is_xla_here_and_an_unresolved_name_is_an_error():
     assert attention.resolve("auto") == "xla"
     q, k, v, _ = qkvg(L=4)

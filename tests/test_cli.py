@@ -5,6 +5,8 @@ import itertools
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -321,3 +323,11 @@ def test_n_min_is_half_of_n_rounded_up():
         c = config.default()
         c.audit.num_continuations, c.audit.min_continuations = n, n_min
         assert config.min_continuations(c) == expected
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", None)])
+def test_float32_products_are_asked_for_and_bfloat16_ones_left_alone(dtype, precision):
+    code = "import sys, jax; from omniopd_jax import cli; from absl import flags; flags.FLAGS(['x'])\n"
+    code += f"cli.setup_jax({dtype!r}); print(jax.config.jax_default_matmul_precision)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPO)
+    assert out.stdout.split() == [str(precision)]

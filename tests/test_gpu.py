@@ -65,7 +65,7 @@ def test_the_backward_pass_does_not_run_the_forward_kernel_again(remat, kernels)
 
 
 @pytest.fixture(scope="module")
-def both(params, ref_params):
+def both():
     """A tree's copies on GPU and CPU."""
     return lambda tree: [jax.device_put(tree, jax.devices(name)[0]) for name in ("gpu", "cpu")]
 

@@ -602,3 +602,22 @@ GOLDEN = {
     "loss": 0.00978745,
     "param_change": 0.0780723,
 }
+
+
+def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(params, ref_params, model_cfg, make_cfg, batch):
+    """Each micro-batch's gradient of a layer is bfloat16 numbers; their sum must not be rounded again."""
+    cfg_m, (weight_BT, mask_BT) = dataclasses.replace(model_cfg, dtype="bfloat16"), weights(batch, make_cfg())
+
+    def grads(n):
+        return jax.jit(functools.partial(step.loss_and_grads, model_cfg=cfg_m, cfg=make_cfg(micro_batches=n)))
+
+    pieces = [jax.tree.map(lambda a, i=i: a[i::4], (batch, weight_BT, mask_BT)) for i in range(4)]
+    alone, whole = grads(1), grads(4)(params, ref_params, batch, weight_BT, mask_BT)[1]["layers"]
+    parts = [alone(params, ref_params, *piece)[1]["layers"] for piece in pieces]
+    for name, total in whole.items():
+        one = [np.asarray(p[name]) for p in parts]
+        assert total.dtype == jnp.float32
+        assert all((a == np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)).all() for a in one)
+        np.testing.assert_allclose(total, sum(one), rtol=2e-6, atol=2e-6 * max(np.abs(a).max() for a in one), err_msg=name)
+    rounded = [np.asarray(a) == np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in whole.values()]
+    assert np.mean([r.mean() for r in rounded]) < 0.9, "a sum in bfloat16 would be bfloat16 numbers"

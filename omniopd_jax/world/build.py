@@ -137,6 +137,7 @@ def main(_):
     name, only, seed = (given[key] for key in ("world", "role", "seed"))
     one_of(name, world.WORLDS, "--world")
     one_of(only, (*ROLES, "both"), "--role")
+    cli.setup_jax()
     texts = [t for role in ROLES for pair in world.corpus("forks", role, 4000, seed) for t in pair]  # of every world
     tokenizer = world.train_tokenizer(texts, VOCAB)
     for role in ROLES if only == "both" else (only,):
