@@ -12,14 +12,17 @@ of 8,192-square matrices and a copy of 4 GiB, read and written. One line of docs
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sides
+from configs import math
+from omniopd_jax import attention, flops, hf_config, model, objective, rollout, sharding, step, train, vocab
 
 MODEL = "Qwen/Qwen3-1.7B"
 PROMPT, RESPONSE = 512, 3_584
@@ -36,16 +39,11 @@ ROUNDS = 5
 
 def model_config(**how):
     """The published shape, in bfloat16."""
-    from omniopd_jax import hf_config
-
     return dataclasses.replace(hf_config.published(MODEL), dtype="bfloat16", **how)
 
 
 def peaks(_: dict) -> dict:
     """What this card does at best: bfloat16 operations a second, bytes a second."""
-    import jax
-    import jax.numpy as jnp
-
     n = 8_192
     a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in jax.random.split(jax.random.key(0)))
     rate = 2 * n**3 * 10 / best(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (x @ b * (1 / 64)).astype(x.dtype), a), a, b)
@@ -55,20 +53,18 @@ def peaks(_: dict) -> dict:
 
 def best(f, *args) -> float:
     """Seconds of the best of a few runs of a jitted function."""
-    import jax
-
     run = jax.jit(f).lower(*args).compile()
-    jax.block_until_ready(run(*args))
-    return min(sides.timed(lambda: jax.block_until_ready(run(*args)))[0] for _ in range(ROUNDS))
+    return min(seconds(lambda: jax.block_until_ready(run(*args))))
 
 
-def attention(case: dict) -> dict:
+def seconds(run, rounds: int = ROUNDS) -> list[float]:
+    """Of each round, after one that is not counted."""
+    run()
+    return [sides.timed(run)[0] for _ in range(rounds)]
+
+
+def attend(case: dict) -> dict:
     """`attend` alone, forward and with gradient: seconds, temporary bytes, and its distance from float32 xla."""
-    import jax
-    import jax.numpy as jnp
-
-    from omniopd_jax import attention
-
     B, L, N, K, H = case["rows"], PROMPT + RESPONSE, 16, 8, 128
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (jax.random.normal(key, (B, L, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N)))
@@ -100,24 +96,17 @@ def attention(case: dict) -> dict:
 
 def recipe(case: dict):
     """The config of an update or scoring case: the published method, its rows and its knobs."""
-    from omniopd_jax import config, train
-
-    c = config.default()
+    c = math.get_config()
     c.update_from_flattened_dict({
         "prompts_per_step": case["rows"], "num_generations": 1, "micro_batches": case["micro_batches"],
         "max_prompt_length": PROMPT, "max_completion_length": RESPONSE, "vocab_block": case["vocab_block"],
-        "model.remat": case["remat"], "compute_dtype": "bfloat16", "anchor.ref_dtype": "bfloat16", "audit.num_chunks": 10,
-        "audit.chunk_tokens": 50, "audit.num_continuations": 10, "optimizer.learning_rate": 1e-6,
+        "model.remat": case["remat"], "anchor.ref_dtype": "bfloat16",
     })  # fmt: skip
     return train.frozen(c)
 
 
 def batch_of(cfg):
     """A whole batch: every row of full length, all its audits answered."""
-    import jax
-
-    from omniopd_jax import objective, vocab
-
     B, M, rng = cfg.prompts_per_step, cfg.audit.num_chunks, np.random.default_rng(0)
     peaks = np.arange(M, dtype=np.int32)[None].repeat(B, 0) * (RESPONSE // M)
     batch = objective.Batch(
@@ -130,10 +119,6 @@ def batch_of(cfg):
 
 def update(case: dict) -> dict:
     """The jitted update and the scoring pass of a step, as a run has them."""
-    import jax
-
-    from omniopd_jax import flops, model, sharding, step
-
     cfg, model_cfg = recipe(case), model_config(attention=case["attention"], remat=case["remat"])
     steps = step.make_steps(model_cfg, cfg, sharding.make_mesh(cfg.mesh))
     start = jax.jit(lambda k: model.init(k, model_cfg), out_shardings=steps.state_shardings.params)
@@ -145,23 +130,21 @@ def update(case: dict) -> dict:
     batch, stats = batch_of(cfg)
     began = time.perf_counter()
     train_step = steps.train_step.lower(state, ref, batch, stats, None).compile()
-    compile_s, times = time.perf_counter() - began, []
-    for _ in range(1 + ROUNDS):
-        began = time.perf_counter()
+    compile_s = time.perf_counter() - began
+    metrics = {}
+
+    def one():
+        nonlocal state, metrics
         state, metrics, _ = jax.block_until_ready(train_step(state, ref, batch, stats, None))
-        times.append(time.perf_counter() - began)
-    with tracing(case):
-        state, _, _ = jax.block_until_ready(train_step(state, ref, batch, stats, None))
+
+    update_s = seconds(one)
+    traced(case, one)
     score_step = steps.score_step.lower(state.params, batch.token_BL, batch.prompt_length_B, RESPONSE).compile()
-    score_times = []
-    for _ in range(1 + ROUNDS):
-        began = time.perf_counter()
-        jax.block_until_ready(score_step(state.params, batch.token_BL, batch.prompt_length_B))
-        score_times.append(time.perf_counter() - began)
+    score_s = seconds(lambda: jax.block_until_ready(score_step(state.params, batch.token_BL, batch.prompt_length_B)))
     lengths, heads = [PROMPT + RESPONSE] * case["rows"], [RESPONSE] * case["rows"]
     analysis = train_step.memory_analysis()
     return {
-        "update_s": times[1:], "score_s": score_times[1:], "compile_s": compile_s, "loss": float(metrics["loss"]),
+        "update_s": update_s, "score_s": score_s, "compile_s": compile_s, "loss": float(metrics["loss"]),
         "update_flops": flops.update(model_cfg, lengths, heads, anchored=True),
         "score_flops": flops.forward(model_cfg, lengths, heads), "arguments": analysis.argument_size_in_bytes,
         "temp": analysis.temp_size_in_bytes,
@@ -170,10 +153,6 @@ def update(case: dict) -> dict:
 
 def decode(case: dict) -> dict:
     """`rollout.sample` of all rows to the full length, no end token; the shared prefill also by itself."""
-    import jax
-
-    from omniopd_jax import flops, model, rollout
-
     model_cfg = model_config(attention="cudnn")
     prompts = case["rows"] // SAMPLES
     params = rollout.prepare(jax.jit(lambda k: model.init(k, model_cfg))(jax.random.key(0)), model_cfg)
@@ -192,28 +171,25 @@ def decode(case: dict) -> dict:
     began = time.perf_counter()
     sample()
     first = time.perf_counter() - began
-    if case.get("trace"):
-        sample(32)
-        with tracing(case):
-            sample(32)
+    traced(case, lambda: sample(32))
     n, new = case["rows"], case["new"]
     moved = flops.decode_bytes(model_cfg, [PROMPT] * n, [new] * n, rows_together=n, itemsize=2)
     return {
-        "sample_s": [sides.timed(sample)[0] for _ in range(3)], "prefill_s": [sides.timed(prefill)[0] for _ in range(3)],
-        "first_s": first, "moved": moved,
+        "sample_s": seconds(sample, 3), "prefill_s": seconds(prefill, 3), "first_s": first, "moved": moved,
     }  # fmt: skip
 
 
-def tracing(case: dict):
-    """A profiler's trace into a folder, where the case asks for one."""
-    import jax
-
-    return jax.profiler.trace(case["trace"]) if case.get("trace") else contextlib.nullcontext()
+def traced(case: dict, run) -> None:
+    """A profiler's trace of a run, compiled before, into a folder, where the case names one."""
+    if folder := case.get("trace"):
+        run()
+        with jax.profiler.trace(folder):
+            run()
 
 
 PARTS = {
     "peaks": (peaks, ({},)),
-    "attention": (attention, ({"rows": 4},)),
+    "attention": (attend, ({"rows": 4},)),
     "update": (update, UPDATES),
     "decode": (decode, DECODES),
 }
@@ -246,7 +222,7 @@ ATTENDED = [
 
 def peaks_row(line: dict) -> tuple:
     """A card's measured ceilings."""
-    chip = chip_of(line["card"])
+    chip = flops.chip_of(line["card"])
     rate = f"{line['rate'] / 1e12:,.0f} of {chip.flops / 1e12:,.0f}"
     return line["card"], rate, f"{line['bandwidth'] / 1e12:.2f} of {chip.bandwidth / 1e12:.2f}", line["jax"]
 
@@ -262,16 +238,16 @@ def update_row(line: dict, cards: dict) -> tuple:
     s, tokens = sides.median(line["update_s"]), line["rows"] * (PROMPT + RESPONSE)
     rate = line["update_flops"] / s
     return (
-        *how(line), f"{s:.3f}", f"{tokens / s:,.0f}", f"{rate / chip_of(line['card']).flops:.1%}",
+        *how(line), f"{s:.3f}", f"{tokens / s:,.0f}", f"{rate / flops.chip_of(line['card']).flops:.1%}",
         f"{rate / cards[line['card']]['rate']:.1%}", f"{(line['arguments'] + line['temp']) / 2**30:.1f}",
     )  # fmt: skip
 
 
 def score_row(line: dict) -> tuple:
     """The scoring pass of the same case."""
-    s, tokens, (card, attention, _, *rest) = sides.median(line["score_s"]), line["rows"] * (PROMPT + RESPONSE), how(line)
-    mfu = line["score_flops"] / s / chip_of(card).flops
-    return card, attention, *rest, f"{s:.3f}", f"{tokens / s:,.0f}", f"{mfu:.1%}"
+    s, tokens, (card, kernel, _, *rest) = sides.median(line["score_s"]), line["rows"] * (PROMPT + RESPONSE), how(line)
+    mfu = line["score_flops"] / s / flops.chip_of(card).flops
+    return card, kernel, *rest, f"{s:.3f}", f"{tokens / s:,.0f}", f"{mfu:.1%}"
 
 
 def decode_row(line: dict, cards: dict) -> tuple:
@@ -281,7 +257,7 @@ def decode_row(line: dict, cards: dict) -> tuple:
     rate = line["moved"] / s
     return (
         card, line["rows"], f"{PROMPT} + {new}", f"{whole:.2f}", f"{before:.2f}", f"{line['rows'] * new / s:,.0f}",
-        f"{1e3 * s / new:.2f}", f"{rate / chip_of(card).bandwidth:.1%}", f"{rate / cards[card]['bandwidth']:.1%}",
+        f"{1e3 * s / new:.2f}", f"{rate / flops.chip_of(card).bandwidth:.1%}", f"{rate / cards[card]['bandwidth']:.1%}",
     )  # fmt: skip
 
 
@@ -299,13 +275,6 @@ def attention_rows(line: dict) -> list[tuple]:
     return rows
 
 
-def chip_of(card: str):
-    """The maker's figures of a card by its name."""
-    from omniopd_jax import flops
-
-    return next(flops.CHIPS[name] for part, name in flops.KINDS.items() if part in card)
-
-
 def main():
     """Runs and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -317,8 +286,6 @@ def main():
     if unknown := [name for name in args.only.split(",") if name not in PARTS]:
         parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(PARTS)}")
     if not args.table:
-        import jax
-
         card = jax.devices()[0].device_kind
         for name in args.only.split(","):
             run, cases = PARTS[name]

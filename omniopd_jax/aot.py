@@ -103,13 +103,13 @@ def devices(topology: str):
     chip, _, shape = topology.partition(":")
     one_of(chip, flops.CHIPS, "--topology's chip")
     if chip in CARDS:
-        how = {"platform": "cuda", "topology_name": _nodes(topology, shape), "target_config": _card(chip)}
-        how["topology"] = how["topology_name"]
-        package, install = "jax_plugins.xla_cuda13", 'pip install "jax[cuda13]==0.10.2"'
+        nodes = _nodes(topology, shape)
+        how = {"platform": "cuda", "topology_name": nodes, "topology": nodes, "target_config": _card(chip)}
+        package, install = "jax_cuda13_plugin", 'pip install "jax[cuda13]==0.10.2"'
     else:
         how = {"platform": "tpu", "topology_name": topology}
         package, install = "libtpu", "pip install -r requirements-tpu.txt"
-    if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise UserError(f"no compiler for {chip} is installed: {install}")
     try:
         return topologies.get_topology_desc(**how).devices
@@ -157,8 +157,8 @@ class Plan:
 
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh = train.frozen(cfg), mesh
-        on = attention.platform(mesh)
-        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=bool(cfg.packing.length), on=on)
+        how = {"packed": cfg.packing.length > 0, "on": attention.platform(mesh)}
+        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.model_cfg = dataclasses.replace(  # with a mesh even of one device: it says for what the passes are
             model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention=kernel, mesh=mesh
         )

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from omniopd_jax.errors import UserError
 
 BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's kernel on any device, slowly, for tests
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes; elsewhere xla
 LANES = 128  # rows of the splash kernel are padded to a multiple
 CUDNN_PACKED = (
     "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
@@ -32,18 +33,15 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
       name: `auto` or a name of `BACKENDS`.
       dtype: of the computation; cuDNN has no float32 kernel, so `auto` gives xla there.
       packed: whether several responses share a row (`packing.length`).
-      on: tpu, gpu or cpu; empty: the default device's.
+      on: tpu, gpu or cpu, whose kernel it must be; empty: `auto` goes by the default device, and a name is not checked.
 
     Raises:
       UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or by
         `auto`, with packed rows.
     """
     auto = name == "auto"
-    kernels = {"tpu": "splash", "gpu": "cudnn"}
     if auto:
-        name = kernels.get(on or platform(None), "xla")
-    if on and name in kernels.values() and kernels.get(on) != name:
-        raise UserError(f"model.attention = {name} has no kernel for a {on}: set model.attention=auto")
+        name = KERNELS.get(on or platform(None), "xla")
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(
@@ -52,6 +50,8 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
         return "xla"
     if name == "cudnn" and packed:
         raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or packing.length=0")
+    if on and name in KERNELS.values() and KERNELS.get(on) != name:
+        raise UserError(f"model.attention = {name} has no kernel for a {on}: set model.attention=auto")
     return name
 
 

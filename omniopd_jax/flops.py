@@ -44,7 +44,11 @@ KINDS = {  # what `device_kind` may hold -> name
 
 def chip(device=None) -> Chip | None:
     """The table's row of a device; None where it has none (a CPU)."""
-    kind = (device or jax.devices()[0]).device_kind
+    return chip_of((device or jax.devices()[0]).device_kind)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The row of a `device_kind`, by its name alone; None where there is none."""
     return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
 
 

@@ -383,11 +383,11 @@ def cast_layers(params: dict, cfg: ModelConfig) -> dict:
 
 
 def _remat(body, name: str):
-    both, names = jax.checkpoint_policies.save_from_both_policies, jax.checkpoint_policies.save_only_these_names
+    keep = jax.checkpoint_policies
     policies = {
-        "dots": both(jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, attention.saved_by_kernel),
-        "context": both(names("context"), attention.saved_by_kernel),
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": keep.save_from_both_policies(keep.checkpoint_dots_with_no_batch_dims, attention.saved_by_kernel),
+        "context": keep.save_from_both_policies(keep.save_only_these_names("context"), attention.saved_by_kernel),
+        "full": keep.nothing_saveable,
     }
     return body if name == "none" else jax.checkpoint(body, policy=policies[name], prevent_cse=False)
 

@@ -139,8 +139,8 @@ def prepare(cfg: ConfigDict) -> Run:
         except UserError as error:
             problems.append(str(error))
 
-    packed = cfg.packing.length > 0
-    attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=packed))
+    how = {"packed": cfg.packing.length > 0, "on": attention.platform(None)}
+    attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, **how))
     attempt("model_cfg", lambda: hf.read_config(cfg.student.path))
     attempt("trained", lambda: step.trained(found["model_cfg"], cfg)) if "model_cfg" in found else None
     attempt("tokenizer", lambda: hf.load_tokenizer(cfg.student.path)) if "model_cfg" in found else None

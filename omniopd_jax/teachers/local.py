@@ -169,7 +169,7 @@ def make(cfg) -> LocalTeacher:
     tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
     student = hf.load_tokenizer(cfg.student.path)
     params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
-    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype)
+    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(None))
     model_cfg = dataclasses.replace(model_cfg, dtype=cfg.compute_dtype, attention=backend)
     return LocalTeacher(
         params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),
