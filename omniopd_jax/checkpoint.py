@@ -4,6 +4,7 @@ Beside the state lies a fingerprint of its bits, the same on any mesh: what come
 does not is moved aside, and the one before it is taken.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -52,20 +53,39 @@ def restore_journal(cfg) -> list[int]:
 class Checkpoints:
     """The checkpoints of a run, under `run_dir`/checkpoints. The data position is the step, so it needs no file.
 
+    Opening them removes what unfinished saves left: only the run itself may, once, at its start. Everyone else, who may
+    come while a save is under way, opens them by `reader`.
+
     Args:
       keep: the newest so many.
       keep_every: and for good every step that it divides; 0: none.
     """
 
     def __init__(self, run_dir, *, keep: int, keep_every: int = 0):
-        self._folder = pathlib.Path(run_dir).absolute() / "checkpoints"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._journals = self._folder.parent / JOURNALS
-        self.disks = [0] * jax.process_count()  # what `restore_journal` found
-        options = ocp.CheckpointManagerOptions(
+        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open(folder, ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        ))  # fmt: skip
+
+    @classmethod
+    def reader(cls, run_dir) -> "Checkpoints":
+        """A run's checkpoints for reading alone: nothing is created, removed or written in its folder.
+
+        Raises:
+          UserError: the folder holds no checkpoints.
+        """
+        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        if not folder.is_dir():
+            raise UserError(f"{folder.parent} holds no checkpoints")
+        checkpoints = cls.__new__(cls)
+        checkpoints._open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False))
+        return checkpoints
+
+    def _open(self, folder: pathlib.Path, options) -> None:
+        self._folder, self._journals = folder, folder.parent / JOURNALS
+        self.disks = [0] * jax.process_count()  # what `restore_journal` found
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest(self) -> int | None:
         """The newest complete step, or None. A save that was cut off does not count."""
@@ -177,17 +197,21 @@ def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
     config_file = run_dir / "config.json"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.json")
-    checkpoints = Checkpoints(run_dir, keep=10**6)
+    with contextlib.closing(Checkpoints.reader(run_dir)) as checkpoints:
+        return _params_of(checkpoints, step), json.loads(config_file.read_text())
+
+
+def _params_of(checkpoints: Checkpoints, step: int | None) -> dict:
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints._manager.all_steps():
-        raise UserError(f"{run_dir}/checkpoints has no step {step}; it has {sorted(checkpoints._manager.all_steps())}")
+        raise UserError(f"{checkpoints._folder} has no step {step}; it has {sorted(checkpoints._manager.all_steps())}")
     saved = ocp.StandardCheckpointer().metadata(checkpoints._folder / str(step) / "state").item_metadata.tree
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved, is_leaf=lambda a: hasattr(a, "shape")
     )
     got = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-    return got["state"]["params"], json.loads(config_file.read_text())
+    return got["state"]["params"]
 
 
 def fingerprint(state: TrainState) -> int:

@@ -10,6 +10,7 @@ Programs run in a sandbox (graders/code.py). Where the machine gives none, the c
 unless `--unsafe` says that they may run as you.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -177,9 +178,8 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         run, step = export.locate(checkpoint)
         if _is_run(run):
             if step is None:
-                manager = Checkpoints(run, keep=10**6)
-                step = manager.latest()
-                manager.close()
+                with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
+                    step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
             trained = export.read(run, step)
@@ -191,10 +191,10 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
         params, model_cfg = trained.whole(mesh), trained.model_cfg
+    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(mesh))
     model_cfg = dataclasses.replace(
-        model_cfg, dtype=cfg.compute_dtype, attention=attention.resolve(cfg.model.attention, cfg.compute_dtype),
-        mesh=mesh if mesh.size > 1 else None,
-    )  # fmt: skip
+        model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
+    )
     tokenizer = hf.load_tokenizer(folder, setting=setting)
     params = rollout.prepare(params, model_cfg, model_cfg.mesh)
     return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)

@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +201,59 @@ def test_a_save_that_was_cut_off_does_not_count(written, state_on, tmp_path):
     assert points.latest() == 2
     assert points.restore_newest(state_on((1, 1, 1), 2)[1])[1] == {"steps": 2}
     points.close()
+
+
+def test_a_reader_creates_and_removes_nothing(written, tmp_path):
+    folder = copy(written, tmp_path / "run")
+    (folder / "config.json").write_text("{}")
+    unfinished = folder / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "checkpoints" / "3", unfinished)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    points = Checkpoints.reader(folder)
+    assert points.latest() == 3
+    points.close()
+    checkpoint.restore_params(folder)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        Checkpoints.reader(tmp_path)
+    assert not list(tmp_path.glob("checkpoints"))
+
+
+READER = """
+import pathlib, sys
+from omniopd_jax import checkpoint
+run, count = pathlib.Path(sys.argv[1]), 0
+while not (run / "done").exists():
+    points = checkpoint.Checkpoints.reader(run)
+    points.latest()
+    points.close()
+    count += 1
+    (run.parent / "reads").write_text(str(count))
+"""
+
+
+def test_a_process_that_reads_all_the_time_costs_a_live_run_no_save(state_on, tmp_path):
+    run = tmp_path / "run"
+    points = Checkpoints(run, keep=30)
+    (run / "config.json").write_text("{}")
+    child = subprocess.Popen([sys.executable, "-c", READER, str(run)], cwd=tiny.REPO, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "reads").exists() and child.poll() is None:
+            time.sleep(0.05)
+        before = int((tmp_path / "reads").read_text())
+        for number in range(1, 13):
+            points.save(state_on((1, 1, 1), number)[0], {})
+            points.wait()
+        (run / "done").touch()
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode == 0, errors
+        assert int((tmp_path / "reads").read_text()) > before
+        for number in range(1, 13):
+            state, like = state_on((1, 1, 1), number)
+            assert equal(data_of(points.restore(like, number)[0]), data_of(state))
+    finally:
+        child.kill()
+        points.close()
 
 
 def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
