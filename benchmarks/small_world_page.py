@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from benchmarks import small_world as runs
+from benchmarks import small_world_cells as runs
 
 FOLDER = pathlib.Path("docs/results")
 PAGE = FOLDER / "small_world.md"

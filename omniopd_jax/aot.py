@@ -31,7 +31,6 @@ from ml_collections import config_flags  # noqa: E402
 from omniopd_jax import (  # noqa: E402
     attention,
     cli,
-    config,
     flops,
     hf,
     hf_config,
@@ -48,6 +47,7 @@ from omniopd_jax import (  # noqa: E402
     vocab,
 )
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
+from omniopd_jax.run import preflight
 
 PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
@@ -210,7 +210,7 @@ class Plan:
 
     def sampler_params(self):
         """As `rollout.prepare` leaves them."""
-        where = sharding.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
+        where = model.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
         stacked = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, self.model_cfg.dtype, sharding=s),
             model.table(self.model_cfg), where, is_leaf=model.is_param,
@@ -448,7 +448,7 @@ def main(argv) -> int:
     cfg, names = flags.FLAGS.config, [n for n in flags.FLAGS.passes.split(",") if n]
     for name in names:
         one_of(name, PASSES, "--passes")
-    config.validate(cfg)
+    preflight.validate(cfg)
     cli.setup_jax(cfg.compute_dtype)
     whole = True
     for topology in flags.FLAGS.topology.split(","):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from omniopd_jax import sharding
 from omniopd_jax.errors import UserError
 
 BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's kernel on any device, slowly, for tests
@@ -138,8 +139,6 @@ def _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh):
     """`run` with rows over (data, fsdp) and heads over tp: the compiler does not split a Pallas kernel by itself."""
     if mesh is None or mesh.size == 1:
         return run(q_BLNH, k_BLKH, v_BLKH, segment_BL)
-    from omniopd_jax import sharding  # which knows the model, which knows this module
-
     whole_rows = q_BLNH.shape[0] % math.prod(mesh.shape[a] for a in sharding.ROWS) == 0
     heads = sharding.RULES["kv_heads"]
     rows = sharding.ROWS if whole_rows else None

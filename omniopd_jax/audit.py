@@ -11,7 +11,7 @@ import numpy as np
 from omniopd_jax import distributed, teachers
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Usage
 
 
 @dataclasses.dataclass

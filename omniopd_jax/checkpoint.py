@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from omniopd_jax import distributed
 from omniopd_jax.errors import UserError
 from omniopd_jax.step import TrainState
-from omniopd_jax.teachers import stable_hash
+from omniopd_jax.teachers import journal as journals
+from omniopd_jax.teachers.protocol import stable_hash
 
 JOURNALS = "journal_snapshots"  # beside the checkpoints: <step>/<rank>/*.sqlite
 CORRUPT = "corrupt_checkpoints"  # steps that could not be restored, moved out of the way
@@ -40,12 +41,10 @@ def restore_journal(cfg) -> list[int]:
     steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit()] if snapshots.is_dir() else []
     newest = distributed.first("newest journal", max(steps, default=None))
     if newest is not None:
-        from omniopd_jax.teachers import journal
-
         owners = sorted(set(disks))
         for i, part in enumerate(sorted((snapshots / str(newest)).iterdir())):
             if owners[i % len(owners)] == jax.process_index():
-                journal.restore(part, folder)
+                journals.restore(part, folder)
         distributed.barrier("journal restored")
     return disks
 

@@ -28,7 +28,7 @@ from omniopd_jax import (
 )
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import Stopped, UserError
-from omniopd_jax.teachers import ContinuationRequest
+from omniopd_jax.teachers.protocol import ContinuationRequest
 
 
 @dataclasses.dataclass(frozen=True)

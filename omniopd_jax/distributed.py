@@ -15,7 +15,7 @@ import sys
 import traceback
 import zlib
 
-from omniopd_jax.errors import Stopped, UserError
+from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 
 EXPLICIT = ("OMNIOPD_COORDINATOR", "OMNIOPD_NUM_PROCESSES", "OMNIOPD_PROCESS_ID")
 AUTO = "OMNIOPD_DISTRIBUTED"  # =1: let JAX find the hosts of a TPU slice or of a SLURM step by itself
@@ -145,9 +145,7 @@ def together(name: str, function):
         raise error
     for rank, problem in enumerate(told):
         if problem:
-            from omniopd_jax import teachers
-
-            kind = {"TeacherStopped": teachers.TeacherStopped, "Stopped": Stopped}.get(problem[0], UserError)
+            kind = {"TeacherStopped": TeacherStopped, "Stopped": Stopped}.get(problem[0], UserError)
             text = problem[1] if kind is Stopped else f"process {rank}: {problem[1]}"
             raise kind(text, exit_code=problem[2])
     return value

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omniopd_jax import hf_config, model, sharding
+from omniopd_jax import hf_config, model
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf_config import model_config  # noqa: F401  part of this module's interface
 
@@ -100,7 +100,7 @@ def load(
     leaves, tree = jax.tree.flatten(table, is_leaf=model.is_param)
     wheres = [None] * len(leaves)
     if mesh is not None:
-        wheres = tree.flatten_up_to(shardings or sharding.param_shardings(cfg, mesh))
+        wheres = tree.flatten_up_to(shardings or model.param_shardings(cfg, mesh))
     return tree.unflatten([one(p, w) for p, w in zip(leaves, wheres)]), cfg
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from omniopd_jax import distributed, model
+from omniopd_jax import distributed
 from omniopd_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tp")
@@ -47,28 +47,6 @@ def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
     # jax lays an axis along a ring of the slice, which may run through hosts; the rows of a tp group must be one host's
     by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
     return jax.sharding.Mesh(np.array(by_host).reshape(shape), AXES, axis_types=types)
-
-
-def param_shardings(cfg: model.ModelConfig, mesh, rules=RULES) -> dict:
-    """`table_shardings` of every parameter of the model."""
-    return table_shardings(model.table(cfg), mesh, rules)
-
-
-def table_shardings(table: dict, mesh, rules=RULES) -> dict:
-    """NamedSharding of every `model.Param`; an axis that the mesh axis does not divide is an error that names both.
-
-    Raises:
-      UserError: e.g. 3 kv heads over tp = 2.
-    """
-
-    def one(p: model.Param):
-        names = [rules[a] for a in p.axes]
-        for size, axis, name in zip(p.shape, p.axes, names):
-            if name and size % mesh.shape[name]:
-                raise UserError(f"{p.hf}: {axis} = {size} is not divisible by mesh.{name} = {mesh.shape[name]}")
-        return NamedSharding(mesh, P(*names))
-
-    return jax.tree.map(one, table, is_leaf=model.is_param)
 
 
 def state_shardings(tree, params: dict, shardings: dict, mesh):

@@ -40,7 +40,7 @@ def collapse(grads: dict, model_cfg: model.ModelConfig) -> dict:
     """Gradients of spread parameters -> of the parameters: the copies' sum, laid out as the parameter is."""
     if model_cfg.mesh is None:
         return grads
-    where = sharding.param_shardings(model_cfg, model_cfg.mesh)
+    where = model.param_shardings(model_cfg, model_cfg.mesh)
     out = dict(grads)
     for name in MATRICES:
         if name in grads:

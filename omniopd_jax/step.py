@@ -257,7 +257,7 @@ def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Ste
     """
     rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
     state, reference = state_shardings(model_cfg, cfg, mesh), reference_shardings(model_cfg, cfg, mesh)
-    teacher = sharding.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
+    teacher = model.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
     score_step = jax.jit(
         functools.partial(score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches),
         static_argnums=(3,),
@@ -288,7 +288,7 @@ def abstract_state(model_cfg, cfg) -> TrainState:
 def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     """Where every leaf of the state lies: eval_shape -> shardings -> created already sharded."""
     shape = abstract_state(model_cfg, cfg)
-    params = sharding.table_shardings(trained(model_cfg, cfg), mesh)
+    params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
     return TrainState(params, opt, all_, all_)
@@ -307,7 +307,7 @@ def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
     """
     if not holds_reference(cfg):
         return None
-    where = sharding.param_shardings(model_cfg, mesh)
+    where = model.param_shardings(model_cfg, mesh)
     if not cfg.anchor.ref_offload:
         return where
 

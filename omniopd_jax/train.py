@@ -36,6 +36,7 @@ from omniopd_jax import (
     teachers,
 )
 from omniopd_jax.errors import Stopped, UserError
+from omniopd_jax.run import preflight
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
@@ -81,7 +82,7 @@ def train(cfg: ConfigDict) -> dict:
       UserError: before anything is loaded or compiled, where a setting, the data or the teacher is wrong.
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
-    config.validate(cfg)
+    preflight.validate(cfg)
     with host.StopFlag() as stop:
         return guarded(cfg, stop)
 

@@ -13,6 +13,7 @@ import tiny
 
 from omniopd_jax import config, objective, similarity, teachers
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
 
 CONFIGS = sorted((tiny.REPO / "configs").glob("*.py"))
 SOURCES = [p for p in (tiny.REPO / "omniopd_jax").rglob("*.py") if p.name != "config.py"]
@@ -221,7 +222,7 @@ def variants():
 @pytest.mark.parametrize(("path", "variant"), list(variants()), ids=lambda x: getattr(x, "stem", x) or "")
 def test_every_recipe_and_variant_loads_and_is_valid(path, variant):
     c = recipe(path).get_config(variant)
-    config.validate(c)
+    preflight.validate(c)
     assert config.flat(c).keys() == config.flat(config.default()).keys()
     if variant:
         plain = config.flat(recipe(path).get_config())
@@ -295,7 +296,7 @@ def test_every_key_says_what_it_is():
 
 def test_defaults_are_valid_and_locked():
     c = config.default()
-    config.validate(c)
+    preflight.validate(c)
     with pytest.raises(KeyError):
         c.update_from_flattened_dict({"audit.nothing": 1})
     c.student.chat_template_kwargs.enable_thinking = False  # the one place where keys may be added
@@ -307,7 +308,7 @@ def test_least_values(value):
         c = config.default()
         c.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=rf"{key} = {value} must be at least 1"):
-            config.validate(c)
+            preflight.validate(c)
 
 
 @pytest.mark.parametrize("key", ["prior.alpha", "anchor.kl_coef", "optimizer.learning_rate", "temperature"])
@@ -315,7 +316,7 @@ def test_a_value_that_is_no_number_is_refused(key):
     c = config.default()
     c.update_from_flattened_dict({key: float("nan")})
     with pytest.raises(UserError, match=key):
-        config.validate(c)
+        preflight.validate(c)
 
 
 def test_n_min_is_half_of_n_rounded_up():

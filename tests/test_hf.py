@@ -121,7 +121,7 @@ def test_a_mesh_reads_each_part_once_and_holds_the_same(family, tmp_path, monkey
     with jax.transfer_guard("disallow"):
         params, _ = hf.load(tmp_path / "m", mesh=mesh)
     assert sum(a.size for a in read) == model.num_params(cfg)
-    wanted = sharding.param_shardings(cfg, mesh)
+    wanted = model.param_shardings(cfg, mesh)
     assert all(a.sharding == s for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(wanted)))
     assert same_bits(whole, params)
     with jax.transfer_guard("disallow"):

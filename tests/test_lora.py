@@ -13,6 +13,7 @@ from test_step import close, equations, loss_and_grads, make_batch, naive_logp, 
 
 from omniopd_jax import checkpoint, config, evaluate, export, hf, lora, model, rollout, sharding, step, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -189,7 +190,7 @@ def test_wrong_settings_are_one_line(values, message):
     c = config.default()
     c.update_from_flattened_dict({"lora.rank": 2} | values)
     with pytest.raises(UserError, match=message):
-        config.validate(c)
+        preflight.validate(c)
 
 
 def test_experts_take_no_adapter(model_cfg, make_cfg):

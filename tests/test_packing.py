@@ -14,6 +14,7 @@ from test_step import close
 
 from omniopd_jax import attention, config, model, objective, packing, sharding, step, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
 
 B, P, T, M = 32, 6, 10, 3
 MOST = 2 * (P + T)
@@ -122,7 +123,7 @@ def test_packed_on_eight_devices_equals_unpacked_on_one(model_cfg, make_cfg, kin
     own_cfg, cfg = dataclasses.replace(own_cfg, mesh=mesh), settings(make_cfg, micro_batches=micro_batches)
     assert sharding.own_shards(mesh) == [0, 1, 2, 3]
     b = sharding.put_rows(packed_batch(4, micro_batches), mesh)
-    where, rows = sharding.param_shardings(own_cfg, mesh), sharding.rows(mesh)
+    where, rows = model.param_shardings(own_cfg, mesh), sharding.rows(mesh)
     many = jax.jit(
         functools.partial(everything, cfg=cfg, model_cfg=own_cfg), in_shardings=(where, where, rows),
         out_shardings=(rows, sharding.replicated(mesh), where, rows),
@@ -321,7 +322,7 @@ def test_a_row_too_short_for_the_longest_response_is_refused():
     c = config.default()
     c.packing.length = c.max_prompt_length + c.max_completion_length - 1
     with pytest.raises(UserError, match=r"packing\.length = 8191.*at least.*8192, or 0"):
-        config.validate(c)
+        preflight.validate(c)
 
 
 @pytest.mark.slow

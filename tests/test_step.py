@@ -380,7 +380,7 @@ def test_eight_devices_decode_the_tokens_of_one(kinds, batch, name):
     prompt_BP = batch.token_BL[:, :P] * (jnp.arange(P)[None] < batch.prompt_length_B[:, None])
     whole, plain = step.policy(trained, ref, cfg), dataclasses.replace(model_cfg, mesh=mesh)
     table = step.policy(step.trained(plain, cfg), model.table(plain), cfg)
-    sharded = jax.device_put(whole, sharding.table_shardings(table, mesh))
+    sharded = jax.device_put(whole, model.table_shardings(table, mesh))
     tokens = []
     for params, m_cfg, rows in (
         (rollout.prepare(sharded, plain, mesh), plain, sharding.put_rows((prompt_BP, batch.prompt_length_B), mesh)),
@@ -415,7 +415,7 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
     monkeypatch.setattr(step, "make_steps", lambda m, c, mesh, *more: on_mesh.append(mesh.size > 1) or real(m, c, mesh, *more))
 
     def collapse(grads, model_cfg):
-        where = sharding.param_shardings(model_cfg, model_cfg.mesh)
+        where = model.param_shardings(model_cfg, model_cfg.mesh)
         kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in spread.MATRICES if n in grads}
         return grads | kept
 

@@ -14,6 +14,7 @@ from rapidfuzz.distance.Levenshtein import distance as edit_distance
 
 from omniopd_jax import checkpoint, collect, config, evaluate, hf, metrics, rollout, sharding, train, world
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -451,5 +452,5 @@ def test_a_config_of_a_run_is_a_valid_recipe(run):
     saved = json.loads((run[0] / "config.json").read_text())
     c = config.default()
     c.update(saved)
-    config.validate(c)
+    preflight.validate(c)
     assert config.flat(c) == config.flat(run[2])

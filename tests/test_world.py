@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import small_world
+from benchmarks import small_world_cells as small_world
 from omniopd_jax import model, step, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.world import build, forks

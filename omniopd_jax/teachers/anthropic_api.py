@@ -13,6 +13,7 @@ import json
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import instruct, wire
+from omniopd_jax.teachers.remote import RemoteTeacher
 
 OFFICIAL = "https://api.anthropic.com"
 FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "withheld"}
@@ -20,8 +21,6 @@ FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "re
 
 def make(cfg):
     """The teacher for `teacher.provider = "anthropic"`. Raises `UserError` on a missing key, model or bad address."""
-    from omniopd_jax.teachers.remote import RemoteTeacher
-
     return RemoteTeacher(cfg, AnthropicClient(cfg))
 
 

@@ -13,6 +13,7 @@ import re
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import instruct, wire
+from omniopd_jax.teachers.remote import RemoteTeacher
 
 OFFICIAL = "https://generativelanguage.googleapis.com"
 # every other reason (SAFETY, RECITATION, PROHIBITED_CONTENT, LANGUAGE, OTHER ...): the text is not what the model would write
@@ -21,8 +22,6 @@ FINISH = {"MAX_TOKENS": "length", "STOP": "stop", "FINISH_REASON_UNSPECIFIED": "
 
 def make(cfg):
     """The teacher for `teacher.provider = "gemini"`. Raises `UserError` on a missing key, model or bad address."""
-    from omniopd_jax.teachers.remote import RemoteTeacher
-
     return RemoteTeacher(cfg, GeminiClient(cfg))
 
 

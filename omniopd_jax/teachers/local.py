@@ -16,7 +16,7 @@ import numpy as np
 from omniopd_jax import attention, hf, rollout, step
 from omniopd_jax.data import render
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import Continuation, ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Usage
 
 MAX_ROWS = 1024  # continuations sampled at once
 CPU_ROWS = 256  # on a CPU, whose caches hold no more: 1.3 times as fast

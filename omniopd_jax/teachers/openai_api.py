@@ -16,6 +16,7 @@ import json
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import instruct, scoring, wire
+from omniopd_jax.teachers.remote import RemoteTeacher
 
 OFFICIAL = "https://api.openai.com/v1"
 # each server has names of its own for an end of the model's own making
@@ -24,8 +25,6 @@ FINISH = {"length": "length", "content_filter": "withheld", "abort": "withheld",
 
 def make(cfg):
     """The teacher for `teacher.provider = "openai"`. Raises `UserError` on a missing key, model or bad address."""
-    from omniopd_jax.teachers.remote import RemoteTeacher
-
     return RemoteTeacher(cfg, OpenAIClient(cfg))
 
 

@@ -9,22 +9,19 @@ import weakref
 
 import numpy as np
 
-from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import (
+from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.teachers import budget as money
+from omniopd_jax.teachers import instruct, probe, scoring, wire
+from omniopd_jax.teachers.journal import Journal
+from omniopd_jax.teachers.protocol import (
     WHITE_BOX,
     Continuation,
     ContinuationRequest,
     ContinuationResult,
     Failure,
-    TeacherStopped,
     Usage,
-    instruct,
-    scoring,
     together,
-    wire,
 )
-from omniopd_jax.teachers import budget as money
-from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.traffic import Traffic
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
@@ -76,8 +73,6 @@ class RemoteTeacher:
         Raises:
           UserError: unreachable, refused, or impossible as a teacher, and what to change.
         """
-        from omniopd_jax.teachers import probe
-
         if self.replay == "only":
             return f"teacher {self.client.model!r}: replay of {self.journal.count()} journal entries, no connection"
         await self._bind()
