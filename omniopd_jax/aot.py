@@ -28,26 +28,12 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from omniopd_jax import (  # noqa: E402
-    attention,
-    cli,
-    flops,
-    hf,
-    hf_config,
-    hlo,
-    lora,
-    metrics,
-    model,
-    objective,
-    packing,
-    rollout,
-    sharding,
-    step,
-    train,
-    vocab,
-)
+from omniopd_jax import hf, model, objective, rollout, step, train, vocab
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
-from omniopd_jax.run import preflight
+from omniopd_jax.hf import config as hf_config
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import packing, sharding
+from omniopd_jax.run import cli, flops, hlo, logging, preflight
 
 PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
@@ -452,7 +438,7 @@ def main(argv) -> int:
     cli.setup_jax(cfg.compute_dtype)
     whole = True
     for topology in flags.FLAGS.topology.split(","):
-        plan, done, fits = check(cfg, topology, names, say=metrics.say)
+        plan, done, fits = check(cfg, topology, names, say=logging.say)
         whole &= fits
         if not fits and flags.FLAGS.suggest:
             suggest(cfg, topology, plan, [p.name for p in done])

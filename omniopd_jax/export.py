@@ -12,8 +12,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from omniopd_jax import checkpoint, cli, hf, lora, model
+from omniopd_jax import hf, model
 from omniopd_jax.errors import UserError
+from omniopd_jax.model import lora
+from omniopd_jax.run import checkpoint, cli
 
 
 @dataclasses.dataclass(frozen=True)

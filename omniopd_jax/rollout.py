@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax import attention, lora, model, sharding
+from omniopd_jax import model
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import sharding
 
 
 @flax.struct.dataclass

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax import attention
+from omniopd_jax.model import attention
 
 CPU_PIECE = 4_096  # vocabulary columns; 1,000 to 10,000 measured the same
 FAR = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not

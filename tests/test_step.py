@@ -11,7 +11,9 @@ import oracle
 import pytest
 from jax.extend import core
 
-from omniopd_jax import lora, model, objective, rollout, sharding, spread, step, vocab
+from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax.model import lora
+from omniopd_jax.parallel import replicas, sharding
 
 B, P, T, M = 8, 6, 10, 3
 L = P + T
@@ -416,7 +418,7 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
 
     def collapse(grads, model_cfg):
         where = model.param_shardings(model_cfg, model_cfg.mesh)
-        kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in spread.MATRICES if n in grads}
+        kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in replicas.MATRICES if n in grads}
         return grads | kept
 
     def over_rows(function, mesh, matrices, rows):
@@ -433,11 +435,11 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
         shards = 4 if on_mesh[-1] else 1
         return tuple(shards * a for a in real_normalize(weight_BT, mask_BT, weighted_BT, cfg))
 
-    spread_over_rows, real_normalize, real_collapse = spread.over_rows, objective.normalize, spread.collapse
+    spread_over_rows, real_normalize, real_collapse = replicas.over_rows, objective.normalize, replicas.collapse
     if fault == "copies not summed":
-        monkeypatch.setattr(spread, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
+        monkeypatch.setattr(replicas, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
     elif fault == "shards not summed":
-        monkeypatch.setattr(spread, "over_rows", over_rows)
+        monkeypatch.setattr(replicas, "over_rows", over_rows)
     else:
         monkeypatch.setattr(objective, "normalize", normalize)
     with pytest.raises(AssertionError):

@@ -2,8 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from omniopd_jax import config, evaluate, objective, profile, similarity, teachers
+from omniopd_jax import config, evaluate, objective, similarity, teachers
 from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.run import profiling
 
 
 def validate(c: ConfigDict) -> None:
@@ -50,7 +51,7 @@ def validate(c: ConfigDict) -> None:
         _check_lora(c)
     if c.rollout_groups > c.prompts_per_step:
         raise UserError(f"rollout_groups = {c.rollout_groups} is more than prompts_per_step = {c.prompts_per_step}")
-    profile.window(c.profile.steps)
+    profiling.window(c.profile.steps)
     if c.audit.chunk_tokens > c.max_completion_length:
         raise UserError(
             f"audit.chunk_tokens = {c.audit.chunk_tokens} is larger than max_completion_length = "

@@ -1,7 +1,7 @@
 """Teachers: text in, text out (protocol.py); here the registry of providers, and `make`."""
 
 from omniopd_jax.errors import TeacherStopped, UserError, one_of
-from omniopd_jax.teachers import anthropic_api, gemini_api, local, openai_api, probe, simulated
+from omniopd_jax.teachers import local, probe, simulated
 from omniopd_jax.teachers.protocol import (
     WHITE_BOX,
     Continuation,
@@ -14,6 +14,7 @@ from omniopd_jax.teachers.protocol import (
     stable_hash,
     together,
 )
+from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 __all__ = [
     "TEACHERS", "WHITE_BOX", "Continuation", "ContinuationRequest", "ContinuationResult", "Failure", "Teacher",
@@ -22,9 +23,9 @@ __all__ = [
 TEACHERS = {  # provider -> make(cfg); their SDKs are imported when a client connects
     "local": local.make,
     "simulated": simulated.make,
-    "openai": openai_api.make,
-    "anthropic": anthropic_api.make,
-    "gemini": gemini_api.make,
+    "openai": openai.make,
+    "anthropic": anthropic.make,
+    "gemini": gemini.make,
 }
 
 

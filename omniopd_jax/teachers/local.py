@@ -13,9 +13,10 @@ import time
 import jax
 import numpy as np
 
-from omniopd_jax import attention, hf, rollout, step
-from omniopd_jax.data import render
+from omniopd_jax import hf, rollout, step
+from omniopd_jax.data.prompts import render
 from omniopd_jax.errors import UserError
+from omniopd_jax.model import attention
 from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Usage
 
 MAX_ROWS = 1024  # continuations sampled at once

@@ -13,8 +13,9 @@ import statistics
 import time
 
 from omniopd_jax.errors import TeacherStopped, UserError
-from omniopd_jax.teachers import instruct, scoring, wire
+from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
+from omniopd_jax.teachers.wire import instruct, scoring
 
 COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
 PREFIX = "one two three four five six seven"

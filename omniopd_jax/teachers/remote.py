@@ -11,7 +11,7 @@ import numpy as np
 
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers import budget as money
-from omniopd_jax.teachers import instruct, probe, scoring, wire
+from omniopd_jax.teachers import probe, wire
 from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.protocol import (
     WHITE_BOX,
@@ -23,6 +23,7 @@ from omniopd_jax.teachers.protocol import (
     together,
 )
 from omniopd_jax.teachers.traffic import Traffic
+from omniopd_jax.teachers.wire import instruct, scoring
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
 SCORE = "score"  # who asks for log-probs: they depend on the tokens alone
