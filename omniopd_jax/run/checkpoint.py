@@ -76,7 +76,7 @@ class Checkpoints:
         """
         folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         if not folder.is_dir():
-            raise UserError(f"{folder.parent} holds no checkpoints")
+            raise UserError(f"{folder.parent} holds no checkpoint yet")
         checkpoints = cls.__new__(cls)
         checkpoints._open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False))
         return checkpoints

@@ -216,7 +216,7 @@ def test_a_reader_creates_and_removes_nothing(written, tmp_path):
     points.close()
     checkpoint.restore_params(folder)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         Checkpoints.reader(tmp_path)
     assert not list(tmp_path.glob("checkpoints"))
 
