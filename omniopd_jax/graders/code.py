@@ -6,6 +6,7 @@ program can still do: see the inputs of its own calls, and lie through a helper 
 Programs have the standard library alone. The hash seed is fixed, so that two gradings agree.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -55,19 +56,21 @@ class CodeGrader:
         if len(program) > MOST_PROGRAM_CHARS:
             return Verdict(False, "error", f"the program has {len(program)} characters")
         if asserts is not None:
-            told = self._sandbox.run(program, asserts=asserts, entry_point=entry_point)
-            last = told[0] if told else {"reason": "timeout", "detail": "the sandbox did not answer"}
+            with contextlib.closing(self._sandbox.run(program, asserts=asserts, entry_point=entry_point)) as told:
+                last = next(told, {"reason": "timeout", "detail": "the sandbox did not answer"})
             return Verdict(last["reason"] == "ok", last["reason"], last["detail"])
-        told = self._sandbox.run(program, stdin=inputs)
-        for answer, expected in zip(told, outputs):
-            if answer["reason"] != "exit":
-                return Verdict(False, answer["reason"], answer["detail"])
-            if answer["code"]:
-                return Verdict(False, "error", answer["detail"] or f"exit code {answer['code']}")
-            difference = _difference(answer["stdout"], expected)
-            if difference:
-                return Verdict(False, "wrong_answer", difference)
-        if len(told) < len(outputs):
+        right = 0
+        with contextlib.closing(self._sandbox.run(program, stdin=inputs)) as told:
+            for answer, expected in zip(told, outputs):
+                if answer["reason"] != "exit":
+                    return Verdict(False, answer["reason"], answer["detail"])
+                if answer["code"]:
+                    return Verdict(False, "error", answer["detail"] or f"exit code {answer['code']}")
+                difference = _difference(answer["stdout"], expected)
+                if difference:
+                    return Verdict(False, "wrong_answer", difference)
+                right += 1
+        if right < len(outputs):
             return Verdict(False, "error", "the sandbox ended early")
         return Verdict(True, "ok")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from contextlib import suppress
 
 import kernel
@@ -91,8 +90,10 @@ def main():
             try:
                 if isolated:
                     kernel.build_root(spec, script)
+                    kernel.import_from("/python")
             except OSError as error:
                 return send_line(out, {"refused": error.strerror or str(error)})
+            send_line(out, {"ready": True})  # no program has run yet: only up to here a refusal is believed
             send_line(status_w, {})
             keep(spec, (leash_r, out), status_w if asserts else out, there)
         except Exception as error:  # the machine's own trouble, say no process to be had: this program's grade alone
@@ -106,7 +107,7 @@ def main():
         return None
     if isolated:
         kernel.enter_box()
-        sys.path[:] = [path.replace(spec["prefix"], "/python", 1) for path in sys.path]
+        kernel.import_from("/python")
     if asserts:
         kernel.set_limits(limits | {"memory_mb": limits["memory_mb"] + 256}, isolated)
     if isolated:
