@@ -63,14 +63,14 @@ class Sandbox:
         self.limits, self.unsafe = limits, unsafe
         self._lock, self._server = threading.Lock(), None
 
-    def run(self, program: str, *, stdin=None, asserts=None, entry_point=None) -> Iterator[dict]:
-        """Runs `program`: once for each text in `stdin`, or once under `asserts`.
+    def run(self, programs: list[str], *, preamble="", stdin=None, asserts=None) -> Iterator[dict]:
+        """Runs a program: once for each text in `stdin`, or once under `asserts`.
 
         Args:
-          program: Python source.
+          programs: Python sources, the first of which that compiles is the program.
+          preamble: source that runs in the program's module before it.
           stdin: a list of standard inputs; the runs stop at the first that fails.
-          asserts: source of assert tests, run outside the program's process; exclusive with `stdin`.
-          entry_point: the function that the asserts test, or None.
+          asserts: the order of assert tests (jail/asserts.py), which run outside the program's process; exclusive with `stdin`.
 
         Yields:
           For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and
@@ -82,7 +82,7 @@ class Sandbox:
           UserError: this machine can't isolate programs, and `unsafe` is false.
         """
         spec = {
-            "program": program, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
+            "programs": programs, "preamble": preamble, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
             "prefix": sys.base_prefix, "python": NAME, "work": "/work",
             "paths": {"program": "/program.py", "python": f"/python/bin/{NAME}", "remote": "/remote"},
         }  # fmt: skip
@@ -90,8 +90,8 @@ class Sandbox:
         try:
             if self.unsafe:
                 folder = tempfile.mkdtemp(prefix="grading-")
-                spec |= _on_disk(folder, program)
-            message = _frame(spec) + (_frame({"asserts": asserts, "entry_point": entry_point}) if stdin is None else b"")
+                spec |= _on_disk(folder, programs)
+            message = _frame(spec) + (_frame(asserts) if stdin is None else b"")
             seconds = self.limits.wall_seconds + 10 + (self.limits.total_seconds if stdin is not None else 0)
             most = self.limits.output_kb * 1024 * 6 + (1 << 16)  # in JSON a byte can take six
             with contextlib.closing(self._lines(message, seconds, most)) as lines:
@@ -205,10 +205,11 @@ def _frame(value):
     return len(body).to_bytes(8, "big") + body
 
 
-def _on_disk(folder, program):
+def _on_disk(folder, programs):
     """The files of an unsafe run in `folder`, and their paths."""
     path, work = os.path.join(folder, "program.py"), os.path.join(folder, "work")
-    with open(path, "w", encoding="utf-8", errors="replace") as f:
-        f.write(program)
+    for i, program in enumerate(programs):
+        with open(f"{path}.{i}" if i else path, "w", encoding="utf-8", errors="replace") as f:
+            f.write(program)
     os.mkdir(work)
     return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(JAIL, "remote.py")}, "work": work}

@@ -28,7 +28,7 @@ from omniopd_jax import graders
 with graders.make("code", cpu_seconds=2, wall_seconds=3, workers=3, memory_mb=512) as grader:
     pairs = [(p["program"], p["tests"]) for p in json.load(open(sys.argv[1]))]
     right = grader.grade("def f(x):\\n    return x * x", {"asserts": "assert f(3) == 9"})
-    print(json.dumps([str(right.reason)] + [[v.passed, v.reason, v.detail] for v in grader.grade_batch(pairs)]))
+    print(json.dumps([str(right.reason)] + [[v.passed, v.reason, v.detail] for v in grader.grade_all(*zip(*pairs))]))
 """
 
 

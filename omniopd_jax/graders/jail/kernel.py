@@ -83,7 +83,8 @@ def build_root(spec, remote):
     The current folder is the Python installation: unshare(2) carried it over, so that nobody need walk the path to it.
     """
     mount("none", "/", "", MS_REC | MS_PRIVATE)
-    size = len(spec["program"]) * 4 + (1 << 20)
+    programs = [text.encode("utf-8", "replace") for text in spec["programs"]]
+    size = sum(map(len, programs)) + (1 << 20)
     mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=256,mode=755")
     box = f"{ROOT}/box"
     os.mkdir(box)
@@ -108,8 +109,8 @@ def build_root(spec, remote):
         if os.path.isdir(box + path):  # the standard library alone: no one's packages, no .pth files
             mount("tmpfs", box + path, "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755")
     passwd = b"nobody:x:65534:65534::/work:\n"
-    program = spec["program"].encode("utf-8", "replace")
-    for path, data in {"/program.py": program, spec["paths"]["remote"]: remote, "/etc/passwd": passwd}.items():
+    files = {f"/program.py.{i}" if i else "/program.py": text for i, text in enumerate(programs)}
+    for path, data in (files | {spec["paths"]["remote"]: remote, "/etc/passwd": passwd}).items():
         with open(box + path, "wb") as f:
             f.write(data)
     devices = ("null", "zero", "full", "random", "urandom")
