@@ -37,9 +37,9 @@ lint: .venv/.full
 
 checkpoints: .venv/.lean
 	@echo "== checkpoints: training the small worlds' two students and two teachers again (an hour and a half on 2 cores)"
-	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints
-	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints --world=slips --role=student
-	$(PY) -m omniopd_jax.world.build --out=omniopd_jax/world/checkpoints --world=style --role=teacher \
+	$(PY) -m benchmarks.small_world.build --out=omniopd_jax/world/checkpoints
+	$(PY) -m benchmarks.small_world.build --out=omniopd_jax/world/checkpoints --world=slips --role=student
+	$(PY) -m benchmarks.small_world.build --out=omniopd_jax/world/checkpoints --world=style --role=teacher \
 		--start=omniopd_jax/world/checkpoints/forks/teacher --steps=2000
 
 .venv/bin/uv:

@@ -28,26 +28,12 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from omniopd_jax import (  # noqa: E402
-    attention,
-    cli,
-    config,
-    flops,
-    hf,
-    hf_config,
-    hlo,
-    lora,
-    metrics,
-    model,
-    objective,
-    packing,
-    rollout,
-    sharding,
-    step,
-    train,
-    vocab,
-)
+from omniopd_jax import hf, model, objective, rollout, step, train, vocab
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
+from omniopd_jax.hf import config as hf_config
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import packing, sharding
+from omniopd_jax.run import cli, flops, hlo, logging, preflight
 
 PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
@@ -103,13 +89,13 @@ def devices(topology: str):
     chip, _, shape = topology.partition(":")
     one_of(chip, flops.CHIPS, "--topology's chip")
     if chip in CARDS:
-        how = {"platform": "cuda", "topology_name": _nodes(topology, shape), "target_config": _card(chip)}
-        how["topology"] = how["topology_name"]
-        package, install = "jax_plugins.xla_cuda13", 'pip install "jax[cuda13]==0.10.2"'
+        nodes = _nodes(topology, shape)
+        how = {"platform": "cuda", "topology_name": nodes, "topology": nodes, "target_config": _card(chip)}
+        package, install = "jax_cuda13_plugin", 'pip install "jax[cuda13]==0.10.2"'
     else:
         how = {"platform": "tpu", "topology_name": topology}
         package, install = "libtpu", "pip install -r requirements-tpu.txt"
-    if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise UserError(f"no compiler for {chip} is installed: {install}")
     try:
         return topologies.get_topology_desc(**how).devices
@@ -157,8 +143,8 @@ class Plan:
 
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh = train.frozen(cfg), mesh
-        on = attention.platform(mesh)
-        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=bool(cfg.packing.length), on=on)
+        how = {"packed": cfg.packing.length > 0, "on": attention.platform(mesh)}
+        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.model_cfg = dataclasses.replace(  # with a mesh even of one device: it says for what the passes are
             model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention=kernel, mesh=mesh
         )
@@ -210,7 +196,7 @@ class Plan:
 
     def sampler_params(self):
         """As `rollout.prepare` leaves them."""
-        where = sharding.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
+        where = model.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
         stacked = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, self.model_cfg.dtype, sharding=s),
             model.table(self.model_cfg), where, is_leaf=model.is_param,
@@ -448,11 +434,11 @@ def main(argv) -> int:
     cfg, names = flags.FLAGS.config, [n for n in flags.FLAGS.passes.split(",") if n]
     for name in names:
         one_of(name, PASSES, "--passes")
-    config.validate(cfg)
+    preflight.validate(cfg)
     cli.setup_jax(cfg.compute_dtype)
     whole = True
     for topology in flags.FLAGS.topology.split(","):
-        plan, done, fits = check(cfg, topology, names, say=metrics.say)
+        plan, done, fits = check(cfg, topology, names, say=logging.say)
         whole &= fits
         if not fits and flags.FLAGS.suggest:
             suggest(cfg, topology, plan, [p.name for p in done])

@@ -8,10 +8,11 @@ import dataclasses
 
 import numpy as np
 
-from omniopd_jax import distributed, teachers
+from omniopd_jax import teachers
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.parallel import processes
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Usage
 
 
 @dataclasses.dataclass
@@ -158,7 +159,7 @@ def metrics(feedback: Feedback, cfg) -> dict:
         "similarity": [float(s) for a in feedback.audits for s in a.similarity],
         "latency": [r.latency_s for r in results],
     }  # fmt: skip
-    parts = distributed.gather("audits", own)
+    parts = processes.gather("audits", own)
     usage = sum((Usage(*p["usage"]) for p in parts), Usage())
     wanted, replayed, failed, short = (sum(p["counts"][i] for p in parts) for i in range(4))
     similarity = np.array([s for p in parts for s in p["similarity"]])

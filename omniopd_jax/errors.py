@@ -16,6 +16,10 @@ class Stopped(UserError):
     """A signal came while the step was waiting for its teacher: the state before it is saved, nothing is lost."""
 
 
+class TeacherStopped(UserError):
+    """The teacher can give nothing more (budget spent, service gone): checkpoint and stop cleanly."""
+
+
 def one_of(value: str, allowed, where: str) -> str:
     """Returns `value` if `allowed` holds it, else raises a `UserError` naming the place and the choices."""
     if value not in allowed:

@@ -10,6 +10,7 @@ Programs run in a sandbox (graders/code.py). Where the machine gives none, the c
 unless `--unsafe` says that they may run as you.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,9 +23,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from omniopd_jax import cli, data, distributed, graders, metrics, rollout, sharding, teachers, world
-from omniopd_jax.data import Prompt
+from omniopd_jax import graders, rollout, teachers, world
+from omniopd_jax.data import prompts as data
+from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.parallel import processes, sharding
+from omniopd_jax.run import cli, logging
 
 
 def _code(unsafe: bool = False):
@@ -105,7 +109,7 @@ def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grad
             correct = bool(grader(text, prompt.answer))
             answers.append([text, correct, int(n), bool(done), repeated_ngrams(tokens[:n].tolist())])
         batches.append(answers)
-    parts = [batches] if count == 1 else distributed.gather("evaluation", batches)
+    parts = [batches] if count == 1 else processes.gather("evaluation", batches)
     answers = [a for batch in zip(*parts, strict=True) for piece in batch for a in piece]
     texts, correct, lengths, finished, repeats = zip(*answers, strict=True)
     means = [float(np.mean(a)) for a in (correct, lengths, finished, repeats)]
@@ -169,17 +173,17 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     Raises:
       UserError: nothing there, or weights that do not fit their config.
     """
-    from omniopd_jax import attention, export, hf
-    from omniopd_jax.checkpoint import Checkpoints
+    from omniopd_jax import export, hf
+    from omniopd_jax.model import attention
+    from omniopd_jax.run.checkpoint import Checkpoints
 
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
         run, step = export.locate(checkpoint)
         if _is_run(run):
             if step is None:
-                manager = Checkpoints(run, keep=10**6)
-                step = manager.latest()
-                manager.close()
+                with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
+                    step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
             trained = export.read(run, step)
@@ -191,10 +195,10 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
         params, model_cfg = trained.whole(mesh), trained.model_cfg
+    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(mesh))
     model_cfg = dataclasses.replace(
-        model_cfg, dtype=cfg.compute_dtype, attention=attention.resolve(cfg.model.attention, cfg.compute_dtype),
-        mesh=mesh if mesh.size > 1 else None,
-    )  # fmt: skip
+        model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
+    )
     tokenizer = hf.load_tokenizer(folder, setting=setting)
     params = rollout.prepare(params, model_cfg, model_cfg.mesh)
     return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
@@ -222,7 +226,7 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     width = rollout.bucket(max(len(p.token_ids) for p in suite.prompts))
     done = _whole_batches(path, batches, how.samples)
     if done:
-        metrics.say(f"{suite.name}: {len(done)} of {len(batches)} batches were there already")
+        logging.say(f"{suite.name}: {len(done)} of {len(batches)} batches were there already")
     grade = grader(suite.grader)
     with path.open("a", encoding="utf-8") as file:
         for i in range(len(done), len(batches)):
@@ -230,7 +234,7 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
             file.writelines(json.dumps(line) + "\n" for line in done[-1])
             file.flush()
             if (i + 1) * 10 // len(batches) > i * 10 // len(batches):
-                metrics.say(f"{suite.name}: {i + 1} of {len(batches)} batches")
+                logging.say(f"{suite.name}: {i + 1} of {len(batches)} batches")
     return [line for batch in done for line in batch]
 
 
@@ -290,7 +294,8 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
       UserError: in seconds, before weights are read, where a benchmark can't be had or its programs can't be isolated and
         `unsafe` is false; or an `out` of another evaluation.
     """
-    from omniopd_jax import scores, suites
+    from omniopd_jax.data import benchmarks as suites
+    from omniopd_jax.evaluation import scores
 
     if jax.process_count() > 1:
         raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
@@ -372,9 +377,9 @@ def main(argv) -> int:
         cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,
         unsafe=given["unsafe"],
     )  # fmt: skip
-    from omniopd_jax import scores
+    from omniopd_jax.evaluation import scores
 
-    metrics.say(f"{scores.table(results)}\n\nwritten to {out}")
+    logging.say(f"{scores.table(results)}\n\nwritten to {out}")
     return 0
 
 

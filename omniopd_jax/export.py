@@ -12,8 +12,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from omniopd_jax import checkpoint, cli, hf, lora, model, sharding
+from omniopd_jax import hf, model
 from omniopd_jax.errors import UserError
+from omniopd_jax.model import lora
+from omniopd_jax.run import checkpoint, cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Trained:
         """The model's parameters on a mesh (None: one device); with LoRA the float32 base with the adapters attached."""
         params = self.params
         if mesh is not None:
-            params = jax.device_put(params, sharding.table_shardings(self.table, mesh))
+            params = jax.device_put(params, model.table_shardings(self.table, mesh))
         return lora.attach(hf.load(self.student, mesh=mesh)[0], params) if self.lora.rank else params
 
 

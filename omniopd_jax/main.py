@@ -5,8 +5,8 @@ Short on purpose: everything else can be imported.
 
 from ml_collections import config_flags
 
-from omniopd_jax import cli
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: configs/tiny.py, configs/math.py:no_anchor ...")
 
@@ -17,14 +17,15 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; settings look like --config.num_steps=20")
     if _CONFIG.value is None:
         raise UserError("--config is missing, e.g. --config=configs/tiny.py")
-    from omniopd_jax import distributed, train
+    from omniopd_jax import train
+    from omniopd_jax.parallel import processes
 
     cli.setup_jax(_CONFIG.value.compute_dtype)
     try:
-        distributed.init(_CONFIG.value)
+        processes.init(_CONFIG.value)
         return train.train(_CONFIG.value)["exit_code"]
     except BaseException as error:
-        distributed.abandon(error)
+        processes.abandon(error)
         raise
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from omniopd_jax.config import min_continuations
-from omniopd_jax.packing import Packed
+from omniopd_jax.parallel.packing import Packed
 from omniopd_jax.scheduler import chunk_mask
 
 RATIO_BAND = (0.5, 2.0)  # chunks whose importance ratio lies outside are dropped (max_staleness = 1)

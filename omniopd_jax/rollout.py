@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax import attention, lora, model, sharding
+from omniopd_jax import model
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import sharding
 
 
 @flax.struct.dataclass
@@ -59,7 +61,7 @@ def prepare(params: dict, cfg: model.ModelConfig, mesh=None) -> dict:
     else:
         params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
     if mesh is not None:
-        params = jax.lax.with_sharding_constraint(params, sharding.param_shardings(cfg, mesh, sharding.DECODE_RULES))
+        params = jax.lax.with_sharding_constraint(params, model.param_shardings(cfg, mesh, sharding.DECODE_RULES))
     params = model.unstack(params, cfg)
     return params | {"layers": [p | {n: _matrix(p[n]) for n in "qkv"} for p in params["layers"]]}
 

@@ -11,8 +11,8 @@ from collections import Counter
 
 import numpy as np
 
-from omniopd_jax import hub
 from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.hf import hub
 
 MAX_CHARS = 4_000  # of each text; more is cut before comparing
 

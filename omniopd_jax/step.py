@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omniopd_jax import lora, model, objective, optim, packing, sharding, spread, vocab
+from omniopd_jax import model, objective, optim, vocab
+from omniopd_jax.model import lora
+from omniopd_jax.parallel import packing, replicas, sharding
 
 
 @flax.struct.dataclass
@@ -65,7 +67,7 @@ def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: in
     """
 
     mesh = model_cfg.mesh
-    params = model.cast_layers(spread.spread(params, mesh, model_cfg.dtype), model_cfg)
+    params = model.cast_layers(replicas.spread(params, mesh, model_cfg.dtype), model_cfg)
 
     def one(rows):
         token, segment, position, at = rows
@@ -76,7 +78,7 @@ def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: in
             how = {"block": block, "piece": vocab.piece_on(mesh), "tied": model_cfg.tied}
             return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], **how)
 
-        return spread.over_rows(stats, mesh, spread.head_as_it_lies(params), (hidden_BTD, target_BT))[1]
+        return replicas.over_rows(stats, mesh, replicas.head_as_it_lies(params), (hidden_BTD, target_BT))[1]
 
     stats = jax.lax.map(one, _rows(tokens, prompt_length_B, T, micro_batches, mesh))
     return _in_place(stats, tokens, T, mesh)
@@ -96,17 +98,17 @@ def loss_and_grads(
     T, mesh = weight_BT.shape[1], model_cfg.mesh
     frozen, ref, teacher = None, None, None
     if holds_reference(cfg):
-        frozen = spread.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
+        frozen = replicas.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
         if not cfg.anchor.ref_offload:
             frozen = model.cast_layers(frozen, model_cfg)
         ref = frozen if cfg.anchor.kl_coef else None
     ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
     if not cfg.lora.rank:
-        params = spread.spread(params, mesh)
+        params = replicas.spread(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, model_cfg)
     if cfg.objective.name == "opd_exact":
-        teacher = spread.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
+        teacher = replicas.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
         teacher = model.cast_layers(teacher, teacher_cfg)
 
     def over_vocabulary(heads, rows):
@@ -136,10 +138,10 @@ def loss_and_grads(
             ref_h = hidden(ref, ref_cfg)
         with jax.named_scope("teacher"):
             teacher_h = hidden(teacher, teacher_cfg)
-        heads = tuple(p if p is None else spread.head_as_it_lies(p) for p in (student, ref))
-        heads += (teacher if teacher is None else spread.head(teacher),)
+        heads = tuple(p if p is None else replicas.head_as_it_lies(p) for p in (student, ref))
+        heads += (teacher if teacher is None else replicas.head(teacher),)
         rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
-        return spread.over_rows(over_vocabulary, mesh, heads, rows)
+        return replicas.over_rows(over_vocabulary, mesh, heads, rows)
 
     def add(carry, rows):
         (loss, stats), grads = jax.value_and_grad(micro_loss, has_aux=True)(params, rows)
@@ -149,7 +151,7 @@ def loss_and_grads(
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, spread.collapse(grads, model_cfg), _in_place(stats, tokens, T, mesh)
+    return loss, replicas.collapse(grads, model_cfg), _in_place(stats, tokens, T, mesh)
 
 
 def policy(params: dict, ref_params: dict, cfg) -> dict:
@@ -257,7 +259,7 @@ def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Ste
     """
     rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
     state, reference = state_shardings(model_cfg, cfg, mesh), reference_shardings(model_cfg, cfg, mesh)
-    teacher = sharding.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
+    teacher = model.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
     score_step = jax.jit(
         functools.partial(score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches),
         static_argnums=(3,),
@@ -288,7 +290,7 @@ def abstract_state(model_cfg, cfg) -> TrainState:
 def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     """Where every leaf of the state lies: eval_shape -> shardings -> created already sharded."""
     shape = abstract_state(model_cfg, cfg)
-    params = sharding.table_shardings(trained(model_cfg, cfg), mesh)
+    params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
     return TrainState(params, opt, all_, all_)
@@ -307,7 +309,7 @@ def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
     """
     if not holds_reference(cfg):
         return None
-    where = sharding.param_shardings(model_cfg, mesh)
+    where = model.param_shardings(model_cfg, mesh)
     if not cfg.anchor.ref_offload:
         return where
 

@@ -13,29 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from omniopd_jax import (
-    attention,
-    audit,
-    checkpoint,
-    collect,
-    config,
-    data,
-    distributed,
-    evaluate,
-    flops,
-    hf,
-    host,
-    lora,
-    metrics,
-    model,
-    objective,
-    profile,
-    sharding,
-    similarity,
-    step,
-    teachers,
-)
+from omniopd_jax import audit, config, evaluate, experience, hf, model, objective, similarity, step, teachers
+from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import Stopped, UserError
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import processes, sharding
+from omniopd_jax.run import checkpoint, flops, host, logging, preflight, profiling
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
@@ -58,13 +41,13 @@ class Run:
     ref_params: dict | None  # the frozen initial student: the anchor's reference, with LoRA the adapters' base
     teacher_params: dict | None
     decoder: audit.Decoder
-    timer: metrics.PhaseTimer
+    timer: logging.PhaseTimer
     thread: host.AsyncThread
-    profiler: profile.Profiler
-    compiled: profile.Recompilations
+    profiler: profiling.Profiler
+    compiled: profiling.Recompilations
     disks: list[int] = dataclasses.field(default_factory=lambda: [0])  # checkpoint.restore_journal
     stop: host.StopFlag = dataclasses.field(default_factory=host.StopFlag)
-    ahead: dict[int, collect.Asked] = dataclasses.field(default_factory=dict)  # sampled, under audit (max_staleness)
+    ahead: dict[int, experience.Asked] = dataclasses.field(default_factory=dict)  # sampled, under audit (max_staleness)
 
     def policy(self, state: step.TrainState) -> dict:
         """The whole model as it stands."""
@@ -81,7 +64,7 @@ def train(cfg: ConfigDict) -> dict:
       UserError: before anything is loaded or compiled, where a setting, the data or the teacher is wrong.
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
-    config.validate(cfg)
+    preflight.validate(cfg)
     with host.StopFlag() as stop:
         return guarded(cfg, stop)
 
@@ -96,13 +79,13 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
     checkpoints.disks = disks
     state, totals = first_state(run, checkpoints)
     start = int(jax.device_get(state.step))
-    writer = metrics.Writer(cfg.run_dir, start_step=start, tensorboard=cfg.log.tensorboard)
+    writer = logging.Writer(cfg.run_dir, start_step=start, tensorboard=cfg.log.tensorboard)
     run.stop, run.disks = stop, disks
     try:
         before = totals.get("accuracy_before")
         if run.held_out and before is None:
             before = totals["accuracy_before"] = held_out_accuracy(run, state)
-            metrics.say(f"accuracy before: {before:.1%}")
+            logging.say(f"accuracy before: {before:.1%}")
         run.timer.take()
         with stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
             state, totals = loop(run, state, checkpoints, writer, totals, stop)
@@ -110,7 +93,7 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
         after = held_out_accuracy(run, state) if run.held_out else None
         out = summary(run, state, totals, before, after) | {"exit_code": 0}
-        distributed.barrier("end")
+        processes.barrier("end")
         return out
     finally:
         writer.close()
@@ -122,7 +105,7 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
 
 def graders_of(cfg) -> list[str]:
     """Names of the graders that the run will ask."""
-    return [cfg.reward.grader] * collect.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
+    return [cfg.reward.grader] * experience.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
 
 
 def prepare(cfg: ConfigDict) -> Run:
@@ -139,8 +122,8 @@ def prepare(cfg: ConfigDict) -> Run:
         except UserError as error:
             problems.append(str(error))
 
-    packed = cfg.packing.length > 0
-    attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, packed=packed))
+    how = {"packed": cfg.packing.length > 0, "on": attention.platform(None)}
+    attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, **how))
     attempt("model_cfg", lambda: hf.read_config(cfg.student.path))
     attempt("trained", lambda: step.trained(found["model_cfg"], cfg)) if "model_cfg" in found else None
     attempt("tokenizer", lambda: hf.load_tokenizer(cfg.student.path)) if "model_cfg" in found else None
@@ -154,14 +137,14 @@ def prepare(cfg: ConfigDict) -> Run:
         attempt("said", lambda: thread.submit(found["teacher"].check()).result())
     if found.get("train"):
         attempt("same", lambda: same_prompts(found["train"][0]))
-    told = distributed.gather("checks", problems)
+    told = processes.gather("checks", problems)
     if any(told):
         thread.close()
         others = [f"process {r}: {p}" for r, ps in enumerate(told) for p in ps if not problems]
         raise UserError("\n".join(dict.fromkeys(problems or others)))
-    metrics.say(found.get("said", f"objective {cfg.objective.name}: no teacher"))
+    logging.say(found.get("said", f"objective {cfg.objective.name}: no teacher"))
     if getattr(found["teacher"], "report", None):
-        metrics.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].estimate().table()}")
+        logging.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].estimate().table()}")
     mesh = sharding.make_mesh(cfg.mesh)
     model_cfg = dataclasses.replace(
         found["model_cfg"], dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
@@ -175,7 +158,7 @@ def prepare(cfg: ConfigDict) -> Run:
     if cfg.objective.name == "opd_exact":
         teacher_params, teacher_cfg = white_box(cfg, found["teacher"], mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
-    metrics.say(
+    logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
         f"{model.count(found['trained']) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
         f"mesh {dict(mesh.shape)}; {len(train_prompts):,} prompts "
@@ -185,7 +168,7 @@ def prepare(cfg: ConfigDict) -> Run:
     return Run(
         cfg, tokenizer, train_prompts, held_out, found["teacher"], found["phi"], model_cfg,
         hf.end_ids(cfg.student.path, tokenizer), mesh, steps, ref_params, teacher_params,
-        audit.Decoder(tokenizer), metrics.PhaseTimer(), thread, profile.Profiler(cfg), profile.Recompilations(metrics.say),
+        audit.Decoder(tokenizer), logging.PhaseTimer(), thread, profiling.Profiler(cfg), profiling.Recompilations(logging.say),
     )  # fmt: skip
 
 
@@ -215,7 +198,7 @@ def same_prompts(prompts: data.Prompts) -> None:
     Raises:
       UserError: they do not.
     """
-    digests = distributed.gather("prompts", [len(prompts), teachers.stable_hash(*(p.id for p in prompts.prompts))])
+    digests = processes.gather("prompts", [len(prompts), teachers.stable_hash(*(p.id for p in prompts.prompts))])
     if any(d != digests[0] for d in digests):
         raise UserError(f"the processes read different training prompts: {[d[0] for d in digests]} of them, by process")
 
@@ -270,10 +253,10 @@ def first_state(run: Run, checkpoints) -> tuple[step.TrainState, dict]:
         run.steps.state_shardings,
     )
     if checkpoints.latest() is not None:
-        distributed.together("same run", lambda: check_same_run(cfg, folder))
+        processes.together("same run", lambda: check_same_run(cfg, folder))
     if found := checkpoints.restore_newest(like):
         state, totals = found
-        metrics.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
+        logging.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
     else:
         key = jax.random.key(cfg.seed)
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
@@ -309,7 +292,7 @@ def loop(run: Run, state, checkpoints, writer, totals: dict, stop: host.StopFlag
     """Steps from the state's own to `num_steps`; metrics of a step are read after the next one was dispatched."""
     cfg, pending = run.cfg, None
     start = int(jax.device_get(state.step))
-    progress = metrics.Progress(cfg.num_steps, start)
+    progress = logging.Progress(cfg.num_steps, start)
 
     def flush():
         nonlocal pending
@@ -318,33 +301,33 @@ def loop(run: Run, state, checkpoints, writer, totals: dict, stop: host.StopFlag
             pending = None
 
     def save():
-        collect.save_ahead(run, int(jax.device_get(state.step)))
+        experience.save_ahead(run, int(jax.device_get(state.step)))
         with run.compiled.expected():
             checkpoints.save(state, totals, journal=getattr(run.teacher, "journal", None))
 
-    collect.load_ahead(run, start)
+    experience.load_ahead(run, start)
     try:
         for t in range(start, cfg.num_steps):
             with run.profiler.step(t):
-                got = collect.collect(run, state, t)
+                got = experience.collect(run, state, t)
                 with run.timer.phase("update"):  # from its dispatch on
                     state, device_metrics, targets = run.steps.train_step(
                         state, run.ref_params, got.batch, got.stats, run.teacher_params
                     )
                     flush()
                     jax.block_until_ready(state.step)
-            stop.agreed = distributed.any_of("stop", stop.requested)
+            stop.agreed = processes.any_of("stop", stop.requested)
             done, extra = t + 1 == cfg.num_steps, {}
             if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
                 extra = {"eval/accuracy": held_out_accuracy(run, state)}
-                stop.agreed = distributed.any_of("stop", stop.requested)  # a signal may have come meanwhile
+                stop.agreed = processes.any_of("stop", stop.requested)  # a signal may have come meanwhile
             pending = (t, device_metrics, targets, got, run.timer.take() | extra)
             if done or stop.agreed or (t + 1) % cfg.checkpoint.every == 0:
                 flush()
                 save()
             run.compiled.step_done(t + 1 - start)
             if stop.agreed:
-                collect.drain(run)
+                experience.drain(run)
                 progress.say(f"stopped by {stop.agreed} after step {t + 1}; the checkpoint is saved")
                 break
     except Stopped as stopped:
@@ -354,7 +337,7 @@ def loop(run: Run, state, checkpoints, writer, totals: dict, stop: host.StopFlag
         progress.say(f"stopped by {stop.agreed}; the checkpoint is saved")
     except teachers.TeacherStopped:
         flush()
-        collect.drain(run)
+        experience.drain(run)
         save()
         raise
     finally:
@@ -372,7 +355,7 @@ def report(run: Run, writer, progress, totals: dict, t: int, device_metrics, tar
             raise FloatingPointError(f"{key} is {values[key]} at step {t}; nothing after the last checkpoint is kept")
     responses, feedback = got.responses, got.feedback
     asked = audit.metrics(feedback, run.cfg)
-    asked |= metrics.total(distributed.gather("teacher's own counts", got.service), run.disks)
+    asked |= logging.total(processes.gather("teacher's own counts", got.service), run.disks)
     for key in ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed"):
         totals[key] = totals.get(key, 0) + asked[key]
     for key, seconds in own.items():
@@ -391,7 +374,7 @@ def report(run: Run, writer, progress, totals: dict, t: int, device_metrics, tar
     if got.rewards is not None:
         here["reward/mean"] = float(got.rewards.mean())
     lengths = [[len(p.token_ids) for p in responses.prompts], list(map(len, responses.tokens))]
-    parts = distributed.gather("host metrics", [here, left_out, *lengths])  # every process has as many rows
+    parts = processes.gather("host metrics", [here, left_out, *lengths])  # every process has as many rows
     values |= {k: float(np.mean([part[0][k] for part in parts])) for k in here}
     values["audit/log_left_out"] = sum(part[1] for part in parts)
     prompts, tokens = (sum((part[i] for part in parts), []) for i in (2, 3))
@@ -429,7 +412,7 @@ def summary(run: Run, state, totals: dict, before: float | None, after: float | 
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
-    metrics.say(metrics.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
+    logging.say(logging.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
     if jax.process_index() == 0:
         (pathlib.Path(run.cfg.run_dir) / "summary.json").write_text(json.dumps(out, indent=1) + "\n")
     return out

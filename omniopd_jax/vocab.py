@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax import attention
+from omniopd_jax.model import attention
 
 CPU_PIECE = 4_096  # vocabulary columns; 1,000 to 10,000 measured the same
 FAR = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not
@@ -67,7 +67,7 @@ def token_stats(
 
         zero = jnp.zeros(z_XV.shape[0], jnp.float32)
         top, mass, moment = _fold(add, (zero + FAR, zero, zero), (z_XV,), piece)
-        return None, ((_pick(z_XV, y, piece) - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
+        return None, ((_pick(z_XV, y) - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
 
     with jax.named_scope("vocab_stats"):
         _, (logp, entropy) = jax.lax.scan(body, None, blocks)
@@ -199,7 +199,7 @@ def _walk(
         else:
             top, mass = _sums(z_XV, piece)
             kl = jnp.zeros_like(top)
-        logp = (_pick(z_XV, y, piece) - top) - jnp.log(mass)
+        logp = (_pick(z_XV, y) - top) - jnp.log(mass)
         loss += jnp.sum(-w * logp) + beta * jnp.sum(m * kl)
         if not with_grad:
             return (loss, dhead_DV), (logp, kl, None)
@@ -340,10 +340,8 @@ def _scaled(grads, g):
     return (a if a is None else (g * a).astype(a.dtype) for a in grads)
 
 
-def _pick(z_XV, y_X, piece):
-    """z of y. A masked sum stays local where the vocabulary is sharded, a gather need not; in pieces it is not."""
-    if piece:
-        return jnp.take_along_axis(z_XV, y_X[:, None], axis=1)[:, 0]
+def _pick(z_XV, y_X):
+    """z of y by a masked sum: it stays local where the vocabulary is sharded, a gather need not."""
     return jnp.sum(jnp.where(jnp.arange(z_XV.shape[1])[None] == y_X[:, None], z_XV, 0.0), axis=-1)
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import aot, flops, model, sharding
+from omniopd_jax import aot, model
 from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import flops
 
 GIB = 2.0**30
 LAYERS, ROWS, LENGTH = 4, 128, 8192  # 32 rows a chip: a cache of 4 GiB

@@ -9,7 +9,8 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from omniopd_jax import audit, config, data, objective, similarity, teachers
+from omniopd_jax import audit, config, objective, similarity, teachers
+from omniopd_jax.data import prompts as data
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure, Usage
 from omniopd_jax.teachers.simulated import SimulatedTeacher
 

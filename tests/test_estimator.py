@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import audit, config, data, hf, objective, rollout, similarity, teachers, world
+from omniopd_jax import audit, config, hf, objective, rollout, similarity, teachers, world
+from omniopd_jax.data import prompts as data
 from omniopd_jax.teachers.local import LocalTeacher
 from omniopd_jax.teachers.simulated import SimulatedTeacher
 

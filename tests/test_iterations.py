@@ -9,8 +9,10 @@ import optax
 import pytest
 import tiny
 
-from omniopd_jax import checkpoint, config, evaluate, model, objective, optim, sharding, step, train
+from omniopd_jax import config, evaluate, model, objective, optim, step, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import checkpoint, preflight
 
 B, P, T = 8, 5, 7
 LENGTH = np.array([7, 5, 1, 7, 6, 0, 3, 4])
@@ -102,7 +104,7 @@ def test_several_updates_are_for_grpo(make_cfg):
     c = config.default()
     c.num_iterations = 2
     with pytest.raises(UserError, match="num_iterations = 2 is for objective.name = 'grpo'"):
-        config.validate(c)
+        preflight.validate(c)
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import pytest
 import tiny
 
 from configs import tiny as recipe
-from omniopd_jax import checkpoint, sharding, train
+from omniopd_jax import train
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import checkpoint
 
 STEPS = 9
 

@@ -13,6 +13,7 @@ from wire_server import WireServer
 
 from omniopd_jax import config, objective
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
 
 B, T, M, C = 6, 20, 3, 4
 FULL = 4  # continuations of a full audit
@@ -101,7 +102,7 @@ def test_staleness_needs_a_text_teacher_and_is_0_or_1():
         c = config.default()
         c.update_from_flattened_dict(settings)
         with pytest.raises(UserError, match="max_staleness"):
-            config.validate(c)
+            preflight.validate(c)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import oracle
 import pytest
 from jax.extend import core
 
-from omniopd_jax import lora, model, objective, rollout, sharding, spread, step, vocab
+from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax.model import lora
+from omniopd_jax.parallel import replicas, sharding
 
 B, P, T, M = 8, 6, 10, 3
 L = P + T
@@ -380,7 +382,7 @@ def test_eight_devices_decode_the_tokens_of_one(kinds, batch, name):
     prompt_BP = batch.token_BL[:, :P] * (jnp.arange(P)[None] < batch.prompt_length_B[:, None])
     whole, plain = step.policy(trained, ref, cfg), dataclasses.replace(model_cfg, mesh=mesh)
     table = step.policy(step.trained(plain, cfg), model.table(plain), cfg)
-    sharded = jax.device_put(whole, sharding.table_shardings(table, mesh))
+    sharded = jax.device_put(whole, model.table_shardings(table, mesh))
     tokens = []
     for params, m_cfg, rows in (
         (rollout.prepare(sharded, plain, mesh), plain, sharding.put_rows((prompt_BP, batch.prompt_length_B), mesh)),
@@ -415,8 +417,8 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
     monkeypatch.setattr(step, "make_steps", lambda m, c, mesh, *more: on_mesh.append(mesh.size > 1) or real(m, c, mesh, *more))
 
     def collapse(grads, model_cfg):
-        where = sharding.param_shardings(model_cfg, model_cfg.mesh)
-        kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in spread.MATRICES if n in grads}
+        where = model.param_shardings(model_cfg, model_cfg.mesh)
+        kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in replicas.MATRICES if n in grads}
         return grads | kept
 
     def over_rows(function, mesh, matrices, rows):
@@ -433,11 +435,11 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
         shards = 4 if on_mesh[-1] else 1
         return tuple(shards * a for a in real_normalize(weight_BT, mask_BT, weighted_BT, cfg))
 
-    spread_over_rows, real_normalize, real_collapse = spread.over_rows, objective.normalize, spread.collapse
+    spread_over_rows, real_normalize, real_collapse = replicas.over_rows, objective.normalize, replicas.collapse
     if fault == "copies not summed":
-        monkeypatch.setattr(spread, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
+        monkeypatch.setattr(replicas, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
     elif fault == "shards not summed":
-        monkeypatch.setattr(spread, "over_rows", over_rows)
+        monkeypatch.setattr(replicas, "over_rows", over_rows)
     else:
         monkeypatch.setattr(objective, "normalize", normalize)
     with pytest.raises(AssertionError):

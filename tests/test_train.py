@@ -12,8 +12,10 @@ import pytest
 import tiny
 from rapidfuzz.distance.Levenshtein import distance as edit_distance
 
-from omniopd_jax import checkpoint, collect, config, evaluate, hf, metrics, rollout, sharding, train, world
+from omniopd_jax import config, evaluate, experience, hf, rollout, train, world
 from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import checkpoint, logging, preflight
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -256,7 +258,7 @@ def test_responses_shorter_than_a_chunk_are_not_audited(make, monkeypatch):
         with jax.transfer_guard("allow"):
             return out.replace(length_B=jax.numpy.minimum(out.length_B, 3)) if kwargs["max_new_tokens"] == 24 else out
 
-    monkeypatch.setattr(collect.rollout, "sample", short)
+    monkeypatch.setattr(experience.rollout, "sample", short)
     c = make()
     train.train(c)
     for row in tiny.lines(f"{c.run_dir}/metrics.jsonl"):
@@ -394,37 +396,37 @@ def test_a_signal_during_an_evaluation_does_not_lose_the_step(make, monkeypatch)
 def test_lines_of_steps_that_come_again_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": s}) + "\n" for s in range(5)) + '{"step": 5, "lo')
-    metrics.cut_after(path, 3)
+    logging.cut_after(path, 3)
     assert [r["step"] for r in tiny.lines(path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x1cb", "日本 😀", "a\nb"], ids=ascii)
 def test_a_resumed_run_keeps_the_audits_of_any_text(tmp_path, text):
     """A continuation may hold any character: U+2028 ends a line for `str.splitlines`, not in a JSON Lines file."""
-    writer = metrics.Writer(tmp_path, start_step=0, tensorboard=False)
+    writer = logging.Writer(tmp_path, start_step=0, tensorboard=False)
     writer.audits([{"step": 0, "chunk": text}, {"step": 1, "chunk": text}])
     writer.close()
-    metrics.Writer(tmp_path, start_step=1, tensorboard=False).close()
+    logging.Writer(tmp_path, start_step=1, tensorboard=False).close()
     assert tiny.lines(tmp_path / "audits.jsonl") == [{"step": 0, "chunk": text}]
 
 
 def test_a_line_cut_inside_a_character_is_dropped(tmp_path):
     path = tmp_path / "audits.jsonl"
     path.write_bytes(b'{"step": 0, "chunk": "a"}\n' + '{"step": 1, "chunk": "日'.encode()[:-1])
-    metrics.cut_after(path, 5)
+    logging.cut_after(path, 5)
     assert [r["step"] for r in tiny.lines(path)] == [0]
 
 
 def test_half_a_surrogate_pair_in_a_continuation_can_be_logged(tmp_path):
     """A provider's JSON may hold one; Python keeps it, UTF-8 does not."""
-    writer = metrics.Writer(tmp_path, start_step=0, tensorboard=False)
+    writer = logging.Writer(tmp_path, start_step=0, tensorboard=False)
     writer.audits([{"step": 0, "chunk": json.loads('"x \\ud83d"')}])
     writer.close()
     assert tiny.lines(tmp_path / "audits.jsonl")[0]["step"] == 0
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    progress = metrics.Progress(3, 0, terminal=False)
+    progress = logging.Progress(3, 0, terminal=False)
     progress.step(1, {"loss": 0.25, "entropy": 1.5, "time/step": 2.0})
     progress.close()
     out = capsys.readouterr().out
@@ -438,7 +440,7 @@ def test_repeated_ngrams():
 
 
 def test_the_phase_timer_adds_up():
-    timer = metrics.PhaseTimer()
+    timer = logging.PhaseTimer()
     timer.add("a", 1.0)
     timer.add("a", 2.0)
     assert timer.take()["time/a"] == 3.0
@@ -451,5 +453,5 @@ def test_a_config_of_a_run_is_a_valid_recipe(run):
     saved = json.loads((run[0] / "config.json").read_text())
     c = config.default()
     c.update(saved)
-    config.validate(c)
+    preflight.validate(c)
     assert config.flat(c) == config.flat(run[2])

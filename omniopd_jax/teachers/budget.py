@@ -10,8 +10,7 @@ import asyncio
 import dataclasses
 import math
 
-from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import TeacherStopped
+from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers.journal import Journal, Totals
 
 PROBE_TOKENS = 16  # what the probe asks for in each call

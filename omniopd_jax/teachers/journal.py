@@ -30,7 +30,7 @@ import time
 import zlib
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import Continuation, Failure
+from omniopd_jax.teachers.protocol import Continuation, Failure
 
 APPLICATION_ID = 0x4F4D4F50  # "OMOP": tells our files from other people's
 SCHEMA_VERSION = 1

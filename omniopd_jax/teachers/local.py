@@ -13,10 +13,11 @@ import time
 import jax
 import numpy as np
 
-from omniopd_jax import attention, hf, rollout, step
-from omniopd_jax.data import render
+from omniopd_jax import hf, rollout, step
+from omniopd_jax.data.prompts import render
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import Continuation, ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.model import attention
+from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Usage
 
 MAX_ROWS = 1024  # continuations sampled at once
 CPU_ROWS = 256  # on a CPU, whose caches hold no more: 1.3 times as fast
@@ -169,7 +170,7 @@ def make(cfg) -> LocalTeacher:
     tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
     student = hf.load_tokenizer(cfg.student.path)
     params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
-    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype)
+    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(None))
     model_cfg = dataclasses.replace(model_cfg, dtype=cfg.compute_dtype, attention=backend)
     return LocalTeacher(
         params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),

@@ -12,9 +12,10 @@ import pathlib
 import statistics
 import time
 
-from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import TeacherStopped, instruct, scoring, wire
+from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
+from omniopd_jax.teachers.wire import instruct, scoring
 
 COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
 PREFIX = "one two three four five six seven"
@@ -45,24 +46,6 @@ class ProbeReport:
             f"teacher {self.model!r}: continues by {self.mode!r}, {self.latency_s[0]:.2f} s and "
             f"{self.usd_per_call:.6f} USD a call ({self.calls} calls probed)"
         )
-
-
-async def probe(cfg) -> ProbeReport:
-    """Makes the teacher that `cfg` names, probes it and closes it again.
-
-    Raises:
-      UserError: it cannot be a teacher, and what to change; or its provider has no probe (`local`, `simulated`).
-    """
-    from omniopd_jax import teachers
-
-    teacher = teachers.make(cfg)
-    try:
-        await teacher.check()
-        if getattr(teacher, "report", None) is None:
-            raise UserError(f"teacher.provider = {cfg.teacher.provider!r} has no probe")
-        return teacher.report
-    finally:
-        await teacher.close()
 
 
 async def probe_teacher(teacher) -> ProbeReport:

@@ -9,23 +9,21 @@ import weakref
 
 import numpy as np
 
-from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import (
+from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.teachers import budget as money
+from omniopd_jax.teachers import probe, wire
+from omniopd_jax.teachers.journal import Journal
+from omniopd_jax.teachers.protocol import (
     WHITE_BOX,
     Continuation,
     ContinuationRequest,
     ContinuationResult,
     Failure,
-    TeacherStopped,
     Usage,
-    instruct,
-    scoring,
     together,
-    wire,
 )
-from omniopd_jax.teachers import budget as money
-from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.traffic import Traffic
+from omniopd_jax.teachers.wire import instruct, scoring
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
 SCORE = "score"  # who asks for log-probs: they depend on the tokens alone
@@ -76,8 +74,6 @@ class RemoteTeacher:
         Raises:
           UserError: unreachable, refused, or impossible as a teacher, and what to change.
         """
-        from omniopd_jax.teachers import probe
-
         if self.replay == "only":
             return f"teacher {self.client.model!r}: replay of {self.journal.count()} journal entries, no connection"
         await self._bind()

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import Continuation, ContinuationRequest, ContinuationResult, Failure, Usage
+from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Failure, Usage
 
 
 class SimulatedTeacher:

@@ -10,7 +10,7 @@ import dataclasses
 import random
 import time
 
-from omniopd_jax.teachers import TeacherStopped
+from omniopd_jax.errors import TeacherStopped
 from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5

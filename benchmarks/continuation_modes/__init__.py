@@ -1,0 +1,1 @@
+"""`python -m benchmarks.continuation_modes` makes docs/results/continuation_modes.md."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu` makes docs/results/gpu.md."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.grading` makes docs/results/grading.md."""

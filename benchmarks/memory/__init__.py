@@ -1,0 +1,1 @@
+"""`python -m benchmarks.memory` makes docs/results/memory.md."""

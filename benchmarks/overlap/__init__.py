@@ -1,0 +1,1 @@
+"""`python -m benchmarks.overlap` makes docs/results/overlap.md."""

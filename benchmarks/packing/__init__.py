@@ -1,0 +1,1 @@
+"""`python -m benchmarks.packing` makes docs/results/packing.md."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.sampling` makes docs/results/sampling.md."""

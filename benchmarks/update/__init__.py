@@ -1,0 +1,1 @@
+"""`python -m benchmarks.update` makes docs/results/update.md."""

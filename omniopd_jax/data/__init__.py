@@ -1,0 +1,1 @@
+"""What a run reads: prompts for training and evaluation, and whole benchmarks."""

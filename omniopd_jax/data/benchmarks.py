@@ -1,0 +1,257 @@
+"""Benchmarks by name: where each lies on the hub, its fields, its grader and what the prompt asks for.
+
+A benchmark is one line in SUITES and, where its rows are not plain `problem` and `answer`, one function here. Names and
+fields were read off public code that uses them; the hub itself was out of reach here, so no set has been downloaded.
+
+What `load` takes: a name of SUITES; NAME=FILE.jsonl, local rows with the benchmark's own fields; FILE.jsonl, rows with
+`problem` (or `prompt`, `question`), `answer`, and optional `id` and `grader` (default: math); world:WORLD:SPLIT, the small
+world; rg:DATASET[:SEED], a procedural set of reasoning-gym.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import pathlib
+import pickle
+import zlib
+from collections.abc import Callable
+
+from omniopd_jax import world
+from omniopd_jax.data import prompts as data
+from omniopd_jax.data.prompts import Prompt
+from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.graders import gym
+
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+FUNCTION = "Write the whole function, with the imports that it needs, in one ```python block."
+STDIN = "Write a Python program that reads stdin and writes stdout, in one ```python block."
+METHOD = "Complete the class, with the imports that it needs, in one ```python block:"
+LIVECODEBENCH = [f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6)]  # the releases; the set's loading script no longer runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A benchmark, ready to be answered.
+
+    Attributes:
+      name: as tables say it; of a file its stem, or the benchmark's where NAME=FILE.jsonl says which.
+      prompts: each with an answer, in the benchmark's order, ids unique.
+      grader: a key of `evaluate.GRADERS`.
+      extract: text -> the answer in it, for majority votes and logs; None where answers can't be compared as text.
+    """
+
+    name: str
+    prompts: list[Prompt]
+    grader: str
+    extract: Callable[[str], str | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a benchmark lies and what its fields are called; `read` makes (text, answer) of a row with other habits."""
+
+    hub: str
+    split: str = "test"
+    subset: str | None = None
+    problem: str = "problem"
+    answer: str = "answer"
+    id: str | None = "id"
+    grader: str = "math"
+    suffix: str = BOXED
+    read: Callable[[dict], tuple[str, str]] | None = None
+    files: tuple[str, ...] = ()  # read as JSON Lines, where the hub's own loader can't
+
+
+def _gsm8k(row):
+    return row["question"], row["answer"].split("####")[-1].strip().replace(",", "")
+
+
+def _olympiad(row):
+    """`final_answer` is a list with one string, which may hold several answers."""
+    answer = row["final_answer"]
+    context = (row.get("context") or "").strip()
+    return f"{context}\n{row['question']}".strip(), answer if isinstance(answer, str) else ", ".join(answer)
+
+
+def _humaneval(row):
+    text = f"Complete this function:\n\n```python\n{row['prompt'].rstrip()}\n```"
+    return text, json.dumps({"asserts": row["test"], "entry_point": row["entry_point"]})
+
+
+def _mbpp(row):
+    tests = "\n".join(row["test_list"])
+    text = f"{row['prompt']}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```"
+    return text, json.dumps({"asserts": list(row.get("test_imports") or []) + list(row["test_list"])})
+
+
+def _livecodebench(row):
+    """Standard input, or calls of a method of `Solution`: arguments one a line, as JSON."""
+    cases = json.loads(row["public_test_cases"]) + _private(row["private_test_cases"])
+    if cases[0]["testtype"] == "stdin":
+        tests = [{"stdin": c["input"], "stdout": c["output"]} for c in cases]
+        return f"{row['question_content']}\n\n{STDIN}", json.dumps(tests)
+    name = json.loads(row["metadata"])["func_name"]
+    text = f"{row['question_content']}\n\n{METHOD}\n\n```python\n{row['starter_code'].rstrip()}\n```"
+    asserts = []
+    for c in cases:
+        arguments = ", ".join(repr(json.loads(line)) for line in c["input"].splitlines() if line.strip())
+        asserts.append(f"assert Solution().{name}({arguments}) == {json.loads(c['output'])!r}")
+    return text, json.dumps({"asserts": asserts})
+
+
+def _private(text: str) -> list[dict]:
+    """Private tests: JSON, or JSON in a pickle in zlib in base64."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(_StringOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load())
+
+
+class _StringOnly(pickle.Unpickler):
+    """A pickle from the hub may hold a string and nothing that runs."""
+
+    def find_class(self, module, name):
+        raise UserError(f"the pickled tests name {module}.{name}: refused")
+
+
+SUITES = {
+    "math500": Source("HuggingFaceH4/MATH-500", id="unique_id"),
+    "aime24": Source("HuggingFaceH4/aime_2024", "train"),
+    "aime25": Source("math-ai/aime25"),
+    "amc23": Source("math-ai/amc23", problem="question"),
+    "olympiadbench": Source("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP", read=_olympiad),  # text only, English
+    "gsm8k": Source("openai/gsm8k", subset="main", id=None, read=_gsm8k),
+    "humaneval": Source("openai/openai_humaneval", id="task_id", grader="code", suffix=FUNCTION, read=_humaneval),
+    "mbpp": Source(
+        "google-research-datasets/mbpp", subset="sanitized", id="task_id", grader="code", suffix=FUNCTION, read=_mbpp
+    ),
+    "livecodebench": Source(
+        "livecodebench/code_generation_lite", id="question_id", grader="code", suffix="", read=_livecodebench,
+        files=tuple(LIVECODEBENCH),
+    ),
+}  # fmt: skip
+EXTRACT = {"math": gym.last_boxed, "reasoning_gym": gym.last_boxed, "world": world.extract_answer, "code": None}
+
+
+def load(name: str, limit: int = 0) -> Suite:
+    """The benchmark of that name (see the module), its first `limit` problems; 0 = all (world: 512, rg: 200).
+
+    Raises:
+      UserError: unknown name, unreachable hub, or a row that lacks a field.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "world":
+        return _world(name, *rest.partition(":")[::2], limit)
+    if kind == "rg":
+        return _gym(name, *rest.partition(":")[::2], limit)
+    known, _, path = name.rpartition("=")
+    if path.endswith((".jsonl", ".json")):
+        rows = _lines(pathlib.Path(path))
+        if known:
+            return _suite(known, SUITES[one_of(known, SUITES, "--benchmarks")], rows, limit)
+        return _plain(pathlib.Path(path).stem, rows, limit)
+    if name not in SUITES:
+        forms = "FILE.jsonl, NAME=FILE.jsonl, world:forks:test, rg:gsm_symbolic"
+        raise UserError(f"--benchmarks = {name!r} is unknown; choose among: {', '.join(SUITES)}; or {forms}")
+    source = SUITES[name]
+    return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit)
+
+
+def _hub(name, source):
+    advice = f"check the network, or give its rows: --benchmarks={name}=FILE.jsonl"
+    return data.load_hub(source.hub, source.split, subset=source.subset, setting=f"benchmark {name}", advice=advice)
+
+
+def _hub_files(name, source):
+    """Rows of the repository's own JSON Lines files, file by file."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(source.hub, timeout=5)
+    except Exception as error:  # the transports' errors share no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"benchmark {name} = {source.hub!r} can't be had from the hub: {reason}; "
+            f"check the network, or give its rows: --benchmarks={name}=FILE.jsonl"
+        ) from error
+    for file in source.files:
+        yield from _lines(pathlib.Path(huggingface_hub.hf_hub_download(source.hub, file, repo_type="dataset")))
+
+
+def _lines(path: pathlib.Path):
+    """Objects of a JSON Lines file."""
+    if not path.is_file():
+        raise UserError(f"--benchmarks: {path} is not a file")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object")
+                yield row
+
+
+def _suite(name, source: Source, rows, limit) -> Suite:
+    prompts = []
+    for number, row in enumerate(rows):
+        if limit and number == limit:
+            break
+        try:
+            text, answer = source.read(row) if source.read else (row[source.problem], row[source.answer])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}") from error
+        own = row.get(source.id) if source.id else None
+        prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), source.suffix, str(answer)))
+    return _checked(Suite(name, prompts, source.grader, EXTRACT[source.grader]))
+
+
+def _plain(name, rows, limit) -> Suite:
+    """Rows of anybody's file, one grader for all of them."""
+    prompts, grader = [], None
+    for number, row in enumerate(rows):
+        if limit and number == limit:
+            break
+        text = next((row[k] for k in ("problem", "prompt", "question") if isinstance(row.get(k), str)), None)
+        if text is None or row.get("answer") is None:
+            raise UserError(f"{name}, row {number}: needs `problem` (`prompt`, `question`) and `answer`; it has {sorted(row)}")
+        if grader not in (None, row.get("grader", "math")):
+            raise UserError(f"{name}, row {number}: grader {row.get('grader', 'math')!r} after {grader!r}: one a file")
+        grader = one_of(row.get("grader", "math"), EXTRACT, f"{name}, row {number}: grader")
+        answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"])
+        own = f"{number:05d}" if row.get("id") is None else str(row["id"])
+        prompts.append(_prompt(own, text, BOXED if grader == "math" else "", answer))
+    return _checked(Suite(name, prompts, grader, EXTRACT[grader or "math"]))
+
+
+def _world(name, which, split, limit) -> Suite:
+    problems = world.problems(which, split or "test", limit or 512)
+    return Suite(name, [_prompt(p.id, p.prompt, "", p.answer) for p in problems], "world", world.extract_answer)
+
+
+def _gym(name, which, seed, limit) -> Suite:
+    if seed and not seed.isdecimal():
+        raise UserError(f"--benchmarks = {name!r}: the seed must be a whole number, as in rg:gsm_symbolic:7")
+    seed, size = int(seed or 0), limit or 200
+    entries = gym.dataset(which, seed, size)
+    ids = [f"{which}:{seed}:{size}:{i}" for i in range(size)]
+    prompts = [_prompt(i, entries[n]["question"], BOXED, i) for n, i in enumerate(ids)]
+    return Suite(name, prompts, "reasoning_gym", gym.last_boxed)
+
+
+def _prompt(own: str, text: str, suffix: str, answer: str) -> Prompt:
+    content = f"{text.strip()}\n\n{suffix}" if suffix else text
+    return Prompt(own, ({"role": "user", "content": content},), answer)
+
+
+def _checked(suite: Suite) -> Suite:
+    if not suite.prompts:
+        raise UserError(f"benchmark {suite.name} is empty")
+    ids = [p.id for p in suite.prompts]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"benchmark {suite.name}: id {twice!r} comes more than once")
+    return suite

@@ -1,0 +1,1 @@
+"""How a student is measured: sampled answers, grades, scores with intervals."""

@@ -1,0 +1,176 @@
+"""Sequence packing: several responses, each behind its own prompt, in one row of scoring and update.
+
+Only the passes that make hidden states see packed rows. The vocabulary pass gets the states of real response tokens,
+gathered, and everything per response keeps its [B, T] shape and its place: `take` and `give_back` go between the two. A
+process packs its own responses and deals the rows evenly to its devices and to their micro-batches. So a response may be
+computed on another device than the one that holds its row of [B, T]; what crosses is a few numbers a token, no state.
+
+Letters beside those of model.py: R packed rows, Q shards x micro-batches, X response positions of one of the Q.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omniopd_jax.parallel import processes, sharding
+
+NEAR = 1.05  # of the fewest tokens: a narrower row costs less attention, so it wins within this
+
+
+@flax.struct.dataclass
+class Packed:
+    """Packed rows, and where each response lies in them. The rows of one of the Q are counted laid end to end.
+
+    Attributes:
+      token_RL: int32, prompts directly followed by their responses, one after the other, 0 behind the last.
+      segment_RL: int32, 1, 2, .. along a row; 0 is padding. position_RL: int32, from 0 in each segment.
+      start_B: int32, where a response's prompt starts among the rows of its one of the Q.
+      first_B: int32, where its y_0 stands among all Q X response positions.
+      owner_QX: int32, the response that a position belongs to, -1 for none; time_QX: its t.
+    """
+
+    token_RL: jax.Array
+    segment_RL: jax.Array
+    position_RL: jax.Array
+    start_B: jax.Array
+    first_B: jax.Array
+    owner_QX: jax.Array
+    time_QX: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each response of a process goes: which of its Q, row of that, first column; and the fewest rows and positions."""
+
+    rows: int  # of each of the Q
+    positions: int  # X
+    piece_B: np.ndarray
+    row_B: np.ndarray
+    column_B: np.ndarray
+
+
+# --- on the host ------------------------------------------------------------------------------------------------------
+
+
+def make(rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int], micro_batches: int) -> Packed:
+    """Packs a process's rows, in shapes that all processes share and that are few: width, rows and X are rounded up.
+
+    Args:
+      rows: tokens of prompt and response; B of them.
+      prompt_length_B: tokens of each one's prompt.
+      most: widest packed row (`packing.length`), at least the longest of `rows`.
+      shards: those that this process holds, ascending (`sharding.own_shards`); B must divide by shards x micro_batches.
+      micro_batches: of each shard.
+
+    Returns:
+      NumPy arrays, as `sharding.put_rows` takes them.
+    """
+    length_B, prompt_length_B = np.array(list(map(len, rows)), np.int32), np.asarray(prompt_length_B, np.int32)
+    width, count = choose_width(length_B, most, len(shards) * micro_batches)
+    plan = pack(length_B, length_B - prompt_length_B, width, len(shards) * micro_batches)
+    positions = min(_round(sharding.global_max(plan.positions)), count * width)
+    plan = dataclasses.replace(plan, rows=count, positions=positions)
+    return lay(plan, rows, prompt_length_B, width, shards, micro_batches)
+
+
+def choose_width(length_B, most: int, pieces: int) -> tuple[int, int]:
+    """(tokens a row, rows of each of the Q): the fewest tokens, of the widths from the longest row's to `most`."""
+    longest = sharding.global_max(int(length_B.max()))
+    if longest > most:
+        raise ValueError(f"a response of {longest} tokens with its prompt does not fit a packed row of {most}")
+    widths = [min(_round(longest), most)]
+    while widths[-1] < most:
+        widths.append(min(_round(widths[-1] + 1), most))
+    own = [-(-len(first_fit(length_B, w)) // pieces) for w in widths]
+    counts = [max(of) for of in zip(*processes.gather("packed rows", own))]
+    counts = [min(_round(c, least=1), len(length_B) // pieces) for c in counts]
+    fewest = min(w * c for w, c in zip(widths, counts))
+    return next((w, c) for w, c in zip(widths, counts) if w * c <= NEAR * fewest)
+
+
+def _round(length: int, least: int = 16) -> int:
+    """Up to a multiple of `least`, or of an eighth of the power of two below."""
+    step = max(least, 1 << max(0, (max(length, 1) - 1).bit_length() - 4))
+    return -(-max(length, 1) // step) * step
+
+
+def first_fit(lengths, width: int) -> list[list[int]]:
+    """First-fit decreasing: indices by row, no row over `width` tokens. Ties go to the smaller index."""
+    bins, room = [], np.full(len(lengths), width)
+    for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
+        if lengths[i] > width:
+            raise ValueError(f"{lengths[i]} tokens do not fit a row of {width}")
+        k = int(np.argmax(room >= lengths[i]))  # at most one row a response: there always is one
+        room[k] -= lengths[i]
+        if k == len(bins):
+            bins.append([])
+        bins[k].append(i)
+    return bins
+
+
+def pack(length_B, response_length_B, width: int, pieces: int) -> Plan:
+    """First-fit decreasing, the rows then dealt to the pieces, evenly in response tokens; deterministic.
+
+    Args:
+      length_B: tokens of prompt and response. response_length_B: of the response alone.
+      width: tokens a row.
+      pieces: shards x micro-batches; each gets as many rows, give or take an empty one.
+    """
+    piece_B, row_B, column_B = (np.zeros(len(length_B), np.int32) for _ in range(3))
+    bins = [np.array(b) for b in first_fit(length_B, width)]
+    most, held, tokens = -(-len(bins) // pieces), np.zeros(pieces, int), np.zeros(pieces, int)
+    for b in sorted(bins, key=lambda b: (-int(response_length_B[b].sum()), int(b[0]))):
+        q = int(np.argmin(np.where(held < most, tokens, np.iinfo(int).max)))
+        piece_B[b], row_B[b], column_B[b] = q, held[q], np.cumsum(length_B[b]) - length_B[b]
+        held[q] += 1
+        tokens[q] += response_length_B[b].sum()
+    return Plan(most, max(1, int(tokens.max())), piece_B, row_B, column_B)
+
+
+def lay(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro_batches: int) -> Packed:
+    """The plan's arrays. Row k of micro-batch i of a shard stands at k n + i of it: `step._split` takes every n-th."""
+    S, n, r, X, share = len(shards), micro_batches, plan.rows, plan.positions, len(rows) // len(shards)
+    token, segment, position = (np.zeros((S * n * r, width), np.int32) for _ in range(3))
+    owner, time, used = np.full((S * n, X), -1, np.int32), np.zeros((S * n, X), np.int32), np.zeros(S * n, int)
+    first_B = np.zeros(len(rows), np.int32)
+    for b, row in enumerate(rows):
+        q, column, T = plan.piece_B[b], plan.column_B[b], len(row) - prompt_length_B[b]
+        s, i = divmod(q, n)
+        at = (s * n * r + plan.row_B[b] * n + i, slice(column, column + len(row)))
+        token[at], position[at] = row, np.arange(len(row))
+        segment[at] = segment[at[0]].max() + 1
+        here = slice(used[q], used[q] + T)
+        owner[q, here], time[q, here] = shards[b // share] * share + b % share, np.arange(T)
+        first_B[b] = (shards[s] * n + i) * X + used[q]
+        used[q] += T
+    return Packed(token, segment, position, plan.row_B * width + plan.column_B, first_B, owner, time)
+
+
+# --- inside jit -------------------------------------------------------------------------------------------------------
+
+
+def places(packed: Packed, prompt_length_B, mesh=None):
+    """at_QX: where each response position's y_t stands among its packed rows (`step.response_hidden`)."""
+    start_BT = (packed.start_B + prompt_length_B)[:, None]
+    return _pick(start_BT, jnp.maximum(packed.owner_QX, 0), mesh) + packed.time_QX
+
+
+def take(packed: Packed, a_BT, mesh=None):
+    """a_QX of a_BT, 0 where a position belongs to no response."""
+    index_QX = jnp.maximum(packed.owner_QX, 0) * a_BT.shape[1] + packed.time_QX
+    return jnp.where(packed.owner_QX >= 0, _pick(a_BT, index_QX, mesh), 0)
+
+
+def give_back(packed: Packed, a_QX, T: int, mesh=None):
+    """a_BT of a_QX; what stands past a response means nothing."""
+    return _pick(a_QX, packed.first_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], mesh)
+
+
+def _pick(a, index, mesh):
+    """Elements of `a`, wherever they lie: it is gathered whole, a number a token, so that the indices stay in place."""
+    if mesh is not None:
+        a = jax.lax.with_sharding_constraint(a, sharding.replicated(mesh))
+    return jnp.take(a.reshape(-1), index, mode="clip")

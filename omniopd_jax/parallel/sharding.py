@@ -1,0 +1,128 @@
+"""The mesh, and the one place that says which logical axis lies on which mesh axis."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import processes
+
+AXES = ("data", "fsdp", "tp")
+ROWS = ("data", "fsdp")  # rows of a batch lie over both
+RULES = {  # training: parameters and optimizer state
+    "vocab": "tp",
+    "embed": "fsdp",
+    "embed_norm": None,
+    "heads": "tp",
+    "kv_heads": "tp",
+    "ff": "tp",
+    "experts": None,
+    "layers": None,
+    "rank": None,
+    None: None,
+}
+DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once an iteration
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
+    """Mesh over (data, fsdp, tp); one size may be -1 and takes what is left. A tp group is one host's, where that can be.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [int(sizes[a]) for a in AXES]
+    rest = int(np.prod([s for s in shape if s != -1]))
+    if shape.count(-1) > 1 or len(devices) % rest or (-1 not in shape and rest != len(devices)):
+        raise UserError(f"mesh {dict(zip(AXES, shape))} does not fit {len(devices)} device(s); one axis may be -1")
+    shape = [len(devices) // rest if s == -1 else s for s in shape]
+    types = (AxisType.Auto,) * 3
+    try:
+        mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        if all(len({d.process_index for d in group}) == 1 for group in mesh.devices.reshape(-1, shape[2])):
+            return mesh
+    except NotImplementedError:  # sizes that no rings of the slice make
+        pass
+    # jax lays an axis along a ring of the slice, which may run through hosts; the rows of a tp group must be one host's
+    by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return jax.sharding.Mesh(np.array(by_host).reshape(shape), AXES, axis_types=types)
+
+
+def state_shardings(tree, params: dict, shardings: dict, mesh):
+    """Shardings for an optimizer state: leaves shaped and named like a parameter lie as it does, the rest replicated."""
+    by_path = {jax.tree_util.keystr(k): (p.shape, s) for (k, p), s in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}  # fmt: skip
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path)
+        for key, (shape, sharding) in by_path.items():
+            if name.endswith(key) and shape == leaf.shape:
+                return sharding
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows(mesh) -> NamedSharding:
+    """Sharding of an array with rows in front."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def replicated(mesh) -> NamedSharding:
+    """Sharding of a value that every device holds."""
+    return NamedSharding(mesh, P())
+
+
+def put_rows(tree, mesh):
+    """Host arrays with this process's rows -> global arrays, rows over data and fsdp, one explicit transfer."""
+    sharding = rows(mesh)
+    with jax.transfer_guard("allow"):  # over several processes it counts this explicit transfer as an implicit one
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+
+
+def check_rows(mesh, cfg) -> None:
+    """A step's rows and prompts must divide over the mesh, and each process's rows must be its own alone.
+
+    Raises:
+      UserError: names the sizes.
+    """
+    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    own, rest = divmod(cfg.prompts_per_step, count)
+    pieces = [len(p) * count for p in np.array_split(np.arange(own), cfg.rollout_groups)]  # as collect.begin takes them
+    sampled = cfg.objective.name != "sft"  # its responses are the teacher's
+    if rest or any((p % shards and sampled) or p * cfg.num_generations % (shards * cfg.micro_batches) for p in pieces):
+        raise UserError(
+            f"prompts_per_step = {cfg.prompts_per_step} x num_generations = {cfg.num_generations} = "
+            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide over "
+            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} process(es)"
+        )
+    owners: dict[int, set] = {}
+    for device, index in rows_map(mesh, shards).items():
+        owners.setdefault(index, set()).add(device.process_index)
+    if any(len(o) > 1 for o in owners.values()):
+        raise UserError(f"mesh.tp = {mesh.shape['tp']} crosses processes: at most the {len(mesh.local_devices)} devices of one")
+
+
+def rows_map(mesh, shards: int) -> dict:
+    """{device: index of the row shard that it holds}."""
+    return {d: (i[0].start or 0) for d, i in rows(mesh).devices_indices_map((shards,)).items()}
+
+
+def own_shards(mesh) -> list[int]:
+    """The row shards that this process holds, ascending: its rows are theirs, one shard's after the other's."""
+    held = rows_map(mesh, mesh.shape["data"] * mesh.shape["fsdp"])
+    return sorted({index for device, index in held.items() if device.process_index == jax.process_index()})
+
+
+def local_rows(array) -> np.ndarray:
+    """This process's rows of a global array, in order: the inverse of `put_rows`."""
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    shards = {s.index[0].start or 0: s for s in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[k].data) for k in sorted(shards)])
+
+
+def global_max(value: int) -> int:
+    """The largest of the processes' values: what all must agree on to compile the same shapes."""
+    return max(processes.gather("largest", int(value)))

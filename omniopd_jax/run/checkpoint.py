@@ -1,0 +1,250 @@
+"""Checkpoints by Orbax's manager: sharded, asynchronous, atomic, kept by count and by interval.
+
+Beside the state lies a fingerprint of its bits, the same on any mesh: what comes back must have it. A newest step that
+does not is moved aside, and the one before it is taken.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import processes
+from omniopd_jax.step import TrainState
+from omniopd_jax.teachers import journal as journals
+from omniopd_jax.teachers.protocol import stable_hash
+
+JOURNALS = "journal_snapshots"  # beside the checkpoints: <step>/<rank>/*.sqlite
+CORRUPT = "corrupt_checkpoints"  # steps that could not be restored, moved out of the way
+
+
+def restore_journal(cfg) -> list[int]:
+    """Puts back what the journal's folder lacks of the newest snapshot, before a resume on another machine.
+
+    Processes whose folder lies on disks of their own take a part of the snapshot each, whatever their number was.
+
+    Returns:
+      For each process the lowest rank that shares its journal's disk.
+    """
+    folder = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
+    disks = processes.disks(folder) if jax.process_count() > 1 else [0]
+    snapshots = pathlib.Path(cfg.run_dir) / JOURNALS
+    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit()] if snapshots.is_dir() else []
+    newest = processes.first("newest journal", max(steps, default=None))
+    if newest is not None:
+        owners = sorted(set(disks))
+        for i, part in enumerate(sorted((snapshots / str(newest)).iterdir())):
+            if owners[i % len(owners)] == jax.process_index():
+                journals.restore(part, folder)
+        processes.barrier("journal restored")
+    return disks
+
+
+class Checkpoints:
+    """The checkpoints of a run, under `run_dir`/checkpoints. The data position is the step, so it needs no file.
+
+    Opening them removes what unfinished saves left: only the run itself may, once, at its start. Everyone else, who may
+    come while a save is under way, opens them by `reader`.
+
+    Args:
+      keep: the newest so many.
+      keep_every: and for good every step that it divides; 0: none.
+    """
+
+    def __init__(self, run_dir, *, keep: int, keep_every: int = 0):
+        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open(folder, ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        ))  # fmt: skip
+
+    @classmethod
+    def reader(cls, run_dir) -> "Checkpoints":
+        """A run's checkpoints for reading alone: nothing is created, removed or written in its folder.
+
+        Raises:
+          UserError: the folder holds no checkpoints.
+        """
+        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        if not folder.is_dir():
+            raise UserError(f"{folder.parent} holds no checkpoint yet")
+        checkpoints = cls.__new__(cls)
+        checkpoints._open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False))
+        return checkpoints
+
+    def _open(self, folder: pathlib.Path, options) -> None:
+        self._folder, self._journals = folder, folder.parent / JOURNALS
+        self.disks = [0] * jax.process_count()  # what `restore_journal` found
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None. A save that was cut off does not count."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict, *, journal=None) -> None:
+        """Starts saving the state under its step; the write goes on while training does.
+
+        Args:
+          meta: JSON: running totals of the run (tokens, dollars, seconds).
+          journal: the teacher's, copied beside the checkpoint as it is now (its own disk may be gone at the resume).
+        """
+        step = int(jax.device_get(state.step))
+        if step in self._manager.all_steps():
+            return
+        if journal is not None:
+            meta = meta | {"journal": journal.position(), "budget": dataclasses.asdict(journal.totals())}
+            self._copy_journal(journal, step)
+        meta = meta | {"fingerprint": fingerprint(state)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args)
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """The state of `step` (default: the newest), laid out as `like` (arrays or sharded ShapeDtypeStructs).
+
+        Raises:
+          UserError: no such step, or a checkpoint that does not fit the model.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"no checkpoint in {self._folder}")
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), meta=ocp.args.JsonRestore())
+        try:
+            got = self._manager.restore(step, args=args)
+        except Exception as error:  # files in any state: whatever Orbax and TensorStore make of them
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise UserError(f"checkpoint {step} in {self._folder} can't be restored: {reason}") from error
+        s, meta = got["state"], got["meta"]
+        state = TrainState(s["params"], s["opt_state"], s["step"], jax.random.wrap_key_data(s["key"]))
+        if meta.pop("fingerprint", None) != fingerprint(state):
+            raise UserError(f"checkpoint {step} in {self._folder} can't be restored: its numbers are not those that were saved")
+        return state, meta
+
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict] | None:
+        """The newest checkpoint that is whole; those after it are moved aside, loudly. None: there is none at all.
+
+        Raises:
+          UserError: there are checkpoints, and none can be restored (as where they are of another model).
+        """
+        problems, step = [], self.latest()
+        while (step := processes.first("newest checkpoint", step)) is not None:
+            try:
+                got, problem = self.restore(like, step), None
+            except UserError as error:
+                got, problem = None, str(error)
+            problem = processes.any_of("checkpoint's problem", problem)
+            if problem is None:
+                self._set_aside([s for s, _ in problems])
+                return got
+            problems.append((step, problem))
+            step = max((s for s in self._manager.all_steps() if s < step), default=None)
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+        if problems:
+            raise UserError(problems[0][1])
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves broken steps away: they will be saved anew."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._folder.parent / CORRUPT / f"{step}-{time.time_ns()}"
+                target.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(target)
+                print(f"warning: moved the broken checkpoint {step} to {target}", file=sys.stderr, flush=True)
+        processes.barrier("broken checkpoints moved")
+        self._manager.reload()
+
+    def _copy_journal(self, journal, step: int) -> None:
+        """A copy a disk, in a folder of its own; copies whose checkpoint is gone go too."""
+        rank = jax.process_index()
+        if self.disks[rank] == rank:
+            journal.copy_to(self._journals / str(step) / str(rank))
+        processes.barrier("journal copied")  # before any process answers the next step's calls
+        if rank == 0:
+            kept = {str(s) for s in self._manager.all_steps()} | {str(step)}
+            for old in self._journals.iterdir():
+                if old.name not in kept:
+                    shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Until every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the manager's threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
+    """The parameters of a run's checkpoint and its resolved config, for export and evaluation: (params, config dict).
+
+    Raises:
+      UserError: no run or no checkpoint there.
+    """
+    run_dir = pathlib.Path(run_dir).absolute()
+    config_file = run_dir / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} is not a run: it has no config.json")
+    with contextlib.closing(Checkpoints.reader(run_dir)) as checkpoints:
+        return _params_of(checkpoints, step), json.loads(config_file.read_text())
+
+
+def _params_of(checkpoints: Checkpoints, step: int | None) -> dict:
+    step = checkpoints.latest() if step is None else step
+    if step is None or step not in checkpoints._manager.all_steps():
+        raise UserError(f"{checkpoints._folder} has no step {step}; it has {sorted(checkpoints._manager.all_steps())}")
+    saved = ocp.StandardCheckpointer().metadata(checkpoints._folder / str(step) / "state").item_metadata.tree
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved, is_leaf=lambda a: hasattr(a, "shape")
+    )
+    got = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+    return got["state"]["params"]
+
+
+def fingerprint(state: TrainState) -> int:
+    """63 bits that depend on every bit of the state and not on how it lies on devices: sums of integers wrap exactly."""
+    plain = _plain(state)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(plain)]
+    where = plain["step"].sharding  # replicated
+    return stable_hash(*names, *jax.device_get(_summer(where)(plain)).tolist())
+
+
+@functools.lru_cache
+def _summer(where):
+    return jax.jit(_sums, out_shardings=where)
+
+
+def _sums(tree):
+    """For each leaf the sum of its words, each times an odd number of its place, modulo 2**32."""
+
+    def one(a):
+        words = jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(a.shape, jnp.uint32)
+        for axis, size in enumerate(a.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+        return jnp.sum(words * (2 * (place * jnp.uint32(0x9E3779B1)) + 1), dtype=jnp.uint32)
+
+    return jnp.stack([one(a) for a in jax.tree.leaves(tree)])
+
+
+def _plain(state: TrainState) -> dict:
+    """The state as Orbax takes it: the PRNG key by its data."""
+    key = state.key
+    if isinstance(key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, key)
+        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    else:
+        key = jax.random.key_data(key)
+    return {"params": state.params, "opt_state": state.opt_state, "step": state.step, "key": key}

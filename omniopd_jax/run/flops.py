@@ -1,0 +1,145 @@
+"""What a step computes and moves, counted from shapes; and what the chip could do at most.
+
+XLA's own count takes a loop's body once, whatever its trip count, so it cannot be used. Multiplications and additions
+count as two; attention counts the causal half; norms, softmax and the optimizer are left out. Rematerialised work is not
+counted: this is model FLOPs utilisation.
+"""
+
+import dataclasses
+
+import jax
+
+from omniopd_jax import model
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak dense bfloat16 FLOP/s, bytes of memory and its bandwidth, bytes/s between chips (all links, one way)."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+    devices: int = 1  # JAX devices a chip; the other figures are of one device
+    room: float = 0.98  # of the memory that a run may plan with (v5e: 15.75 of 16 GiB; GPUs: launch/gpu_node.sh)
+
+
+# From the makers' public pages: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets (SXM, no sparsity).
+# tpu7x: a chip is two JAX devices. A GPU's links are NVLink.
+GIB = 2.0**30
+CHIPS = {
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+    "tpu7x": Chip(2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9, devices=2),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, room=0.92),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, room=0.92),
+    "A100": Chip(312e12, 80e9, 2039e9, 300e9, room=0.92),
+}
+KINDS = {  # what `device_kind` may hold -> name
+    "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "TPU v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "tpu7x": "tpu7x",
+    "TPU7x": "tpu7x", "TPU v7": "tpu7x", "H100": "H100", "H200": "H200", "A100": "A100",
+}  # fmt: skip
+
+
+def chip(device=None) -> Chip | None:
+    """The table's row of a device; None where it has none (a CPU)."""
+    return chip_of((device or jax.devices()[0]).device_kind)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The row of a `device_kind`, by its name alone; None where there is none."""
+    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+
+
+def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:
+    """(parameters of the layers' products that one token passes, parameters of the output projection)."""
+    D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    ff = 3 * D * cfg.intermediate_size
+    if cfg.num_experts:
+        ff = 3 * D * cfg.expert_size * cfg.experts_per_token + D * cfg.num_experts
+    return cfg.num_layers * (D * H * (2 * N + 2 * K) + ff), D * cfg.vocab_size
+
+
+def forward(cfg: model.ModelConfig, lengths, heads) -> float:
+    """FLOPs of one forward pass.
+
+    Args:
+      lengths: real tokens of each row, prompt and response.
+      heads: positions of each row that meet the vocabulary.
+    """
+    layers, head = matmul_params(cfg)
+    # a token at place i meets i + 1 keys in two products
+    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    return 2.0 * layers * sum(lengths) + attention * pairs + 2.0 * head * sum(heads)
+
+
+def update(
+    cfg: model.ModelConfig, lengths, heads, *, anchored: bool, teacher: model.ModelConfig | None = None, frozen: bool = False
+) -> float:
+    """FLOPs of one update: forward and backward (three times a forward), a reference's and a white-box teacher's forward.
+
+    With `frozen` weights (LoRA) no gradient of theirs is formed; the adapters' own small products are left out.
+    """
+    layers, head = matmul_params(cfg)
+    weights = 2.0 * layers * sum(lengths) + 2.0 * head * sum(heads)
+    out = 3 * forward(cfg, lengths, heads) - (weights if frozen else 0.0)
+    if anchored:
+        out += forward(cfg, lengths, heads)
+    return out if teacher is None else out + forward(teacher, lengths, heads)
+
+
+def decode_bytes(cfg: model.ModelConfig, prompts, responses, *, rows_together: int, itemsize: int) -> float:
+    """Bytes that decoding must read: the parameters once a time step and batch, every row's own keys and values.
+
+    Args:
+      prompts, responses: real tokens of each row.
+      rows_together: rows that one device decodes at a time; each time step reads the parameters once for all of them.
+      itemsize: bytes of a parameter and of a cache entry.
+    """
+    layers, head = matmul_params(cfg)
+    batches = -(-len(responses) // rows_together)
+    weights = (layers + head) * max(responses, default=0) * batches
+    per_token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
+    cache = sum(n * p + n * (n + 1) / 2 for p, n in zip(prompts, responses)) * per_token
+    return float(itemsize) * (weights + cache)
+
+
+def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None) -> dict:
+    """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is known.
+
+    Args:
+      prompts, responses: real tokens of every row of the global batch.
+      seconds: `time/*` of the step.
+    """
+    devices, tokens = mesh.size, sum(responses)
+    lengths = [p + n for p, n in zip(prompts, responses)]
+    out = {}
+    work = {
+        "rollout": forward(model_cfg, prompts, [0]) + 2.0 * sum(matmul_params(model_cfg)) * tokens,
+        "score": forward(model_cfg, lengths, responses),
+        "update": update(
+            model_cfg, lengths, responses, anchored=bool(cfg.anchor.kl_coef), teacher=teacher_cfg,
+            frozen=bool(cfg.lora.rank),
+        ),
+    }
+    for phase in work:
+        if spent := seconds.get(f"time/{phase}"):
+            out[f"perf/{phase}_tokens_per_s"] = tokens / spent / devices
+    if chip is None:
+        return out
+    again = cfg.num_iterations - 1  # each scores the batch anew
+    work["update"] += again * (work["update"] + work["score"])
+    for phase in ("score", "update"):
+        if spent := seconds.get(f"time/{phase}"):
+            out[f"perf/{phase}_mfu"] = work[phase] / spent / devices / chip.flops
+    out["perf/step_mfu"] = sum(work.values()) / seconds["time/step"] / devices / chip.flops
+    if spent := seconds.get("time/rollout"):
+        tp = mesh.shape["tp"]
+        moved = decode_bytes(
+            model_cfg, prompts, responses, rows_together=max(1, len(responses) * tp // devices),
+            itemsize=2 if model_cfg.dtype == "bfloat16" else 4,
+        )  # fmt: skip
+        out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth
+    return out

@@ -1,0 +1,193 @@
+"""Anthropic's Messages API.
+
+- No `n`, no seed: one text a call.
+- `temperature` and `top_p` are left out at 1.0, which is the service's default: recent models refuse them altogether,
+  others refuse the two together. The SDK no longer names them, so other values travel as extra body fields.
+- `prefill` (a last assistant turn) up to Claude 4.5; later models answer 400 to it: `instruct`.
+- A prefill must not end in whitespace: it is taken off and put back.
+- Thinking is switched off in every call; a model that cannot (Opus 5.5, Fable) is refused by the probe.
+- Two cache marks: the prompt, and the unfinished answer, whose nested prefixes the response's later calls find again.
+"""
+
+import json
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import wire
+from omniopd_jax.teachers.remote import RemoteTeacher
+from omniopd_jax.teachers.wire import instruct
+
+OFFICIAL = "https://api.anthropic.com"
+FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "withheld"}
+
+
+def make(cfg):
+    """The teacher for `teacher.provider = "anthropic"`. Raises `UserError` on a missing key, model or bad address."""
+    return RemoteTeacher(cfg, AnthropicClient(cfg))
+
+
+class AnthropicClient:
+    """One call to `/v1/messages` at a time; knows nothing of retries or money."""
+
+    provider = "anthropic"
+    takes_seed = False
+
+    def __init__(self, cfg):
+        t = cfg.teacher
+        self.model, self.timeout_s, self.max_connections = t.model, t.timeout_s, t.max_concurrency
+        self.url = wire.base_url(cfg, "anthropic", "ANTHROPIC_BASE_URL", OFFICIAL, "/v1")
+        self.self_hosted = "anthropic.com" not in self.url
+        if t.continuation not in ("auto", "prefill", "instruct"):
+            raise UserError(f"teacher.continuation = {t.continuation!r}: Anthropic has auto, prefill and instruct")
+        self.seen = wire.Learner(takes_n=False)
+        self.connections, self.clients = None, {}
+
+    def modes(self) -> tuple[str, ...]:
+        """Ways of continuing, best first."""
+        return ("prefill", "instruct")
+
+    def check_settings(self):
+        """Raises `UserError` where a call could not even be made: no key."""
+        wire.api_key("anthropic", required=not self.self_hosted)
+
+    async def open(self):
+        """Makes the HTTP clients for the running event loop."""
+        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
+        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+
+    async def close(self):
+        """Closes the connections."""
+        if self.connections:
+            await self.connections.close()
+        self.connections, self.clients = None, {}
+
+    def _client(self, lane):
+        if lane not in self.clients:
+            import anthropic
+
+            self.clients[lane] = anthropic.AsyncAnthropic(
+                api_key=wire.api_key("anthropic", required=not self.self_hosted),
+                base_url=self.url,
+                max_retries=0,
+                timeout=self.timeout_s,
+                http_client=self.connections.client(lane),
+            )
+        return self.clients[lane]
+
+    def silence(self) -> bool:
+        """There is no other way to switch thinking off than the one that every call takes."""
+        return False
+
+    async def reach(self) -> str:
+        """What the service says of the model, at no cost. Raises `CallError`; `UserError` where it must think."""
+        import anthropic
+
+        try:
+            raw = await self._client(None).models.with_raw_response.retrieve(self.model)
+            body = raw.http_response.json()
+        except anthropic.APIStatusError as e:
+            error = self._error(e)
+            if error.kind == "stop":
+                raise error from None
+            return "does not describe the model"
+        except anthropic.APIConnectionError as e:
+            raise wire.from_exception(e) from None
+        except ValueError:
+            return "does not describe the model"
+        try:
+            can_be_off = body["capabilities"]["thinking"]["types"]["disabled"]["supported"]
+        except (KeyError, TypeError):
+            can_be_off = True
+        if not can_be_off:
+            raise UserError(
+                f"teacher.model = {self.model!r} always thinks, and hidden reasoning would use up every answer: choose "
+                "one whose thinking can be switched off, e.g. claude-haiku-4-5"
+            )
+        return str(body.get("display_name", "")) if isinstance(body, dict) else ""
+
+    async def call(self, call: wire.Call) -> wire.Reply:
+        """One exchange. Raises `CallError`."""
+        import anthropic
+
+        body, extra, sent, space = self._body(call)
+        try:
+            raw = await self._client(call.lane).messages.with_raw_response.create(**body, extra_body=extra or None)
+            answer = wire.json_object(raw.http_response)
+        except anthropic.APIStatusError as e:
+            raise self._error(e) from None
+        except anthropic.AnthropicError as e:
+            raise wire.from_exception(e) from None
+        with wire.as_promised():
+            return self._reply(answer, raw.headers, sent, space, call.mode)
+
+    def _body(self, call):
+        """(request body, fields that the SDK does not name, the prefix as sent, the whitespace held back)."""
+        system = "\n\n".join(wire.text_of(m) for m in call.messages if m["role"] == "system")
+        turns = [{"role": m["role"], "content": wire.text_of(m)} for m in call.messages if m["role"] != "system"]
+        sent, space = wire.bare(call.prefix)
+        if sent and call.mode == "instruct":
+            turns = instruct.messages(turns, sent, call.max_tokens)
+            space = ""
+        elif sent:
+            turns.append({"role": "assistant", "content": sent})
+        marks = {len(turns) - 1, next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), 1) - 1}
+        if sent and call.mode == "instruct":
+            marks = {
+                len(turns) - 2,
+                len(turns) - 3,
+            }  # the instruction's words change with max_tokens only, but come last
+        for i in marks:
+            if i >= 0 and turns[i]["content"].strip():
+                block = {"type": "text", "text": turns[i]["content"], "cache_control": {"type": "ephemeral"}}
+                turns[i] = {"role": turns[i]["role"], "content": [block]}
+        body = {"model": self.model, "max_tokens": call.max_tokens, "messages": turns}
+        if system:
+            body["system"] = system
+        if "thinking" not in self.seen.dropped:
+            body["thinking"] = {"type": "disabled"}
+        extra = {}
+        if call.temperature != 1.0:
+            extra["temperature"] = call.temperature
+        if call.top_p != 1.0:
+            extra["top_p"] = call.top_p
+        return body, extra, sent, space
+
+    def learn(self, error: wire.CallError, call: wire.Call) -> bool:
+        """Whether the call is worth sending once more, without what the service has refused by name."""
+        # thinking: of a model that knows none; one that cannot stop it is caught by the probe
+        return self.seen.learn(error, call, {"thinking"})
+
+    def _reply(self, answer, headers, sent, space, mode) -> wire.Reply:
+        content = answer.get("content")
+        if not isinstance(content, list):
+            raise wire.malformed("content")
+        blocks = [block for block in content if isinstance(block, dict)]
+        text = "".join(block.get("text") or "" for block in blocks if block.get("type") == "text")
+        if mode != "instruct":
+            text = wire.after_prefix(text, sent, space)
+        usage = answer.get("usage") or {}
+        read, written = (int(usage.get(f"cache_{what}_input_tokens") or 0) for what in ("read", "creation"))
+        out = int(usage.get("output_tokens") or 0)
+        hidden = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+        if any(block.get("type") in ("thinking", "redacted_thinking") for block in blocks):
+            hidden = hidden or out or 1
+        return wire.Reply(
+            texts=(wire.Text(text, FINISH.get(answer.get("stop_reason"), "stop")),),
+            tokens_in=int(usage.get("input_tokens") or 0) + read + written,
+            tokens_cached=read,
+            tokens_written=written,
+            tokens_out=out,
+            tokens_hidden=hidden,
+            limits=wire.limits(headers),
+        )
+
+    def _error(self, exc) -> wire.CallError:
+        """`{"type": "error", "error": {"type", "message"}}`, or whatever a proxy wrote."""
+        body = exc.body if isinstance(exc.body, dict) else {}
+        error = body.get("error") if isinstance(body.get("error"), dict) else {}
+        message = error.get("message") or exc.response.text or exc.message
+        message = message if isinstance(message, str) else json.dumps(message)
+        field = "thinking" if "thinking" in message.lower() else ""
+        if "credit balance" in message.lower():
+            return wire.CallError(f"HTTP {exc.status_code}: {message}", "stop", status=exc.status_code)
+        kind = error.get("type")
+        return wire.from_status(exc.status_code, f"{message} ({kind})" if kind else message, exc.response.headers, field=field)

@@ -1,0 +1,335 @@
+"""The command line and the recipes: every mistake is one line that names the thing, the place and what is allowed."""
+
+import importlib.util
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from omniopd_jax import config, objective, similarity, teachers
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import preflight
+
+CONFIGS = sorted((tiny.REPO / "configs").glob("*.py"))
+SOURCES = [p for p in (tiny.REPO / "omniopd_jax").rglob("*.py") if p.name != "config.py"]
+
+GOOD = '{"prompt": "What is 1 + 1?"}\n'
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Prompt files and recipes, right and wrong, beside tiny models."""
+    folder = tmp_path_factory.mktemp("cli")
+    student, teacher = tiny.make_folders(folder)
+    (folder / "broken.jsonl").write_text(
+        "".join(f'{{"prompt": "question {i}"}}\n' for i in range(6)) + '{"prompt": "x"\n' + GOOD
+    )
+    (folder / "empty.jsonl").write_text("")
+    (folder / "long.jsonl").write_text(GOOD + json.dumps({"prompt": "word " * 200, "id": "the-long-one"}) + "\n")
+    (folder / "good.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(8)))
+    body = "from omniopd_jax import config\n\n\ndef get_config(arg=None):\n    c = config.default()\n    {}\n    return c\n"
+    for name, line in {
+        "unknown_key": "c.audit.num_chunk = 3", "wrong_type": "c.num_steps = 'many'", "syntax": "c.num_steps = = 3",
+        "wrong_value": "c.audit.selection = 'best'", "missing_import": "import no_such_module",
+    }.items():  # fmt: skip
+        (folder / f"{name}.py").write_text(body.format(line))
+    return {"folder": folder, "student": student, "teacher": teacher, "number": itertools.count()}
+
+
+def base(files, **more) -> list[str]:
+    """A recipe whose models and prompts are there, so that only what `more` says can be wrong."""
+    run_dir = files["folder"] / "runs" / str(next(files["number"]))
+    values = tiny.overrides(files["student"], files["teacher"], run_dir)
+    return tiny.arguments(values | {"data.num_prompts": 8, "num_steps": 1} | more)
+
+
+def jsonl(files, name, **more) -> list[str]:
+    return base(files, **{"data.source": "jsonl", "data.path": str(files["folder"] / name)} | more)
+
+
+CASES = {  # name -> (arguments, what the line must hold)
+    "unknown key": (lambda f: base(f, **{"audit.num_chunk": 3}), ["audit.num_chunk", "audit.num_chunks"]),
+    "unknown top key": (lambda f: base(f, num_step=3), ["num_step", "num_steps"]),
+    "unknown section": (lambda f: base(f, **{"audits.num_chunks": 3}), ["audits.num_chunks", "audit.num_chunks"]),
+    "unknown key in a recipe": (
+        lambda f: [f"--config={f['folder']}/unknown_key.py"],
+        ["unknown_key.py", "num_chunk", "num_chunks"],
+    ),
+    "unknown flag": (lambda f: [*base(f), "--confg=x"], ["confg"]),
+    "stray argument": (lambda f: [*base(f), "train"], ["'train'", "--config."]),
+    "no recipe at all": (lambda f: [], ["--config", "configs/tiny.py"]),
+    "missing recipe": (lambda f: ["--config=configs/nowhere.py"], ["configs/nowhere.py", "no such file"]),
+    "unknown variant": (lambda f: ["--config=configs/math.py:no_ancor"], ["no_ancor", "no_anchor", "m5", "rouge1"]),
+    "recipe with a syntax error": (lambda f: [f"--config={f['folder']}/syntax.py"], ["syntax.py", "6"]),
+    "recipe with a missing import": (
+        lambda f: [f"--config={f['folder']}/missing_import.py"],
+        ["missing_import.py", "no_such_module"],
+    ),
+    "wrong type": (lambda f: base(f, num_steps="many"), ["num_steps", "many"]),
+    "wrong type, fraction": (lambda f: base(f, **{"audit.chunk_tokens": 2.5}), ["audit.chunk_tokens", "2.5"]),
+    "wrong type, bool": (lambda f: base(f, **{"audit.shuffle_texts": "perhaps"}), ["audit.shuffle_texts", "perhaps"]),
+    "wrong type in a recipe": (lambda f: [f"--config={f['folder']}/wrong_type.py"], ["wrong_type.py", "num_steps"]),
+    "wrong value in a recipe": (
+        lambda f: [f"--config={f['folder']}/wrong_value.py"],
+        ["audit.selection", "'best'", "peak", "random"],
+    ),
+    "unknown objective": (
+        lambda f: base(f, **{"objective.name": "ppo"}),
+        ["objective.name", "'ppo'", *objective.OBJECTIVES],
+    ),
+    "unknown teacher": (
+        lambda f: base(f, **{"teacher.provider": "oracle"}),
+        ["teacher.provider", "'oracle'", *teachers.TEACHERS],
+    ),
+    "unknown similarity": (
+        lambda f: base(f, **{"audit.similarity": "bleu"}),
+        ["audit.similarity", "'bleu'", *similarity.SIMILARITIES],
+    ),
+    "unknown data source": (
+        lambda f: base(f, **{"data.source": "web"}),
+        ["data.source", "'web'", "world", "jsonl", "hub"],
+    ),
+    "unknown world": (lambda f: base(f, **{"data.name": "narnia"}), ["data.name", "'narnia'", "forks"]),
+    "unknown split": (lambda f: base(f, **{"data.split": "dev"}), ["data.split", "'dev'", "train", "test"]),
+    "unknown hub data set": (
+        lambda f: base(f, **{"data.source": "hub", "data.name": "no-such-org/no-such-set"}),
+        ["data.name", "no-such-org/no-such-set", "data.source"],
+    ),
+    "unknown grader": (
+        lambda f: base(f, **{"eval.grader": "taste", "eval.num_prompts": 4}),
+        ["eval.grader", "'taste'", "world"],
+    ),
+    "unknown reward grader": (
+        lambda f: base(f, **{"reward.grader": "taste", "objective.name": "grpo"}),
+        ["reward.grader", "'taste'", "world"],
+    ),
+    "broken line 7": (lambda f: jsonl(f, "broken.jsonl"), ["broken.jsonl", "line 7"]),
+    "empty prompt set": (lambda f: jsonl(f, "empty.jsonl"), ["empty.jsonl", "no prompts"]),
+    "missing prompt file": (lambda f: jsonl(f, "nowhere.jsonl"), ["data.path", "nowhere.jsonl"]),
+    "missing held-out file": (
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl"}),
+        ["eval.path", "/nowhere.jsonl"],
+    ),
+    "held-out prompts without answers": (
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl")}),
+        ["answer", "good.jsonl"],
+    ),
+    "prompt too long": (
+        lambda f: jsonl(f, "long.jsonl", **{"data.overlong": "error"}),
+        ["'the-long-one'", "max_prompt_length = 160", "data.overlong"],
+    ),
+    "all prompts too long": (lambda f: base(f, max_prompt_length=3), ["max_prompt_length = 3"]),
+    "chunk longer than a response": (
+        lambda f: base(f, **{"audit.chunk_tokens": 25}),
+        ["audit.chunk_tokens = 25", "max_completion_length = 24", "1 to 24"],
+    ),
+    "missing student": (lambda f: base(f, **{"student.path": "/no/student"}), ["student.path", "/no/student"]),
+    "missing teacher": (lambda f: base(f, **{"teacher.model": "/no/teacher"}), ["teacher.model", "/no/teacher"]),
+    "no teacher model": (lambda f: base(f, **{"teacher.model": ""}), ["teacher.model"]),
+    "negative seed": (lambda f: base(f, seed=-1), ["seed", "-1"]),
+    "mesh of no devices": (lambda f: base(f, **{"mesh.data": 0}), ["mesh", "0"]),
+    "rows that do not divide": (lambda f: base(f, micro_batches=3), ["micro_batches", "3"]),
+    "more groups than prompts": (lambda f: base(f, rollout_groups=5), ["rollout_groups", "5", "4"]),
+    "top_p of zero": (lambda f: base(f, top_p=0.0), ["top_p", "0.0"]),
+    "no continuations": (
+        lambda f: base(f, **{"audit.num_continuations": 0}),
+        ["audit.num_continuations", "at least 1"],
+    ),
+    "embedding without a model": (lambda f: base(f, **{"audit.similarity": "embedding"}), ["audit.embedding_model"]),
+    "math recipe without its hub": (lambda f: ["--config=configs/math.py"], ["student.path", "Qwen/Qwen3-1.7B"]),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(files):
+    """Every case run as a command, in one go."""
+    cases = {name: make(files) for name, (make, _) in CASES.items()}
+    several = {"student.path": "/no/student", "teacher.model": "/no/teacher", "data.name": "narnia"}
+    cases["several mistakes"] = base(files, **several)
+    return dict(zip(cases, tiny.commands(list(cases.values()), limit=300)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_is_one_line_that_names_it(ended, name):
+    got, (_, words) = ended[name], CASES[name]
+    assert got.code not in (0, 75)
+    assert got.errors, f"no error line in: {(got.err or got.out)[-2000:]}"
+    assert "Traceback" not in got.err + got.out
+    if name != "math recipe without its hub":  # there the data and the teacher are missing too, a line each
+        assert len(got.errors) == 1
+    missing = [w for w in words if w not in got.errors[0]]
+    assert not missing, f"{missing} not in: {got.errors[0]}"
+    assert len(got.errors[0]) < 600
+
+
+def test_nothing_was_trained(ended, files):
+    assert not list(files["folder"].glob("runs/*/checkpoints/*"))
+
+
+def test_the_math_recipe_says_all_that_cannot_be_reached(ended):
+    """Model, data and teacher: one run tells of all three."""
+    said = " ".join(ended["math recipe without its hub"].errors)
+    for word in ("student.path", "data.name", "OPENAI_API_KEY"):
+        assert word in said
+
+
+def test_several_mistakes_are_told_at_once(ended):
+    named = [re.search(r"(student\.path|teacher\.model|data\.name)", e)[1] for e in ended["several mistakes"].errors]
+    assert sorted(named) == ["data.name", "student.path", "teacher.model"]
+
+
+def test_the_real_command_and_its_traceback_on_demand(files):
+    """Through `python -m`, as a person types it: one line; with --verbosity=1 the traceback above it."""
+    wrong = base(files, **{"audit.similarity": "bleu"})
+    runs = [tiny.start(args) for args in (wrong, [*wrong, "--verbosity=1"])]
+    (out, err), (_, loud) = (run.communicate(timeout=120) for run in runs)
+    assert [run.returncode for run in runs] == [2, 2]
+    assert err.strip().count("\n") == 0
+    assert err.startswith("error: audit.similarity = 'bleu'")
+    assert out == ""
+    assert "Traceback" in loud
+    assert "error: audit.similarity = 'bleu'" in loud
+
+
+def test_help_shows_the_flag():
+    done = tiny.start(["--help"])
+    out, err = done.communicate(timeout=120)
+    assert "--config" in out
+    assert "Traceback" not in err
+
+
+# --- the recipes --------------------------------------------------------------------------------------------------------
+
+
+def recipe(path: pathlib.Path):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def variants():
+    for path in CONFIGS:
+        yield path, None
+        yield from ((path, name) for name in getattr(recipe(path), "VARIANTS", {}))
+
+
+@pytest.mark.parametrize(("path", "variant"), list(variants()), ids=lambda x: getattr(x, "stem", x) or "")
+def test_every_recipe_and_variant_loads_and_is_valid(path, variant):
+    c = recipe(path).get_config(variant)
+    preflight.validate(c)
+    assert config.flat(c).keys() == config.flat(config.default()).keys()
+    if variant:
+        plain = config.flat(recipe(path).get_config())
+        changed = {k for k, v in config.flat(c).items() if plain[k] != v}
+        assert changed == set(recipe(path).VARIANTS[variant]), (
+            "a variant changes what it says, and nothing that was so already"
+        )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_is_an_experiment_card(path):
+    """Its docstring has the command, which names the recipe itself, and the hardware."""
+    card = recipe(path).__doc__
+    assert f"--config=configs/{path.name}" in card
+    assert "Hardware:" in card
+
+
+def test_the_ablations_are_arguments_of_the_math_recipe():
+    math = recipe(tiny.REPO / "configs" / "math.py")
+    flat = {name: config.flat(math.get_config(name)) for name in
+            ("no_anchor", "random_chunks", "no_smoothing", "m5", "c25", "c100", "alpha5", "rouge1")}  # fmt: skip
+    assert flat["no_anchor"]["anchor.kl_coef"] == 0
+    assert flat["random_chunks"]["audit.selection"] == "random"
+    assert flat["no_smoothing"]["prior.alpha"] == 0
+    assert flat["m5"]["audit.num_chunks"] == 5
+    assert flat["c25"]["audit.chunk_tokens"] == 25
+    assert flat["c100"]["audit.chunk_tokens"] == 100
+    assert flat["alpha5"]["prior.alpha"] == 5
+    assert flat["rouge1"]["audit.similarity"] == "rouge1"
+    both = config.flat(math.get_config("m5,c100"))
+    assert (both["audit.num_chunks"], both["audit.chunk_tokens"]) == (5, 100)
+
+
+def test_the_math_recipe_is_the_published_method():
+    """method.md, section 3."""
+    c = config.flat(recipe(tiny.REPO / "configs" / "math.py").get_config())
+    published = {
+        "audit.num_chunks": 10, "audit.num_continuations": 10, "audit.chunk_tokens": 50, "prior.alpha": 1.0,
+        "anchor.kl_coef": 0.1, "anchor.scope": "unaudited", "audit.similarity": "edit", "audit.selection": "peak",
+        "temperature": 1.0, "top_p": 1.0, "teacher.temperature": 1.0, "teacher.top_p": 1.0, "objective.name": "omniopd",
+        "objective.advantage": "none", "objective.normalizer": "constant", "optimizer.learning_rate": 1e-6,
+        "prompts_per_step": 64, "num_generations": 4, "max_prompt_length": 1024, "max_completion_length": 7168,
+    }  # fmt: skip
+    assert {k: c[k] for k in published} == published
+
+
+def test_every_key_is_read_by_some_code():
+    """No key without a reader: `cfg.section.key`, or the section under a short name (`o.key`, `fields.key`)."""
+    text = "\n".join(p.read_text() for p in SOURCES)
+    keys = [
+        k for k in config.flat(config.default()) if not k.startswith("data.fields.")
+    ]  # read as a mapping, by data._hub
+    assert "fields.items()" in text
+    unread = []
+    for key in keys:
+        section, _, leaf = key.rpartition(".")
+        owner = section.rpartition(".")[2]
+        direct = rf"\b{owner}\.{leaf}\b" if owner else rf"\b(cfg|c|_CONFIG\.value)\.{leaf}\b"
+        alias = rf"^\s+(\w+) = (?:\w+\.)*{owner}$" if owner else "(?!)"
+        names = set(re.findall(alias, text, re.M))
+        if not re.search(direct, text) and not any(re.search(rf"\b{n}\.{leaf}\b", text) for n in names):
+            unread.append(key)
+    unread = [k for k in unread if not (k.startswith("mesh.") and "sizes[a] for a in AXES" in text)]
+    unread = [k for k in unread if k != "audit.min_continuations"]  # config.min_continuations reads it
+    assert not unread
+
+
+def test_every_key_says_what_it_is():
+    assert sorted(k for k, _, what in config.describe() if what) == sorted(config.flat(config.default()))
+
+
+def test_defaults_are_valid_and_locked():
+    c = config.default()
+    preflight.validate(c)
+    with pytest.raises(KeyError):
+        c.update_from_flattened_dict({"audit.nothing": 1})
+    c.student.chat_template_kwargs.enable_thinking = False  # the one place where keys may be added
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+def test_least_values(value):
+    for key in ("prompts_per_step", "num_generations", "micro_batches", "audit.num_chunks", "checkpoint.every"):
+        c = config.default()
+        c.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=rf"{key} = {value} must be at least 1"):
+            preflight.validate(c)
+
+
+@pytest.mark.parametrize("key", ["prior.alpha", "anchor.kl_coef", "optimizer.learning_rate", "temperature"])
+def test_a_value_that_is_no_number_is_refused(key):
+    c = config.default()
+    c.update_from_flattened_dict({key: float("nan")})
+    with pytest.raises(UserError, match=key):
+        preflight.validate(c)
+
+
+def test_n_min_is_half_of_n_rounded_up():
+    for n, n_min, expected in ((10, 0, 5), (5, 0, 3), (1, 0, 1), (10, 2, 2)):
+        c = config.default()
+        c.audit.num_continuations, c.audit.min_continuations = n, n_min
+        assert config.min_continuations(c) == expected
+
+
+def test_float32_products_are_asked_for_and_bfloat16_ones_left_alone():
+    """In a process of its own: the setting is the whole process's."""
+    code = "import jax; from omniopd_jax import cli; from absl import flags; flags.FLAGS(['x'])\n"
+    for dtype in ("bfloat16", "float32"):
+        code += f"cli.setup_jax({dtype!r}); print(jax.config.jax_default_matmul_precision)\n"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPO)
+    assert out.stdout.split() == ["None", "highest"]

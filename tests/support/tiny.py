@@ -1,0 +1,155 @@
+"""A tiny random student and teacher as Hugging Face folders, a recipe over them, and the main command for tests."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from omniopd_jax import config, hf, model, world
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+TRAINED = REPO / "omniopd_jax" / "world" / "checkpoints" / "forks"
+VOCAB = 320
+
+
+def tokenizer(vocab_size: int = VOCAB, count: int = 60):
+    """A byte-level BPE tokenizer of the small world's texts."""
+    return world.train_tokenizer([t for pair in world.corpus("forks", "student", count, 0) for t in pair], vocab_size)
+
+
+def random_model(vocab_size: int, seed: int, *, sharpness: float = 12.0):
+    """(params, ModelConfig): a Qwen3 of two layers, its logits scaled until it prefers some tokens to others."""
+    cfg = model.ModelConfig(
+        "qwen3", vocab_size, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0, qk_norm=True, tied=True, max_positions=256
+    )
+    params = model.init(jax.random.key(seed), cfg)
+    return params | {"embed": params["embed"] * sharpness}, cfg
+
+
+def make_folders(folder, *, teacher_seed: int = 7) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes `student` and `teacher` under `folder`, one tokenizer, different random weights."""
+    tok, paths = tokenizer(), []
+    for name, seed in (("student", 3), ("teacher", teacher_seed)):
+        params, cfg = random_model(len(tok), seed)
+        hf.save(pathlib.Path(folder) / name, params, cfg, tok, dtype="float32")
+        paths.append(pathlib.Path(folder) / name)
+    return tuple(paths)
+
+
+def overrides(student, teacher, run_dir) -> dict:
+    """A recipe of seconds: dotted key -> value."""
+    return {
+        "run_dir": str(run_dir), "num_steps": 2, "prompts_per_step": 4, "num_generations": 2, "max_prompt_length": 160,
+        "max_completion_length": 24, "vocab_block": 512, "model.remat": "none", "student.path": str(student),
+        "teacher.model": str(teacher), "data.name": "forks", "data.num_prompts": 24, "audit.num_chunks": 2,
+        "audit.chunk_tokens": 5, "audit.num_continuations": 3, "optimizer.learning_rate": 1e-3, "checkpoint.every": 2,
+        "log.tensorboard": False, "eval.num_prompts": 0,
+    }  # fmt: skip
+
+
+def recipe(student, teacher, run_dir, **more):
+    """The same as a ConfigDict; `more` are dotted keys."""
+    c = config.default()
+    c.update_from_flattened_dict(overrides(student, teacher, run_dir) | more)
+    return c
+
+
+def arguments(values: dict) -> list[str]:
+    """{dotted key: value} as --config arguments of configs/tiny.py."""
+    return ["--config=configs/tiny.py", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def environment(**more) -> dict:
+    """One CPU device, the tests' compile cache, no network worth waiting for."""
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="") | more
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax_tests"))
+    return env
+
+
+def start(args: list[str], **env) -> subprocess.Popen:
+    """`python -m omniopd_jax.main ARGS` in the repository's root, its output piped as text."""
+    return subprocess.Popen(
+        [PYTHON, "-m", "omniopd_jax.main", *args], cwd=REPO, env=environment(**env), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What a command left: exit code and text."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines of stderr that are the command's own words."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+# Imports once what every command imports, then forks a command a case: each case is `python -m omniopd_jax.main` as a
+# person runs it, without paying four seconds for JAX again. No device is touched before the fork.
+_FORK = """
+import json, os, runpy, signal, sys, traceback
+import ml_collections.config_flags, datasets, huggingface_hub, jinja2, rapidfuzz.process, transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import omniopd_jax.teachers.local, omniopd_jax.teachers.wire.openai
+import omniopd_jax.train
+folder, limit = sys.argv[1], int(sys.argv[2])
+for i, args in enumerate(json.load(open(f"{folder}/cases.json"))):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(limit)
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{folder}/{i}.{name}", os.O_WRONLY | os.O_CREAT), number)
+            sys.argv = ["main.py", *args]
+            runpy.run_module("omniopd_jax.main", run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    with open(f"{folder}/{i}.code", "w") as f:
+        f.write(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+"""
+
+
+def commands(cases: list[list[str]], limit: int = 30) -> list[Ended]:
+    """Runs the main command once a case, at most `limit` seconds each, in processes forked after the imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, "cases.json").write_text(json.dumps(cases))
+        args = [PYTHON, "-c", _FORK, folder, str(limit)]
+        done = subprocess.run(args, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        read = [
+            [pathlib.Path(folder, f"{i}.{end}").read_text() for end in ("code", "out", "err")]
+            for i in range(len(cases))
+        ]
+    return [Ended(int(code), out, err) for code, out, err in read]
+
+
+def lines(path) -> list[dict]:
+    """The records of a JSON Lines file."""
+    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def same(a, b) -> bool:
+    """Two trees of arrays are equal to the last bit."""
+    a, b = (jax.tree.leaves_with_path(jax.device_get(t)) for t in (a, b))
+    return len(a) == len(b) and all(
+        ka == kb and np.array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+        for (ka, x), (kb, y) in zip(a, b)
+    )

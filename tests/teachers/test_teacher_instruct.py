@@ -1,0 +1,112 @@
+"""What chat models add to "only the next words", and what is cut away."""
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from omniopd_jax.teachers.wire import instruct
+from omniopd_jax.teachers.wire.instruct import cut
+
+ANSWER = "First we add 3 and 4, which gives 7. Then we multiply the sum by 2"
+NEXT = " to get 14, so the result is 14."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NEXT,
+        NEXT.strip(),  # the leading space is swallowed
+        "..." + NEXT.strip(),
+        "…" + NEXT,
+        f'"{NEXT.strip()}"',
+        f"“{NEXT.strip()}”",
+        f"```\n{NEXT.strip()}\n```",
+        "Sure! Here is the continuation:\n\n" + NEXT.strip(),
+        "Here's what comes next: " + NEXT.strip(),
+        "Continuing from where it stopped:\n" + NEXT.strip(),
+        'Certainly. Here are the next words: "' + NEXT.strip() + '"',
+        "Of course!\n\n" + NEXT.strip(),
+        "multiply the sum by 2" + NEXT,  # the last words again
+        "Then we multiply the sum by 2" + NEXT,
+        ANSWER + NEXT,  # from the start, and past the prefix
+        ANSWER.replace(" ", "\n") + NEXT,
+        f'"...multiply the sum by 2{NEXT}"',
+    ],
+)
+def test_the_same_continuation_comes_out(text):
+    assert cut(ANSWER, text) == NEXT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First we add 3 and 4, which gives 7. Now double it",  # starts over, another way
+        "First we add 3 and 4, which",  # starts over, and the tokens ran out
+        "Sure! Here is the full answer: First we add 3 and 4, which gives",
+    ],
+)
+def test_starting_over_is_no_continuation(text):
+    assert cut(ANSWER, text) is None
+
+
+@pytest.mark.parametrize(
+    "prefix,text,expect",
+    [
+        ("We multi", "multiply by 2", "ply by 2"),  # the word it stopped inside, from its start
+        ("We multi", "ply by 2", " ply by 2"),  # nobody can tell this from a new word
+        ("x = 1", " + 2", " + 2"),
+        ("x = 1 + ", " 2", "2"),
+        ("x = 1 + ", "2", "2"),
+        ("the sum is", ": 7", ": 7"),
+        ("1 + 1 + 1 +", " 1 + 1 + 1 = 6", " 1 + 1 + 1 = 6"),  # too short a repeat to be told from the real thing
+        ('He said "I will', 'go home" and left', ' go home" and left'),
+        ('He said "I will', '"go"', '"go"'),  # a quotation is open
+        ("```python\nx =", "```\ndone\n```", "```\ndone\n```"),  # so is a fence
+        ("So it goes on...", "...and on", "...and on"),
+        ("so", "", ""),
+        ("Here we go", "Surely it is 7", " Surely it is 7"),
+        ("I think", "I will continue to add: 3", None),
+        ("La suma de 3 y 4", "Here is la respuesta", " Here is la respuesta"),
+    ],
+)
+def test_corners(prefix, text, expect):
+    if expect is None:  # a preamble's words, used in earnest: the price of the rule, written down
+        assert cut(prefix, text) == " 3"
+    else:
+        assert cut(prefix, text) == expect
+
+
+words = st.lists(st.text("abcdefgh", min_size=1, max_size=7), min_size=8, max_size=20)
+new = st.lists(st.text("stuvwxyz", min_size=1, max_size=7), min_size=1, max_size=12)
+decoration = st.sampled_from(["{}", '"{}"', "...{}", "…{}", "Sure! Here is the continuation: {}", "```\n{}\n```", "“{}”"])
+
+
+@given(words, new, decoration, st.sampled_from(["", "tail", "all"]))
+@example(["a"] * 8, ["z"], "{}", "all")
+def test_whatever_is_added_is_taken_off(old, fresh, form, repeat):
+    prefix, rest = " ".join(old), " ".join(fresh)
+    tail = " ".join(old[-4:])
+    assume(repeat != "tail" or len(tail) >= instruct.MIN_OVERLAP)
+    assume(repeat != "all" or len(prefix) >= instruct.MIN_OVERLAP)
+    said = {"": rest, "tail": f"{tail} {rest}", "all": f"{prefix} {rest}"}[repeat]
+    assert cut(prefix, form.format(said)) == " " + rest
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_nothing_is_made_up(prefix, text):
+    out = cut(prefix, text)
+    assert out is None or out in text or (out[0] == " " and out[1:] in text)
+    assert out is None or len(out) <= len(text) + 1
+
+
+@given(words, new)
+def test_a_clean_continuation_is_left_as_it_is(old, fresh):
+    prefix, rest = " ".join(old), " " + " ".join(fresh)
+    assert cut(prefix, rest) == rest
+    assert cut(prefix + " ", rest) == rest.strip()
+
+
+def test_the_prompt_keeps_the_answer_whole_and_ends_with_the_instruction():
+    out = instruct.messages(({"role": "user", "content": "q"},), "so far", 50)
+    assert [m["role"] for m in out] == ["user", "assistant", "user"] and out[1]["content"] == "so far"
+    assert "33 words" in out[2]["content"]
