@@ -32,17 +32,15 @@ from omniopd_jax.run import cli, logging
 
 
 def _code(unsafe: bool = False):
-    from omniopd_jax.graders.code import extract_program
-
     grader = graders.make("code", unsafe=unsafe)
-    grader.grade("", {"stdin": "", "stdout": ""})  # a machine without a sandbox says so now
-    return lambda text, tests: bool(grader.grade(extract_program(text), json.loads(tests)))
+    grader.check_machine()  # a machine without a sandbox says so now
+    return lambda text, tests: bool(grader.grade(text, tests))
 
 
 GRADERS = {  # name -> () -> ((text, answer) -> bool); started when first used
     "world": lambda: world.grade,
     "math": lambda: graders.make("math").grade,
-    "code": _code,  # `answer` is JSON: stdin/stdout pairs or asserts (graders/code.py)
+    "code": _code,  # `answer`: stdin/stdout pairs or asserts (graders/code_tests.py)
     "code_unsafe": functools.partial(_code, unsafe=True),  # the same as the current user, under rlimits alone
     "reasoning_gym": lambda: graders.make("reasoning_gym").grade,  # `answer` names the problem (graders/gym.py)
 }
