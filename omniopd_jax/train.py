@@ -9,7 +9,7 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import experience, objective, rollout
+from omniopd_jax import experience, graders, objective, rollout
 from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
@@ -100,7 +100,7 @@ def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Expe
     rewards = teacher_logp_BT = None
     if objective.needs_reward(cfg):
         with phase("reward"):
-            rewards = experience.grade(evaluation.grader(cfg.reward.grader), responses, student.decoder)
+            rewards = experience.grade(graders.shared(cfg.reward.grader), responses, student.decoder)
     if objective.of(cfg).asks == "logp":
         with phase("teacher_wait"):
             T = group.scores.logp_BT.shape[1]
@@ -174,5 +174,5 @@ def held_out_accuracy(run: Run, state: TrainState) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluation.greedy(
             run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
-            grader=evaluation.grader(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
         ).accuracy  # fmt: skip

@@ -10,10 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from omniopd_jax import config, hf, model, objective, similarity, step, teachers
+from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import profiling
@@ -42,7 +41,7 @@ def validate(c: ConfigDict) -> None:
       UserError: one line naming the key, its value and what is allowed.
     """
     choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES, "eval.grader": evaluation.GRADERS, "reward.grader": evaluation.GRADERS,
+        "objective.name": objective.OBJECTIVES, "eval.grader": graders.GRADERS, "reward.grader": graders.GRADERS,
         "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
     }  # fmt: skip
     for path, allowed in choices.items():
@@ -181,7 +180,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     prompts, held_out = found.of(load_prompts, cfg, tokenizer) or (None, None)
     phi = found.of(similarity.make, cfg)
     for name in graders_of(cfg):
-        found.of(evaluation.grader, name)
+        found.of(graders.shared, name)
     teacher, said = None, ""
     if own.asks and kernel is not None:
         teacher = found.of(teachers.make, cfg)
