@@ -14,7 +14,7 @@ from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import checkpoint, host, logging, preflight, reporting, setup
+from omniopd_jax.run import checkpoint, host, lock, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -30,7 +30,7 @@ def train(cfg: ConfigDict) -> dict:
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
     preflight.validate(cfg)
-    with host.StopFlag() as stop:
+    with host.StopFlag() as stop, lock.held(cfg.run_dir):
         disks = checkpoint.restore_journal(cfg)
         with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks) as checkpoints:
             return run_steps(run, checkpoints)
@@ -41,6 +41,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     state, totals = setup.first_state(run, checkpoints)
     with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
         if run.held_out and totals.get("accuracy_before") is None:
+            run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = held_out_accuracy(run, state)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
         run.timer.take()
@@ -48,6 +49,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
             state = loop(run, state, checkpoints, reports)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
+        run.stop.saved, run.stop.doing = True, "evaluating after the last step"
         after = held_out_accuracy(run, state) if run.held_out else None
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")

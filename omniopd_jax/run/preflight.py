@@ -35,13 +35,13 @@ SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "di
 
 
 def validate(c: ConfigDict) -> None:
-    """Checks the values by themselves and against each other, before anything is loaded.
+    """Checks the values by themselves and against each other, before anything is loaded; fills in empty graders.
 
     Raises:
       UserError: one line naming the key, its value and what is allowed.
     """
     choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES, "eval.grader": graders.GRADERS, "reward.grader": graders.GRADERS,
+        "objective.name": objective.OBJECTIVES, "eval.grader": ("", *graders.GRADERS), "reward.grader": ("", *graders.GRADERS),
         "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
     }  # fmt: skip
     for path, allowed in choices.items():
@@ -61,11 +61,25 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    _check_data(c)
     _check_sizes(c)
     _check_audits(c)
     _check_updates(c)
     if c.lora.rank:
         _check_lora(c)
+
+
+def _check_data(c: ConfigDict) -> None:
+    if c.data.source == "world" and (c.data.path or c.eval.path):
+        key = "data.path" if c.data.path else "eval.path"
+        raise UserError(f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'")
+    for section, used in ((c.reward, objective.needs_reward(c)), (c.eval, c.eval.num_prompts > 0)):
+        name = "reward.grader" if section is c.reward else "eval.grader"
+        if used and not section.grader:
+            if c.data.source != "world":
+                known = ", ".join(sorted(set(graders.GRADERS) - {"world"}))
+                raise UserError(f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}")
+            section.grader = "world"
 
 
 def _check_sizes(c: ConfigDict) -> None:
@@ -100,6 +114,11 @@ def _check_audits(c: ConfigDict) -> None:
 
 
 def _check_updates(c: ConfigDict) -> None:
+    if objective.of(c).needs_reward and c.num_generations == 1:
+        raise UserError(
+            f"num_generations = 1 with objective.name = {c.objective.name!r}: a response is compared with others to the same "
+            "prompt, and alone it teaches nothing; set num_generations to 2 or more"
+        )
     if c.num_iterations > 1 and not objective.of(c).clips:
         able = ", ".join(repr(name) for name, o in objective.OBJECTIVES.items() if o.clips)
         raise UserError(
