@@ -43,7 +43,7 @@ class Collected:
     responses: Responses
     feedback: audit.Feedback
     rewards: np.ndarray | None
-    service: dict  # what the teacher itself counted on the wire, `teacher/*`; empty for one in process
+    service: dict  # what the teacher counted, `teacher/*`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +199,9 @@ def allowance(run, t: int, prompts: int) -> tuple[int, int]:
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
     """
     a = run.cfg.audit
-    if not hasattr(run.teacher, "allowance"):
+    if run.teacher is None:
         return a.num_chunks, a.num_continuations
-    own = run.teacher.allowance(run.cfg.num_steps - t, prompts * run.cfg.num_generations)
+    own = run.teacher.allowance(run.cfg.num_steps - t, prompts * run.cfg.num_generations, a.num_chunks, a.num_continuations)
     M, N = (min(values) for values in zip(*processes.gather("allowance", list(own))))
     return M, N
 
@@ -427,7 +427,7 @@ def assemble(run, responses: Responses, feedback: audit.Feedback, rewards, N: in
     )  # fmt: skip
     stats = vocab.TokenStats(logp_BT, entropy_BT)
     batch, stats = sharding.put_rows((batch, stats), run.mesh)
-    service = run.teacher.metrics() if hasattr(run.teacher, "metrics") else {}
+    service = teachers.Counts().take() | (run.teacher.metrics() if run.teacher else {})
     return Collected(batch, stats, responses, feedback, rewards, service)
 
 

@@ -73,8 +73,8 @@ def guarded(cfg: ConfigDict, stop: host.StopFlag) -> dict:
     """`train`, with the signals caught."""
     disks = checkpoint.restore_journal(cfg)
     run = prepare(cfg)
-    if hasattr(run.teacher, "budget"):
-        run.teacher.budget.divide(len(set(disks)))
+    if run.teacher:
+        run.teacher.divide_budget(len(set(disks)))
     checkpoints = checkpoint.Checkpoints(cfg.run_dir, keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
     checkpoints.disks = disks
     state, totals = first_state(run, checkpoints)
@@ -143,7 +143,7 @@ def prepare(cfg: ConfigDict) -> Run:
         others = [f"process {r}: {p}" for r, ps in enumerate(told) for p in ps if not problems]
         raise UserError("\n".join(dict.fromkeys(problems or others)))
     logging.say(found.get("said", f"objective {cfg.objective.name}: no teacher"))
-    if getattr(found["teacher"], "report", None):
+    if found["teacher"] and found["teacher"].report:
         logging.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].estimate().table()}")
     mesh = sharding.make_mesh(cfg.mesh)
     model_cfg = dataclasses.replace(
@@ -209,7 +209,7 @@ def white_box(cfg, teacher, mesh) -> tuple[dict, model.ModelConfig]:
     Raises:
       UserError: the teacher is no local one, or has another tokenizer.
     """
-    if not hasattr(teacher, "params") or teacher.foreign_tokenizer:
+    if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
         raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
     model_cfg = dataclasses.replace(teacher.model_cfg, mesh=mesh if mesh.size > 1 else None)
     return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)[0], model_cfg
@@ -303,7 +303,7 @@ def loop(run: Run, state, checkpoints, writer, totals: dict, stop: host.StopFlag
     def save():
         experience.save_ahead(run, int(jax.device_get(state.step)))
         with run.compiled.expected():
-            checkpoints.save(state, totals, journal=getattr(run.teacher, "journal", None))
+            checkpoints.save(state, totals, journal=run.teacher.journal if run.teacher else None)
 
     experience.load_ahead(run, start)
     try:

@@ -30,7 +30,7 @@ def validate(c: ConfigDict) -> None:
         "temperature": 0, "teacher.temperature": 0,
         "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "lora.rank": 0, "top_k": 0, "data.num_prompts": 0,
         "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0, "teacher.max_concurrency": 1,
-        "teacher.max_retries": 0, "teacher.hedge_s": 0,
+        "teacher.max_retries": 0,
         "teacher.requests_per_minute": 0, "teacher.tokens_per_minute": 0, "teacher.price_input": -1,
         "teacher.price_cached": -1, "teacher.price_output": -1, "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
     }.items():  # fmt: skip
