@@ -8,11 +8,10 @@ import dataclasses
 
 import numpy as np
 
-from omniopd_jax import teachers
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, together
 
 
 @dataclasses.dataclass
@@ -110,7 +109,7 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     return audits
 
 
-async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
+async def ask(teacher: Teacher, audits: list[Audit]) -> None:
     """Sends every audit's request and waits for all answers; results land in the audits.
 
     Raises:
@@ -121,7 +120,7 @@ async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
         audit.result = await teacher.continue_text(audit.request)
         _check_complete(audit)
 
-    await teachers.together(one(a) for a in audits)
+    await together(one(a) for a in audits)
 
 
 def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:
@@ -151,36 +150,14 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
 
 
 def metrics(feedback: Feedback, cfg) -> dict:
-    """Host-side figures of a step's audits: what the teacher cost, how long it took, how the similarities lie."""
-    results = [a.result for a in feedback.audits]
+    """How the similarities of a step's audits are distributed, and how many audits came too short."""
     own = {  # of this process; quantiles need every process's values
-        "usage": dataclasses.astuple(sum((r.usage for r in results), Usage())),
-        "counts": [
-            sum(len(a.request.indices) for a in feedback.audits), sum(r.replayed for r in results),
-            sum(len(r.failures) for r in results),
-            sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
-        ],
+        "short": sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
         "similarity": [float(s) for a in feedback.audits for s in a.similarity],
-        "latency": [r.latency_s for r in results],
-    }  # fmt: skip
-    parts = processes.gather("audits", own)
-    usage = sum((Usage(*p["usage"]) for p in parts), Usage())
-    wanted, replayed, failed, short = (sum(p["counts"][i] for p in parts) for i in range(4))
-    similarity = np.array([s for p in parts for s in p["similarity"]])
-    latency = np.array([s for p in parts for s in p["latency"]] or [0.0])
-    out = {
-        "teacher/calls": usage.calls,
-        "teacher/retries": usage.retries,
-        "teacher/failed": failed,
-        "teacher/tokens_in": usage.tokens_in,
-        "teacher/tokens_cached": usage.tokens_cached,
-        "teacher/tokens_out": usage.tokens_out,
-        "teacher/cost_usd": usage.cost_usd,
-        "teacher/cache_hit_rate": replayed / max(wanted, 1),
-        "teacher/latency_p50": float(np.quantile(latency, 0.5)),
-        "teacher/latency_p95": float(np.quantile(latency, 0.95)),
-        "audit/short": short,
     }
+    parts = processes.gather("audits", own)
+    similarity = np.array([s for p in parts for s in p["similarity"]])
+    out = {"audit/short": sum(p["short"] for p in parts)}
     for q in (10, 50, 90):
         out[f"audit/similarity_p{q}"] = float(np.quantile(similarity, q / 100)) if similarity.size else 0.0
     return out

@@ -123,7 +123,6 @@ def default() -> ConfigDict:
     c.teacher.timeout_s = 60.0  # one call
     c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from its turn
     c.teacher.max_retries = 8  # of one call that was answered with an error; an unreachable server is only bound in time
-    c.teacher.hedge_s = 0.0  # ask a second time after so long without an answer, the first one counts, both are paid; 0 = off
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes one after the other, for caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal

@@ -135,10 +135,10 @@ def allowance(teacher: Teacher | None, cfg, t: int) -> tuple[int, int]:
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
     """
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
-    if not hasattr(teacher, "allowance"):
+    if teacher is None:
         return M, N
     rows = cfg.prompts_per_step * cfg.num_generations // jax.process_count()
-    own = teacher.allowance(cfg.num_steps - t, rows)
+    own = teacher.allowance(cfg.num_steps - t, rows, M, N)
     return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
 
 

@@ -123,7 +123,7 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
         reports.flush()
         run.ahead.save(cfg.run_dir, int(jax.device_get(state.step)), cfg.checkpoint.keep)
         with run.compiled.expected():
-            checkpoints.save(state, reports.totals, journal=getattr(run.teacher, "journal", None))
+            checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 
     try:
         for t in range(start, cfg.num_steps):

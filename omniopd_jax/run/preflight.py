@@ -25,10 +25,11 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
     "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
-    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0, "teacher.requests_per_minute": 0,
+    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
     "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
 }  # fmt: skip
+NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}  # Objective.asks -> a teacher's ability; else text
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -202,7 +203,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         found.of(graders.shared, name)
     teacher, said = None, ""
     if own.asks and kernel is not None:
-        teacher = found.of(teachers.make, cfg)
+        teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None:
         said = found.of(lambda: thread.submit(teacher.check()).result())
     found.raise_everywhere()

@@ -11,6 +11,7 @@ from omniopd_jax.evaluation.sampling import repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import flops, host, logging
 from omniopd_jax.run.setup import Run
+from omniopd_jax.teachers.protocol import Counts
 
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
 
@@ -38,7 +39,8 @@ class Reports:
 
     def add(self, t: int, values: dict, targets, got: experience.Experience, own: dict) -> None:
         """Takes step t's device metrics; `own` are the host's: times, an evaluation."""
-        service = self._run.teacher.metrics() if hasattr(self._run.teacher, "metrics") else {}
+        teacher = self._run.teacher
+        service = Counts().take() | (teacher.metrics() if teacher else {})
         self._pending = (t, values, targets, got, own, service)
 
     def flush(self) -> None:

@@ -16,6 +16,7 @@ import json
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import wire
+from omniopd_jax.teachers.protocol import TEXT
 from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct, scoring
 
@@ -24,9 +25,9 @@ OFFICIAL = "https://api.openai.com/v1"
 FINISH = {"length": "length", "content_filter": "withheld", "abort": "withheld", "error": "withheld"}
 
 
-def make(cfg):
+def make(cfg, needs: str = TEXT):
     """The teacher for `teacher.provider = "openai"`. Raises `UserError` on a missing key, model or bad address."""
-    return RemoteTeacher(cfg, OpenAIClient(cfg))
+    return RemoteTeacher(cfg, OpenAIClient(cfg), needs)
 
 
 class OpenAIClient:
@@ -41,10 +42,10 @@ class OpenAIClient:
         self.url = wire.base_url(cfg, "openai", "OPENAI_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "api.openai.com" not in self.url
         self.template_kwargs = t.chat_template_kwargs.to_dict()
-        self.max_connections = t.max_concurrency
         self.seen = wire.Learner(takes_n=True)
         self.extra = {}  # reasoning_effort, where the probe found that it is needed
-        self.connections, self.clients, self.tokenizer = None, {}, None
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk)
+        self.tokenizer = None
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first, for `teacher.continuation = "auto"`."""
@@ -58,30 +59,25 @@ class OpenAIClient:
         wire.api_key("openai", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
         if self.tokenizer_path:
             self.render([{"role": "user", "content": ""}])
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            import openai
+    def _sdk(self, http):
+        import openai
 
-            self.clients[lane] = openai.AsyncOpenAI(
-                api_key=wire.api_key("openai", required=not self.self_hosted),
-                base_url=self.url,
-                max_retries=0,
-                timeout=self.timeout_s,
-                http_client=self.connections.client(lane),
-            )
-        return self.clients[lane]
+        return openai.AsyncOpenAI(
+            api_key=wire.api_key("openai", required=not self.self_hosted),
+            base_url=self.url,
+            max_retries=0,
+            timeout=self.timeout_s,
+            http_client=http,
+        )
 
     def silence(self) -> bool:
         """Switches hidden reasoning off, if there is a way that has not been tried. Returns whether there was."""
@@ -109,7 +105,7 @@ class OpenAIClient:
         import openai
 
         try:
-            raw = await self._client(None).models.with_raw_response.list()
+            raw = await self.connection.sdk.models.with_raw_response.list()
             data = raw.http_response.json().get("data")
             return [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
         except openai.APIStatusError as e:
@@ -126,7 +122,7 @@ class OpenAIClient:
         """One exchange. Raises `CallError`."""
         import openai
 
-        client, sent, space = self._client(call.lane), call.prefix, ""
+        client, sent, space = self.connection.sdk, call.prefix, ""
         body = {"model": self.model, "n": call.n, "temperature": call.temperature, "top_p": call.top_p}
         body |= {"seed": call.seed, "max_tokens": call.max_tokens}
         if call.n == 1:
@@ -166,7 +162,7 @@ class OpenAIClient:
 
         body = {"model": self.model, "prompt": [*call.prompt_ids, *call.token_ids], "max_tokens": call.max_tokens}
         try:
-            raw = await self._client(call.lane).completions.with_raw_response.create(
+            raw = await self.connection.sdk.completions.with_raw_response.create(
                 **body, extra_body=scoring.WAYS[call.way]
             )
             answer = wire.json_object(raw.http_response)
