@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from omniopd_jax import graders, rollout, teachers, world
+from omniopd_jax import graders, model, rollout, teachers, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
@@ -70,25 +70,29 @@ class Evaluation:
     correct: tuple[bool, ...]
 
 
-def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader, max_new_tokens: int, rows=256):
+def greedy(
+    params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader, max_new_tokens: int, rows=256,
+    compute: model.Compute | None = None,
+):  # fmt: skip
     """Greedy answers, graded.
 
     Args:
       params: the model's parameters, stacked or as `rollout.prepare` returns them.
       prompts: encoded, each with an answer.
       grader: (text, answer) -> bool.
-      rows: prompts a batch; the last batch is filled up, so that there is one shape. With `model_cfg.mesh` each process
+      rows: prompts a batch; the last batch is filled up, so that there is one shape. Each process of the mesh
         answers and grades its slice of every batch.
+      compute: None: float32 on the default device.
 
     Returns:
       Evaluation, the same in every process.
     """
-    mesh = model_cfg.mesh
+    compute = compute or model.Compute()
+    mesh = compute.mesh
     if isinstance(params["layers"], dict):
-        params = rollout.prepare(params, model_cfg, mesh)
-    rank, count, shards = 0, 1, 1
-    if mesh is not None:
-        rank, count, shards = jax.process_index(), jax.process_count(), mesh.shape["data"] * mesh.shape["fsdp"]
+        params = rollout.prepare(params, model_cfg, compute=compute)
+    rank, count = (jax.process_index(), jax.process_count()) if mesh.is_multi_process else (0, 1)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-min(rows, len(prompts)) // shards) * shards
     own = rows // count
     width = rollout.bucket(max(len(p.token_ids) for p in prompts))
@@ -96,11 +100,11 @@ def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grad
     for start in range(rank * own, len(prompts) + rank * own, rows):
         part = prompts[start : start + own]
         ids = [p.token_ids for p in part] + [(0,)] * (own - len(part))
-        put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+        put = functools.partial(sharding.put_rows, mesh=mesh)
         padded, index_B = put(rollout.pad_rows(ids, width)), put(np.arange(own, dtype=np.uint32))
         out = rollout.sample(
             params, model_cfg, *padded, rollout.row_keys(_unused_key(), index_B), max_new_tokens=max_new_tokens,
-            temperature=0.0, end_ids=end_ids,
+            temperature=0.0, end_ids=end_ids, compute=compute,
         )  # fmt: skip
         answers = []
         arrays = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
@@ -136,6 +140,7 @@ class Student:
 
     params: dict
     model_cfg: object
+    compute: model.Compute
     tokenizer: object
     end_ids: tuple[int, ...]
     source: str
@@ -163,7 +168,7 @@ class How:
 
     def prompts(self, mesh) -> int:
         """Prompts a batch: part of what decides the last bits of a completion, so fixed for a table."""
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
         return -(-max(1, self.rows // self.samples) // shards) * shards
 
 
@@ -174,7 +179,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
       UserError: nothing there, or weights that do not fit their config.
     """
     from omniopd_jax import export, hf
-    from omniopd_jax.model import attention
+    from omniopd_jax.model import attention, lora
     from omniopd_jax.run.checkpoint import Checkpoints
 
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
@@ -195,13 +200,12 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
         params, model_cfg = trained.whole(mesh), trained.model_cfg
-    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(mesh))
-    model_cfg = dataclasses.replace(
-        model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
-    )
+    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh))
+    scale = None if trained is None else lora.scale(trained.lora)
+    compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     tokenizer = hf.load_tokenizer(folder, setting=setting)
-    params = rollout.prepare(params, model_cfg, model_cfg.mesh)
-    return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+    params = rollout.prepare(params, model_cfg, compute=compute)
+    return Student(params, model_cfg, compute, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
 
 
 def _is_run(folder: pathlib.Path) -> bool:
@@ -221,7 +225,7 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     Returns:
       One dict a completion: id, sample, text, finish, correct, answer, tokens, repeated.
     """
-    per = how.prompts(student.model_cfg.mesh)
+    per = how.prompts(student.compute.mesh)
     batches = [suite.prompts[i : i + per] for i in range(0, len(suite.prompts), per)]
     width = rollout.bucket(max(len(p.token_ids) for p in suite.prompts))
     done = _whole_batches(path, batches, how.samples)
@@ -239,14 +243,15 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
 
 
 def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grade) -> list[dict]:
-    mesh, n = student.model_cfg.mesh, how.samples
-    put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+    mesh, n = student.compute.mesh, how.samples
+    put = functools.partial(sharding.put_rows, mesh=mesh)
     padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
     names = [teachers.stable_hash(suite.name, p.id, r) for p in prompts for r in range(n)] + [0] * ((per - len(prompts)) * n)
     key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
     out = rollout.sample(
         student.params, student.model_cfg, *padded, rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
         max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n, end_ids=student.end_ids,
+        compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
     lines = []
@@ -325,7 +330,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
 
 def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
-    per = how.prompts(student.model_cfg.mesh)
+    per = how.prompts(student.compute.mesh)
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]

@@ -82,7 +82,7 @@ def begin(run, state: step.TrainState, t: int) -> Asked:
     cfg = run.cfg
     prompts, ids = own_prompts(run, t)
     M, N = allowance(run, t, len(prompts))
-    params = rollout.prepare(run.policy(state), run.model_cfg, run.mesh)
+    params = rollout.prepare(run.policy(state), run.model_cfg, compute=run.compute)
     parts, waiting, solutions = [], [], []
     for piece in np.array_split(np.arange(len(prompts)), cfg.rollout_groups):
         if cfg.objective.name == "sft":
@@ -251,7 +251,7 @@ def sample(run, state, params, prompts, sample_ids) -> rollout.Rollout:
     key_B = rollout.row_keys(state.key, sharding.put_rows(id_B, run.mesh))
     return rollout.sample(
         params, run.model_cfg, *put, key_B, max_new_tokens=cfg.max_completion_length, temperature=cfg.temperature,
-        top_p=cfg.top_p, top_k=cfg.top_k, num_samples=cfg.num_generations, end_ids=run.end_ids,
+        top_p=cfg.top_p, top_k=cfg.top_k, num_samples=cfg.num_generations, end_ids=run.end_ids, compute=run.compute,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class Run:
     teacher: teachers.Teacher | None
     phi: object
     model_cfg: model.ModelConfig
+    compute: model.Compute
     end_ids: tuple[int, ...]
     mesh: jax.sharding.Mesh
     steps: step.Steps
@@ -122,7 +123,7 @@ def prepare(cfg: ConfigDict) -> Run:
         except UserError as error:
             problems.append(str(error))
 
-    how = {"packed": cfg.packing.length > 0, "on": attention.platform(None)}
+    how = {"packed": cfg.packing.length > 0, "on": jax.default_backend()}
     attempt("attention", lambda: attention.resolve(cfg.model.attention, cfg.compute_dtype, **how))
     attempt("model_cfg", lambda: hf.read_config(cfg.student.path))
     attempt("trained", lambda: step.trained(found["model_cfg"], cfg)) if "model_cfg" in found else None
@@ -146,27 +147,24 @@ def prepare(cfg: ConfigDict) -> Run:
     if getattr(found["teacher"], "report", None):
         logging.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].estimate().table()}")
     mesh = sharding.make_mesh(cfg.mesh)
-    model_cfg = dataclasses.replace(
-        found["model_cfg"], dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
-        attention=found["attention"],
-    )  # fmt: skip
-    model_cfg = lora.scaled(model_cfg, cfg.lora)
+    model_cfg = found["model_cfg"]
+    compute = model.Compute(cfg.compute_dtype, cfg.model.remat, found["attention"], mesh, lora.scale(cfg.lora))
     sharding.check_rows(mesh, cfg)
     ref_params = load_reference(cfg, model_cfg, mesh)
     train_prompts, held_out = found["train"]
     teacher_params, teacher_cfg = None, None
     if cfg.objective.name == "opd_exact":
         teacher_params, teacher_cfg = white_box(cfg, found["teacher"], mesh)
-    steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
+    steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
-        f"{model.count(found['trained']) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
+        f"{model.count(found['trained']) / 1e6:.2f} M of them trained; attention {compute.attention}; "
         f"mesh {dict(mesh.shape)}; {len(train_prompts):,} prompts "
         f"({train_prompts.duplicates} duplicates and {train_prompts.overlong} overlong left out)"
     )
     tokenizer = found["tokenizer"]
     return Run(
-        cfg, tokenizer, train_prompts, held_out, found["teacher"], found["phi"], model_cfg,
+        cfg, tokenizer, train_prompts, held_out, found["teacher"], found["phi"], model_cfg, compute,
         hf.end_ids(cfg.student.path, tokenizer), mesh, steps, ref_params, teacher_params,
         audit.Decoder(tokenizer), logging.PhaseTimer(), thread, profiling.Profiler(cfg), profiling.Recompilations(logging.say),
     )  # fmt: skip
@@ -211,8 +209,7 @@ def white_box(cfg, teacher, mesh) -> tuple[dict, model.ModelConfig]:
     """
     if not hasattr(teacher, "params") or teacher.foreign_tokenizer:
         raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
-    model_cfg = dataclasses.replace(teacher.model_cfg, mesh=mesh if mesh.size > 1 else None)
-    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)[0], model_cfg
+    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 
 
 def frozen(cfg: ConfigDict) -> FrozenConfigDict:
@@ -393,7 +390,7 @@ def held_out_accuracy(run: Run, state) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluate.greedy(
             run.policy(state), run.model_cfg, run.held_out.prompts, run.tokenizer, run.end_ids,
-            grader=evaluate.grader(run.cfg.eval.grader), max_new_tokens=run.cfg.max_completion_length,
+            grader=evaluate.grader(run.cfg.eval.grader), max_new_tokens=run.cfg.max_completion_length, compute=run.compute,
         ).accuracy  # fmt: skip
 
 

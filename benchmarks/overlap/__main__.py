@@ -156,8 +156,9 @@ def fake_run(cfg, client):
     prompts = data.load(cfg, source="world", split="train", path="", count=cfg.data.num_prompts)
     return types.SimpleNamespace(
         cfg=cfg, tokenizer=tokenizer, train=data.encode(prompts, tokenizer, cfg), teacher=RemoteTeacher(cfg, client),
-        phi=similarity.make(cfg), model_cfg=None, mesh=sharding.make_mesh(cfg.mesh), decoder=audit.Decoder(tokenizer),
-        timer=logging.PhaseTimer(), thread=host.AsyncThread(), ahead={}, count=0, stop=host.StopFlag(),
+        phi=similarity.make(cfg), model_cfg=None, compute=None, mesh=sharding.make_mesh(cfg.mesh),
+        decoder=audit.Decoder(tokenizer), timer=logging.PhaseTimer(), thread=host.AsyncThread(),
+        ahead={}, count=0, stop=host.StopFlag(),
     )  # fmt: skip
 
 
