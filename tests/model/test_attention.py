@@ -101,7 +101,7 @@ def test_segments_equal_rows_of_their_own():
 @pytest.mark.parametrize("L", [7, 150, 600])  # whole; in blocks; in as many as there may be
 def test_xla_equals_the_textbook(L):
     """NumPy float64, grouped heads, two segments and padding behind them."""
-    q, k, v, _ = qkvg(B=1, L=L, N=4, K=2, H=4)
+    q, k, v, _ = qkvg(B=1, L=L, Q=4, K=2, H=4)
     segment = np.repeat([[1, 2, 0]], [L // 3, L // 2, L - L // 3 - L // 2], axis=1).astype(np.int32)
     out = np.zeros(q.shape)
     seen = np.tril(segment[0][:, None] == segment[0][None])
