@@ -31,10 +31,15 @@ class Student:
     """The model that learns, as the host handles it. `end_ids` end a response."""
 
     model_cfg: model.ModelConfig
+    compute: model.Compute
     tokenizer: PreTrainedTokenizerBase
     decoder: audit.Decoder
     end_ids: tuple[int, ...]
-    mesh: jax.sharding.Mesh
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """What it is computed on."""
+        return self.compute.mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +161,7 @@ def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) ->
     out = rollout.sample(
         params, student.model_cfg, *padded, rollout.row_keys(key, id_B), max_new_tokens=cfg.max_completion_length,
         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, num_samples=cfg.num_generations,
-        end_ids=student.end_ids,
+        end_ids=student.end_ids, compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B, logp_BT = (
         sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B, out.logp_model_BT)

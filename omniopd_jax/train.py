@@ -71,7 +71,7 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
         return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N
     policy = run.policy(state)
-    sampler, groups, row = rollout.prepare(policy, student.model_cfg, student.mesh), [], 0
+    sampler, groups, row = rollout.prepare(policy, student.model_cfg, compute=student.compute), [], 0
     for prompts in drawn.groups(cfg.rollout_groups):
         with phase("rollout"):
             responses = experience.sample(sampler, prompts, student, state.key, cfg)
@@ -176,5 +176,5 @@ def held_out_accuracy(run: Run, state: TrainState) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluation.greedy(
             run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
-            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, compute=student.compute,
         ).accuracy  # fmt: skip

@@ -190,7 +190,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     """
     found, own = Findings(), objective.of(cfg)
     kernel = found.of(
-        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=attention.platform(None)
+        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=jax.default_backend()
     )
     model_cfg = found.of(hf.read_config, cfg.student.path)
     trained = tokenizer = None
@@ -206,9 +206,24 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None:
         said = found.of(lambda: thread.submit(teacher.check()).result())
+    if teacher is not None and own.asks == "distribution" and model_cfg is not None:
+        found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     found.raise_everywhere()
     check_same_prompts(prompts)
     return Checked(kernel, model_cfg, trained, tokenizer, prompts, held_out, phi, teacher, said)
+
+
+def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelConfig) -> None:
+    """A divergence over the whole vocabulary needs as many rows in both: one tokenizer is padded to several sizes.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"objective.name = {cfg.objective.name!r} compares whole distributions: student.path has {student.vocab_size:,} "
+            f"rows of vocabulary, teacher.model {teacher.vocab_size:,}; take objective.name = 'opd'"
+        )
 
 
 def graders_of(cfg) -> list[str]:

@@ -98,25 +98,22 @@ def say_teacher(teacher: teachers.Teacher, said: str, hosts: int) -> None:
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
     """Loads the frozen weights and names the passes; what is trained comes with `first_state`."""
     mesh = sharding.make_mesh(cfg.mesh)
-    model_cfg = dataclasses.replace(
-        checked.model_cfg, dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
-        attention=checked.attention,
-    )  # fmt: skip
-    model_cfg = lora.scaled(model_cfg, cfg.lora)
+    model_cfg = checked.model_cfg
+    compute = model.Compute(cfg.compute_dtype, cfg.model.remat, checked.attention, mesh, lora.scale(cfg.lora))
     preflight.check_rows(mesh, cfg)
     reference = load_reference(cfg, model_cfg, mesh)
     teacher_params, teacher_cfg = None, None
     if objective.of(cfg).asks == "distribution":
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
-    steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
+    steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
     prompts, tokenizer = checked.prompts, checked.tokenizer
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
-        f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
+        f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {compute.attention}; "
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
-    student = Student(model_cfg, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer), mesh)
+    student = Student(model_cfg, compute, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer))
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
@@ -140,8 +137,7 @@ def load_white_box(cfg, teacher: teachers.Teacher, mesh) -> tuple[dict, model.Mo
     """
     if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
         raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
-    model_cfg = dataclasses.replace(teacher.model_cfg, mesh=mesh if mesh.size > 1 else None)
-    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)[0], model_cfg
+    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 
 
 def frozen(cfg: ConfigDict) -> FrozenConfigDict:
