@@ -10,7 +10,6 @@ import re
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from omniopd_jax import export, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
@@ -18,6 +17,8 @@ from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import scores
 from omniopd_jax.evaluation.sampling import grader, repeated_ngrams
+from omniopd_jax.hf.template import Template, of_student
+from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import logging
@@ -31,7 +32,7 @@ class Student:
 
     params: dict
     model_cfg: model.ModelConfig
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     end_ids: tuple[int, ...]
     source: str
 
@@ -81,6 +82,13 @@ def load_student(cfg, checkpoint: str | None) -> Student:
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
+    tokenizer = hf.load_tokenizer(folder, setting=setting)
+    template = of_student(cfg, tokenizer)
+    end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
+    if note:
+        logging.say(note)
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
     mesh = sharding.make_mesh(cfg.mesh)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
@@ -90,9 +98,8 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     model_cfg = dataclasses.replace(
         model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
     )
-    tokenizer = hf.load_tokenizer(folder, setting=setting)
     params = rollout.prepare(params, model_cfg, model_cfg.mesh)
-    return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+    return Student(params, model_cfg, template, end_ids, source)
 
 
 def is_run(folder: pathlib.Path) -> bool:
@@ -143,9 +150,10 @@ def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: i
     lines = []
     for b in range(len(prompts) * n):
         prompt, tokens = prompts[b // n], token_BT[b, : length_B[b]].tolist()
-        text = student.tokenizer.decode(tokens, skip_special_tokens=True)
+        text, n_tokens, stopped = student.template.read(tokens)
+        tokens = tokens[:n_tokens]
         lines.append({
-            "id": prompt.id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] else "length",
+            "id": prompt.id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
             "correct": bool(grade(text, prompt.answer)), "answer": suite.extract(text) if suite.extract else None,
             "tokens": len(tokens), "repeated": repeated_ngrams(tokens),
         })  # fmt: skip
@@ -198,7 +206,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     student = load_student(cfg, checkpoint)
     cfg = cfg.copy_and_resolve_references()
     cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
-    encoded = [data.encode(data.Prompts(s.prompts), student.tokenizer, cfg).prompts for s in loaded]
+    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg).prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from omniopd_jax import graders, rollout, world
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import one_of
 from omniopd_jax.graders.code import extract_program
+from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 
 
@@ -52,12 +53,12 @@ class Evaluation:
     correct: tuple[bool, ...]
 
 
-def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader, max_new_tokens: int, rows=256):
+def greedy(params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader, max_new_tokens: int, rows=256):
     """Greedy answers, graded.
 
     Args:
       params: the model's parameters, stacked or as `rollout.prepare` returns them.
-      prompts: encoded, each with an answer.
+      prompts: encoded, each with an answer. template: what rendered them; its stop strings end an answer too.
       grader: (text, answer) -> bool.
       rows: prompts a batch; the last batch is filled up, so that there is one shape. With `model_cfg.mesh` each process
         answers and grades its slice of every batch.
@@ -87,9 +88,9 @@ def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grad
         answers = []
         arrays = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
         for prompt, tokens, n, done in zip(part, *arrays):
-            text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
+            text, n, stopped = template.read(tokens[:n].tolist())
             correct = bool(grader(text, prompt.answer))
-            answers.append([text, correct, int(n), bool(done), repeated_ngrams(tokens[:n].tolist())])
+            answers.append([text, correct, n, bool(done) or stopped, repeated_ngrams(tokens[:n].tolist())])
         batches.append(answers)
     parts = [batches] if count == 1 else processes.gather("evaluation", batches)
     answers = [a for batch in zip(*parts, strict=True) for piece in batch for a in piece]

@@ -109,14 +109,15 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     if objective.of(cfg).asks == "distribution":
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
-    prompts, tokenizer = checked.prompts, checked.tokenizer
+    prompts, template = checked.prompts, checked.template
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
         f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
-    student = Student(model_cfg, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer), mesh)
+    decoder = audit.Decoder(template.tokenizer, template.stop_strings)
+    student = Student(model_cfg, template, decoder, checked.end_ids, mesh)
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),

@@ -334,9 +334,6 @@ def test_tokenizer_chat_template_and_generation_config(folder):
     assert generation["do_sample"] is True and generation["temperature"] == 0.6 and generation["pad_token_id"] == 0
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [2, 7]
     assert hf.end_ids(folder, again) == (2, 7)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template"):
-        hf.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         hf.load_tokenizer(folder)

@@ -172,7 +172,8 @@ def test_a_published_model_is_read_or_refused_as_the_table_in_the_docs_says(row)
         )
     ] + [
         ("QWEN", {"use_qk_norm": True}), ("MOE", {"qk_layernorm": True}), ("LLAMA", {"use_qk_norm": False}),
-        ("QWEN", {"num_experts": 0}), ("QWEN", {"rope_scaling": {"rope_type": "default"}}), ("LLAMA", {"qkv_bias": False}), ("LLAMA", {"mlp_only_layers": []}),
+        ("QWEN", {"num_experts": 0}), ("QWEN", {"rope_scaling": {"rope_type": "default"}}),
+        ("LLAMA", {"qkv_bias": False}), ("LLAMA", {"mlp_only_layers": []}),
         ("MOE", {"num_shared_experts": 0}), ("QWEN25", {"qkv_bias": True}), ("QWEN25", {"sliding_window": 131072}),
     ],
 )  # fmt: skip
