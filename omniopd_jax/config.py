@@ -55,6 +55,8 @@ def default() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)
+    c.student.template = "chat"  # chat (the tokenizer's own) | plain (a base model: docs/students.md) | a Jinja file
+    c.student.stop_strings = ()  # texts that end an answer, beside the format's own; as a flag: "('\\n\\n',)"
     c.student.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking; may get new keys
 
     c.model = ConfigDict()
@@ -66,12 +68,13 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
-    c.data.path = ""  # jsonl: a file, one object with `prompt` a line
+    c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
     c.data.split = "train"  # hub and world
-    c.data.fields = ConfigDict()  # hub: our name -> the data set's column
+    c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
-    c.data.fields.answer = "answer"  # column; may be missing
+    c.data.fields.answer = "answer"  # column, or a path in it such as reward_model.ground_truth; may be missing
+    c.data.fields.solution = "solution"  # column with a worked solution, for sft without a teacher; may be missing
     c.data.fields.id = "id"  # column; may be missing
     c.data.num_prompts = 0  # take the first so many; 0 = all (world: 4,096)
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
@@ -113,6 +116,9 @@ def default() -> ConfigDict:
     c.teacher.model = ""  # local: a Hugging Face folder; else the provider's model name
     c.teacher.temperature = 1.0  # must sample: a greedy teacher makes all continuations equal
     c.teacher.top_p = 1.0  # left out of the call where it is 1 (Gemini: always sent)
+    c.teacher.template = "chat"  # chat | plain | a Jinja file: how a prompt is written where that is done here
+    c.teacher.preamble = ""  # plain or a Jinja file: worked examples in front of the prompt, or a file that holds them
+    c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct

@@ -175,6 +175,6 @@ def held_out_accuracy(run: Run, state: TrainState) -> float:
     student, cfg = run.student, run.cfg
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluation.greedy(
-            run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
+            run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
             grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, compute=student.compute,
         ).accuracy  # fmt: skip
