@@ -1,4 +1,4 @@
-"""Code grader: takes the program out of a response and runs it against its tests in the sandbox (sandbox.py and jail/).
+"""Code grader: takes the program out of a response and runs it against its tests in the sandbox (sandbox/).
 
 The expected output never enters the sandbox, and the assert tests run in another process than the program, so that a
 program passes by answering right and not by printing, exiting, patching or comparing equal to everything. What a

@@ -37,7 +37,7 @@ def grade_from(checkout: pathlib.Path, cases) -> dict:
     shutil.copytree(REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc"))
     for name in ("__init__.py", "errors.py"):
         shutil.copy(REPO / "omniopd_jax" / name, checkout / "omniopd_jax" / name)
-    jail = next(p for p in (checkout / "omniopd_jax/graders/jail", checkout / "omniopd_jax/graders/sandbox") if p.is_dir())
+    jail = checkout / "omniopd_jax/graders/sandbox"
     fill = {
         "{jail}": str(jail), "{checkout}": str(checkout), "{prefix}": sys.base_prefix,
         "{python}": f"python{sys.version_info.major}.{sys.version_info.minor}",

@@ -1,4 +1,4 @@
-"""What the jail asks of the Linux kernel: namespaces, a root folder, no rights, limits. Standard library only."""
+"""What the sandbox asks of the Linux kernel: namespaces, a root folder, no rights, limits. Standard library only."""
 
 import ctypes
 import os

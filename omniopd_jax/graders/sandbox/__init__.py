@@ -1,8 +1,8 @@
-"""The outside of the code sandbox: starts jail/server.py in an empty environment and bounds the time until an answer.
+"""The outside of the code sandbox: starts server.py in an empty environment and bounds the time until an answer.
 
 Isolation comes from Linux namespaces and rlimits, made with unshare(2) itself: no helper has to be installed, root is
 not needed, and root is given up first where it is there. It wants Linux 5.14 and user namespaces that the caller may
-make. See jail/ for what holds inside.
+make. README.md says which process does what.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from omniopd_jax.errors import UserError
 
-JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail")
+FILES = os.path.dirname(os.path.abspath(__file__))  # what runs in the sandbox is started by path: nothing is imported here
 START = "import sys; sys.path.insert(0, sys.argv[1]); import server; server.main()"
 NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = os.path.join(sys.base_prefix, "bin", NAME)  # not a virtual environment's: the sandbox has its files alone
@@ -70,7 +70,7 @@ class Sandbox:
           programs: Python sources, the first of which that compiles is the program.
           preamble: source that runs in the program's module before it.
           stdin: a list of standard inputs; the runs stop at the first that fails.
-          asserts: the order of assert tests (jail/asserts.py), which run outside the program's process; exclusive with `stdin`.
+          asserts: the order of assert tests (asserts.py), which run outside the program's process; exclusive with `stdin`.
 
         Yields:
           For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and
@@ -166,7 +166,7 @@ class Sandbox:
         mine, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [PYTHON, "-I", "-S", "-c", START, JAIL], stdin=theirs, stdout=subprocess.DEVNULL,
+                [PYTHON, "-I", "-S", "-c", START, FILES], stdin=theirs, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, env={}, cwd="/", close_fds=True, start_new_session=True,
             )  # fmt: skip
         self._server = (process, mine)
@@ -212,4 +212,4 @@ def _on_disk(folder, programs):
         with open(f"{path}.{i}" if i else path, "w", encoding="utf-8", errors="replace") as f:
             f.write(program)
     os.mkdir(work)
-    return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(JAIL, "remote.py")}, "work": work}
+    return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(FILES, "remote.py")}, "work": work}
