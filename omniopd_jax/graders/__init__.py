@@ -6,19 +6,12 @@
         grader.grade_all([response, response], ["1/2", "1/3"])    # in parallel
 """
 
-import importlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from omniopd_jax.errors import one_of
-
-GRADERS = {  # name -> (module with a `make`, settings that the name stands for); imported when asked for
-    "world": ("omniopd_jax.graders.small_world", {}),
-    "math": ("omniopd_jax.graders.math", {}),
-    "code": ("omniopd_jax.graders.code", {}),
-    "code_unsafe": ("omniopd_jax.graders.code", {"unsafe": True}),  # as the current user, under rlimits alone
-    "reasoning_gym": ("omniopd_jax.graders.gym", {}),
-}
+from omniopd_jax.graders import code, gym, math, small_world
 
 
 class Grader(Protocol):
@@ -40,11 +33,31 @@ class Grader(Protocol):
         """Ends what the grader started; it would end with this process at the latest."""
 
 
+GRADERS: dict[str, Callable[..., Grader]] = {  # name -> make(**settings); what they need is imported when they start
+    "world": small_world.make,
+    "math": math.make,
+    "code": code.make,
+    "code_unsafe": functools.partial(code.make, unsafe=True),  # as the current user, under rlimits alone
+    "reasoning_gym": gym.make,
+}
+
+
 def make(name: str, **settings) -> Grader:
     """The grader of that name, with `settings` of its own module's `make`.
 
     Raises:
       UserError: an unknown name or setting.
     """
-    module, own = GRADERS[one_of(name, GRADERS, "grader")]
-    return importlib.import_module(module).make(**own | settings)
+    return GRADERS[one_of(name, GRADERS, "grader")](**settings)
+
+
+@functools.cache
+def shared(name: str) -> Grader:
+    """The grader of that name that this process shares, made when first asked for and known to run on this machine.
+
+    Raises:
+      UserError: an unknown name, or a machine that can't run it.
+    """
+    grader = make(name)
+    grader.check_machine()
+    return grader

@@ -23,10 +23,7 @@ from omniopd_jax.errors import UserError
 FORMS = 'code tests need "stdin" and "stdout", or "asserts"'
 
 # What LiveCodeBench's own harness puts before a program: programs of its kind rely on these names.
-STARS = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
-    "builtins typing"
-).split()
+STARS = ["string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"]
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
