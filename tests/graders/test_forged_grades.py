@@ -35,6 +35,7 @@ with graders.make("code", cpu_seconds=2, wall_seconds=3, workers=3, memory_mb=51
 def grade_from(checkout: pathlib.Path, cases) -> dict:
     """name -> (passed, reason, detail) of every case, graded by a copy of the package stored in `checkout`."""
     shutil.copytree(REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(REPO / "omniopd_jax/world", checkout / "omniopd_jax/world", ignore=shutil.ignore_patterns("*.pyc", "checkpoints"))
     for name in ("__init__.py", "errors.py"):
         shutil.copy(REPO / "omniopd_jax" / name, checkout / "omniopd_jax" / name)
     jail = checkout / "omniopd_jax/graders/sandbox"

@@ -12,6 +12,7 @@ import time
 import uuid
 
 import hostile_programs
+import numpy as np
 import pytest
 
 from omniopd_jax import graders
@@ -182,7 +183,7 @@ def test_it_works_for_an_ordinary_user():
         "print(g.grade('def f(x): return x', {'asserts': 'assert f(1) == 1'}).reason)\n"
     )
     user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", python, "-c", script]
-    env = {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "HOME": "/"}
+    env = {"PYTHONPATH": f"{pathlib.Path(__file__).parents[2]}:{pathlib.Path(np.__file__).parents[1]}", "HOME": "/"}
     done = subprocess.run(user, capture_output=True, text=True, env=env, cwd="/", check=False)
     assert done.stdout == "Verdict(passed=True, reason='ok', detail='')\nok\n", done
 
