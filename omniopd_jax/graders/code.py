@@ -47,9 +47,9 @@ class Verdict:
 class CodeGrader:
     """Grades Python programs, each in a sandbox of its own. Safe to share between threads."""
 
-    def __init__(self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False):
+    def __init__(self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None):
         self.workers = workers or os.cpu_count() or 1
-        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
+        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe, isolation=isolation)
 
     def grade(self, text: str, answer: str | dict | list) -> Verdict:
         """Runs the program in `text` against the tests `answer`.
@@ -121,8 +121,8 @@ class CodeGrader:
         self.close()
 
 
-def make(*, workers: int | None = None, unsafe: bool = False, **limits) -> CodeGrader:
-    """A CodeGrader; `limits` are the fields of `Limits`.
+def make(*, workers: int | None = None, unsafe: bool = False, isolation: str | None = None, **limits) -> CodeGrader:
+    """A CodeGrader; `limits` are the fields of `Limits`, `isolation` is "bubblewrap", "namespaces" or None for what works.
 
     Raises:
       UserError: an unknown or impossible limit.
@@ -131,7 +131,7 @@ def make(*, workers: int | None = None, unsafe: bool = False, **limits) -> CodeG
     for name in limits:
         if name not in known:
             raise UserError(f"code grader setting {name!r} is unknown; choose among: {', '.join(sorted(known))}")
-    return CodeGrader(limits=Limits(**limits), workers=workers, unsafe=unsafe)
+    return CodeGrader(limits=Limits(**limits), workers=workers, unsafe=unsafe, isolation=isolation)
 
 
 def _difference(got: str, expected: str) -> str:
