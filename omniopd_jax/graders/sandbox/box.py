@@ -14,6 +14,7 @@ import kernel
 
 def main():
     """The life of a box's first process. Arguments: keeper or judges, and the descriptors of each."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 takes only the signals that it handles: none
     if sys.argv[1] == "judges":
         return serve_judges(int(sys.argv[2]))
     kernel.import_from("/python")

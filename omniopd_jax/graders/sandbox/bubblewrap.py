@@ -118,6 +118,7 @@ def start_judges(bwrap, files):
     if os.fork() == 0:
         try:
             os.setsid()
+            os.dup2(1, 0)  # its copy of the server's orders would keep them open when the server has gone
             fd = os.dup2(theirs.fileno(), 100, inheritable=True)
             python = f"python{sys.version_info.major}.{sys.version_info.minor}"
             start(bwrap, files, python, "judges", [str(fd)])
