@@ -262,7 +262,9 @@ def _lines(path: pathlib.Path):
         except ValueError:
             whole = None  # JSON Lines by another name
         if isinstance(whole, dict):
-            whole = next((whole[k] for k in ("data", "rows", "examples", "test") if isinstance(whole.get(k), list)), [whole])
+            whole = next(
+                (whole[k] for k in ("data", "rows", "examples", "test") if isinstance(whole.get(k), list)), [whole]
+            )
         if whole is not None:
             for number, row in enumerate(whole if isinstance(whole, list) else [whole]):
                 if not isinstance(row, dict):
@@ -286,9 +288,13 @@ def _suite(name, source: Source, rows, limit) -> Suite:
         if limit and number == limit:
             break
         try:
-            text, answer = source.read(row) if source.read else (_problem(row, source.problem), _answer(row, source.answer))
+            text, answer = (
+                source.read(row) if source.read else (_problem(row, source.problem), _answer(row, source.answer))
+            )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}") from error
+            raise UserError(
+                f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}"
+            ) from error
         own = row.get(source.id) if source.id else None
         prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), source.suffix, str(answer)))
     return _checked(Suite(name, prompts, source.grader, EXTRACT[source.grader]))

@@ -47,7 +47,9 @@ class Verdict:
 class CodeGrader:
     """Grades Python programs, each in a sandbox of its own. Safe to share between threads."""
 
-    def __init__(self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None):
+    def __init__(
+        self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None
+    ):
         self.workers = workers or os.cpu_count() or 1
         self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe, isolation=isolation)
 

@@ -142,7 +142,9 @@ def _look(source):
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     called = {n.func.id for n in calls}
-    dotted = {n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)} - called
+    dotted = {
+        n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    } - called
     names = sorted(_free_names(source) - set(dir(builtins)))
     inner = {id(n): sum(isinstance(m, ast.Call) for m in ast.walk(n)) for n in calls if hasattr(builtins, n.func.id)}
     calls = [n for n in calls if id(n) in inner]

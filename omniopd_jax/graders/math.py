@@ -21,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from omniopd_jax.errors import UserError
 
 PACKAGE = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))  # the folder that holds omniopd_jax
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from omniopd_jax.graders import math_worker; math_worker.main()"
+START = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from omniopd_jax.graders import math_worker; math_worker.main()"
+)
 START_SECONDS = 120.0  # for the worker's imports, sympy's above all, on a busy machine
 LONGEST = 40_000  # characters of a response that go to the worker: its end, and its last box where that lies before
 LONGEST_ANSWER = 20_000  # characters of a reference answer
@@ -79,7 +81,9 @@ class MathGrader:
         if not str(answer).strip():
             raise UserError("an answer for the math grader is text or a number; this is empty")
         if len(str(answer)) > LONGEST_ANSWER:
-            raise UserError(f"an answer for the math grader has at most {LONGEST_ANSWER} characters; this has {len(str(answer))}")
+            raise UserError(
+                f"an answer for the math grader has at most {LONGEST_ANSWER} characters; this has {len(str(answer))}"
+            )
 
     def check_machine(self) -> None:
         """Raises a UserError where math-verify is missing."""
@@ -129,7 +133,9 @@ class _Server:
         """Starts the process and waits for its imports."""
         self.orders, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(self.command, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True
+            )
         self.orders.settimeout(START_SECONDS)
         try:
             ready = self.orders.recv(1)

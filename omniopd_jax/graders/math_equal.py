@@ -95,7 +95,11 @@ def same_number(got, gold) -> bool:
 
 def near(a, b) -> bool:
     """Whether two fractions agree to six decimals and in their leading digits: 0.333333 and 1/3."""
-    return abs(a - b) * 2 <= 10**-6 and abs(a - b) <= CLOSE * max(abs(a), abs(b)) and (a.denominator > 1 or b.denominator > 1)
+    return (
+        abs(a - b) * 2 <= 10**-6
+        and abs(a - b) <= CLOSE * max(abs(a), abs(b))
+        and (a.denominator > 1 or b.denominator > 1)
+    )
 
 
 def same_value(got: str, gold: str) -> bool:
@@ -167,7 +171,11 @@ def percent_of(x, y) -> bool:
 
 def has_other_form(e) -> bool:
     """Whether `e` is no single value: a relation, set, tuple or matrix."""
-    return isinstance(e, (Rel, Equality, Set, Tuple, Interval, MatrixBase)) or e.has(Rel, Set, Tuple) or not hasattr(e, "is_number")
+    return (
+        isinstance(e, (Rel, Equality, Set, Tuple, Interval, MatrixBase))
+        or e.has(Rel, Set, Tuple)
+        or not hasattr(e, "is_number")
+    )
 
 
 def apart(a, b) -> bool:

@@ -32,10 +32,18 @@ SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 WITH_BASE = re.compile(r"\s*([-+]?)\(?([0-9A-Z]+)(?:\.([0-9A-Z]+))?\)?_(?:(\d)|\{\s*(\d+)\s*\})\s*")
 NUMBER = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?(?:\s*(?:/|\\div)\s*(\d+))?\s*(\\?%|percent)?")
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(\\?%)?")
-UNITS = re.compile(r"(-?(?:[\d.,/ ]|\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})*\d\}?|-?\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})\s*(?:[a-zA-Z]{3,}|km|cm|mm|kg|ft|in|mi|lb)\b(?:[\s./]|\^\{?\d\}?|[a-zA-Z]{2,})*")
+UNITS = re.compile(
+    r"(-?(?:[\d.,/ ]|\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})*\d\}?|-?\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})\s*(?:[a-zA-Z]{3,}|km|cm|mm|kg|ft|in|mi|lb)\b(?:[\s./]|\^\{?\d\}?|[a-zA-Z]{2,})*"
+)
 CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*(?:[).:]\s*(.*)|\)\s*(.*))?", re.DOTALL)
-ASSIGNED = re.compile(r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)", re.DOTALL)
-SET_BUILDER = re.compile(r"\s*\\?\{\s*([A-Za-z])(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\||\\mid\b|\\vert\b|:|\\colon\b)\s*(.+?)\\?\}\s*", re.DOTALL)
+ASSIGNED = re.compile(
+    r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)",
+    re.DOTALL,
+)
+SET_BUILDER = re.compile(
+    r"\s*\\?\{\s*([A-Za-z])(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\||\\mid\b|\\vert\b|:|\\colon\b)\s*(.+?)\\?\}\s*",
+    re.DOTALL,
+)
 
 
 def plain_symbols(text: str) -> str:
@@ -150,7 +158,9 @@ def split_at_top(text: str, separators: str) -> list[str]:
     """`text` cut at characters of `separators` that no bracket, brace or environment encloses."""
     parts, depth, at = [], 0, 0
     text = re.sub(r"\\([{}])", lambda m: "\\lbrace " if m[1] == "{" else "\\rbrace ", text)
-    for match in re.finditer(r"\\begin\b|\\end\b|\\[lr]brace\b|\\[lr]angle\b|\\.|[\[\](){}]|[" + re.escape(separators) + "]", text):
+    for match in re.finditer(
+        r"\\begin\b|\\end\b|\\[lr]brace\b|\\[lr]angle\b|\\.|[\[\](){}]|[" + re.escape(separators) + "]", text
+    ):
         token = match[0]
         if token in ("\\begin", "\\lbrace", "\\langle", "(", "[", "{"):
             depth += 1
@@ -180,7 +190,9 @@ def bracketed(text: str) -> tuple[str, list[str]] | None:
 
 def parts_of(answer: str) -> list[str]:
     """The answers that one answer holds: parted by commas, semicolons, "and", "or"; both signs of a plus-minus."""
-    joined = re.sub(rf"\\(?:text|mbox|textrm|mathrm)\s*\{{[\s,;]*{JOIN}[\s,;]*\}}|(?<![A-Za-z\\]){JOIN}(?![A-Za-z])", ",", answer)
+    joined = re.sub(
+        rf"\\(?:text|mbox|textrm|mathrm)\s*\{{[\s,;]*{JOIN}[\s,;]*\}}|(?<![A-Za-z\\]){JOIN}(?![A-Za-z])", ",", answer
+    )
     joined = re.sub(rf",(?:\s|{SPACE})*,", ",", joined)
     joined = re.sub(r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\ ", " ", joined)
     braces = re.fullmatch(r"\s*\\\{(.*)\\\}\s*", joined, re.DOTALL)
@@ -224,7 +236,9 @@ def number(text: str) -> tuple[Fraction, bool] | None:
 
 def without_units(text: str) -> str:
     """`text` without the words after a number: 18 dollars, 5 \\text{cm}^2."""
-    text = re.sub(r"(?<=[\d}])\s*(?:\\[ ,;])?\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", text)
+    text = re.sub(
+        r"(?<=[\d}])\s*(?:\\[ ,;])?\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", text
+    )
     found = UNITS.fullmatch(text.strip())
     return found[1].strip() if found else text
 

@@ -36,8 +36,14 @@ with graders.make("code", workers=3, isolation=sys.argv[2], **limits) as grader:
 
 def grade_from(checkout: pathlib.Path, cases, isolation: str = "namespaces") -> dict:
     """name -> (passed, reason, detail) of every case, graded by a copy of the package stored in `checkout`."""
-    shutil.copytree(REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copytree(REPO / "omniopd_jax/world", checkout / "omniopd_jax/world", ignore=shutil.ignore_patterns("*.pyc", "checkpoints"))
+    shutil.copytree(
+        REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    shutil.copytree(
+        REPO / "omniopd_jax/world",
+        checkout / "omniopd_jax/world",
+        ignore=shutil.ignore_patterns("*.pyc", "checkpoints"),
+    )
     for name in ("__init__.py", "errors.py"):
         shutil.copy(REPO / "omniopd_jax" / name, checkout / "omniopd_jax" / name)
     jail = checkout / "omniopd_jax/graders/sandbox"
@@ -185,8 +191,12 @@ def test_a_refusal_before_the_start_is_the_users_to_know(monkeypatch):
 
 
 def test_the_judge_sees_no_file_of_the_program():
-    program = "import os\nfor d in '/work', '/tmp', '/dev/shm':\n    open(d + '/x', 'w').close()\ndef f(x):\n    return x\n"
-    look = "import os, sys\nassert f(1) == 1\nfor d in '/work', '/tmp', '/dev/shm':\n    assert os.listdir(d) == [], d\n"
+    program = (
+        "import os\nfor d in '/work', '/tmp', '/dev/shm':\n    open(d + '/x', 'w').close()\ndef f(x):\n    return x\n"
+    )
+    look = (
+        "import os, sys\nassert f(1) == 1\nfor d in '/work', '/tmp', '/dev/shm':\n    assert os.listdir(d) == [], d\n"
+    )
     look += "for path in sys.path + [p for m in sys.modules.values() for p in getattr(m, '__path__', None) or ()]:\n"
     look += "    assert path.startswith('/python/lib'), path\n    assert 'packages' not in path, path\n"
     for isolation in sandbox.ISOLATIONS if sandbox.bwrap() else ("namespaces",):

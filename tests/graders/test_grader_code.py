@@ -158,7 +158,9 @@ def test_wrong_settings_and_tests_are_user_errors(grader):
 
 
 def test_programs_are_taken_from_responses():
-    assert extract_program("text\n```python\nprint(1)\n```\nthen\n```py\nprint(2)\n```\n```text\nout\n```") == "print(2)\n"
+    assert (
+        extract_program("text\n```python\nprint(1)\n```\nthen\n```py\nprint(2)\n```\n```text\nout\n```") == "print(2)\n"
+    )
     assert extract_program("print(3)") == "print(3)"
 
 
@@ -182,7 +184,9 @@ def test_without_isolation_it_refuses(monkeypatch, grader):
 def test_it_works_for_an_ordinary_user():
     """Another uid and another Python, in a tree that it may not write to."""
     python = shutil.which("python3", path="/usr/bin")
-    version = python and subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True)
+    version = python and subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True
+    )
     if os.geteuid() or shutil.which("setpriv") is None or not version or version.stdout != b"True\n":
         pytest.skip("needs root, setpriv(1) and a system Python 3.11")
     script = (
@@ -297,7 +301,11 @@ def left_behind():
     """What the machine holds that a program might have left: processes, mounts, System V objects, files."""
     mounts = [line for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines() if "box" in line]
     ipc = [pathlib.Path(f"/proc/sysvipc/{kind}").read_text().count("\n") for kind in ("shm", "sem", "msg")]
-    groups = [p for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") for p in pathlib.Path(root).glob(f"**/omniopd-{os.getpid()}-*")]
+    groups = [
+        p
+        for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup")
+        for p in pathlib.Path(root).glob(f"**/omniopd-{os.getpid()}-*")
+    ]
     aio = pathlib.Path("/proc/sys/fs/aio-nr").read_text()
     return {
         "processes": commands_with(MARKER.encode()), "mounts": mounts, "ipc": ipc, "shm": sorted(os.listdir("/dev/shm")),
@@ -318,8 +326,17 @@ def attacked(request):
     os.environ["OMNIOPD_CANARY"] = MARKER
     listener, before = Listener(), left_behind()
     fill = {"canary": str(canary), "port": str(listener.tcp.getsockname()[1]), "marker": MARKER}
-    grader = graders.make("code", workers=6, cpu_seconds=1, wall_seconds=4, memory_mb=256, output_kb=64, disk_mb=8, file_mb=4,
-                          isolation=request.param)
+    grader = graders.make(
+        "code",
+        workers=6,
+        cpu_seconds=1,
+        wall_seconds=4,
+        memory_mb=256,
+        output_kb=64,
+        disk_mb=8,
+        file_mb=4,
+        isolation=request.param,
+    )
     pairs = {}
     for name, (program, _) in hostile_programs.ESCAPES.items():
         for key, value in fill.items():

@@ -63,8 +63,13 @@ def definition(program, name):
 def styles(name, row):
     """style -> response."""
     program = whole(name, row)
-    chat = f"Sure! Here is a solution.\n\n```python\n{program}```\n\nFor example:\n\n```python\nprint('example')\n```\n\n"
-    out = {"whole program": program, "chat with example and output": chat + "Output:\n```\nexample\n```\nHope it helps."}
+    chat = (
+        f"Sure! Here is a solution.\n\n```python\n{program}```\n\nFor example:\n\n```python\nprint('example')\n```\n\n"
+    )
+    out = {
+        "whole program": program,
+        "chat with example and output": chat + "Output:\n```\nexample\n```\nHope it helps.",
+    }
     if name == "livecodebench" and row["metadata"] == "{}":
         return out | {"chat alone": f"<think>\n```python\nprint(0)\n```\n</think>\n~~~python\n{program}~~~"}
     entry = row.get("entry_point") or json.loads(row.get("metadata", "{}")).get("func_name")
@@ -98,7 +103,9 @@ def test_solutions_that_return_nothing_are_wrong(code, name):
 def test_earlier_mistakes_of_the_code_grader(code, name):
     cases = rows(name)
     told = code.grade_all([case.get("program", case.get("text")) for case in cases], [case["tests"] for case in cases])
-    assert [(case["name"], bool(v)) for case, v in zip(cases, told)] == [(case["name"], case["expected"]) for case in cases]
+    assert [(case["name"], bool(v)) for case, v in zip(cases, told)] == [
+        (case["name"], case["expected"]) for case in cases
+    ]
 
 
 def test_earlier_mistakes_of_the_math_grader(math):

@@ -23,7 +23,9 @@ from collections.abc import Iterator
 
 from omniopd_jax.errors import UserError, one_of
 
-FILES = os.path.dirname(os.path.abspath(__file__))  # what runs in the sandbox is started by path: nothing is imported here
+FILES = os.path.dirname(
+    os.path.abspath(__file__)
+)  # what runs in the sandbox is started by path: nothing is imported here
 START = "import sys; sys.path.insert(0, sys.argv[1]); import server; server.main()"
 NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = os.path.join(sys.base_prefix, "bin", NAME)  # not a virtual environment's: the sandbox has its files alone

@@ -127,7 +127,10 @@ class Tests:
         if wrong:
             return "wrong_answer", wrong
         if not self.evaluated:
-            return "error", "the tests evaluated no assertion: an error of the data, or of a program that returns nothing"
+            return (
+                "error",
+                "the tests evaluated no assertion: an error of the data, or of a program that returns nothing",
+            )
         if not self.asked:
             return "error", "the tests ask nothing of the program: an error of the data"
         return "ok", ""

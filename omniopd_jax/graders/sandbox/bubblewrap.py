@@ -26,7 +26,9 @@ def become_nobody(bwrap, files):
     try:
         kernel.call("unshare", kernel.NEW_MOUNTS)
         kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
-        opened = {name: os.open(path, os.O_PATH | os.O_DIRECTORY) for name, path in folders.items()}  # some are under /tmp
+        opened = {
+            name: os.open(path, os.O_PATH | os.O_DIRECTORY) for name, path in folders.items()
+        }  # some are under /tmp
         kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=64k,mode=755")
         for name, fd in opened.items():
             os.mkdir(f"/tmp/{name}", 0o755)
@@ -51,7 +53,11 @@ def arguments(paths, python, role):
     if role == "keeper":  # it mounts a program's scratch folders; the program itself has nothing
         out += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP", "--proc", "/proc"]
     prefix = paths["prefix"]
-    binds = [(f"{prefix}/bin/{python}", f"/python/bin/{python}"), (f"{prefix}/lib", "/python/lib"), (paths["files"], "/files")]
+    binds = [
+        (f"{prefix}/bin/{python}", f"/python/bin/{python}"),
+        (f"{prefix}/lib", "/python/lib"),
+        (paths["files"], "/files"),
+    ]
     if os.path.isdir(f"{prefix}/lib64"):
         binds.append((f"{prefix}/lib64", "/python/lib64"))
     for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"):

@@ -252,4 +252,6 @@ def keep_and_tell(spec, ready, leash, told, out, channel):
     try:
         keep(spec, (leash, out), told, channel)
     except Exception as error:  # the machine's own trouble, say no process to be had: this program's grade alone
-        send_line(told, {"reason": "error", "code": 0, "stdout": "", "detail": f"sandbox: {type(error).__name__}: {error}"})
+        send_line(
+            told, {"reason": "error", "code": 0, "stdout": "", "detail": f"sandbox: {type(error).__name__}: {error}"}
+        )
