@@ -68,6 +68,7 @@ def default() -> ConfigDict:
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file, one object with `prompt` a line
     c.data.name = ""  # hub: data set name; world: forks | slips | style
+    c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
     c.data.fields = ConfigDict()  # hub: our name -> the data set's column
     c.data.fields.prompt = "prompt"  # column

@@ -3,10 +3,10 @@
 A benchmark is one line in SUITES and, where its rows are not plain `problem` and `answer`, one function here. Names and
 fields were read off public code that uses them; the hub itself was out of reach here, so no set has been downloaded.
 
-What `load` takes: a name of SUITES; NAME=FILE, local rows with the benchmark's own fields or the names that other copies of
-it use; FILE, rows with a problem and an answer (PROBLEM, ANSWER), and optional `id`, `choices` and `grader` (default: math);
-world:WORLD:SPLIT, the small world; rg:DATASET[:SEED], a procedural set of reasoning-gym. A FILE ends in .jsonl or .json,
-perhaps with .gz.
+What `load` takes: a name of SUITES; NAME=FILE, local rows with the benchmark's own fields or the names that other
+copies of it use; FILE, rows with a problem and an answer (PROBLEM, ANSWER), and optional `id`, `choices` and `grader`
+(default: math); world:WORLD:SPLIT, the small world; rg:DATASET[:SEED], a procedural set of reasoning-gym. A FILE ends
+in .jsonl or .json, perhaps with .gz.
 """
 
 import base64
@@ -116,6 +116,8 @@ def _answer(row: dict, *first: str) -> str:
         return list(choices)[answer]
     if isinstance(answer, list):
         return ", ".join(map(str, answer))
+    if isinstance(answer, (bool, dict)):
+        raise ValueError(f"an answer is text or a number, not {json.dumps(answer):.60}")
     return answer if isinstance(answer, str) else json.dumps(answer)
 
 

@@ -140,7 +140,7 @@ def _hub(cfg, split, path, count, section):
     if not cfg.data.name:
         raise UserError("data.source = 'hub' needs data.name, e.g. 'open-r1/DAPO-Math-17k-Processed'")
     advice = "check the name and the network, or set data.source = 'jsonl' and data.path"
-    rows = load_hub(cfg.data.name, split, setting="data.name", advice=advice)
+    rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     fields = cfg.data.fields
     if fields.prompt not in rows.column_names:
         raise UserError(f"data.fields.prompt = {fields.prompt!r} is no column of {cfg.data.name}; it has: {rows.column_names}")

@@ -5,8 +5,9 @@ program passes by answering right and not by printing, exiting, patching or comp
 program can still do: see the inputs of its own calls, and lie through a helper that the tests take from it by name.
 Programs have the standard library alone. The hash seed is fixed, so that two gradings agree.
 
-Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's imports
-and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the latter.
+Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's
+imports and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the
+latter.
 """
 
 import contextlib

@@ -12,7 +12,18 @@ from sympy.core.relational import Equality
 from sympy.matrices import MatrixBase
 
 from omniopd_jax.graders.math_reading import (
-    ASSIGNED, LONGEST, MOST_PARTS, SET_BUILDER, as_string, bracketed, choice, in_base, number, parts_of, read, without_units,
+    ASSIGNED,
+    LONGEST,
+    MOST_PARTS,
+    SET_BUILDER,
+    as_string,
+    bracketed,
+    choice,
+    in_base,
+    number,
+    parts_of,
+    read,
+    without_units,
 )  # fmt: skip
 
 CLOSE = 1e-5  # relative: what math-verify calls equal to six decimals must be this near, however small

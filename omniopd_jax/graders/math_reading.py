@@ -32,9 +32,9 @@ SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 WITH_BASE = re.compile(r"\s*([-+]?)\(?([0-9A-Z]+)(?:\.([0-9A-Z]+))?\)?_(?:(\d)|\{\s*(\d+)\s*\})\s*")
 NUMBER = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?(?:\s*(?:/|\\div)\s*(\d+))?\s*(\\?%|percent)?")
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(\\?%)?")
-UNITS = re.compile(
-    r"(-?(?:[\d.,/ ]|\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})*\d\}?|-?\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\})\s*(?:[a-zA-Z]{3,}|km|cm|mm|kg|ft|in|mi|lb)\b(?:[\s./]|\^\{?\d\}?|[a-zA-Z]{2,})*"
-)
+_FRACTION = r"\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}"
+_UNIT = r"(?:[a-zA-Z]{3,}|km|cm|mm|kg|ft|in|mi|lb)\b(?:[\s./]|\^\{?\d\}?|[a-zA-Z]{2,})*"
+UNITS = re.compile(rf"(-?(?:[\d.,/ ]|{_FRACTION})*\d\}}?|-?{_FRACTION})\s*{_UNIT}")
 CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*(?:[).:]\s*(.*)|\)\s*(.*))?", re.DOTALL)
 ASSIGNED = re.compile(
     r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)",

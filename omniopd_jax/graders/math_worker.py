@@ -1,9 +1,10 @@
 """The processes that compare mathematical answers: one that loads everything, and forks a worker per connection.
 
-A worker reads one JSON list [text, answer] per line and writes true or false per line. It is apart from the process that
-trains, because sympy can be sent to compute for hours, because only a process can be stopped for certain, and because the
-library's own time limit (SIGALRM) works in a main thread alone; here it is the main thread. A fork has the imports and,
-above all, what ANTLR's parser builds while it reads its first expressions: a cold one reads about 10 a second.
+A worker reads one JSON list [text, answer] per line and writes true or false per line. It is apart from the process
+that trains, because sympy can be sent to compute for hours, because only a process can be stopped for certain, and
+because the library's own time limit (SIGALRM) works in a main thread alone; here it is the main thread. A fork has the
+imports and, above all, what ANTLR's parser builds while it reads its first expressions: a cold one reads about 10 a
+second.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Programs that try to be graded right without being right: none is, wherever the checkout is stored.
 
 cases/forged.jsonl has one program per line, each with a mechanism of its own; where a line has no tests, the task is to
-square a number. {jail}, {checkout}, {prefix}, {python} stand for the folders of the judge's files, of the checkout and of
-the Python installation, and for the name of its executable.
+square a number. {jail}, {checkout}, {prefix}, {python} stand for the folders of the judge's files, of the checkout and
+of the Python installation, and for the name of its executable.
 """
 
 import json

@@ -61,8 +61,10 @@ def test_stdin_programs(grader):
     "printed, expected, same",
     [
         ("1 2 \n3\n\n", "1 2\n3", True), ("1.50", "1.5", True), ("1e3 x", "1000 x", True), ("1 2", "1\n2", False),
-        ("Yes", "yes", False), ("1.50001", "1.5", False), ("1.5000001", "1.5", True), ("15000001e-7", "15e-1", False),
-        ("1_000", "1000", False), ("\n\n 1", "1", True), ("3", "3.0000001", True), ("3.0000001", "3", False), ("1e-9", "0.0", True), ("", "0", False), ("nan", "nan", True), ("é", "é", True),
+        ("Yes", "yes", False),
+        ("1.50001", "1.5", False), ("1.5000001", "1.5", True), ("15000001e-7", "15e-1", False),
+        ("1_000", "1000", False), ("\n\n 1", "1", True), ("3", "3.0000001", True), ("3.0000001", "3", False),
+        ("1e-9", "0.0", True), ("", "0", False), ("nan", "nan", True), ("é", "é", True),
     ],
 )  # fmt: skip
 def test_output_is_compared_by_lines_and_numbers(grader, printed, expected, same):
@@ -216,7 +218,7 @@ def test_unsafe_leaves_no_daemon(tmp_path):
         "import os, sys, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
         "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(99)', '{0}'])\n    os._exit(0)\n"
         "time.sleep(0.3)\n"
-    ).format(mark)
+    ).replace("{0}", str(mark))
     with graders.make("code", unsafe=True, wall_seconds=5) as loose:
         assert loose.grade(daemon + "print(1)", stdio("", "1"))
         assert loose.grade(daemon + "def f(x):\n    return x * x\n", SQUARE)

@@ -1,7 +1,8 @@
 """Rows in the published formats of the benchmarks, with reference solutions in the styles that models answer in.
 
-cases/humaneval.jsonl, mbpp.jsonl and livecodebench.jsonl were written for these tests; cases/{math,code,extract}.jsonl are
-inputs that earlier versions got wrong; cases/boxed.jsonl has solutions with their answers in boxes, and the same perturbed.
+cases/humaneval.jsonl, mbpp.jsonl and livecodebench.jsonl were written for these tests; cases/{math,code,extract}.jsonl
+are inputs that earlier versions got wrong; cases/boxed.jsonl has solutions with their answers in boxes, and the same
+perturbed.
 """
 
 import ast
@@ -170,10 +171,12 @@ def test_tests_that_evaluate_no_assertion_pass_nothing(code, form):
 @pytest.mark.parametrize(
     "name, answer, says",
     [
-        ("code", None, "null"), ("code", 3, "int 3"), ("code", "3", "int 3"), ("code", "null", "null"), ("code", "x = 1", "no JSON"),
+        ("code", None, "null"), ("code", 3, "int 3"), ("code", "3", "int 3"), ("code", "null", "null"),
+        ("code", "x = 1", "no JSON"),
         ("code", {"asserts": 5}, "'asserts'"), ("code", {"asserts": ""}, "no assertion"), ("code", [], "list"),
         ("code", {"asserts": "assert True"}, "no assertion"), ("code", {"asserts": "assert f("}, "can't be read"),
-        ("code", {"asserts": "def check(candidate):\n    assert candidate(1)"}, "entry_point"), ("code", {"stdin": "1"}, "stdin"),
+        ("code", {"asserts": "def check(candidate):\n    assert candidate(1)"}, "entry_point"),
+        ("code", {"stdin": "1"}, "stdin"),
         ("code", {"stdin": ["1"], "stdout": [2]}, "'stdout'"), ("code", {"stdin": ["1"], "stdout": ["1", "2"]}, "1 inputs"),
         ("math", None, "null"), ("math", True, "bool"), ("math", {"a": 1}, "dict"), ("math", "  ", "empty"),
         ("reasoning_gym", "gsm", "DATASET"), ("reasoning_gym", None, "None"), ("world", 3, "3"),
@@ -199,11 +202,13 @@ CODE_BLOCK, OTHER = "def f(x):\n    return x\n", "print(f(1))\n"
 @pytest.mark.parametrize(
     "text",
     [
-        f"```python\n{CODE_BLOCK}```", f"~~~python\n{CODE_BLOCK}~~~", f"Sure:\n```python\n{CODE_BLOCK}", f"```\n{CODE_BLOCK}```",
+        f"```python\n{CODE_BLOCK}```", f"~~~python\n{CODE_BLOCK}~~~", f"Sure:\n```python\n{CODE_BLOCK}",
+        f"```\n{CODE_BLOCK}```",
         f"```python\n{CODE_BLOCK}```\n```python\n{OTHER}```", f"```\n1\n```\n```Python3\n{CODE_BLOCK}```\n```\n2\n```",
         f"```py\n{CODE_BLOCK.rstrip()}```\nDone.", f"1. So:\n   ```python\n{textwrap.indent(CODE_BLOCK, '   ')}   ```\n",
         f"````python\n{CODE_BLOCK}````", f"```python title=a.py\n{CODE_BLOCK}```\n```text\n{OTHER}```", CODE_BLOCK,
-        f"<think>```python\ndef f(x):\n    return 0\n```</think>\n```python\n{CODE_BLOCK}```", f"> ```python\n> {CODE_BLOCK}> ```",
+        f"<think>```python\ndef f(x):\n    return 0\n```</think>\n```python\n{CODE_BLOCK}```",
+        f"> ```python\n> {CODE_BLOCK}> ```",
         f"```{{python}}\n{CODE_BLOCK}```", f"```bash\npip install x\n```\n```python\n{CODE_BLOCK}```\n```json\n{{}}\n```",
     ],
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Programs that attack the sandbox. Each prints `held` where it was stopped and `through` where it was not, or is ended.
 
 ESCAPES: name -> (program, reasons that count as held). `ok` means that the program itself found the door shut and
-printed `held`; so a program with a mistake in it does not pass for a shut door. {canary}, {port}, {marker}, {folder} are
+printed `held`; so a program with a mistake in it does not pass for a shut door. {canary}, {port}, {marker}, {folder}
+are
 filled in by the test: a world-readable host file, a listening TCP port, a mark for command lines, a host folder.
 Programs that forge a grade are in tests/graders/cases/forged.jsonl.
 """

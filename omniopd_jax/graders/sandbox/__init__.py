@@ -1,8 +1,8 @@
 """The outside of the code sandbox: starts server.py in an empty environment and bounds the time until an answer.
 
-Isolation comes from Linux namespaces, made by bubblewrap where it is installed, else with unshare(2), and from seccomp and
-limits. Root is not needed, and is given up first where it is there. It wants Linux 5.14 and user namespaces that the caller may
-make. README.md says which process does what.
+Isolation comes from Linux namespaces, made by bubblewrap where it is installed, else with unshare(2), and from seccomp
+and limits. Root is not needed, and is given up first where it is there. It wants Linux 5.14 and user namespaces that
+the caller may make. README.md says which process does what.
 """
 
 import contextlib
@@ -81,7 +81,8 @@ class Sandbox:
           programs: Python sources, the first of which that compiles is the program.
           preamble: source that runs in the program's module before it.
           stdin: a list of standard inputs; the runs stop at the first that fails.
-          asserts: the order of assert tests (asserts.py), which run outside the program's process; exclusive with `stdin`.
+          asserts: the order of assert tests (asserts.py), which run outside the program's process; exclusive with
+            `stdin`.
 
         Yields:
           For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and

@@ -1,7 +1,7 @@
 """The sandbox's boxes made by bubblewrap: namespaces, mounts and capabilities are its work, limits and seccomp ours.
 
-Each program has a box of its own, with the keeper as PID 1. All judges share one that stays: no program is ever in it, and
-nothing in it can be written. A judge is forked there from a process that has its imports.
+Each program has a box of its own, with the keeper as PID 1. All judges share one that stays: no program is ever in it,
+and nothing in it can be written. A judge is forked there from a process that has its imports.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A memory limit over a program's processes together, files and kernel memory included, where this user may set one.
 
-That is root in most containers with control groups of version 1, and whoever was given a group of version 2. Elsewhere the
-limits of kernel.py hold for each process, and the keeper adds up what is resident.
+That is root in most containers with control groups of version 1, and whoever was given a group of version 2. Elsewhere
+the limits of kernel.py hold for each process, and the keeper adds up what is resident.
 """
 
 import contextlib

@@ -27,8 +27,8 @@ PR_SET_CHILD_SUBREAPER, PR_SET_THP_DISABLE = 36, 41
 ROOT = "/tmp"  # where the new root is put together; the mount is private, the host's /tmp stays as it is
 SCRATCH = ("/work", "/tmp", "/dev/shm")
 
-# Refused with EPERM: what reaches memory that no rlimit counts (System V shm, memfd, io_uring, AIO, key rings, splice and
-# its kin, which pin pages in pipes, descriptors in flight, extended attributes, watches), other processes (ptrace,
+# Refused with EPERM: what reaches memory that no rlimit counts (System V shm, memfd, io_uring, AIO, key rings, splice
+# and its kin, which pin pages in pipes, descriptors in flight, extended attributes, watches), other processes (ptrace,
 # process_vm_*), or more kernel than a program needs. Of `socket` nothing is left: AF_VSOCK would pass through a network
 # namespace; a `socketpair`, which asyncio wants, is granted. Numbers past LAST are unknown here, and to the program.
 DENIED = {
@@ -161,8 +161,8 @@ def build_root(spec, remote):
 def add_scratch(limits):
     """Mounts what a program may write, in a mount namespace of its own, which ends with its last process.
 
-    Neither judge nor keeper is in it, so that no file of a program is ever under a name that they import. It has no /proc:
-    mountinfo would show where the host stores what is mounted here, and no program needs one.
+    Neither judge nor keeper is in it, so that no file of a program is ever under a name that they import. It has no
+    /proc: mountinfo would show where the host stores what is mounted here, and no program needs one.
     """
     call("unshare", NEW_MOUNTS)
     options = f"size={limits['disk_mb']}m,nr_inodes={limits['num_files']},mode=700"
