@@ -70,6 +70,7 @@ def default() -> ConfigDict:
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
+    c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
     c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
