@@ -18,7 +18,8 @@ from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import Stopped, UserError
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import checkpoint, flops, host, logging, preflight, profiling
+from omniopd_jax.run import checkpoint, files, flops, host, logging, preflight, profiling
+from omniopd_jax.teachers import wire
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
@@ -144,7 +145,7 @@ def prepare(cfg: ConfigDict) -> Run:
         raise UserError("\n".join(dict.fromkeys(problems or others)))
     logging.say(found.get("said", f"objective {cfg.objective.name}: no teacher"))
     if found["teacher"] and found["teacher"].report:
-        logging.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].estimate().table()}")
+        logging.say(f"{found['teacher'].report.table()}\nstill to come, at most:\n{found['teacher'].forecast()}")
     mesh = sharding.make_mesh(cfg.mesh)
     model_cfg = dataclasses.replace(
         found["model_cfg"], dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
@@ -262,13 +263,15 @@ def first_state(run: Run, checkpoints) -> tuple[step.TrainState, dict]:
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
         totals = {}
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(as_json(cfg) + "\n")
+        files.write_atomic(folder / "config.json", as_json(cfg) + "\n")
     return state, totals
 
 
 def as_json(cfg: ConfigDict) -> str:
     """The resolved config as a run's config.json holds it."""
-    return json.dumps(cfg.to_dict(), indent=1, default=str)
+    plain = cfg.to_dict()
+    plain["teacher"]["base_url"] = wire.secrets.public_url(plain["teacher"]["base_url"])
+    return wire.hide_keys(json.dumps(plain, indent=1, default=str))
 
 
 def check_same_run(cfg, folder: pathlib.Path) -> None:
@@ -280,7 +283,8 @@ def check_same_run(cfg, folder: pathlib.Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
-    before, now = config.flat(ConfigDict(json.loads(file.read_text()))), config.flat(ConfigDict(json.loads(as_json(cfg))))
+    advice = "write it again from the recipe of this run, or move it away to go on without comparing settings"
+    before, now = config.flat(ConfigDict(files.read_json(file, advice))), config.flat(ConfigDict(json.loads(as_json(cfg))))
     fixed = ("seed", "prompts_per_step", "num_generations", "student.path", "data.", "lora.")
     changed = [k for k in now if k.startswith(fixed) and k in before and before[k] != now[k]]
     if changed:
@@ -397,22 +401,32 @@ def held_out_accuracy(run: Run, state) -> float:
         ).accuracy  # fmt: skip
 
 
+def cost(teacher) -> str:
+    """What the run has cost so far, for the table at its end."""
+    spent = teacher.spent() if teacher else None
+    if spent is None:
+        return "none"
+    return f"${spent.usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
+
+
 def summary(run: Run, state, totals: dict, before: float | None, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
     out = {"step": int(jax.device_get(state.step)), "accuracy_before": before, "accuracy_after": after} | totals
+    if run.teacher and (spent := run.teacher.spent()):  # the journal's: also what was paid between a checkpoint and a crash
+        out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
     rows = [("steps", str(out["step"]))]
     if before is not None and after is not None:
         gain = f"{100 * (after - before):+.1f} points"
         rows += [("accuracy before", f"{before:.1%}"), ("accuracy after", f"{after:.1%}  ({gain})")]
     rows += [
-        ("teacher calls", f"{totals.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
+        ("teacher calls", f"{out.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
         ("teacher tokens in / out", f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}"),
-        ("teacher cost", f"${totals.get('teacher/cost_usd', 0):.2f}"),
+        ("teacher cost", cost(run.teacher)),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
     logging.say(logging.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
     if jax.process_index() == 0:
-        (pathlib.Path(run.cfg.run_dir) / "summary.json").write_text(json.dumps(out, indent=1) + "\n")
+        files.write_atomic(pathlib.Path(run.cfg.run_dir) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out
