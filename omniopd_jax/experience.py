@@ -166,7 +166,8 @@ def save_ahead(run, t: int) -> None:
             gap=r.sampler_gap, N=run.ahead[t].N,
         )  # fmt: skip
     os.replace(path.with_suffix(".tmp"), path)
-    own = sorted(folder.glob(f"*.{jax.process_index()}.npz"), key=lambda f: int(f.name.split(".")[0]))
+    own = [f for f in folder.glob(f"*.{jax.process_index()}.npz") if f.name.split(".")[0].isdigit()]
+    own.sort(key=lambda f: int(f.name.split(".")[0]))
     for old in own[: -run.cfg.checkpoint.keep - 1]:  # one more: the newest checkpoint may not be whole yet
         old.unlink()
 

@@ -1,10 +1,13 @@
 """What surrounds the loop on the host: an asyncio thread for the teacher, and signals that ask for a clean end."""
 
 import asyncio
+import atexit
+import concurrent.futures
 import contextlib
 import signal
 import threading
 
+CANCEL_S = 10.0  # how long the end of cancelled calls is waited for
 RESUME_EXIT_CODE = 75  # after a signal: the state is saved, start me again (EX_TEMPFAIL)
 
 
@@ -15,16 +18,29 @@ class AsyncThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teachers", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # also where loading or a probe is ended by a signal
 
     def submit(self, coroutine):
         """Starts a coroutine; returns its concurrent Future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Stops the loop and its thread."""
+        """Cancels what is still under way and waits for its end, then stops the loop and its thread."""
+        atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self.submit(self._cancel_all()).result(timeout=CANCEL_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
 
 class StopFlag:

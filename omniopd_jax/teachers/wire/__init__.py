@@ -20,12 +20,12 @@ from omniopd_jax.teachers.wire.http import (
     retry_after,
 )
 from omniopd_jax.teachers.wire.read import as_promised, malformed
-from omniopd_jax.teachers.wire.secrets import KEYS, api_key, base_url, check_key_may_go, hide_keys, printable, scrub
+from omniopd_jax.teachers.wire.secrets import KEYS, api_key, base_url, check_key_may_go, hide_keys, scrub
 
 __all__ = [
     "KEYS", "MODES", "VERSION", "Billed", "Call", "CallError", "Connection", "Learner", "Limits", "Reply",
     "ScoreCall", "Text", "after_prefix", "api_key", "as_promised", "bare", "base_url", "check_key_may_go", "clean",
-    "duration", "exchange", "from_exception", "from_status", "hide_keys", "http", "limits", "malformed", "named_field", "printable", "read",
+    "duration", "exchange", "from_exception", "from_status", "hide_keys", "http", "limits", "malformed", "named_field", "read",
     "retry_after", "scrub", "secrets", "text_of",
 ]  # fmt: skip
 MODES = ("completion", "prefill", "continue_final_message", "prefix", "instruct")

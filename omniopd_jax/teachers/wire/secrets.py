@@ -11,10 +11,9 @@ import html
 import json
 import os
 import re
-import unicodedata
 import urllib.parse
 
-from omniopd_jax.errors import UserError
+from omniopd_jax.errors import UserError, printable
 
 KEYS = {
     "openai": ("OPENAI_API_KEY",),
@@ -48,19 +47,6 @@ def hide_keys(text: str) -> str:
     """`text` with `***` in the place of every key that this process knows, in any of its usual forms."""
     pattern = _pattern(tuple(sorted(_known())))
     return pattern.sub("***", text) if pattern else text
-
-
-def printable(text: str) -> str:
-    """`text` with control, escape and direction characters written out (`\\x1b`); line ends stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else _written_out(c) for c in text)
-
-
-def _written_out(char: str) -> str:
-    if unicodedata.category(char).startswith("Z") or char == "\t":
-        return " "
-    return char.encode("unicode_escape").decode()
 
 
 def _known() -> set[str]:
