@@ -1,31 +1,11 @@
-"""Small files of a run: written whole or not at all, and read with one line where they are not what they should be."""
+"""Small files of a run, read with one line where they are not what they should be (host.write_whole writes them)."""
 
 import json
-import os
 import pathlib
-import secrets
 
 from omniopd_jax.errors import UserError
 
 MAX_STATE = 16 << 20  # bytes of a small file: a config, a summary, a report
-
-
-def write_atomic(path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, sees the old one or the new one, never a half.
-
-    Raises:
-      OSError: the disk is full, or the folder cannot be written; the old file is as it was.
-    """
-    path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_json(path, advice: str) -> dict:

@@ -107,7 +107,8 @@ def cut_after(path: pathlib.Path, start_step: int) -> None:
                 kept.write(line.rstrip(b"\n") + b"\n")
     temporary.replace(path)
     if foreign:
-        print(f"{path}: {foreign} lines were cut off or are no record of a step; they are left out", file=sys.stderr, flush=True)
+        said = f"{path}: {foreign} lines were cut off or are no record of a step; they are left out"
+        print(said, file=sys.stderr, flush=True)
 
 
 def step_of(line: bytes) -> int | None:

@@ -14,7 +14,7 @@ import statistics
 import time
 
 from omniopd_jax.errors import TeacherStopped, UserError
-from omniopd_jax.run import files
+from omniopd_jax.run import host
 from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
 from omniopd_jax.teachers.protocol import Continuation, Failure
@@ -92,7 +92,7 @@ class _Probe:
         )
         path = pathlib.Path(self.teacher.cfg.run_dir) / "teacher_probe.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        host.write_whole(path, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
     def _where(self):
         return f"the teacher {self.client.model!r} at {wire.scrub(self.client.url)}"

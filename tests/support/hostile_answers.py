@@ -1,8 +1,8 @@
 """Answers that no service should send, one kind a line, for all three protocols; seeded where they draw.
 
-`KINDS[name] = (makes, expected)`: `makes(shape, answer)` turns a good answer into what goes out, an object, bytes, or (status,
-headers, bytes); `expected` is what may become of it: `text` (the texts that were sent, no other), `nothing` (no continuation), or
-`stop` (no continuation, and the run ends in one line).
+`KINDS[name] = (makes, expected)`: `makes(shape, answer)` turns a good answer into what goes out, an object, bytes, or
+(status, headers, bytes); `expected` is what may become of it: `text` (the texts that were sent, no other), `nothing` (no
+continuation), or `stop` (no continuation, and the run ends in one line).
 """
 
 import gzip
@@ -272,7 +272,7 @@ KINDS = {
     "an unknown word why, with a text": (with_content(" real", "hit_eos"), "text"),
     "a byte order mark": (raw(lambda b: b"\xef\xbb\xbf" + b), "text"),
     "compressed": (lambda shape, answer: (200, GZ, gzip.compress(json.dumps(answer).encode())), "text"),
-    "twice as many texts": (lambda shape, answer: answer | ({"choices": answer["choices"] * 2} if "choices" in answer else {}), "text"),
+    "twice as many texts": (lambda shape, answer: {k: v * 2 if k == "choices" else v for k, v in answer.items()}, "text"),
     # errors inside HTTP 200
     "error 429 alone": (error({"code": 429, "message": "slow down"}), "nothing"),
     "error 429 beside null": (error({"code": 429, "message": "slow down"}, beside="null"), "nothing"),
