@@ -92,7 +92,7 @@ def say_teacher(teacher: teachers.Teacher, said: str, hosts: int) -> None:
     logging.say(said)
     teacher.divide_budget(hosts)
     if teacher.report:
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.estimate().table()}")
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
