@@ -126,7 +126,7 @@ def weights_without_signal(v: View):
         if spread < MIN_SPREAD:
             low, high = np.quantile([a["pi_hat"] for a in kept], [0.05, 0.95])
             return f"pi_hat lies between {low:.2f} and {high:.2f} for 9 of 10 chunks (spread {spread:.3f})", why, turn
-    pairs = [(np.mean(a["similarity"]), np.mean(a["chance"])) for a in kept if a.get("chance") and a["similarity"]]
+    pairs = [[sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]]
     if len(pairs) < MIN_AUDITS // 2:
         return None
     own, chance = np.mean(pairs, axis=0)
@@ -208,7 +208,7 @@ def few_chunks(v: View):
         return None
     room = int(length // C)
     return (
-        f"C = {C} of {length:.0f} tokens leaves room for {room} chunk{'s' * (room != 1)} of {M}: {chunks / rows:.1f} a response",
+        f"C = {C} of {length:.0f} tokens leaves room for {room} of {M} chunks: {chunks / rows:.1f} a response",
         "with few chunks most of what a response decides is never compared with the teacher",
         f"Set audit.chunk_tokens to {max(1, int(length / (2 * M)))} or less, or audit.num_chunks to what fits",
     )

@@ -1,0 +1,137 @@
+"""A run's folder as the page needs it, whatever state it is in: killed, of an earlier version, without audits."""
+
+import json
+import pathlib
+import re
+
+from omniopd_jax.errors import UserError
+
+KINDS = ("metrics", "audits", "completions", "evaluations")
+CONFIG_CHARACTERS = 300  # of a config value on the page
+
+
+class Folder:
+    """What a run wrote.
+
+    Attributes:
+      name, path: for the page.
+      rows: metrics, by step. audits, completions, evaluations: records.
+      config: {dotted key: value}; summary: dict, empty where the run has not ended.
+      notes: what is missing or damaged, in words.
+
+    Raises:
+      UserError: no folder, or one in which no run has written anything.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path).expanduser()
+        self.name, self.notes = self.path.name or str(path), []
+        if not self.path.is_dir():
+            raise UserError(f"{path}: no such run folder")
+        files = {kind: sorted(self.path.glob(f"{kind}*.jsonl"), key=_process) for kind in KINDS}
+        config_file = self.path / "config.json"
+        if not any(files.values()) and not config_file.is_file():
+            raise UserError(f"{path} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir")
+        self.config = _flat(self._object(config_file))
+        self.summary = self._object(self.path / "summary.json", must=False)
+        read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
+        self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])
+        self.audits = [a for a in read["audits"] if _is_audit(a)]
+        self.completions = [c for c in read["completions"] if isinstance(c.get("pieces"), list)]
+        self.evaluations = [e for e in read["evaluations"] if isinstance(e.get("text"), str)]
+        self._notes()
+
+    def state(self) -> str:
+        """In words, how far the run came."""
+        total, done = self.config.get("num_steps"), self.steps
+        if self.summary and total and self.summary.get("step") == total:
+            return f"finished: {total} steps"
+        if not done:
+            return "no finished step yet"
+        return f"{done} of {total or '?'} steps: still running, or stopped"
+
+    @property
+    def steps(self) -> int:
+        """Finished updates; a last line that holds an evaluation alone is none."""
+        return sum("loss" in r for r in self.rows) or len(self.rows)
+
+    @property
+    def objective(self) -> str:
+        """The config's, or "?"."""
+        return str(self.config.get("objective.name", "?"))
+
+    def _notes(self) -> None:
+        if not self.rows:
+            self.notes.append("metrics.jsonl is missing or empty: there are no curves")
+        if not self.audits:
+            taught = self.objective in ("sft", "opd", "opd_exact", "grpo", "constant")
+            why = f"the objective {self.objective} asks for none" if taught else "none was written"
+            self.notes.append(f"no audits: {why}")
+        elif not any("question" in a for a in self.audits):
+            self.notes.append("written by an earlier version: its audits hold no question, prefix or place in the response")
+        if not self.completions:
+            self.notes.append("no whole responses were kept (completions.jsonl)")
+        if not self.evaluations and self.config.get("eval.num_prompts"):
+            self.notes.append("the evaluations' answers were not kept (evaluations.jsonl)")
+
+    def _object(self, path: pathlib.Path, must: bool = True) -> dict:
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+                if isinstance(found, dict):
+                    return found
+            except ValueError:
+                pass
+            self.notes.append(f"{path.name} is damaged and was left out")
+        elif must:
+            self.notes.append(f"{path.name} is missing")
+        return {}
+
+    def _lines(self, path: pathlib.Path) -> list[dict]:
+        out, bad = [], 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                        raise ValueError
+                    out.append(record)
+                except (ValueError, RecursionError):
+                    bad += bool(line.strip())
+        if bad:
+            self.notes.append(f"{path.name}: {bad} line{'s' * (bad > 1)} could not be read and were left out")
+        return out
+
+
+def stamp(path) -> float:
+    """Changes whenever the run in this folder writes."""
+    folder = pathlib.Path(path).expanduser()
+    files = [folder / "summary.json", *folder.glob("*.jsonl")]
+    return sum(f.stat().st_mtime + f.stat().st_size for f in files if f.is_file())
+
+
+def _process(path: pathlib.Path) -> int:
+    found = re.search(r"-(\d+)$", path.stem)
+    return int(found[1]) if found else 0
+
+
+def _is_audit(a: dict) -> bool:
+    texts, numbers = a.get("continuations"), a.get("similarity")
+    if not (isinstance(texts, list) and isinstance(numbers, list) and isinstance(a.get("chunk"), str)):
+        return False
+    if not all(isinstance(t, str) for t in texts):
+        return False
+    figures = [*numbers, *(a.get(key, 0) for key in ("peak", "k_sem", "n", "pi_hat", "weight", "entropy"))]
+    return "sample_id" in a and all(isinstance(x, (int, float)) for x in figures)
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "chat_template_kwargs":
+            out |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float, bool)):
+            out[prefix + key] = value
+        else:
+            out[prefix + key] = (value if isinstance(value, str) else json.dumps(value, default=str))[:CONFIG_CHARACTERS]
+    return out
