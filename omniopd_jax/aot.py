@@ -28,12 +28,12 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from omniopd_jax import hf, model, objective, rollout, step, train, vocab
+from omniopd_jax import hf, model, objective, rollout, step, vocab
 from omniopd_jax.errors import UserError, one_of  # noqa: E402
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import packing, sharding
-from omniopd_jax.run import cli, flops, hlo, logging, preflight
+from omniopd_jax.run import cli, flops, hlo, logging, preflight, setup
 
 PASSES = ("score", "decode", "update")
 NOT_FIT = 3  # exit code
@@ -142,7 +142,7 @@ class Plan:
     """A recipe on a mesh: abstract arguments of each pass, and the sizes that the report needs."""
 
     def __init__(self, cfg, mesh):
-        self.cfg, self.mesh = train.frozen(cfg), mesh
+        self.cfg, self.mesh = setup.frozen(cfg), mesh
         how = {"packed": cfg.packing.length > 0, "on": attention.platform(mesh)}
         kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.model_cfg = dataclasses.replace(  # with a mesh even of one device: it says for what the passes are
@@ -156,7 +156,7 @@ class Plan:
         self.rows = cfg.prompts_per_step * cfg.num_generations
         self.sampled = -(-cfg.prompts_per_step // cfg.rollout_groups) * cfg.num_generations  # rows decoded at a time
         self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
-        sharding.check_rows(mesh, cfg)
+        preflight.check_rows(mesh, cfg)
 
     def sizes(self) -> dict[str, float]:
         """Bytes a chip of what the run always holds, and of the decode cache at its longest."""

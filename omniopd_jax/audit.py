@@ -35,6 +35,10 @@ class Feedback:
     n_BM: np.ndarray
     audits: list[Audit]
 
+    def with_solutions(self, solutions: list[Audit]) -> "Feedback":
+        """The same with whole solutions among the audits: they cost what they cost, and are compared with nothing."""
+        return dataclasses.replace(self, audits=self.audits + solutions)
+
 
 class Decoder:
     """Text of token prefixes, special tokens left out; remembers which tokens end inside a UTF-8 character."""

@@ -15,6 +15,7 @@ CHOICES = {
     "data.source": ("world", "jsonl", "hub"),
     "data.overlong": ("error", "drop"),
     "audit.selection": ("peak", "random"),
+    "audit.trim_continuation": ("auto", "always", "never"),
     "anchor.scope": ("unaudited", "all"),
     "anchor.ref_dtype": ("float32", "bfloat16"),
     "objective.advantage": ("none", "batch_mean", "leave_one_out"),

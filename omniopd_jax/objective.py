@@ -11,7 +11,9 @@ OmniOPD (arXiv 2606.01476; method.md, section 2), and what was kept, dropped and
 The loss is sum_t -weight_t * logp_t + kl_coef * mask_t * KL(ref || student)_t, with both already normalised.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -41,6 +43,7 @@ class Batch:
       ratio_BM: float32, `chunk_ratio`, where the policy has moved on since it sampled (max_staleness = 1); else None.
       teacher_logp_BT: float32, the teacher's log-probs of the response tokens (white-box `opd`); None elsewhere.
       packed: the tokens in packed rows (packing.py), where several responses share one; None: a row each.
+      width: T, where the batch was not scored and no array says it.
     """
 
     token_BL: jax.Array | None
@@ -55,6 +58,59 @@ class Batch:
     ratio_BM: jax.Array | None = None
     teacher_logp_BT: jax.Array | None = None
     packed: Packed | None = None
+    width: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A way to learn: how tokens are weighed, and what must be known of a step before they can be.
+
+    Callable as its weights. A new one is a function and a line in `OBJECTIVES`; everything else of the program reads the
+    fields here.
+
+    Attributes:
+      weights: (logp_BT, batch, cfg) -> (weight_BT, anchor_mask_BT), float32, not yet normalised.
+      asks: of a teacher: `continuations` at the peaks, whole `solutions`, `logp` of the student's tokens, its whole
+        `distribution`; empty: there is no teacher.
+      chunks: weighs the tokens of chunks at entropy peaks; else every token of a response.
+      reads_logp: `weights` reads log-probs under the policy that sampled (chunks always need the scoring pass).
+      needs_reward: reads a task reward's advantage.
+      clips: takes several updates a batch, by a clipped ratio.
+      divergence: the exact full-vocabulary term beside the weights: `reverse_kl` to the teacher, or none.
+    """
+
+    weights: Callable
+    asks: str = ""
+    chunks: bool = False
+    reads_logp: bool = False
+    needs_reward: bool = False
+    clips: bool = False
+    divergence: str = ""
+
+    def __call__(self, logp_BT, batch: Batch, cfg):
+        """(weight_BT, anchor_mask_BT), not yet normalised."""
+        return self.weights(logp_BT, batch, cfg)
+
+    @property
+    def audited(self) -> bool:
+        """Whether a chunk counts only once enough of the teacher's continuations have arrived."""
+        return self.chunks and self.asks == "continuations"
+
+
+def of(cfg) -> Objective:
+    """The objective that `objective.name` names."""
+    return OBJECTIVES[cfg.objective.name]
+
+
+def needs_scores(cfg) -> bool:
+    """Whether a step's responses are scored before its update: for their chunks, their weights, or a ratio."""
+    own = of(cfg)
+    return own.chunks or own.reads_logp or cfg.num_iterations > 1
+
+
+def needs_reward(cfg) -> bool:
+    """Whether a step's responses are graded."""
+    return of(cfg).needs_reward or cfg.reward.coef != 0
 
 
 @flax.struct.dataclass
@@ -91,7 +147,12 @@ def mean_chunk_logp(logp_BT, peak_BM, chunk_tokens: int):
 
 
 def kept(batch: Batch, cfg):
-    """bool [B, M]: audits with enough continuations, not too stale; the others' tokens go back to U."""
+    """bool [B, M]: audits with enough continuations, not too stale; the others' tokens go back to U.
+
+    Chunks that no teacher is asked about are all kept.
+    """
+    if not of(cfg).audited:
+        return batch.peak_BM >= 0
     n_min = min_continuations(cfg) if batch.n_min_B is None else batch.n_min_B[:, None]
     enough_BM = (batch.peak_BM >= 0) & (batch.n_BM >= n_min)
     return enough_BM if batch.ratio_BM is None else enough_BM & in_band(batch.ratio_BM)
@@ -169,10 +230,9 @@ def anchor_mask(chunk_BT, length_B, scope: str):
 
 def weighted_mask(batch: Batch, cfg, T: int):
     """float32 [B, T]: 1 on the tokens that the policy term speaks of: those of kept chunks, or the whole response."""
-    if cfg.objective.name not in CHUNKED:
+    if not of(cfg).chunks:
         return response_mask(batch.length_B, T)
-    keep_BM = kept(batch, cfg) if cfg.objective.name in AUDITED else batch.peak_BM >= 0
-    return (chunk_mask(batch.peak_BM, keep_BM, cfg.audit.chunk_tokens, T) >= 0).astype(jnp.float32)
+    return (chunk_mask(batch.peak_BM, kept(batch, cfg), cfg.audit.chunk_tokens, T) >= 0).astype(jnp.float32)
 
 
 def normalize(weight_BT, mask_BT, weighted_BT, cfg):
@@ -252,9 +312,9 @@ def group_advantage(reward_B, group: int):
 
 def weights(logp_BT, batch: Batch, cfg):
     """The objective's (weight_BT, anchor_mask_BT), a task reward added where `reward.coef` asks for one, normalised."""
-    weight_BT, mask_BT = OBJECTIVES[cfg.objective.name](logp_BT, batch, cfg)
+    weight_BT, mask_BT = of(cfg)(logp_BT, batch, cfg)
     weight_BT, mask_BT = normalize(weight_BT, mask_BT, weighted_mask(batch, cfg, logp_BT.shape[1]), cfg)
-    if cfg.reward.coef and cfg.objective.name != "grpo":
+    if cfg.reward.coef and not of(cfg).needs_reward:
         real_BT = response_mask(batch.length_B, logp_BT.shape[1])
         reward_BT = cfg.reward.coef * policy_gradient_weight(logp_BT, batch, cfg) * real_BT
         weight_BT += normalize(reward_BT, real_BT, real_BT, cfg)[0]
@@ -262,51 +322,59 @@ def weights(logp_BT, batch: Batch, cfg):
 
 
 OBJECTIVES = {
-    "omniopd": omniopd,
-    "constant": constant,
-    "sft": sft,
-    "opd": opd,
-    "opd_exact": opd_exact,
-    "grpo": grpo,
+    "omniopd": Objective(omniopd, asks="continuations", chunks=True, reads_logp=True),
+    "constant": Objective(constant, chunks=True),
+    "sft": Objective(sft, asks="solutions"),
+    "opd": Objective(opd, asks="logp", reads_logp=True),
+    "opd_exact": Objective(opd_exact, asks="distribution", divergence="reverse_kl"),
+    "grpo": Objective(grpo, needs_reward=True, clips=True),
 }
-CHUNKED = ("omniopd", "constant")  # these weigh the tokens of chunks; the others every response token
-AUDITED = ("omniopd",)  # these ask the text teacher at the peaks
-TAUGHT = ("omniopd", "sft", "opd", "opd_exact")  # these need a teacher at all
 
 
-def metrics(batch: Batch, targets: ChunkTargets, entropy_BT, cfg) -> dict:
-    """What a step's audits looked like: device scalars, means over kept chunks unless the name says otherwise."""
-    keep = targets.keep_BM.astype(jnp.float32)
-    count = jnp.maximum(keep.sum(), 1.0)
-    T = entropy_BT.shape[1]
-    real_BT = response_mask(batch.length_B, T)
+def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
+    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says otherwise.
+
+    Args:
+      targets: `chunk_targets` of an audited objective; None: `audit/*` is left out, but for what all chunks have.
+      entropy_BT: None where the batch was not scored; then `entropy` is left out.
+    """
+    out = {
+        "completions/mean_length": batch.length_B.astype(jnp.float32).mean(),
+        "completions/max_length": batch.length_B.max(),
+    }
+    if entropy_BT is None:
+        return out
+    real_BT = response_mask(batch.length_B, entropy_BT.shape[1])
     tokens = jnp.maximum(real_BT.sum(), 1.0)
-    at_peak_BM = jnp.take_along_axis(entropy_BT, jnp.clip(batch.peak_BM, 0, T - 1), axis=1)
+    out["entropy"] = (entropy_BT * real_BT).sum() / tokens
+    if not of(cfg).chunks:
+        return out
+    keep = kept(batch, cfg).astype(jnp.float32)
+    count = jnp.maximum(keep.sum(), 1.0)
+    at_peak_BM = jnp.take_along_axis(entropy_BT, jnp.clip(batch.peak_BM, 0, entropy_BT.shape[1] - 1), axis=1)
 
     def mean(x):
         return (x * keep).sum() / count
 
+    out |= {
+        "audit/chunks": keep.sum(),
+        "audit/dropped": (batch.peak_BM >= 0).sum() - keep.sum().astype(jnp.int32),
+        "audit/token_fraction": keep.sum() * cfg.audit.chunk_tokens / tokens,
+        "audit/entropy_at_peak": mean(at_peak_BM),
+    }
+    if targets is None:
+        return out
     pi_hat = mean(targets.pi_hat_BM)
     share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
-    stale = {}
     if batch.ratio_BM is not None:
         outside_BM = kept(batch.replace(ratio_BM=None), cfg) & ~targets.keep_BM
-        stale = {
-            "audit/stale_dropped": outside_BM.sum(),
-            "audit/ratio_mean": mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0)),
-        }
-    return stale | {
-        "entropy": (entropy_BT * real_BT).sum() / tokens,
-        "completions/mean_length": batch.length_B.astype(jnp.float32).mean(),
-        "completions/max_length": batch.length_B.max(),
-        "audit/chunks": keep.sum(),
-        "audit/dropped": (batch.peak_BM >= 0).sum() - targets.keep_BM.sum(),
+        out["audit/stale_dropped"] = outside_BM.sum()
+        out["audit/ratio_mean"] = mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0))
+    return out | {
         "audit/k_sem_mean": mean(jnp.where(targets.keep_BM, batch.k_sem_BM, 0.0)),
         "audit/n_eff": mean(batch.n_BM.astype(jnp.float32)),
         "audit/pi_hat_mean": pi_hat,
         "audit/pi_hat_var": mean(jnp.square(targets.pi_hat_BM - pi_hat)),
         "audit/pi_bar_mean": mean(targets.pi_bar_BM),
-        "audit/token_fraction": keep.sum() * cfg.audit.chunk_tokens / tokens,
-        "audit/entropy_at_peak": mean(at_peak_BM),
         "audit/midband_fraction": mean(((share_BM > 0.05) & (share_BM < 0.95)).astype(jnp.float32)),
     }

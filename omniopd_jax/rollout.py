@@ -15,6 +15,7 @@ import numpy as np
 from omniopd_jax import model
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run.batching import bucket, pad_rows  # noqa: F401  called as rollout.bucket
 
 
 @flax.struct.dataclass
@@ -353,17 +354,3 @@ def _everywhere(like: jax.Array):
 @jax.jit
 def _row_keys(key, id_B):
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(id_B)
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """The padded length: multiples of `least` up to 8 of them, then steps of a quarter of the power of two below."""
-    step = max(least, 1 << max(0, (max(length, 1) - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-def pad_rows(rows, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of token ids -> (int32 [B, width] right-padded with 0, int32 lengths)."""
-    out = np.zeros((len(rows), width), np.int32)
-    for b, row in enumerate(rows):
-        out[b, : len(row)] = row
-    return out, np.array([len(r) for r in rows], np.int32)

@@ -8,12 +8,14 @@ import contextlib
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf import hub
 
+Similarity = Callable[[list[str], list[str]], np.ndarray]  # (student, teacher) -> float32 [K] in [0, 1]
 MAX_CHARS = 4_000  # of each text; more is cut before comparing
 
 
@@ -105,7 +107,7 @@ SIMILARITIES = {  # name -> (cfg -> phi)
 }
 
 
-def make(cfg):
+def make(cfg) -> Similarity:
     """The similarity that `audit.similarity` names: phi(list[str], list[str]) -> float32 [K] in [0, 1].
 
     Raises:

@@ -1,4 +1,4 @@
-"""TrainState and the two jitted passes of a step: `score_step` (no gradient) and `train_step` (the update).
+"""The two jitted passes of a step: `score_step` (no gradient) and `train_step` (the update).
 
 Both are pure. The hidden state that produces response token t stands at index prompt_length + t - 1 of its row; one
 function owns that index (`response_hidden`), here and nowhere else.
@@ -15,18 +15,7 @@ import optax
 from omniopd_jax import model, objective, optim, vocab
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import packing, replicas, sharding
-
-
-@flax.struct.dataclass
-class TrainState:
-    """params: float32, what is trained: all weights, or with LoRA the adapters alone. key: the run's PRNG key; every use
-    folds the step in, so it never changes.
-    """
-
-    params: dict
-    opt_state: optax.OptState
-    step: jax.Array
-    key: jax.Array
+from omniopd_jax.run.state import TrainState
 
 
 def response_places(prompt_length_B, T: int):
@@ -107,7 +96,7 @@ def loss_and_grads(
         params = replicas.spread(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, model_cfg)
-    if cfg.objective.name == "opd_exact":
+    if objective.of(cfg).divergence:
         teacher = replicas.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
         teacher = model.cast_layers(teacher, teacher_cfg)
 
@@ -160,7 +149,7 @@ def policy(params: dict, ref_params: dict, cfg) -> dict:
 
 
 def update(
-    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats, teacher_params=None, *,
+    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
     model_cfg, cfg, teacher_cfg=None,
 ):  # fmt: skip
     """One optimizer update from one scored and audited batch.
@@ -169,12 +158,15 @@ def update(
       state: donated.
       ref_params: the frozen initial student (`holds_reference`); else it is not looked at.
       batch: the global batch with its feedback.
-      stats: what `score` returned for it with `policy(state.params, ..)`: the one that sampled it.
+      stats: what `score` returned for it with `policy(state.params, ..)`: the one that sampled it. None: the objective
+        reads none (`objective.needs_scores`), and the batch says its width.
 
     Returns:
-      (state, metrics of scalars, objective.ChunkTargets for the audit log).
+      (state, metrics of scalars, objective.ChunkTargets for the audit log; None where nothing is audited).
     """
-    weight_BT, mask_BT = objective.weights(stats.logp_BT, batch, cfg)
+    scored = stats is not None
+    logp_BT = stats.logp_BT if scored else jnp.zeros((len(batch.length_B), batch.width), jnp.float32)
+    weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
     loss, grads, loss_stats = loss_and_grads(
         state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg,
         teacher_params=teacher_params, teacher_cfg=teacher_cfg,
@@ -182,16 +174,17 @@ def update(
     with jax.named_scope("optimizer"):
         updates, opt_state = optim.make_optimizer(cfg).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    targets = objective.chunk_targets(stats.logp_BT, batch, cfg)
+    targets = objective.chunk_targets(logp_BT, batch, cfg) if objective.of(cfg).audited else None
     real_BT = objective.response_mask(batch.length_B, weight_BT.shape[1])
     metrics = {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
-        "score/update_logp_gap": (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max(),
-    } | objective.metrics(batch, targets, stats.entropy_BT, cfg)
+    } | objective.metrics(batch, targets, stats.entropy_BT if scored else None, cfg)
+    if scored:
+        metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
-        clipped_BT = objective.clipped(stats.logp_BT, batch, cfg) * real_BT
+        clipped_BT = objective.clipped(logp_BT, batch, cfg) * real_BT
         metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
         metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
@@ -199,7 +192,7 @@ def update(
 
 
 def updates(
-    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats, teacher_params=None, *,
+    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
     model_cfg, cfg, teacher_cfg=None,
 ):  # fmt: skip
     """`num_iterations` updates from one batch, as `update`; the ratio is to the policy that sampled (arXiv 2402.03300).

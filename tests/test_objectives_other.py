@@ -281,7 +281,7 @@ def test_a_teacher_without_log_probs_is_refused_at_the_start(make_cfg, name, pro
 @pytest.mark.parametrize("name,method", [("local", "score_tokens"), ("openai", "score")])
 def test_the_teachers_said_to_score_tokens_do(name, method):
     assert name in teachers.WHITE_BOX["opd"]
-    module = importlib.import_module(teachers.TEACHERS[name])
+    module = importlib.import_module(teachers.TEACHERS[name].__module__)
     assert any(hasattr(c, method) for c in vars(module).values() if isinstance(c, type))
 
 

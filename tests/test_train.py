@@ -12,8 +12,9 @@ import pytest
 import tiny
 from rapidfuzz.distance.Levenshtein import distance as edit_distance
 
-from omniopd_jax import config, evaluate, experience, hf, rollout, train, world
+from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
+from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, logging, preflight
 
@@ -258,7 +259,7 @@ def test_responses_shorter_than_a_chunk_are_not_audited(make, monkeypatch):
         with jax.transfer_guard("allow"):
             return out.replace(length_B=jax.numpy.minimum(out.length_B, 3)) if kwargs["max_new_tokens"] == 24 else out
 
-    monkeypatch.setattr(experience.rollout, "sample", short)
+    monkeypatch.setattr(rollout, "sample", short)
     c = make()
     train.train(c)
     for row in tiny.lines(f"{c.run_dir}/metrics.jsonl"):
@@ -375,7 +376,7 @@ def test_a_step_that_turns_to_nan_raises_and_keeps_the_last_good_checkpoint(make
 def test_a_signal_during_an_evaluation_does_not_lose_the_step(make, monkeypatch):
     """SIGTERM while the model is being evaluated mid-run: the finished step is in the metrics and in a checkpoint."""
     c = make(num_steps=4, **{"eval.num_prompts": 8, "eval.every": 1, "checkpoint.every": 10})
-    real, calls = evaluate.greedy, []
+    real, calls = sampling.greedy, []
 
     def greedy(*args, **kwargs):
         calls.append(1)
@@ -383,7 +384,7 @@ def test_a_signal_during_an_evaluation_does_not_lose_the_step(make, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "greedy", greedy)
+    monkeypatch.setattr(sampling, "greedy", greedy)
     out = train.train(c)
     assert out["exit_code"] == 75
     assert steps_saved(c) == [str(out["step"])]
@@ -434,9 +435,9 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
 
 
 def test_repeated_ngrams():
-    assert evaluate.repeated_ngrams([1, 2, 3]) == 0
-    assert evaluate.repeated_ngrams(list(range(20))) == 0
-    assert evaluate.repeated_ngrams([7] * 20) == pytest.approx(16 / 17)
+    assert sampling.repeated_ngrams([1, 2, 3]) == 0
+    assert sampling.repeated_ngrams(list(range(20))) == 0
+    assert sampling.repeated_ngrams([7] * 20) == pytest.approx(16 / 17)
 
 
 def test_the_phase_timer_adds_up():

@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks import sides
 from configs import math
-from omniopd_jax import model, objective, rollout, step, train, vocab
+from omniopd_jax import model, objective, rollout, step, vocab
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import flops
+from omniopd_jax.run import flops, setup
 
 MODEL = "Qwen/Qwen3-1.7B"
 PROMPT, RESPONSE = 512, 3_584
@@ -106,7 +106,7 @@ def recipe(case: dict):
         "max_prompt_length": PROMPT, "max_completion_length": RESPONSE, "vocab_block": case["vocab_block"],
         "model.remat": case["remat"], "anchor.ref_dtype": "bfloat16",
     })  # fmt: skip
-    return train.frozen(c)
+    return setup.frozen(c)
 
 
 def batch_of(cfg):

@@ -2,8 +2,9 @@
 
     python -m benchmarks.overlap [--scale 10] [--steps 3] [--quick]
 
-The loop's own `collect` with the real scheduler, audit, traffic, order, budget and journal; two things are simulated: the
-provider answers after a latency drawn for each call (lognormal, median 2 s, p95 6 s), and the jitted passes sleep. All
+The loop's own `begin` and `finish` with the real scheduler, audit, traffic, order, budget and journal; two things are
+simulated: the provider answers after a latency drawn for each call (lognormal, median 2 s, p95 6 s), and the jitted
+passes sleep. All
 times run `--scale` times faster and are printed as seconds of the real thing, so the host's own work weighs that much
 more here than it would. Fixed: rows, M, N, groups and concurrency as in FIXED; one call brings all N texts of a chunk.
 
@@ -18,23 +19,28 @@ scoring, 25% update. With staleness 1 a batch is scored a second time by the pol
 """
 
 import argparse
+import asyncio
 import dataclasses
+import functools
 import heapq
+import itertools
 import json
 import pathlib
 import tempfile
 import time
-import types
 import unittest.mock
 
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, hf, rollout, similarity, teachers
+from omniopd_jax import audit, config, experience, hf, objective, rollout, similarity, step, teachers, train, vocab
 from omniopd_jax.data import prompts as data
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import host, logging
+from omniopd_jax.run import host, logging, setup
+from omniopd_jax.run.state import TrainState
+from omniopd_jax.staleness import Ahead
 from omniopd_jax.teachers import wire
+from omniopd_jax.teachers.remote import RemoteTeacher
 
 FIXED = {
     "prompts_per_step": 16, "num_generations": 4, "rollout_groups": 4, "max_completion_length": 64, "max_prompt_length": 160,
@@ -74,8 +80,6 @@ class SlowClient:
 
     async def call(self, call: wire.Call) -> wire.Reply:
         """n texts, after their time."""
-        import asyncio
-
         await asyncio.sleep(latency(call.seed) / self.scale)
         texts = tuple(wire.Text(f"text {i} of {call.seed}", "length") for i in range(call.n))
         return wire.Reply(texts, tokens_in=100, tokens_out=8 * call.n)
@@ -95,7 +99,7 @@ class Case:
 
 
 def measure(case: Case, steps: int, folder: str) -> None:
-    """Runs `steps` steps of the loop's `collect` and fills in the case."""
+    """Runs `steps` steps of the loop's `begin` and `finish` and fills in the case."""
     cfg = config.default()
     cfg.update_from_flattened_dict(FIXED)
     cfg.update_from_flattened_dict(
@@ -107,39 +111,40 @@ def measure(case: Case, steps: int, folder: str) -> None:
         }
     )  # fmt: skip
     run = fake_run(cfg, SlowClient(case.scale))
-    state = types.SimpleNamespace(params=None)
+    state = TrainState(None, None, None, None)
     seconds = {k: case.device_s * share / case.scale for k, share in SHARES.items()}
     groups = cfg.rollout_groups
 
-    def sample(run, state, params, prompts, ids):
+    count = itertools.count()
+
+    def sample(params, drawn, student, key, cfg):
         time.sleep(seconds["rollout"] / groups)
-        return canned(run, len(ids))
+        return canned(student, drawn, cfg)
 
-    def score(run, state, prompts, tokens):
-        with run.timer.phase("score"):
-            time.sleep(seconds["score"] * len(tokens) / (cfg.prompts_per_step * cfg.num_generations))
-        shape = (len(tokens), cfg.max_completion_length)
-        return np.full(shape, -1.0, np.float32), np.random.default_rng(run.count).random(shape, np.float32)
+    def score(passes, policy, responses, student, cfg):
+        rows = len(responses.tokens)
+        time.sleep(seconds["score"] * rows / (cfg.prompts_per_step * cfg.num_generations))
+        return scores(rows, cfg, student.mesh)
 
-    def ask(run, responses, N, *, first_row):
-        future, audits = real_ask(run, responses, N, first_row=first_row)
+    def ask(*args, **kwargs):
+        asked = real_ask(*args, **kwargs)
         chains = {}
-        for a in audits:
+        for a in asked[0].audits:
             chains.setdefault(a.row, []).append(latency(a.request.seed(0)))
-        case.plans.setdefault(run.count // groups, []).append(list(chains.values()))
-        run.count += 1
-        return future, audits
+        case.plans.setdefault(next(count) // groups, []).append(list(chains.values()))
+        return asked
 
     real_ask = experience.ask
     patch = unittest.mock.patch.object
     with (
         patch(experience, "sample", sample), patch(experience, "score", score), patch(experience, "ask", ask),
-        patch(rollout, "prepare", lambda *_: None),
+        patch(rollout, "prepare", lambda *_: None), patch(step, "policy", lambda *_: None),
     ):  # fmt: skip
         warm(run)
         begun = time.perf_counter()
         for t in range(steps):
-            experience.collect(run, state, t)
+            begin = functools.partial(train.begin, run, state)
+            train.finish(run, state, *run.ahead.take(t, steps - 1, case.staleness, begin))
             with run.timer.phase("update"):
                 time.sleep(seconds["update"])
         case.seconds = (time.perf_counter() - begun) * case.scale
@@ -148,41 +153,44 @@ def measure(case: Case, steps: int, folder: str) -> None:
     run.thread.close()
 
 
-def fake_run(cfg, client):
-    """What `collect` reads of a run."""
-    from omniopd_jax.teachers.remote import RemoteTeacher
-
+def fake_run(cfg, client) -> setup.Run:
+    """A run without a model: its passes are replaced by sleeps."""
     tokenizer = hf.load_tokenizer(cfg.student.path)
     prompts = data.load(cfg, source="world", split="train", path="", count=cfg.data.num_prompts)
-    return types.SimpleNamespace(
-        cfg=cfg, tokenizer=tokenizer, train=data.encode(prompts, tokenizer, cfg), teacher=RemoteTeacher(cfg, client),
-        phi=similarity.make(cfg), model_cfg=None, mesh=sharding.make_mesh(cfg.mesh), decoder=audit.Decoder(tokenizer),
-        timer=logging.PhaseTimer(), thread=host.AsyncThread(), ahead={}, count=0, stop=host.StopFlag(),
+    mesh = sharding.make_mesh(cfg.mesh)
+    student = experience.Student(None, tokenizer, audit.Decoder(tokenizer), (), mesh)
+    return setup.Run(
+        cfg, student, data.encode(prompts, tokenizer, cfg), None, RemoteTeacher(cfg, client), similarity.make(cfg), None, None,
+        None, None, host.AsyncThread(), host.StopFlag(), [0], Ahead(), logging.PhaseTimer(), None, None,
     )  # fmt: skip
 
 
-def canned(run, rows: int):
+def canned(student, drawn, cfg) -> experience.Responses:
     """Full-length responses, all alike: who asks differs by the sample id."""
-    T = run.cfg.max_completion_length
-    ids = (run.tokenizer("She adds 3 and 4 apples to nine pears. ")["input_ids"] * T)[:T]
-    arrays = np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, T, np.int32), np.ones(rows, bool)
-    token, length, finished = jax.device_put(arrays)
-    logp = jax.device_put(np.full((rows, T), -1.0, np.float32))
-    return types.SimpleNamespace(token_BT=token, length_B=length, finished_B=finished, logp_model_BT=logp)
+    T, rows = cfg.max_completion_length, len(drawn.prompts) * cfg.num_generations
+    ids = (student.tokenizer("She adds 3 and 4 apples to nine pears. ")["input_ids"] * T)[:T]
+    prompts = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
+    return experience.Responses(prompts, sum(drawn.sample_ids, []), [ids] * rows, np.ones(rows, bool))
+
+
+def scores(rows: int, cfg, mesh) -> experience.Scores:
+    """Random entropies, so that peaks fall anywhere."""
+    shape = (rows, cfg.max_completion_length)
+    logp_BT, entropy_BT = np.full(shape, -1.0, np.float32), np.random.default_rng(rows).random(shape, np.float32)
+    stats = vocab.TokenStats(*sharding.put_rows((logp_BT, entropy_BT), mesh))
+    return experience.Scores(logp_BT, entropy_BT, None, stats)
 
 
 def warm(run) -> None:
     """Compiles and imports outside the clock."""
-    cfg = run.cfg
-    rows = cfg.prompts_per_step * cfg.num_generations // cfg.rollout_groups
-    tokens = [[5] * cfg.max_completion_length] * rows
-    entropy = np.zeros((rows, cfg.max_completion_length), np.float32)
-    experience.find_peaks(run, entropy, tokens, ["0"] * rows, cfg.audit.num_chunks)
-    for prompts in run.train.prompts[:2]:
-        run.decoder.text(prompts.token_ids)
-    run.phi(["a"], ["b"])
+    cfg, student = run.cfg, run.student
+    drawn = experience.draw(run.prompts, cfg, 0).groups(cfg.rollout_groups)[0]
+    responses = canned(student, drawn, cfg)
+    rows = len(responses.tokens)
+    experience.peaks(scores(rows, cfg, student.mesh), responses, student, cfg, cfg.audit.num_chunks)
+    run.similarity(["a"], ["b"])
     if cfg.max_staleness:
-        experience.objective.chunk_ratio(
+        objective.chunk_ratio(
             *jax.device_put((np.zeros((4 * rows, 64), np.float32),) * 2), np.zeros((4 * rows, cfg.audit.num_chunks), np.int32),
             chunk_tokens=cfg.audit.chunk_tokens,
         )  # fmt: skip
@@ -259,9 +267,9 @@ def teacher_time(order: str) -> float:
     """Seconds that the calls of a step need by themselves, the mean over steps like those of the benchmark."""
     rows, M = FIXED["prompts_per_step"] * FIXED["num_generations"], FIXED["audit.num_chunks"]
     times = []
-    for step in range(8):
+    for t in range(8):
         sim = Perfect(FIXED["teacher.max_concurrency"], order == "ascending")
-        draw = [[latency(teachers.stable_hash(step, b, m) & 0x7FFFFFFF) for m in range(M)] for b in range(rows)]
+        draw = [[latency(teachers.stable_hash(t, b, m) & 0x7FFFFFFF) for m in range(M)] for b in range(rows)]
         sim.release(0, draw)
         times.append(sim.until(batch=0))
     return float(np.mean(times))

@@ -19,9 +19,10 @@ import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
-from omniopd_jax import config, evaluate, hf, model, objective, rollout, step, world
+from omniopd_jax import config, hf, model, objective, rollout, step, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import one_of
+from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import cli, logging
 
@@ -129,7 +130,7 @@ def greedy_accuracy(params, model_cfg, tokenizer, world_name: str, split="test",
     c.data.name, c.max_prompt_length = world_name, 64
     loaded = data.load(c, source="world", split=split, path="", count=count)
     prompts = data.encode(loaded, tokenizer, c).prompts
-    return evaluate.greedy(
+    return sampling.greedy(
         params, model_cfg, prompts, tokenizer, (tokenizer.eos_token_id,), grader=world.grade, max_new_tokens=COMPLETION
     ).accuracy
 

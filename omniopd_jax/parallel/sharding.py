@@ -81,29 +81,6 @@ def put_rows(tree, mesh):
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
 
 
-def check_rows(mesh, cfg) -> None:
-    """A step's rows and prompts must divide over the mesh, and each process's rows must be its own alone.
-
-    Raises:
-      UserError: names the sizes.
-    """
-    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
-    own, rest = divmod(cfg.prompts_per_step, count)
-    pieces = [len(p) * count for p in np.array_split(np.arange(own), cfg.rollout_groups)]  # as collect.begin takes them
-    sampled = cfg.objective.name != "sft"  # its responses are the teacher's
-    if rest or any((p % shards and sampled) or p * cfg.num_generations % (shards * cfg.micro_batches) for p in pieces):
-        raise UserError(
-            f"prompts_per_step = {cfg.prompts_per_step} x num_generations = {cfg.num_generations} = "
-            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide over "
-            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} process(es)"
-        )
-    owners: dict[int, set] = {}
-    for device, index in rows_map(mesh, shards).items():
-        owners.setdefault(index, set()).add(device.process_index)
-    if any(len(o) > 1 for o in owners.values()):
-        raise UserError(f"mesh.tp = {mesh.shape['tp']} crosses processes: at most the {len(mesh.local_devices)} devices of one")
-
-
 def rows_map(mesh, shards: int) -> dict:
     """{device: index of the row shard that it holds}."""
     return {d: (i[0].start or 0) for d, i in rows(mesh).devices_indices_map((shards,)).items()}

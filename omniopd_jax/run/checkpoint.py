@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.step import TrainState
+from omniopd_jax.run.state import TrainState
 from omniopd_jax.teachers import journal as journals
 from omniopd_jax.teachers.protocol import stable_hash
 
@@ -47,6 +47,17 @@ def restore_journal(cfg) -> list[int]:
                 journals.restore(part, folder)
         processes.barrier("journal restored")
     return disks
+
+
+@contextlib.contextmanager
+def opened(cfg, disks: list[int]):
+    """The run's own `Checkpoints`, closed at the end. `disks`: what `restore_journal` found."""
+    checkpoints = Checkpoints(cfg.run_dir, keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
+    checkpoints.disks = disks
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
 
 
 class Checkpoints:

@@ -1,89 +1,115 @@
-"""The checks of a config that need to know the rest of the program, before anything is loaded."""
+"""All checks of a run before its weights load: the config's values against each other, files, data, graders, the teacher.
 
+What is wrong is collected, so that a person is told everything at once, in every process.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
-from omniopd_jax import config, evaluate, objective, similarity, teachers
+from omniopd_jax import config, hf, model, objective, similarity, step, teachers
+from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.evaluation import sampling as evaluation
+from omniopd_jax.model import attention
+from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import profiling
+from omniopd_jax.run.host import AsyncThread
+
+LEAST = {  # dotted key -> the smallest value that it may have
+    "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
+    "rollout_groups": 1, "max_prompt_length": 1, "max_completion_length": 1, "vocab_block": 1, "audit.num_chunks": 1,
+    "audit.chunk_tokens": 1, "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0,
+    "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
+    "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
+    "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
+    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0, "teacher.requests_per_minute": 0,
+    "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
+    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
+}  # fmt: skip
+FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
+SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
+           "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
 
 
 def validate(c: ConfigDict) -> None:
-    """Checks the values against each other, before anything is loaded.
+    """Checks the values by themselves and against each other, before anything is loaded.
 
     Raises:
       UserError: one line naming the key, its value and what is allowed.
     """
-    for path, allowed in config.CHOICES.items():
+    choices = config.CHOICES | {
+        "objective.name": objective.OBJECTIVES, "eval.grader": evaluation.GRADERS, "reward.grader": evaluation.GRADERS,
+        "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
+    }  # fmt: skip
+    for path, allowed in choices.items():
         one_of(config.get(c, path), allowed, path)
-    one_of(c.objective.name, objective.OBJECTIVES, "objective.name")
-    one_of(c.eval.grader, evaluate.GRADERS, "eval.grader")
-    one_of(c.reward.grader, evaluate.GRADERS, "reward.grader")
-    one_of(c.audit.similarity, similarity.SIMILARITIES, "audit.similarity")
-    one_of(c.teacher.provider, teachers.TEACHERS, "teacher.provider")
-    one_of(c.audit.trim_continuation, ("auto", "always", "never"), "audit.trim_continuation")
-    for path, least in {
-        "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
-        "rollout_groups": 1, "max_prompt_length": 1, "max_completion_length": 1,
-        "vocab_block": 1, "audit.num_chunks": 1, "audit.chunk_tokens": 1,
-        "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0, "prior.alpha": 0,
-        "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
-        "temperature": 0, "teacher.temperature": 0,
-        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0, "lora.rank": 0, "top_k": 0, "data.num_prompts": 0,
-        "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0, "teacher.max_concurrency": 1,
-        "teacher.max_retries": 0, "teacher.hedge_s": 0,
-        "teacher.requests_per_minute": 0, "teacher.tokens_per_minute": 0, "teacher.price_input": -1,
-        "teacher.price_cached": -1, "teacher.price_output": -1, "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
-    }.items():  # fmt: skip
+    for path, least in LEAST.items():
         if not config.get(c, path) >= least:
             raise UserError(f"{path} = {config.get(c, path)} must be at least {least}")
-    for path in ("top_p", "teacher.top_p"):
+    for path in FRACTIONS:
         if not 0 < config.get(c, path) <= 1:
             raise UserError(f"{path} = {config.get(c, path)} must lie in (0, 1]")
-    for path in ("teacher.timeout_s", "teacher.deadline_s", *(f"distributed.{k}" for k in c.distributed)):
+    for path in SECONDS:
         if not config.get(c, path) > 0:
             raise UserError(f"{path} = {config.get(c, path)} must be more than 0 seconds")
     if not 0 <= c.seed < 2**31:
         raise UserError(f"seed = {c.seed} must lie in [0, 2**31)")
-    for axis in ("data", "fsdp", "tp"):
+    for axis in sharding.AXES:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
+    profiling.window(c.profile.steps)
+    _check_sizes(c)
+    _check_audits(c)
+    _check_updates(c)
     if c.lora.rank:
         _check_lora(c)
+
+
+def _check_sizes(c: ConfigDict) -> None:
     if c.rollout_groups > c.prompts_per_step:
         raise UserError(f"rollout_groups = {c.rollout_groups} is more than prompts_per_step = {c.prompts_per_step}")
-    profiling.window(c.profile.steps)
-    if c.audit.chunk_tokens > c.max_completion_length:
-        raise UserError(
-            f"audit.chunk_tokens = {c.audit.chunk_tokens} is larger than max_completion_length = "
-            f"{c.max_completion_length}: no chunk could ever fit; allowed: 1 to {c.max_completion_length}"
-        )
     longest = c.max_prompt_length + c.max_completion_length
     if 0 < c.packing.length < longest:
         raise UserError(
             f"packing.length = {c.packing.length} holds no prompt and response at their longest: at least max_prompt_length + "
             f"max_completion_length = {longest}, or 0 for no packing"
         )
-    if c.audit.min_continuations > c.audit.num_continuations:
-        raise UserError(
-            f"audit.min_continuations = {c.audit.min_continuations} is larger than audit.num_continuations = "
-            f"{c.audit.num_continuations}: every audit would be dropped"
-        )
-    if c.max_staleness and c.objective.name not in objective.AUDITED:
-        raise UserError(
-            f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} asks none: 0"
-        )
-    if c.num_iterations > 1 and c.objective.name != "grpo":
-        raise UserError(
-            f"num_iterations = {c.num_iterations} is for objective.name = 'grpo', whose ratio is clipped; "
-            f"{c.objective.name!r} takes 1 update a batch"
-        )
     rows = c.prompts_per_step * c.num_generations
     if rows % c.micro_batches:
         raise UserError(f"micro_batches = {c.micro_batches} must divide prompts_per_step x num_generations = {rows}")
 
 
+def _check_audits(c: ConfigDict) -> None:
+    if objective.of(c).chunks and c.audit.chunk_tokens > c.max_completion_length:
+        raise UserError(
+            f"audit.chunk_tokens = {c.audit.chunk_tokens} is larger than max_completion_length = "
+            f"{c.max_completion_length}: no chunk could ever fit; allowed: 1 to {c.max_completion_length}"
+        )
+    if c.audit.min_continuations > c.audit.num_continuations:
+        raise UserError(
+            f"audit.min_continuations = {c.audit.min_continuations} is larger than audit.num_continuations = "
+            f"{c.audit.num_continuations}: every audit would be dropped"
+        )
+    if c.max_staleness and not objective.of(c).audited:
+        raise UserError(
+            f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} asks none: 0"
+        )
+
+
+def _check_updates(c: ConfigDict) -> None:
+    if c.num_iterations > 1 and not objective.of(c).clips:
+        able = ", ".join(repr(name) for name, o in objective.OBJECTIVES.items() if o.clips)
+        raise UserError(
+            f"num_iterations = {c.num_iterations} is for objective.name = {able}, whose ratio is clipped; "
+            f"{c.objective.name!r} takes 1 update a batch"
+        )
+
+
 def _check_lora(c: ConfigDict) -> None:
-    """What `validate` asks of the adapters."""
     for name in c.lora.targets:
         one_of(name, config.TARGETS, "lora.targets")
     if not c.lora.targets or len(set(c.lora.targets)) < len(c.lora.targets):
@@ -94,3 +120,135 @@ def _check_lora(c: ConfigDict) -> None:
         raise UserError(
             "anchor.ref_offload with lora.rank: the reference is the base that every pass runs through; set it to False"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What the checks have read on the way; `teacher_said` is the teacher's one line, empty without one."""
+
+    attention: str
+    model_cfg: model.ModelConfig
+    trained: dict
+    tokenizer: PreTrainedTokenizerBase
+    prompts: data.Prompts
+    held_out: data.Prompts | None
+    similarity: similarity.Similarity
+    teacher: teachers.Teacher | None
+    teacher_said: str
+
+
+class Findings:
+    """Calls functions and keeps the `UserError`s that they raise; such a call's value is None."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def of(self, function, *args, **kwargs):
+        """function(*args, **kwargs), or None where it found something wrong."""
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def raise_everywhere(self) -> None:
+        """Raises in every process what any of them found.
+
+        Raises:
+          UserError: this process's findings, or those of the others.
+        """
+        by_process = processes.gather("checks", self.problems)
+        if any(by_process):
+            others = [f"process {r}: {p}" for r, found in enumerate(by_process) for p in found]
+            raise UserError("\n".join(dict.fromkeys(self.problems or others)))
+
+
+def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
+    """Reads everything that is small (configs, tokenizer, prompts) and asks the teacher once; loads no weights.
+
+    Raises:
+      UserError: everything that is wrong, in every process.
+    """
+    found, own = Findings(), objective.of(cfg)
+    kernel = found.of(
+        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=attention.platform(None)
+    )
+    model_cfg = found.of(hf.read_config, cfg.student.path)
+    trained = tokenizer = None
+    if model_cfg is not None:
+        trained = found.of(step.trained, model_cfg, cfg)
+        tokenizer = found.of(hf.load_tokenizer, cfg.student.path)
+    prompts, held_out = found.of(load_prompts, cfg, tokenizer) or (None, None)
+    phi = found.of(similarity.make, cfg)
+    for name in graders_of(cfg):
+        found.of(evaluation.grader, name)
+    teacher, said = None, ""
+    if own.asks and kernel is not None:
+        teacher = found.of(teachers.make, cfg)
+    if teacher is not None:
+        said = found.of(lambda: thread.submit(teacher.check()).result())
+    found.raise_everywhere()
+    check_same_prompts(prompts)
+    return Checked(kernel, model_cfg, trained, tokenizer, prompts, held_out, phi, teacher, said)
+
+
+def graders_of(cfg) -> list[str]:
+    """Names of the graders that the run will ask."""
+    return [cfg.reward.grader] * objective.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
+
+
+def load_prompts(cfg, tokenizer) -> tuple[data.Prompts, data.Prompts | None]:
+    """(training prompts, held-out prompts or None), rendered and tokenized where there is a tokenizer.
+
+    Raises:
+      UserError: what is wrong with a file, a data set or a prompt.
+    """
+    prompts = data.load(cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts)
+    held_out = None
+    if cfg.eval.num_prompts:
+        held_out = data.load(
+            cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval"
+        )
+        missing = next((p.id for p in held_out.prompts if p.answer is None), None)
+        if missing is not None:
+            raise UserError(
+                f"eval.num_prompts = {cfg.eval.num_prompts} needs an `answer` a prompt; prompt {missing!r} of "
+                f"{cfg.eval.path or cfg.data.name or 'the world'} has none"
+            )
+    if tokenizer is None:
+        return prompts, held_out
+    return data.encode(prompts, tokenizer, cfg), held_out and data.encode(held_out, tokenizer, cfg)
+
+
+def check_same_prompts(prompts: data.Prompts) -> None:
+    """All processes must read the same prompts: each takes its slice of one permutation.
+
+    Raises:
+      UserError: they do not.
+    """
+    digests = processes.gather("prompts", [len(prompts), teachers.stable_hash(*(p.id for p in prompts.prompts))])
+    if any(d != digests[0] for d in digests):
+        raise UserError(f"the processes read different training prompts: {[d[0] for d in digests]} of them, by process")
+
+
+def check_rows(mesh, cfg) -> None:
+    """A step's rows and prompts must divide over the mesh, and each process's rows must be its own alone.
+
+    Raises:
+      UserError: names the sizes.
+    """
+    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    own, rest = divmod(cfg.prompts_per_step, count)
+    pieces = [len(p) * count for p in np.array_split(np.arange(own), cfg.rollout_groups)]  # as the loop takes them
+    sampled = objective.of(cfg).asks != "solutions"  # else the responses are the teacher's
+    if rest or any((p % shards and sampled) or p * cfg.num_generations % (shards * cfg.micro_batches) for p in pieces):
+        raise UserError(
+            f"prompts_per_step = {cfg.prompts_per_step} x num_generations = {cfg.num_generations} = "
+            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide over "
+            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} process(es)"
+        )
+    owners: dict[int, set] = {}
+    for device, index in sharding.rows_map(mesh, shards).items():
+        owners.setdefault(index, set()).add(device.process_index)
+    if any(len(o) > 1 for o in owners.values()):
+        raise UserError(f"mesh.tp = {mesh.shape['tp']} crosses processes: at most the {len(mesh.local_devices)} devices of one")

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import evaluate, graders
+from omniopd_jax import graders, world
 from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
-from omniopd_jax.evaluation import scores
+from omniopd_jax.evaluation import runner, sampling, scores
 from omniopd_jax.graders import sandbox
 from omniopd_jax.parallel import sharding
 
-HOW = evaluate.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
+HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def whole(tmp_path_factory):
 
 
 def run(cfg, path, out, how=HOW):
-    return evaluate.run(cfg, how, checkpoint=None, benchmarks=[path, "world:forks:test"], limit=5, out=out)
+    return runner.run(cfg, how, checkpoint=None, benchmarks=[path, "world:forks:test"], limit=5, out=out)
 
 
 def test_two_runs_are_equal(whole, tmp_path):
@@ -238,10 +238,10 @@ def test_interrupted_and_resumed_is_the_same_table(whole, tmp_path, monkeypatch)
     def stops(text, answer):
         if next(graded) == 8:
             raise KeyboardInterrupt
-        return evaluate.GRADERS["world"]()(text, answer)
+        return sampling.GRADERS["world"]()(text, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "grader", lambda name: stops)
+        patch.setattr(runner, "grader", lambda name: stops)
         with pytest.raises(KeyboardInterrupt):
             run(cfg, path, tmp_path / "out")
     file = tmp_path / "out" / "sums.jsonl"
@@ -252,10 +252,10 @@ def test_interrupted_and_resumed_is_the_same_table(whole, tmp_path, monkeypatch)
 
     def counts(text, answer):
         asked.append(text)
-        return evaluate.world.grade(text, answer)
+        return world.grade(text, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "grader", lambda name: counts)
+        patch.setattr(runner, "grader", lambda name: counts)
         assert run(cfg, path, tmp_path / "out") == results
     assert len(asked) == 3, "the last batch alone was sampled again"
     for name in ("sums.jsonl", "world_forks_test.jsonl", "table.md"):
@@ -278,10 +278,10 @@ def test_the_key_depends_on_seed_benchmark_problem_and_sample_alone(whole, tmp_p
 def test_results_of_different_settings_are_not_mixed(whole):
     cfg, path, first, _ = whole
     with pytest.raises(UserError, match=r"temperature was 1\.0, is 0\.5.*--out"):
-        run(cfg, path, first, evaluate.How(3, 0.5, 0.9, 12, 5, 6))
+        run(cfg, path, first, runner.How(3, 0.5, 0.9, 12, 5, 6))
     for bad in ({"samples": 0}, {"top_p": 0.0}, {"temperature": 0.0}):
         with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
-            evaluate.How(**{"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0} | bad)
+            runner.How(**{"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0} | bad)
 
 
 @pytest.mark.parametrize("unsafe", [False, True])
@@ -297,25 +297,25 @@ def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, m
         raise UserError("the student's turn")
 
     monkeypatch.setattr(sandbox.Sandbox, "run", run)
-    monkeypatch.setattr(evaluate, "load_student", load)
-    evaluate.grader.cache_clear()
+    monkeypatch.setattr(runner, "load_student", load)
+    sampling.grader.cache_clear()
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS["humaneval"]) + "\n")
     with pytest.raises(UserError, match="the student's turn" if unsafe else "can't isolate"):
-        evaluate.run(
+        runner.run(
             None, HOW, checkpoint=None, benchmarks=[f"humaneval={path}"], limit=0, out=tmp_path / "out", unsafe=unsafe
         )  # fmt: skip
-    evaluate.grader.cache_clear()
+    sampling.grader.cache_clear()
 
 
 def test_a_folder_is_a_run_only_with_a_runs_config(whole, tmp_path):
     cfg, *_ = whole
-    assert not evaluate._is_run(pathlib.Path(cfg.student.path))
-    assert not evaluate._is_run(tmp_path)
+    assert not runner.is_run(pathlib.Path(cfg.student.path))
+    assert not runner.is_run(tmp_path)
     (tmp_path / "config.json").write_text('{"student": {}}')
-    assert evaluate._is_run(tmp_path)
+    assert runner.is_run(tmp_path)
     with pytest.raises(UserError, match="no checkpoint yet"):
-        evaluate.load_student(cfg, str(tmp_path))
+        runner.load_student(cfg, str(tmp_path))
 
 
 def test_the_command_says_what_is_missing_in_one_line():

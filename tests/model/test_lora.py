@@ -11,8 +11,9 @@ import pytest
 import tiny
 from test_step import close, equations, loss_and_grads, make_batch, naive_logp, weights
 
-from omniopd_jax import config, evaluate, export, hf, model, rollout, step, train
+from omniopd_jax import config, export, hf, model, rollout, step, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.evaluation import runner
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, preflight
@@ -265,11 +266,11 @@ def test_other_adapters_are_another_run(folders, whole):
 
 def test_evaluation_and_merged_export_answer_alike(folders, whole):
     c = recipe(folders, "whole")
-    student = evaluate.load_student(c, str(whole))
+    student = runner.load_student(c, str(whole))
     out = export.export(whole, folders[0] / "merged", dtype="float32")
-    other = evaluate.load_student(c, str(out))
+    other = runner.load_student(c, str(out))
     close(student.params, other.params, 1e-6)
-    base = evaluate.load_student(c, None)
+    base = runner.load_student(c, None)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), student.params["layers"][0], base.params["layers"][0])
     assert all(moved[n] > 1e-5 for n in MATRICES)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_step import close
 
-from omniopd_jax import config, model, objective, step, train
+from omniopd_jax import config, hf, model, objective, step, teachers, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import packing, sharding
@@ -314,10 +314,10 @@ def test_cudnn_with_packing_is_refused_before_anything_loads(tmp_path, monkeypat
     monkeypatch.undo()
     c = tiny.recipe(tmp_path / "no student", tmp_path / "no teacher", tmp_path / "run")
     c.update_from_flattened_dict({"packing.length": 512, "model.attention": "cudnn", "compute_dtype": "bfloat16"})
-    monkeypatch.setattr(train.hf, "load", lambda *_, **__: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(train.teachers, "make", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(teachers, "make", lambda *_: pytest.fail("the teacher was asked"))
     with pytest.raises(UserError, match="packing.length=0"):
-        train.prepare(c)
+        train.train(c)
 
 
 def test_a_row_too_short_for_the_longest_response_is_refused():

@@ -1,0 +1,226 @@
+"""Whole benchmarks: every problem answered several times, graded, scored with intervals; an interrupted one goes on."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from omniopd_jax import export, hf, model, rollout
+from omniopd_jax.data import benchmarks as suites
+from omniopd_jax.data import prompts as data
+from omniopd_jax.errors import UserError
+from omniopd_jax.evaluation import scores
+from omniopd_jax.evaluation.sampling import grader, repeated_ngrams
+from omniopd_jax.model import attention
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import logging
+from omniopd_jax.run.checkpoint import Checkpoints
+from omniopd_jax.teachers.protocol import stable_hash
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP."""
+
+    params: dict
+    model_cfg: model.ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How completions are drawn. `rows` is the size of a batch, rounded so that it holds whole prompts."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    rows: int = 64
+
+    def __post_init__(self):
+        for name in ("samples", "max_new_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} = {getattr(self, name)} must be at least 1")
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise UserError(f"--temperature = {self.temperature}, --top_p = {self.top_p}: at least 0, and in (0, 1]")
+        if self.temperature == 0 and self.samples > 1:
+            raise UserError(f"--temperature = 0 makes all samples equal: --samples = {self.samples} must be 1")
+
+    def prompts(self, mesh) -> int:
+        """Prompts a batch: part of what decides the last bits of a completion, so fixed for a table."""
+        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        return -(-max(1, self.rows // self.samples) // shards) * shards
+
+
+def load_student(cfg, checkpoint: str | None) -> Student:
+    """The model of a run's checkpoint, of a Hugging Face folder, or of `cfg.student.path`, on the recipe's mesh.
+
+    Raises:
+      UserError: nothing there, or weights that do not fit their config.
+    """
+    folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
+    if checkpoint:
+        run, step = export.locate(checkpoint)
+        if is_run(run):
+            if step is None:
+                with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
+                    step = checkpoints.latest()
+            if step is None:
+                raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
+            trained = export.read(run, step)
+            folder, source = trained.student, f"{run}/checkpoints/{step}"
+        else:
+            folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
+    mesh = sharding.make_mesh(cfg.mesh)
+    if trained is None:
+        params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
+    else:
+        params, model_cfg = trained.whole(mesh), trained.model_cfg
+    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(mesh))
+    model_cfg = dataclasses.replace(
+        model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
+    )
+    tokenizer = hf.load_tokenizer(folder, setting=setting)
+    params = rollout.prepare(params, model_cfg, model_cfg.mesh)
+    return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether its config.json is a run's, not a model's."""
+    try:
+        return "student" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
+    """`how.samples` completions of every prompt of a suite, graded; those that `path` holds already are kept.
+
+    Completions are written a batch at a time. The batches are the same whatever was there before, and the key of a
+    completion is a function of seed, benchmark, problem and sample alone.
+
+    Returns:
+      One dict a completion: id, sample, text, finish, correct, answer, tokens, repeated.
+    """
+    per = how.prompts(student.model_cfg.mesh)
+    batches = [suite.prompts[i : i + per] for i in range(0, len(suite.prompts), per)]
+    width = rollout.bucket(max(len(p.token_ids) for p in suite.prompts))
+    done = _whole_batches(path, batches, how.samples)
+    if done:
+        logging.say(f"{suite.name}: {len(done)} of {len(batches)} batches were there already")
+    grade = grader(suite.grader)
+    with path.open("a", encoding="utf-8") as file:
+        for i in range(len(done), len(batches)):
+            done.append(_sample_batch(student, suite, how, batches[i], per, width, grade))
+            file.writelines(json.dumps(line) + "\n" for line in done[-1])
+            file.flush()
+            if (i + 1) * 10 // len(batches) > i * 10 // len(batches):
+                logging.say(f"{suite.name}: {i + 1} of {len(batches)} batches")
+    return [line for batch in done for line in batch]
+
+
+def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grade) -> list[dict]:
+    mesh, n = student.model_cfg.mesh, how.samples
+    put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+    padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
+    names = [stable_hash(suite.name, p.id, r) for p in prompts for r in range(n)] + [0] * ((per - len(prompts)) * n)
+    key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
+    out = rollout.sample(
+        student.params, student.model_cfg, *padded, rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
+        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n, end_ids=student.end_ids,
+    )  # fmt: skip
+    token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
+    lines = []
+    for b in range(len(prompts) * n):
+        prompt, tokens = prompts[b // n], token_BT[b, : length_B[b]].tolist()
+        text = student.tokenizer.decode(tokens, skip_special_tokens=True)
+        lines.append({
+            "id": prompt.id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] else "length",
+            "correct": bool(grade(text, prompt.answer)), "answer": suite.extract(text) if suite.extract else None,
+            "tokens": len(tokens), "repeated": repeated_ngrams(tokens),
+        })  # fmt: skip
+    return lines
+
+
+def _whole_batches(path: pathlib.Path, batches, samples: int) -> list[list[dict]]:
+    """The batches that a file holds in full; whatever comes after them, as of a write that was cut off, is taken out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    whole, at = [], 0
+    for batch in batches:
+        wanted = [(p.id, r) for p in batch for r in range(samples)]
+        own = lines[at : at + len(wanted)]
+        if [(c.get("id"), c.get("sample")) for c in own] != wanted:
+            break
+        whole.append(own)
+        at += len(wanted)
+    if path.exists():
+        cut = path.with_suffix(".tmp")
+        cut.write_text("".join(json.dumps(c) + "\n" for batch in whole for c in batch), encoding="utf-8")
+        os.replace(cut, path)
+    return whole
+
+
+def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: int, out, unsafe: bool = False) -> dict:
+    """Answers the benchmarks and writes completions, results.json and table.md into `out`.
+
+    Returns:
+      {benchmark: scores (scores.of)}.
+
+    Raises:
+      UserError: in seconds, before weights are read, where a benchmark can't be had or its programs can't be isolated and
+        `unsafe` is false; or an `out` of another evaluation.
+    """
+    if jax.process_count() > 1:
+        raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
+    loaded = [suites.load(name, limit) for name in benchmarks]
+    if unsafe:
+        loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
+    for suite in loaded:
+        grader(suite.grader)
+    files = [re.sub(r"[^\w.-]+", "_", s.name) + ".jsonl" for s in loaded]
+    if len(set(files)) < len(files):
+        raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
+    student = load_student(cfg, checkpoint)
+    cfg = cfg.copy_and_resolve_references()
+    cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
+    encoded = [data.encode(data.Prompts(s.prompts), student.tokenizer, cfg).prompts for s in loaded]
+    loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _same_evaluation(out, student, how, loaded, cfg.compute_dtype)
+    results = {}
+    for suite, file in zip(loaded, files, strict=True):
+        results[suite.name] = scores.of(answer(student, suite, how, out / file), vote=suite.extract is not None)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(scores.table(results) + "\n")
+    return results
+
+
+def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
+    """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
+    per = how.prompts(student.model_cfg.mesh)
+    now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
+    for suite in loaded:
+        parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]
+        now[f"prompts of {suite.name}"] = stable_hash(*parts)
+    file = out / "settings.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k in before and before[k] != now[k]]
+    if changed:
+        raise UserError(f"{out} holds another evaluation ({'; '.join(changed)}): set another --out")
+    file.write_text(json.dumps(before | now, indent=1) + "\n")

@@ -1,0 +1,109 @@
+"""Greedy answers of a student to prompts with known results: the accuracy that a run reports."""
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+
+import jax
+import numpy as np
+
+from omniopd_jax import graders, rollout, world
+from omniopd_jax.data.prompts import Prompt
+from omniopd_jax.errors import one_of
+from omniopd_jax.graders.code import extract_program
+from omniopd_jax.parallel import processes, sharding
+
+
+def _code(unsafe: bool = False):
+    grader = graders.make("code", unsafe=unsafe)
+    grader.grade("", {"stdin": "", "stdout": ""})  # a machine without a sandbox says so now
+    return lambda text, tests: bool(grader.grade(extract_program(text), json.loads(tests)))
+
+
+GRADERS = {  # name -> () -> ((text, answer) -> bool); started when first used
+    "world": lambda: world.grade,
+    "math": lambda: graders.make("math").grade,
+    "code": _code,  # `answer` is JSON: stdin/stdout pairs or asserts (graders/code.py)
+    "code_unsafe": functools.partial(_code, unsafe=True),  # the same as the current user, under rlimits alone
+    "reasoning_gym": lambda: graders.make("reasoning_gym").grade,  # `answer` names the problem (graders/gym.py)
+}
+
+
+@functools.cache
+def grader(name: str):
+    """The grader of that name, one a process: (text, answer) -> bool.
+
+    Raises:
+      UserError: unknown name, or a machine that can't run it.
+    """
+    return GRADERS[one_of(name, GRADERS, "grader")]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """accuracy in [0, 1]; mean length in tokens; share of responses cut at the cap; share of repeated 4-grams."""
+
+    accuracy: float
+    mean_length: float
+    truncated_fraction: float
+    repeated_fraction: float
+    texts: tuple[str, ...]
+    correct: tuple[bool, ...]
+
+
+def greedy(params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader, max_new_tokens: int, rows=256):
+    """Greedy answers, graded.
+
+    Args:
+      params: the model's parameters, stacked or as `rollout.prepare` returns them.
+      prompts: encoded, each with an answer.
+      grader: (text, answer) -> bool.
+      rows: prompts a batch; the last batch is filled up, so that there is one shape. With `model_cfg.mesh` each process
+        answers and grades its slice of every batch.
+
+    Returns:
+      Evaluation, the same in every process.
+    """
+    mesh = model_cfg.mesh
+    if isinstance(params["layers"], dict):
+        params = rollout.prepare(params, model_cfg, mesh)
+    rank, count, shards = 0, 1, 1
+    if mesh is not None:
+        rank, count, shards = jax.process_index(), jax.process_count(), mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = -(-min(rows, len(prompts)) // shards) * shards
+    own = rows // count
+    width = rollout.bucket(max(len(p.token_ids) for p in prompts))
+    batches = []
+    for start in range(rank * own, len(prompts) + rank * own, rows):
+        part = prompts[start : start + own]
+        ids = [p.token_ids for p in part] + [(0,)] * (own - len(part))
+        put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+        padded, index_B = put(rollout.pad_rows(ids, width)), put(np.arange(own, dtype=np.uint32))
+        out = rollout.sample(
+            params, model_cfg, *padded, rollout.row_keys(_unused_key(), index_B), max_new_tokens=max_new_tokens,
+            temperature=0.0, end_ids=end_ids,
+        )  # fmt: skip
+        answers = []
+        arrays = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
+        for prompt, tokens, n, done in zip(part, *arrays):
+            text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
+            correct = bool(grader(text, prompt.answer))
+            answers.append([text, correct, int(n), bool(done), repeated_ngrams(tokens[:n].tolist())])
+        batches.append(answers)
+    parts = [batches] if count == 1 else processes.gather("evaluation", batches)
+    answers = [a for batch in zip(*parts, strict=True) for piece in batch for a in piece]
+    texts, correct, lengths, finished, repeats = zip(*answers, strict=True)
+    means = [float(np.mean(a)) for a in (correct, lengths, finished, repeats)]
+    return Evaluation(means[0], means[1], 1 - means[2], means[3], texts, correct)
+
+
+def repeated_ngrams(tokens: list[int], n: int = 4) -> float:
+    """Share of a response's n-grams that it has had before: what repetition loops push to 1."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(Counter(grams)) / len(grams) if grams else 0.0
+
+
+def _unused_key():
+    """Greedy decoding draws nothing; the sampler still wants keys."""
+    return jax.random.key(jax.device_put(np.uint32(0)))
