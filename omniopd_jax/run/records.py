@@ -4,6 +4,8 @@ Pure functions from a step's data to records. Settings bound how many are kept a
 out is counted, in the record where a text was cut and in the return value where whole records were not kept.
 """
 
+import dataclasses
+
 import numpy as np
 
 from omniopd_jax.teachers.wire import instruct
@@ -108,44 +110,101 @@ def _of_another_prompt(audits, i: int) -> list[str]:
     return []
 
 
-def audit_records(audits, responses, feedback, targets, step: int, cfg, *, by_chance: dict, graded: dict) -> list[dict]:
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the records of a step are made from.
+
+    Attributes:
+      number: of the step. cfg: the config.
+      responses: experience.Responses. scores: experience.Scores, or None where nothing was scored.
+      peak_BM: int32, host. feedback: audit.Feedback.
+      targets: objective.ChunkTargets, host arrays, or None for an objective without chunks.
+    """
+
+    number: int
+    cfg: object
+    responses: object
+    scores: object
+    peak_BM: np.ndarray
+    feedback: object
+    targets: object
+
+    def entropy(self, b: int) -> np.ndarray:
+        """Entropies of a row's tokens; empty where nothing was scored."""
+        return np.zeros(0) if self.scores is None else self.scores.entropy_BT[b, : len(self.responses.tokens[b])]
+
+    def chunk(self, b: int, m: int) -> dict:
+        """What became of a chunk."""
+        t = self.targets
+        return {
+            "k_sem": _round(self.feedback.k_sem_BM[b, m]), "n": int(self.feedback.n_BM[b, m]), "kept": bool(t.keep_BM[b, m]),
+            "pi_bar": _round(t.pi_bar_BM[b, m]), "pi_hat": _round(t.pi_hat_BM[b, m]), "weight": _round(t.weight_BM[b, m]),
+        }  # fmt: skip
+
+    def about(self, b: int, texts: Texts, grade) -> dict:
+        """Which response this is, of which question."""
+        prompt = self.responses.prompts[b]
+        answer = None if prompt.answer is None else texts.start(str(prompt.answer), ANSWER_CHARACTERS)
+        return {
+            "step": self.number, "prompt_id": prompt.id, "sample_id": self.responses.sample_ids[b],
+            "response": b % self.cfg.num_generations, "question": texts.start(question(prompt.messages)), "answer": answer,
+            "grade": grade,
+        }  # fmt: skip
+
+
+def audit_records(step: Step, audits, *, by_chance: dict, graded: dict) -> list[dict]:
     """One record an audit: question, place, texts, agreement, weight, cost.
 
     Args:
-      audits: from `choose`.
-      responses: experience.Responses; feedback: audit.Feedback; targets: objective.ChunkTargets, host arrays.
-      by_chance: from `chance`. graded: from `grades`.
+      audits: from `choose`. by_chance: from `chance`. graded: from `grades`.
     """
-    return [
-        _audit(a, responses, feedback, targets, step, cfg, by_chance.get(i), graded.get(a.row)) for i, a in enumerate(audits)
-    ]
+    return [_audit(step, a, by_chance.get(i), graded.get(a.row)) for i, a in enumerate(audits)]
 
 
-def _audit(a, responses, feedback, targets, step: int, cfg, by_chance, grade) -> dict:
-    b, m, peak, prompt = a.row, a.m, a.request.peak, responses.prompts[a.row]
-    texts, entropy_T = Texts(cfg.log.text_characters), responses.entropy_BT[b]
-    continuations = [c.text for c in a.result.continuations]
-    record = {
-        "step": step, "prompt_id": prompt.id, "sample_id": a.request.sample_id, "response": b % cfg.num_generations,
-        "question": texts.start(question(a.request.messages)),
-        "answer": None if prompt.answer is None else texts.start(str(prompt.answer), ANSWER_CHARACTERS), "grade": grade,
-        "peak": peak, "response_tokens": len(responses.tokens[b]), "prefix_characters": len(a.request.prefix),
+def _audit(step: Step, a, by_chance, grade) -> dict:
+    b, peak, texts = a.row, a.request.peak, Texts(step.cfg.log.text_characters)
+    continuations, entropy_T = [c.text for c in a.result.continuations], step.entropy(b)
+    record = step.about(b, texts, grade) | {
+        "peak": peak, "response_tokens": len(step.responses.tokens[b]), "prefix_characters": len(a.request.prefix),
         "prefix_end": texts.end(a.request.prefix, PREFIX_CHARACTERS),
-        "prefix_perplexity": _round(np.exp(-responses.logp_BT[b, :peak].mean())) if peak else None,
+        "prefix_perplexity": _round(np.exp(-step.scores.logp_BT[b, :peak].mean())) if peak else None,
         "entropy": _round(entropy_T[peak]),
         "chunk_entropy": [_round(h) for h in entropy_T[peak : peak + min(8, a.request.max_tokens)]],
         "chunk": texts.start(a.chunk), "continuations": [texts.start(t) for t in continuations],
         "failures": [texts.start(f.error) for f in a.result.failures],
         "restarted": sum(restarts(a.request.prefix, t) for t in continuations),
         "explained": sum(explains(t) for t in continuations),
-        "similarity": [_round(s) for s in a.similarity], "k_sem": _round(feedback.k_sem_BM[b, m]),
-        "n": int(feedback.n_BM[b, m]), "kept": bool(targets.keep_BM[b, m]),
-        "pi_bar": _round(targets.pi_bar_BM[b, m]), "pi_hat": _round(targets.pi_hat_BM[b, m]),
-        "weight": _round(targets.weight_BM[b, m]), "latency_s": _round(a.result.latency_s),
-        "cost_usd": a.result.usage.cost_usd,
+        "similarity": [_round(s) for s in a.similarity], **step.chunk(b, a.m),
+        "latency_s": _round(a.result.latency_s), "cost_usd": a.result.usage.cost_usd,
     }  # fmt: skip
     if by_chance:
         record["chance"] = by_chance
+    if texts.left_out:
+        record["left_out_characters"] = texts.left_out
+    return record
+
+
+def completion_records(step: Step, rows: list[int], decoder, *, graded: dict) -> list[dict]:
+    """One record a whole response: its tokens' texts and entropies, its chunks with what the teacher made of them.
+
+    Args:
+      rows: from `choose`. decoder: audit.Decoder. graded: from `grades`.
+    """
+    return [_completion(step, b, decoder, graded.get(b)) for b in rows]
+
+
+def _completion(step: Step, b: int, decoder, grade) -> dict:
+    tokens, texts, entropy_T = step.responses.tokens[b], Texts(step.cfg.log.text_characters), step.entropy(b)
+    parts = pieces(decoder, tokens, step.cfg.log.text_characters)
+    chunks = [] if step.targets is None else [(m, int(p)) for m, p in enumerate(step.peak_BM[b]) if p >= 0]
+    record = step.about(b, texts, grade) | {
+        "finished": bool(step.responses.finished_B[b]), "tokens": len(tokens),
+        "mean_entropy": _round(entropy_T.mean()) if entropy_T.size else None, "text": "".join(parts), "pieces": parts,
+        "entropy": [_round(h, 3) for h in entropy_T[: len(parts)]], "chunk_tokens": step.cfg.audit.chunk_tokens,
+        "chunks": [{"peak": peak} | step.chunk(b, m) for m, peak in chunks],
+    }  # fmt: skip
+    if len(parts) < len(tokens):
+        record["left_out_tokens"] = len(tokens) - len(parts)
     if texts.left_out:
         record["left_out_characters"] = texts.left_out
     return record
@@ -160,41 +219,6 @@ def restarts(prefix: str, text: str) -> bool:
 def explains(text: str) -> bool:
     """Whether a continuation says what it is about to do ("Sure! Here is ...") in place of doing it."""
     return bool(instruct.PREAMBLE.match(text) or instruct.ASSENT.match(text))
-
-
-def completion_records(rows, responses, feedback, targets, step: int, cfg, decoder, *, graded: dict) -> list[dict]:
-    """One record a whole response: its tokens' texts and entropies, its chunks with what the teacher made of them.
-
-    Args:
-      rows: from `choose`. decoder: audit.Decoder. The others as in `audit_records`.
-    """
-    out = []
-    for b in rows:
-        prompt, tokens, texts = responses.prompts[b], responses.tokens[b], Texts(cfg.log.text_characters)
-        parts = pieces(decoder, tokens, cfg.log.text_characters)
-        entropy = [_round(h, 3) for h in responses.entropy_BT[b, : len(parts)]]
-        record = {
-            "step": step, "prompt_id": prompt.id, "sample_id": responses.sample_ids[b], "response": b % cfg.num_generations,
-            "question": texts.start(question(prompt.messages)),
-            "answer": None if prompt.answer is None else texts.start(str(prompt.answer), ANSWER_CHARACTERS),
-            "grade": graded.get(b), "finished": bool(responses.finished_B[b]), "tokens": len(tokens),
-            "mean_entropy": _round(responses.entropy_BT[b, : len(tokens)].mean()) if tokens else None,
-            "text": "".join(parts), "pieces": parts, "entropy": entropy, "chunk_tokens": cfg.audit.chunk_tokens,
-            "chunks": [
-                {
-                    "peak": int(peak), "k_sem": _round(feedback.k_sem_BM[b, m]), "n": int(feedback.n_BM[b, m]),
-                    "kept": bool(targets.keep_BM[b, m]), "pi_bar": _round(targets.pi_bar_BM[b, m]),
-                    "pi_hat": _round(targets.pi_hat_BM[b, m]), "weight": _round(targets.weight_BM[b, m]),
-                }
-                for m, peak in enumerate(responses.peak_BM[b]) if peak >= 0
-            ],
-        }  # fmt: skip
-        if len(parts) < len(tokens):
-            record["left_out_tokens"] = len(tokens) - len(parts)
-        if texts.left_out:
-            record["left_out_characters"] = texts.left_out
-        out.append(record)
-    return out
 
 
 def pieces(decoder, tokens: list[int], limit: int) -> list[str]:

@@ -1,13 +1,15 @@
 """Records of audits, whole responses and evaluations: what they hold, their bounds, and that what is left out is counted."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import audit, config, evaluate, experience, similarity
+from omniopd_jax import audit, config, experience, similarity
 from omniopd_jax.data.prompts import Prompt
+from omniopd_jax.evaluation.sampling import Evaluation
 from omniopd_jax.objective import ChunkTargets
 from omniopd_jax.run import records
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure, Usage
@@ -35,13 +37,14 @@ def cfg():
 
 @pytest.fixture
 def step(decoder, tokens, cfg):
-    """(responses, feedback, targets): two prompts with two responses each, a chunk at token 1 and one at 4 where it fits."""
+    """Two prompts with two responses each, a chunk at token 1 and one at 4 where it fits."""
     T = max(map(len, tokens))
     prompts = [Prompt(f"p{b // 2}", ({"role": "user", "content": f"Question {b // 2}"},), "7") for b in range(B)]
     peaks = np.array([[1 if len(t) >= 3 else -1, 4 if len(t) >= 6 else -1] for t in tokens], np.int32)
     grid = np.linspace(0.1, 2, B * T, dtype=np.float32).reshape(B, T)
     ids = [f"s{b}" for b in range(B)]
-    responses = experience.Responses(prompts, ids, tokens, np.ones(B, bool), -grid, grid, peaks, 0.0)
+    responses = experience.Responses(prompts, ids, tokens, np.ones(B, bool))
+    scores = experience.Scores(-grid, grid, None, None)
     audits = audit.plan(decoder, prompts, tokens, peaks, ids, cfg)
     for a in audits:
         texts = [a.chunk, a.chunk + "!", "Sure! Here is the continuation: 7"]
@@ -50,24 +53,21 @@ def step(decoder, tokens, cfg):
     feedback = audit.compare(similarity.edit, audits, (B, M), cfg, trim=False)
     keep = peaks >= 0
     half = np.full((B, M), 0.5, np.float32)
-    return responses, feedback, ChunkTargets(keep, half, half, half - 0.25)
+    return records.Step(3, cfg, responses, scores, peaks, feedback, ChunkTargets(keep, half, half, half - 0.25))
 
 
-def made(step, cfg, decoder, *, limit=64, completions=4, grade=None, pairs=0):
-    responses, feedback, targets = step
-    audits, rows, left, left_whole = records.choose(feedback, B, limit, completions)
-    graded = records.grades(responses, None, grade, decoder, list(range(B)))
+def made(step, decoder, *, limit=64, completions=4, grade=None, pairs=0):
+    audits, rows, left, left_whole = records.choose(step.feedback, B, limit, completions)
+    graded = records.grades(step.responses, None, grade, decoder, list(range(B)))
     by_chance = records.chance(similarity.edit, audits, pairs)
-    kinds = {"by_chance": by_chance, "graded": graded}
     return (
-        records.audit_records(audits, responses, feedback, targets, 3, cfg, **kinds),
-        records.completion_records(rows, responses, feedback, targets, 3, cfg, decoder, graded=graded),
-        left, left_whole,
+        records.audit_records(step, audits, by_chance=by_chance, graded=graded),
+        records.completion_records(step, rows, decoder, graded=graded), left, left_whole,
     )  # fmt: skip
 
 
 def test_an_audit_says_who_asked_where_and_what_came(step, cfg, decoder, tokens):
-    (first, *_), _, left, _ = made(step, cfg, decoder, grade=lambda text, answer: answer in text)
+    (first, *_), _, left, _ = made(step, decoder, grade=lambda text, answer: answer in text)
     assert first["question"] == "Question 0" and first["answer"] == "7" and first["grade"] is True and left == 0
     assert (first["step"], first["prompt_id"], first["sample_id"], first["response"]) == (3, "p0", "s0", 0)
     assert (first["peak"], first["response_tokens"], first["cost_usd"], first["latency_s"]) == (1, len(tokens[0]), 0.5, 0.25)
@@ -79,7 +79,7 @@ def test_an_audit_says_who_asked_where_and_what_came(step, cfg, decoder, tokens)
 
 
 def test_a_response_is_kept_whole_with_its_tokens_entropies_and_chunks(step, cfg, decoder, tokens):
-    _, whole, _, left = made(step, cfg, decoder)
+    _, whole, _, left = made(step, decoder)
     assert [c["text"] for c in whole] == list(TEXTS) and left == 0
     for c, row in zip(whole, tokens, strict=True):
         assert "".join(c["pieces"]) == c["text"] and len(c["pieces"]) == len(c["entropy"]) == c["tokens"] == len(row)
@@ -94,48 +94,56 @@ def test_pieces_of_characters_that_several_tokens_share_stand_at_the_last_one(de
     assert "".join(pieces) == "a 世界 🌍 b" and "" in pieces and "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 64])
+def test_audits_are_bounded_and_taken_over_the_whole_batch(step, decoder, limit):
+    audits, _, left, _ = made(step, decoder, limit=limit, completions=0)
+    total = len(step.feedback.audits)
+    assert len(audits) == min(limit, total) and left == total - len(audits)
+    even = [step.feedback.audits[i * total // limit] for i in range(len(audits))] if limit < total else step.feedback.audits
+    assert [(a["sample_id"], a["peak"]) for a in audits] == [(a.request.sample_id, a.request.peak) for a in even]
+
+
+def test_what_nothing_scored_and_nobody_audited_is_still_kept_whole(step, decoder):
+    bare = dataclasses.replace(step, scores=None, targets=None)
+    (whole, *_) = records.completion_records(bare, [0], decoder, graded={0: 1.0})
+    assert whole["text"] == TEXTS[0] and whole["entropy"] == [] and whole["chunks"] == [] and whole["grade"] == 1.0
+
+
 def test_what_is_left_out_is_counted(step, cfg, decoder):
-    audits, whole, left, left_whole = made(step, cfg, decoder, limit=2, completions=1)
-    _, feedback, _ = step
-    assert len(audits) == 2 and left == len(feedback.audits) - 2 and len(whole) == 1 and left_whole == B - 1
+    audits, whole, left, left_whole = made(step, decoder, limit=2, completions=1)
+    assert len(audits) == 2 and left == len(step.feedback.audits) - 2 and len(whole) == 1 and left_whole == B - 1
     cfg.log.text_characters = 5
-    audits, whole, *_ = made(step, cfg, decoder)
+    audits, whole, *_ = made(step, decoder)
     assert all(len(t) <= 5 for a in audits for t in [a["question"], a["chunk"], a["prefix_end"], *a["continuations"]])
     assert audits[0]["left_out_characters"] > 0
     assert all(len(c["text"]) <= 5 for c in whole) and whole[0]["left_out_tokens"] == whole[0]["tokens"] - len(whole[0]["pieces"])
 
 
 def test_audits_of_whole_responses_come_first(step, cfg, decoder):
-    _, feedback, _ = step
-    audits, rows, *_ = records.choose(feedback, B, 2, 1)
+    audits, rows, *_ = records.choose(step.feedback, B, 2, 1)
     assert rows == [0] and {a.row for a in audits} == {0}
-    assert records.choose(feedback, B, 0, 0)[:2] == ([], [])
+    assert records.choose(step.feedback, B, 0, 0)[:2] == ([], [])
 
 
 def test_grades_are_the_step_s_rewards_where_it_has_them(step, decoder):
-    responses, *_ = step
-    assert records.grades(responses, np.array([1, 0, 0.5, 1], np.float32), None, decoder, [0, 2]) == {0: 1.0, 2: 0.5}
-    assert records.grades(responses, None, None, decoder, [0]) == {}
+    assert records.grades(step.responses, np.array([1, 0, 0.5, 1], np.float32), None, decoder, [0, 2]) == {0: 1.0, 2: 0.5}
+    assert records.grades(step.responses, None, None, decoder, [0]) == {}
 
 
 def test_chance_compares_with_another_prompt_and_stays_within_its_bound(step, cfg, decoder):
-    _, feedback, _ = step
-    by_chance = records.chance(similarity.edit, feedback.audits, 4)
+    by_chance = records.chance(similarity.edit, step.feedback.audits, 4)
     assert sum(map(len, by_chance.values())) <= 4 and by_chance
-    prompts = {a.request.messages for a in feedback.audits}
-    assert len(prompts) == 2
-    alone = [a for a in feedback.audits if a.row < 2]
+    alone = [a for a in step.feedback.audits if a.row < 2]
     assert records.chance(similarity.edit, alone, 4) == {}
-    assert records.chance(similarity.edit, feedback.audits, 0) == {}
+    assert records.chance(similarity.edit, step.feedback.audits, 0) == {}
 
 
 def test_failures_and_lone_surrogates_survive_as_json(step, cfg, decoder):
-    _, feedback, _ = step
-    feedback.audits[0].result = ContinuationResult(
+    step.feedback.audits[0].result = ContinuationResult(
         (Continuation(0, "\ud800 \x00 \u202e", "stop"),), (Failure(1, "gone"), Failure(2, "gone")), Usage(), 0.0
     )
-    feedback.audits[0].similarity = np.array([0.1], np.float32)
-    (first, *_), *_ = made(step, cfg, decoder)
+    step.feedback.audits[0].similarity = np.array([0.1], np.float32)
+    (first, *_), *_ = made(step, decoder)
     assert first["failures"] == ["gone", "gone"]
     assert json.loads(json.dumps(first))["continuations"] == ["\ud800 \x00 \u202e"]
 
@@ -149,7 +157,7 @@ def test_an_answer_that_starts_over_is_told_from_one_that_goes_on():
 
 def test_evaluations_keep_the_first_answers_and_count_the_others(cfg):
     prompts = [Prompt(f"e{i}", ({"role": "user", "content": "Q"},), "7") for i in range(5)]
-    evaluation = evaluate.Evaluation(0.4, 3.0, 0.0, 0.0, tuple("abcde"), (True, False, True, False, False))
+    evaluation = Evaluation(0.4, 3.0, 0.0, 0.0, tuple("abcde"), (True, False, True, False, False))
     cfg.log.evaluation_answers = 3
     kept, left = records.evaluation_records(evaluation, prompts, 20, cfg)
     assert [(r["prompt_id"], r["text"], r["correct"], r["step"]) for r in kept][:2] == [("e0", "a", True, 20), ("e1", "b", False, 20)]
