@@ -9,7 +9,7 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import experience, objective, rollout
+from omniopd_jax import experience, graders, objective, rollout
 from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
@@ -37,7 +37,7 @@ def train(cfg: ConfigDict) -> dict:
 
 
 def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
-    """Evaluates, takes the steps that are left, evaluates again; returns the summary."""
+    """Evaluates, takes the steps that are left, the last one evaluated too; returns the summary."""
     state, totals = setup.first_state(run, checkpoints)
     with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
         if run.held_out and totals.get("accuracy_before") is None:
@@ -48,9 +48,11 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
             state = loop(run, state, checkpoints, reports)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
-        after = evaluate(run, state, reports) if run.held_out else None
+        step = int(jax.device_get(state.step))
+        if run.held_out and (reports.evaluated is None or reports.evaluated[0] != step):
+            evaluate(run, state, reports)  # a finished run that was started again
         reports.close()
-        out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
+        out = reporting.summary(run, step, totals, reports.evaluated and reports.evaluated[1]) | {"exit_code": 0}
         processes.barrier("end")
         return out
 
@@ -101,7 +103,7 @@ def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Expe
     rewards = teacher_logp_BT = None
     if objective.needs_reward(cfg):
         with phase("reward"):
-            rewards = experience.grade(evaluation.grader(cfg.reward.grader), responses, student.decoder)
+            rewards = experience.grade(graders.shared(cfg.reward.grader), responses, student.decoder)
     if objective.of(cfg).asks == "logp":
         with phase("teacher_wait"):
             T = group.scores.logp_BT.shape[1]
@@ -138,7 +140,8 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
                     jax.block_until_ready(state.step)
             stop.agreed = processes.any_of("stop", stop.requested)
             done = t + 1 == cfg.num_steps
-            if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
+            due = done or (cfg.eval.every and (t + 1) % cfg.eval.every == 0)
+            if run.held_out and due and not stop.agreed:
                 evaluate(run, state, reports)
                 stop.agreed = processes.any_of("stop", stop.requested)  # a signal may have come meanwhile
             reports.add(t, values, targets, got, run.timer.take())
@@ -175,7 +178,7 @@ def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         found = evaluation.greedy(
             run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
-            grader=evaluation.grader(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
         )  # fmt: skip
     reports.evaluation(int(jax.device_get(state.step)), found)
     return found.accuracy

@@ -1,7 +1,6 @@
 """Peaks -> prefixes -> continuations -> k_sem: the texts against decode itself, the traffic, the arithmetic, the log."""
 
 import asyncio
-import json
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from omniopd_jax import audit, config, objective, similarity, teachers
+from omniopd_jax import audit, config, similarity, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure, Usage
 from omniopd_jax.teachers.simulated import SimulatedTeacher

@@ -74,7 +74,8 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
     n, grader = config.get("eval", {}).get("num_prompts"), config.get("eval", {}).get("grader")
     out = []
     if before is not None and after is not None:
-        out.append(("accuracy before and after", f"{before:.1%} and {after:.1%}, greedy, {n} held-out prompts, grader {grader}"))
+        measured = f"{before:.1%} and {after:.1%}, greedy, {n} held-out prompts, grader {grader}"
+        out.append(("accuracy before and after", measured))
     else:
         out.append(("accuracy before and after", "not measured at this step"))
     if not asked or not summary:
@@ -152,7 +153,7 @@ def check(name: str) -> None:
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:
-        raise UserError(f"--push_to_hub={name}: the hub does not take the token or does not answer: {_reason(error)}") from error
+        raise UserError(f"--push_to_hub={name}: the hub refuses the token or does not answer: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

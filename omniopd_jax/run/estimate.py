@@ -34,6 +34,34 @@ def dollars(usd: float, state: str) -> str:
     return f"${usd:,.2f}"
 
 
+def table(e: budget.Estimate, state: str) -> str:
+    """Calls, tokens, dollars and hours, low, middle and high; a price that is unknown stays so."""
+    rows = [("", "low", "middle", "high")]
+    rows += [
+        (name, *(format(v, form) for v in values))
+        for name, values, form in (
+            ("calls", e.calls, ",.0f"), ("tokens in", e.tokens_in, ",.0f"), ("tokens out", e.tokens_out, ",.0f")
+        )
+    ]  # fmt: skip
+    rows.append(("dollars", *(dollars(v, state) for v in e.usd)))
+    rows.append(("hours of the teacher", *(format(v, ",.2f") for v in e.hours)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+
+
+def confirm(cfg, asks_teacher: bool) -> None:
+    """`Preview.confirm`; settings that can't be priced are left to the run's own checks, which name all that is wrong.
+
+    Raises:
+      UserError: the run is likely to cost more than `budget.confirm_usd` and has no cap.
+    """
+    try:
+        preview = Preview(cfg, asks_teacher)
+    except UserError:
+        return
+    preview.confirm()
+
+
 class Preview:
     """A run's estimate and what it is made of.
 
@@ -61,18 +89,8 @@ class Preview:
         if e is None:
             why = "is in process" if cfg.teacher.provider not in CLIENTS else "is not asked, or replayed from its journal"
             return f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
-        rows = [("", "low", "middle", "high")]
-        rows += [
-            (name, *(format(v, form) for v in values))
-            for name, values, form in (
-                ("calls", e.calls, ",.0f"), ("tokens in", e.tokens_in, ",.0f"), ("tokens out", e.tokens_out, ",.0f")
-            )
-        ]  # fmt: skip
-        rows.append(("dollars", *(dollars(v, self.state) for v in e.usd)))
-        rows.append(("hours of the teacher", *(format(v, ",.2f") for v in e.hours)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"{cfg.objective.name} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
-        lines += ["  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
+        lines.append(table(e, self.state))
         lines += self.caps()
         if self.state == UNKNOWN:
             lines.append("the price is unknown: set teacher.price_input and teacher.price_output (USD per million tokens)")

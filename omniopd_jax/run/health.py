@@ -83,6 +83,27 @@ def metrics(findings: list[Finding]) -> dict[str, int]:
     return {f"health/{name}": int(name in tripped) for name in CHECKS}
 
 
+class Watch:
+    """The checks of a run that is going on: told each step, it says what trips and what has not been said lately.
+
+    Args:
+      cfg: {dotted key: value}. rows: metrics of the steps before, of a run that was resumed.
+    """
+
+    def __init__(self, cfg: dict, rows: list[dict]):
+        self._cfg, self._rows, self._said = cfg, list(rows), {}
+        self._recent: list[tuple[list, list]] = []
+
+    def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
+        """(all findings, those that were not said within the last WINDOW steps)."""
+        self._rows.append(row)
+        self._recent = [*self._recent, (audits, completions)][-WINDOW:]
+        found = check(self._rows, *([r for step in self._recent for r in step[i]] for i in (0, 1)), self._cfg)
+        new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
+        self._said |= {f.check: row["step"] for f in found}
+        return found, new
+
+
 def teacher_not_sampling(v: View):
     """A greedy teacher makes all continuations of a chunk equal."""
     if not v.audits:
@@ -230,7 +251,7 @@ def no_progress(v: View):
     """Accuracy or reward does not rise."""
     why = "the run costs the same whether it helps or not"
     turn = "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the teacher's own accuracy"
-    points = [(r["step"], r["eval/accuracy"]) for r in v.rows if _number(r.get("eval/accuracy"))]
+    points = evaluations(v.rows)
     n, steps = v.cfg.get("eval.num_prompts", 0), v.cfg.get("num_steps", 0)
     if len(points) > 1 and n and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
         (_, before), (step, after) = points[0], points[-1]
@@ -247,6 +268,17 @@ def no_progress(v: View):
     if np.mean(last) - np.mean(first) <= noise:
         return f"the reward was {np.mean(first):.3f}, is {np.mean(last):.3f} (noise {noise:.3f})", why, turn
     return None
+
+
+def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
+    """[(updates before it, accuracy), ...] of a run's evaluations, the one before training included."""
+    out = {}
+    for r in rows:
+        if _number(r.get("eval/accuracy_before")):
+            out[0] = r["eval/accuracy_before"]
+        if _number(r.get("eval/accuracy")):
+            out[int(r.get("eval/updates", r["step"] + 1))] = r["eval/accuracy"]
+    return sorted(out.items())
 
 
 def budget_pace(v: View):

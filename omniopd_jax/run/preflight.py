@@ -10,13 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from omniopd_jax import config, hf, model, objective, similarity, step, teachers
+from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import profiling
+from omniopd_jax.run import profiling, trackers
 from omniopd_jax.run.host import AsyncThread
 
 LEAST = {  # dotted key -> the smallest value that it may have
@@ -28,7 +27,8 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
     "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
-    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
+    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
+    "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
@@ -42,7 +42,7 @@ def validate(c: ConfigDict) -> None:
       UserError: one line naming the key, its value and what is allowed.
     """
     choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES, "eval.grader": evaluation.GRADERS, "reward.grader": evaluation.GRADERS,
+        "objective.name": objective.OBJECTIVES, "eval.grader": graders.GRADERS, "reward.grader": graders.GRADERS,
         "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
     }  # fmt: skip
     for path, allowed in choices.items():
@@ -62,6 +62,7 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    trackers.check(c.log.trackers)
     _check_sizes(c)
     _check_audits(c)
     _check_updates(c)
@@ -181,7 +182,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     prompts, held_out = found.of(load_prompts, cfg, tokenizer) or (None, None)
     phi = found.of(similarity.make, cfg)
     for name in graders_of(cfg):
-        found.of(evaluation.grader, name)
+        found.of(graders.shared, name)
     teacher, said = None, ""
     if own.asks and kernel is not None:
         teacher = found.of(teachers.make, cfg)

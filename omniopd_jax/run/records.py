@@ -44,21 +44,23 @@ def question(messages) -> str:
     return content if isinstance(content, str) else str(content)
 
 
-def grades(responses, rewards, grade, decoder, rows: list[int]) -> dict[int, bool | float]:
+def grades(responses, rewards, grade_all, decoder, rows: list[int]) -> dict[int, bool | float]:
     """{row: task reward, or whether the answer is right}; rows without a right answer are left out.
 
     Args:
       responses: experience.Responses.
       rewards: float [B] where the step has them, else None.
-      grade: (text, answer) -> bool, or None where the run has no grader that may be asked for the log.
+      grade_all: (texts, answers) -> grades, or None where the run has no grader that may be asked for the log.
       rows: those that the records show.
     """
     if rewards is not None:
         return {b: _round(rewards[b]) for b in rows}
-    if grade is None:
+    if grade_all is None:
         return {}
     known = [b for b in rows if responses.prompts[b].answer is not None]
-    return {b: bool(grade(decoder.text(responses.tokens[b]), responses.prompts[b].answer)) for b in known}
+    texts = [decoder.text(responses.tokens[b]) for b in known]
+    found = grade_all(texts, [responses.prompts[b].answer for b in known])
+    return {b: bool(g) for b, g in zip(known, found, strict=True)}
 
 
 def choose(feedback, rows: int, audit_limit: int, completion_limit: int) -> tuple[list, list[int], int, int]:

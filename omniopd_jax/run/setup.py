@@ -16,7 +16,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, preflight, profiling
+from omniopd_jax.run import estimate, logging, preflight, profiling
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
@@ -76,7 +76,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -86,13 +86,14 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(teacher: Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, teacher: Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
     if hasattr(teacher, "budget"):
         teacher.budget.divide(hosts)
     if getattr(teacher, "report", None):
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.estimate().table()}")
+        coming = estimate.table(teacher.estimate(), estimate.price_state(cfg, True))
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{coming}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:

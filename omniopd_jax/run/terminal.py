@@ -1,6 +1,5 @@
 """What a person sees at the terminal: a status line that fits its width, warnings, the end table."""
 
-import contextlib
 import shutil
 import sys
 import time
@@ -112,16 +111,11 @@ class Progress:
         bar = ProgressBar(total=max(1, self._status.total), completed=self._status.done, width=min(40, width))
         return Group(bar, Text(self._status.line(width)))
 
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """Names what the run is at, in the line; elsewhere a line each the first time, while it compiles."""
+    def enter(self, name: str) -> None:
+        """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has finished."""
         self._status.enter(name)
-        if self._live is None and not self._status.values:
+        if self._live is None and name and not self._status.values:
             say(self._status.line())
-        try:
-            yield
-        finally:
-            self._status.enter("")
 
     def step(self, step: int, values: dict) -> None:
         """Shows a finished step (counted from 1) and its main figures."""

@@ -7,6 +7,8 @@ from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import estimate
 
+OWN = "http://127.0.0.1:9/v1"
+
 
 @pytest.fixture(autouse=True)
 def no_addresses(monkeypatch):
@@ -38,7 +40,7 @@ def test_an_unknown_price_is_never_zero_dollars(tmp_path):
 
 
 def test_a_server_of_ones_own_has_no_price(tmp_path):
-    text = preview(tmp_path, "openai", "Qwen3", **{"teacher.base_url": "http://127.0.0.1:9/v1"}).text()
+    text = preview(tmp_path, "openai", "Qwen3", **{"teacher.base_url": OWN}).text()
     assert "no price" in text and "$0.00" not in text
 
 
@@ -65,8 +67,8 @@ def test_a_dear_run_without_a_cap_is_refused_with_the_table(tmp_path):
         ("anthropic", "claude-haiku-4-5", {"prompts_per_step": 1, "num_steps": 1}),
         ("anthropic", "claude-haiku-4-5", {"teacher.replay": "only"}),
         ("openai", "gpt-of-tomorrow", {}),
-        ("openai", "Qwen3", {"teacher.base_url": "http://127.0.0.1:9/v1"}),
-        ("openai", "Qwen3", {"teacher.base_url": "http://127.0.0.1:9/v1", "teacher.price_input": 9.0, "teacher.price_output": 9.0}),
+        ("openai", "Qwen3", {"teacher.base_url": OWN}),
+        ("openai", "Qwen3", {"teacher.base_url": OWN, "teacher.price_input": 9.0, "teacher.price_output": 9.0}),
         ("local", "folder", {}),
     ],
 )

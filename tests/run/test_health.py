@@ -6,6 +6,7 @@ import report_runs as runs
 from omniopd_jax.run import health
 
 STEPS = range(20)
+PUBLISHED = {"audit.num_chunks": 10, "audit.chunk_tokens": 50}
 
 
 def rows(**changed):
@@ -14,7 +15,8 @@ def rows(**changed):
 
 
 def audits(**changed):
-    return [runs.audit(t, i, **{k: v(t, i) if callable(v) else v for k, v in changed.items()}) for t in STEPS for i in range(32)]
+    places = [(t, i) for t in STEPS for i in range(32)]
+    return [runs.audit(t, i, **{k: v(t, i) if callable(v) else v for k, v in changed.items()}) for t, i in places]
 
 
 def test_a_healthy_run_trips_nothing():
@@ -62,8 +64,8 @@ TRIPS = {  # check -> (run that trips it alone, the nearest one that does not)
         {"rows": rows(**{"completions/mean_length": lambda t: 30 - 0.6 * t})},
     ),
     "few_chunks": (
-        {"rows": rows(**{"audit/chunks": 16, "completions/mean_length": 64}), "audit.num_chunks": 10, "audit.chunk_tokens": 50},
-        {"rows": rows(**{"audit/chunks": 96, "completions/mean_length": 400}), "audit.num_chunks": 10, "audit.chunk_tokens": 50},
+        {"rows": rows(**{"audit/chunks": 16, "completions/mean_length": 64})} | PUBLISHED,
+        {"rows": rows(**{"audit/chunks": 96, "completions/mean_length": 400})} | PUBLISHED,
     ),
     "sampler_gap": (
         {"rows": rows(**{"rollout/score_logp_gap": 0.1})},

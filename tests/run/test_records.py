@@ -67,7 +67,10 @@ def made(step, decoder, *, limit=64, completions=4, grade=None, pairs=0):
 
 
 def test_an_audit_says_who_asked_where_and_what_came(step, cfg, decoder, tokens):
-    (first, *_), _, left, _ = made(step, decoder, grade=lambda text, answer: answer in text)
+    def grade(texts, answers):
+        return [a in t for t, a in zip(texts, answers, strict=True)]
+
+    (first, *_), _, left, _ = made(step, decoder, grade=grade)
     assert first["question"] == "Question 0" and first["answer"] == "7" and first["grade"] is True and left == 0
     assert (first["step"], first["prompt_id"], first["sample_id"], first["response"]) == (3, "p0", "s0", 0)
     assert (first["peak"], first["response_tokens"], first["cost_usd"], first["latency_s"]) == (1, len(tokens[0]), 0.5, 0.25)
@@ -116,7 +119,8 @@ def test_what_is_left_out_is_counted(step, cfg, decoder):
     audits, whole, *_ = made(step, decoder)
     assert all(len(t) <= 5 for a in audits for t in [a["question"], a["chunk"], a["prefix_end"], *a["continuations"]])
     assert audits[0]["left_out_characters"] > 0
-    assert all(len(c["text"]) <= 5 for c in whole) and whole[0]["left_out_tokens"] == whole[0]["tokens"] - len(whole[0]["pieces"])
+    assert all(len(c["text"]) <= 5 for c in whole)
+    assert whole[0]["left_out_tokens"] == whole[0]["tokens"] - len(whole[0]["pieces"]) > 0
 
 
 def test_audits_of_whole_responses_come_first(step, cfg, decoder):
@@ -160,5 +164,6 @@ def test_evaluations_keep_the_first_answers_and_count_the_others(cfg):
     evaluation = Evaluation(0.4, 3.0, 0.0, 0.0, tuple("abcde"), (True, False, True, False, False))
     cfg.log.evaluation_answers = 3
     kept, left = records.evaluation_records(evaluation, prompts, 20, cfg)
-    assert [(r["prompt_id"], r["text"], r["correct"], r["step"]) for r in kept][:2] == [("e0", "a", True, 20), ("e1", "b", False, 20)]
+    found = [(r["prompt_id"], r["text"], r["correct"], r["step"]) for r in kept]
+    assert found == [("e0", "a", True, 20), ("e1", "b", False, 20), ("e2", "c", True, 20)]
     assert left == 2

@@ -6,7 +6,10 @@ import pathlib
 from omniopd_jax import config
 from omniopd_jax.run import health
 
-WORDS = "First find how many are left , then add the rest : 12 - 5 = 7 so there are 7 in all".split()
+WORDS = (
+    "First", "find", "how", "many", "are", "left", ",", "then", "add", "the", "rest", ":", "12", "-", "5", "=", "7", "so",
+    "there", "are", "7", "in", "all",
+)  # fmt: skip
 
 
 def _config(**changed):
@@ -95,8 +98,9 @@ def write(
     (folder / "config.json").write_text(json.dumps(settings(num_steps=20) if cfg is None else cfg))
     rows = [row(t) for t in range(steps)] if rows is None else rows
     if rows:
-        rows[0]["eval/accuracy"] = 24 / 64
-        rows = [*rows, {"step": steps, "eval/accuracy": 48 / 64}] if summary else rows
+        rows[0] |= {"eval/accuracy": 24 / 64, "eval/accuracy_before": 24 / 64, "eval/updates": 0}
+        if summary:
+            rows[-1] |= {"eval/accuracy": 48 / 64, "eval/updates": steps}
     lines(folder / "metrics.jsonl", rows)
     lines(folder / "audits.jsonl", [audit(t, i, **changed) for t in range(steps) for i in range(audits)])
     lines(folder / "completions.jsonl", [completion(t, r) for t in range(steps) for r in range(completions)])

@@ -111,6 +111,6 @@ def _answers(records: list[dict], limit: int) -> list[dict]:
 
 
 RULE = (
-    "Each step has an equal share. Within a step, audits of the responses that are shown whole come first, the others are taken "
-    "evenly over the step; of the evaluations' answers, the same prompts before and after."
+    "Each step has an equal share. Within a step, audits of the responses that are shown whole come first, the others are "
+    "taken evenly over the step; of the evaluations' answers, the same prompts before and after."
 )

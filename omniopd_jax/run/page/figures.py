@@ -48,7 +48,7 @@ def _anchor_part(row: dict, cfg: dict, rows: int) -> float | None:
 
 def findings(folder) -> list[dict]:
     """Each check that tripped: first and last step, how many steps, whether it still does, and its words at the end."""
-    rows = [r for r in folder.rows if "loss" in r] or folder.rows
+    rows = folder.rows
     by_step: list[dict[int, list]] = [{}, {}]
     for group, records in zip(by_step, (folder.audits, folder.completions)):
         for record in records:
@@ -59,8 +59,7 @@ def findings(folder) -> list[dict]:
         recent = range(row["step"] - health.WINDOW + 1, row["step"] + 1)
         audits, completions = ([r for step in recent for r in group.get(step, ())] for group in by_step)
         audits = audits if folder_ok else [a for a in audits if _comparable(a)]
-        seen = rows[: i + 1] + (folder.rows[-1:] if i + 1 == len(rows) and folder.rows[-1] is not row else [])
-        for f in health.check(seen, audits, completions, folder.config):
+        for f in health.check(rows[: i + 1], audits, completions, folder.config):
             known = out.setdefault(f.check, {"check": f.check, "first": row["step"], "steps": 0})
             known |= {"last": row["step"], "steps": known["steps"] + 1, "saw": f.saw, "why": f.why, "turn": f.turn}
     for f in out.values():
@@ -74,7 +73,7 @@ def _comparable(a: dict) -> bool:
 
 def verdict(folder, found: list[dict]) -> dict:
     """{"headline": text, "facts": [[label, value], ...]}: before and after, interval, cost, time, what the checks say."""
-    points = [(r["step"], a) for r in folder.rows if (a := _number(r.get("eval/accuracy"))) is not None]
+    points = health.evaluations(folder.rows)
     before, after = folder.summary.get("accuracy_before"), folder.summary.get("accuracy_after")
     if before is None and points and points[0][0] == 0:
         before = points[0][1]
@@ -109,7 +108,8 @@ def _half_width(folder, before: float, after: float, n: int) -> float | None:
     """Half of the 95% interval of the change, in points; paired by prompt where both evaluations' answers were kept."""
     steps = sorted({e["step"] for e in folder.evaluations})
     if len(steps) > 1:
-        first, last = ({e["prompt_id"]: e["correct"] for e in folder.evaluations if e["step"] == s} for s in (steps[0], steps[-1]))
+        ends = ([e for e in folder.evaluations if e["step"] == s] for s in (steps[0], steps[-1]))
+        first, last = ({e["prompt_id"]: e["correct"] for e in answers} for answers in ends)
         both = [(first[p], last[p]) for p in first.keys() & last.keys()]
         if len(both) == n:
             won, lost = sum(b and not a for a, b in both), sum(a and not b for a, b in both)

@@ -52,8 +52,8 @@ class Folder:
 
     @property
     def steps(self) -> int:
-        """Finished updates; a last line that holds an evaluation alone is none."""
-        return sum("loss" in r for r in self.rows) or len(self.rows)
+        """Finished updates."""
+        return self.rows[-1]["step"] + 1 if self.rows else 0
 
     @property
     def objective(self) -> str:
