@@ -4,6 +4,7 @@ A RUN is a run's folder (its `run_dir`), finished or not. The page is one HTML f
 laid over each other. With --watch it is served on 127.0.0.1 and follows a run that is going on.
 """
 
+import contextlib
 import http.server
 import pathlib
 
@@ -26,8 +27,8 @@ def phi_of(settings: dict):
     return similarity.make(c)
 
 
-def make(runs: list[str], *, watch: bool = False) -> str:
-    """The page of these folders.
+def make(runs: list[str], *, watch: str = "") -> str:
+    """The page of these folders; `watch`: the stamp that its server gives while nothing has changed.
 
     Raises:
       UserError: a folder that is missing or holds no run.
@@ -35,8 +36,12 @@ def make(runs: list[str], *, watch: bool = False) -> str:
     return page.build([page.Folder(run) for run in runs], phi_of, watch=watch)
 
 
-def serve(runs: list[str], port: int) -> None:
-    """Serves the page on 127.0.0.1 until interrupted; it is made anew when a run has written since."""
+def server(runs: list[str], port: int) -> http.server.ThreadingHTTPServer:
+    """A server of the page on 127.0.0.1; the page is made anew when a run has written since.
+
+    Raises:
+      UserError: a folder that is missing or holds no run, a port that is in use.
+    """
 
     def stamp() -> str:
         return str(sum(page.stamp(run) for run in runs))
@@ -47,7 +52,7 @@ def serve(runs: list[str], port: int) -> None:
         def do_GET(self):
             now = stamp()
             if self.path.split("?")[0] == "/" and Handler.made[0] != now:
-                Handler.made = now, make(runs, watch=True).encode()
+                Handler.made = now, make(runs, watch=now).encode()
             body = {"/": Handler.made[1], "/stamp": now.encode()}.get(self.path.split("?")[0])
             self.send_response(404 if body is None else 200)
             self.send_header("Content-Type", "text/html; charset=utf-8" if self.path.startswith("/") else "text/plain")
@@ -58,9 +63,10 @@ def serve(runs: list[str], port: int) -> None:
             """Nothing at the terminal."""
 
     make(runs)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        print(f"serving on http://127.0.0.1:{server.server_address[1]}/ (interrupt to end)", flush=True)
-        server.serve_forever()
+    try:
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise UserError(f"--port={port}: {error.strerror}; --port=0 takes any that is free") from error
 
 
 def main(argv) -> int:
@@ -69,7 +75,10 @@ def main(argv) -> int:
     if not runs:
         raise UserError("name a run's folder: python -m omniopd_jax.report runs/tiny")
     if given["watch"].value:
-        serve(runs, given["port"].value)
+        with server(runs, given["port"].value) as serving:
+            print(f"serving on http://127.0.0.1:{serving.server_address[1]}/ (interrupt to end)", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                serving.serve_forever()
         return 0
     html = make(runs)
     out = pathlib.Path(given["out"].value or pathlib.Path(runs[0]) / "report.html").expanduser()

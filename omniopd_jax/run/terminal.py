@@ -1,6 +1,5 @@
 """What a person sees at the terminal: a status line that fits its width, warnings, the end table."""
 
-import shutil
 import sys
 import time
 
@@ -57,7 +56,7 @@ class Status:
     def enter(self, phase: str) -> None:
         """Takes the name of the phase that begins; "" at its end."""
         name = PHASES.get(phase, phase)
-        self.phase = f"{name}, the first time: compiling too" if name and not self._finished else name
+        self.phase = f"{name} (first time: compiling)" if name and not self._finished else name
 
     def left(self) -> str:
         """Time to the last step, at the pace since the first one."""
@@ -65,7 +64,7 @@ class Status:
         return duration((now - began) / (last - first) * (self.total - last)) if last > first else "?"
 
     def line(self, width: int = 80) -> str:
-        """The line; step, time left, dollars, accuracy and phase whatever the width, the others as far as they fit."""
+        """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they fit."""
         parts = [f"step {self.done}/{self.total}"]
         if self._finished:
             parts.append(f"left {self.left()}")
@@ -75,11 +74,9 @@ class Status:
             parts.append(f"${usd:,.2f}")
         if self.accuracy is not None:
             parts.append(f"acc {self.accuracy:.1%}")
-        if self.phase:
-            parts.append(self.phase)
-        for key, name in SHOWN:
-            part = f"{name} {float(self.values[key]):.3g}" if key in self.values else ""
-            if part and len("  ".join([*parts, part])) <= width:
+        figures = [f"{name} {float(self.values[key]):.3g}" for key, name in SHOWN if key in self.values]
+        for part in filter(None, [self.phase, *figures]):
+            if len("  ".join([*parts, part])) <= width:
                 parts.append(part)
         return "  ".join(parts)
 
@@ -97,19 +94,20 @@ class Progress:
         self._terminal = sys.stdout.isatty() and jax.process_index() == 0 if terminal is None else terminal
         self._live = None
         if self._terminal:
+            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(get_renderable=self._render, refresh_per_second=2, redirect_stdout=True, redirect_stderr=True)
+            self._console = Console()
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2)
             self._live.start()
 
     def _render(self):
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
         from rich.text import Text
 
-        width = shutil.get_terminal_size().columns
-        bar = ProgressBar(total=max(1, self._status.total), completed=self._status.done, width=min(40, width))
-        return Group(bar, Text(self._status.line(width)))
+        width = self._console.width
+        room = min(width, 80)
+        done = room * self._status.done // max(1, self._status.total)
+        return Text.assemble(("\u2501" * done, "green"), ("\u2500" * (room - done), "dim"), "\n", self._status.line(width))
 
     def enter(self, name: str) -> None:
         """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has finished."""
@@ -134,7 +132,7 @@ class Progress:
         if self._live is None:
             say(text)
         else:
-            self._live.console.print(printable(text), markup=False, highlight=False)
+            self._console.print(printable(text), markup=False, highlight=False)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

@@ -25,12 +25,12 @@ SCRIPTS = ("uplot.iife.min.js", "base.js", "charts.js", "align.js", "browser.js"
 STYLES = ("uplot.min.css", "style.css")
 
 
-def build(folders: list[Folder], phi_of=None, *, watch: bool = False) -> str:
+def build(folders: list[Folder], phi_of=None, *, watch: str = "") -> str:
     """The page's HTML, at most MAX_BYTES long where the curves alone allow it.
 
     Args:
       phi_of: config {dotted key: value} -> similarity function or None, for runs that kept no agreement by chance.
-      watch: the page asks its server for news.
+      watch: a stamp; the page asks its server for the present one, and loads itself again where it is another.
     """
     fixed = [_figures(f, phi_of) for f in folders]
     keep = 1.0
@@ -74,7 +74,7 @@ def _records(folder: Folder, limits: dict) -> dict:
     }  # fmt: skip
 
 
-def _page(data: dict, folders: list[Folder], watch: bool) -> str:
+def _page(data: dict, folders: list[Folder], watch: str) -> str:
     script = "\n".join(_file(name) for name in SCRIPTS)
     style = "\n".join(_file(name) for name in STYLES)
     packed = base64.b64encode(zlib.compress(_json(data).encode(), 6)).decode()

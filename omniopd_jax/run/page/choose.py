@@ -1,5 +1,7 @@
 """Which records go onto the page, by a stated rule, and the compact form in which they do."""
 
+import itertools
+
 TEXT = 4_000  # characters of any text on the page; longer ones are cut and counted
 PIECES = 4_000  # tokens of a response
 CONTINUATIONS = 16  # of an audit
@@ -63,7 +65,7 @@ class Chosen:
         out = {key: c[key] for key in plain if c.get(key) is not None}
         out |= {key: self._text(c[key]) for key in ("question", "answer") if c.get(key) is not None}
         pieces, entropy, length = [], [], 0
-        for piece, h in zip(c["pieces"][:PIECES], c.get("entropy") or ()):
+        for piece, h in itertools.zip_longest(c["pieces"][:PIECES], c["entropy"][:PIECES], fillvalue=0.0):
             length += len(piece)
             if length > 4 * PIECES:
                 break

@@ -36,9 +36,8 @@ class Folder:
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
         self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])
-        self.audits = [a for a in read["audits"] if _is_audit(a)]
-        self.completions = [c for c in read["completions"] if isinstance(c.get("pieces"), list)]
-        self.evaluations = [e for e in read["evaluations"] if isinstance(e.get("text"), str)]
+        forms = {"audits": _is_audit, "completions": _is_completion, "evaluations": _is_answer}
+        self.audits, self.completions, self.evaluations = (self._known(kind, read[kind], f) for kind, f in forms.items())
         self._notes()
 
     def state(self) -> str:
@@ -74,6 +73,12 @@ class Folder:
         if not self.evaluations and self.config.get("eval.num_prompts"):
             self.notes.append("the evaluations' answers were not kept (evaluations.jsonl)")
 
+    def _known(self, kind: str, records: list[dict], form) -> list[dict]:
+        known = [r for r in records if form(r)]
+        if odd := len(records) - len(known):
+            self.notes.append(f"{kind}: {odd} record{'s' * (odd > 1)} of an unknown form were left out")
+        return known
+
     def _object(self, path: pathlib.Path, must: bool = True) -> dict:
         if path.is_file():
             try:
@@ -92,7 +97,7 @@ class Folder:
         with path.open("rb") as file:
             for line in file:
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line, parse_constant=lambda name: None)  # NaN and infinity are no figures
                     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                         raise ValueError
                     out.append(record)
@@ -123,6 +128,18 @@ def _is_audit(a: dict) -> bool:
         return False
     figures = [*numbers, *(a.get(key, 0) for key in ("peak", "k_sem", "n", "pi_hat", "weight", "entropy"))]
     return "sample_id" in a and all(isinstance(x, (int, float)) for x in figures)
+
+
+def _is_completion(c: dict) -> bool:
+    pieces, entropy, chunks = (c.get(key) for key in ("pieces", "entropy", "chunks"))
+    if not all(isinstance(part, list) for part in (pieces, entropy, chunks)) or not isinstance(c.get("text"), str):
+        return False
+    figures = [*entropy, c.get("tokens"), c.get("chunk_tokens"), *(k.get("peak") for k in chunks if isinstance(k, dict))]
+    return all(isinstance(p, str) for p in pieces) and all(isinstance(x, (int, float)) for x in figures) and "sample_id" in c
+
+
+def _is_answer(e: dict) -> bool:
+    return isinstance(e.get("text"), str) and "prompt_id" in e
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

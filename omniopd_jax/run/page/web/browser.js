@@ -56,7 +56,7 @@ function browserSection(run) {
   const left = run.left_out.audits ? ` ${plural(run.left_out.audits, "audit")} of the run ${run.left_out.audits === 1 ? "is" : "are"} not on this page.` : "";
   return el("section", { id: "audits", "aria-labelledby": "audits-title" },
     el("h2", { id: "audits-title" }, "Audits"),
-    el("p", { class: "lead" }, "Each audit is one chunk of the student's answer and what the teacher wrote in its place. Keys: ", el("kbd", {}, "j"), " and ", el("kbd", {}, "k"), " open the next and the last one, ", el("kbd", {}, "["), " and ", el("kbd", {}, "]"), " change the step, ", el("kbd", {}, "/"), " goes to the search." + left),
+    el("p", { class: "lead" }, "Each audit is one chunk of the student's answer and what the teacher wrote in its place. Keys: ", el("kbd", {}, "j"), " and ", el("kbd", {}, "k"), " open the next and the previous one, ", el("kbd", {}, "["), " and ", el("kbd", {}, "]"), " change the step, ", el("kbd", {}, "/"), " goes to the search." + left),
     form, Browser.count, el("div", { class: "browser" }, el("div", { class: "pane" }, Browser.list), Browser.detail));
 }
 
@@ -85,7 +85,7 @@ function updateBrowser(run, keepLimit) {
 
 function rowOf(run, a) {
   const id = auditId(a), share = a.n ? a.k_sem / a.n : NaN;
-  return el("button", { type: "button", class: "audit", "data-id": id, "aria-current": id === State.audit ? "true" : null, on: { click: () => openAudit(id, false) } },
+  return el("button", { type: "button", class: "audit", "data-id": id, on: { click: () => openAudit(id, false) } },
     el("span", { class: "where" }, `step ${a.step} \u00b7 token ${a.peak}`, a.kept === false && " \u00b7 dropped"),
     el("bdi", { class: "text" }, shorten(run.texts[a.chunk], 90) || "(empty)"),
     el("span", { class: "figures" }, el("span", { class: "meter", style: { "--share": Number.isFinite(share) ? share : 0 } }),
@@ -102,8 +102,9 @@ function openAudit(id, focus) {
 }
 
 function markOpen() {
+  const a = openOne(Browser.run), id = a && auditId(a);
   for (const b of Browser.list.querySelectorAll(".audit")) {
-    if (b.dataset.id === State.audit) b.setAttribute("aria-current", "true");
+    if (b.dataset.id === id) b.setAttribute("aria-current", "true");
     else b.removeAttribute("aria-current");
   }
 }
@@ -111,7 +112,7 @@ function markOpen() {
 /** Opens the audit that lies `by` places from the open one. */
 function moveAudit(by) {
   if (!Browser.shown.length) return;
-  const at = Browser.shown.findIndex((a) => auditId(a) === State.audit);
+  const at = Browser.shown.indexOf(Browser.open);
   const next = Math.min(Browser.shown.length - 1, Math.max(0, at < 0 ? 0 : at + by));
   if (next >= Browser.limit) { Browser.limit = next + PAGE; updateBrowser(Browser.run, true); }
   openAudit(auditId(Browser.shown[next]), true);
@@ -144,9 +145,15 @@ function pageKeys(event) {
 
 // --- the chosen audit
 
+/** The audit that the URL names; without one the first of the list whose whole response is here. */
+function openOne(run) {
+  if (State.audit) return run.audits.find((one) => auditId(one) === State.audit);
+  return Browser.shown.find((a) => a.whole >= 0) || Browser.shown[0];
+}
+
 function updateDetail() {
   markOpen();
-  const run = Browser.run, a = run.audits.find((one) => auditId(one) === State.audit);
+  const run = Browser.run, a = openOne(run);
   if (Browser.open === a && a) return;
   Browser.open = a;
   if (!a) { fill(Browser.detail, el("p", { class: "empty" }, run.audits.length ? "Choose an audit from the list." : "This run has no audits.")); return; }

@@ -38,7 +38,7 @@ function baseOptions(width, xLabel, unit, range) {
 }
 
 /** A figure that holds a chart: title, what it shows in words, a legend with the values under the cursor. */
-function figure(title, unit, summary, series, data, options) {
+function figure(title, unit, summary, series, data, options, atRest) {
   const values = series.map((s) => el("span", { class: "value" }));
   const legend = el("ul", { class: "legend" }, series.map((s, i) =>
     el("li", {}, el("span", { class: "swatch" + (s.dash && s.dash.length ? " dashed" : ""), style: { "--c": s.stroke } }), s.label + " ", values[i])));
@@ -47,7 +47,10 @@ function figure(title, unit, summary, series, data, options) {
   const show = (index) => series.forEach((s, i) => {
     const column = data[i + 1];
     let at = index;
-    if (at === null || at === undefined) for (at = column.length - 1; at > 0 && column[at] === null; at--);
+    if (at === null || at === undefined) {
+      if (atRest) { values[i].textContent = atRest[i]; return; }
+      for (at = column.length - 1; at > 0 && column[at] === null; at--);
+    }
     values[i].textContent = number(column[at]);
   });
   drawn.push({
@@ -87,7 +90,8 @@ function metricChart(runs, title, unit, keys) {
   });
   if (!tables.length) return null;
   const data = uPlot.join(tables);
-  const shares = unit === "share" && series.length ? (_, low, high) => [Math.min(0, low), Math.max(high * 1.05, 0.05)] : null;
+  const most = Math.max(...data.slice(1).flat().filter((v) => v !== null && v !== undefined));
+  const shares = unit === "share" || most === 0 ? (_, low, high) => [Math.min(0, low), Math.max(high * 1.05, unit === "share" ? 0.05 : 1)] : null;
   return figure(title, unit, words.join(" "), series, data, (w) => baseOptions(w, axisName(), unit, shares));
 }
 
@@ -139,7 +143,7 @@ function histogramChart(title, unit, parts) {
     o.scales.x.range = [0, 1];
     delete o.cursor.sync;
     return o;
-  });
+  }, parts.map(([, , mean]) => "mean " + number(mean)));
 }
 
 function agreementCharts(run) {

@@ -123,12 +123,10 @@ function prepare(data) {
 
 /** With --watch: asks whether the run has written, and loads the page again, its state kept in the URL. */
 function watch() {
-  let known = null;
   setInterval(async () => {
     try {
       const now = await (await fetch("/stamp")).text();
-      if (known !== null && now !== known && !/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) location.reload();
-      known = known ?? now;
+      if (now !== Data.watch && !/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) location.reload();
     } catch { /* the server has gone; the page stays as it is */ }
   }, 3000);
 }
