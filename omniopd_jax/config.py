@@ -55,6 +55,8 @@ def default() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)
+    c.student.template = "chat"  # chat (the tokenizer's own) | plain (a base model: docs/students.md) | a Jinja file
+    c.student.stop_strings = ()  # texts that end an answer, beside the format's own; as a flag: "('\\n\\n',)"
     c.student.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking; may get new keys
 
     c.model = ConfigDict()
@@ -66,12 +68,13 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
-    c.data.path = ""  # jsonl: a file, one object with `prompt` a line
+    c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
     c.data.split = "train"  # hub and world
-    c.data.fields = ConfigDict()  # hub: our name -> the data set's column
+    c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
-    c.data.fields.answer = "answer"  # column; may be missing
+    c.data.fields.answer = "answer"  # column, or a path in it such as reward_model.ground_truth; may be missing
+    c.data.fields.solution = "solution"  # column with a worked solution, for sft without a teacher; may be missing
     c.data.fields.id = "id"  # column; may be missing
     c.data.num_prompts = 0  # take the first so many; 0 = all (world: 4,096)
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
@@ -106,13 +109,16 @@ def default() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
-    c.reward.grader = "world"  # world | math | code | code_unsafe | reasoning_gym; 1 for a right answer, else 0
+    c.reward.grader = ""  # world | math | code | code_unsafe | reasoning_gym; "" = world for the small worlds, else required
 
     c.teacher = ConfigDict()
     c.teacher.provider = "local"  # a key of teachers.TEACHERS
     c.teacher.model = ""  # local: a Hugging Face folder; else the provider's model name
     c.teacher.temperature = 1.0  # must sample: a greedy teacher makes all continuations equal
     c.teacher.top_p = 1.0  # left out of the call where it is 1 (Gemini: always sent)
+    c.teacher.template = "chat"  # chat | plain | a Jinja file: how a prompt is written where that is done here
+    c.teacher.preamble = ""  # plain or a Jinja file: worked examples in front of the prompt, or a file that holds them
+    c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
@@ -123,7 +129,6 @@ def default() -> ConfigDict:
     c.teacher.timeout_s = 60.0  # one call
     c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from its turn
     c.teacher.max_retries = 8  # of one call that was answered with an error; an unreachable server is only bound in time
-    c.teacher.hedge_s = 0.0  # ask a second time after so long without an answer, the first one counts, both are paid; 0 = off
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes one after the other, for caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
@@ -169,7 +174,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.grader = "world"  # as reward.grader
+    c.eval.grader = ""  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)
     c.distributed.start_s = 300.0  # how long the processes wait for each other at the start
@@ -179,6 +184,9 @@ def default() -> ConfigDict:
 
     c.profile = ConfigDict()
     c.profile.steps = ""  # FIRST:END, counted from 0: a profiler's trace of these steps in <run_dir>/profile
+
+    c.resume = ConfigDict()
+    c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
 
     c.log = ConfigDict()
     c.log.tensorboard = True  # scalars and tables beside metrics.jsonl, in <run_dir>/tensorboard
@@ -201,12 +209,15 @@ def min_continuations(c: ConfigDict) -> int:
 def apply(c: ConfigDict, variants: dict[str, dict], arg: str | None) -> ConfigDict:
     """Applies the comma-separated variants in `arg` (from `--config=recipe.py:arg`), each a dict of dotted key -> value.
 
+    A variant is another run: its name is added to `run_dir`.
+
     Raises:
       UserError: a name that `variants` lacks.
     """
     for name in filter(None, (arg or "").split(",")):
         one_of(name, variants, "the recipe's argument")
         c.update_from_flattened_dict(variants[name])
+        c.run_dir += f"-{name}"
     return c
 
 

@@ -14,7 +14,7 @@ from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import checkpoint, host, logging, preflight, reporting, setup
+from omniopd_jax.run import checkpoint, host, lock, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -30,17 +30,18 @@ def train(cfg: ConfigDict) -> dict:
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
     preflight.validate(cfg)
-    with host.StopFlag() as stop:
+    with host.StopFlag() as stop, lock.held(cfg.run_dir):
         disks = checkpoint.restore_journal(cfg)
         with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks) as checkpoints:
             return run_steps(run, checkpoints)
 
 
 def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
-    """Evaluates, takes the steps that are left, the last one evaluated too; returns the summary."""
+    """Evaluates, takes the steps that are left, evaluates again; returns the summary."""
     state, totals = setup.first_state(run, checkpoints)
     with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
         if run.held_out and totals.get("accuracy_before") is None:
+            run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = evaluate(run, state, reports)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
         run.timer.take()
@@ -48,11 +49,10 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
             state = loop(run, state, checkpoints, reports)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
-        step = int(jax.device_get(state.step))
-        if run.held_out and (reports.evaluated is None or reports.evaluated[0] != step):
-            evaluate(run, state, reports)  # a finished run that was started again
+        run.stop.saved, run.stop.doing = True, "evaluating after the last step"
+        after = evaluate(run, state, reports) if run.held_out else None
         reports.close()
-        out = reporting.summary(run, step, totals, reports.evaluated and reports.evaluated[1]) | {"exit_code": 0}
+        out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
         return out
 
@@ -72,7 +72,7 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
         return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N
     policy = run.policy(state)
-    sampler, groups, row = rollout.prepare(policy, student.model_cfg, student.mesh), [], 0
+    sampler, groups, row = rollout.prepare(policy, student.model_cfg, compute=student.compute), [], 0
     for prompts in drawn.groups(cfg.rollout_groups):
         with phase("rollout"):
             responses = experience.sample(sampler, prompts, student, state.key, cfg)
@@ -124,7 +124,7 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
         reports.flush()
         run.ahead.save(cfg.run_dir, int(jax.device_get(state.step)), cfg.checkpoint.keep)
         with run.compiled.expected():
-            checkpoints.save(state, reports.totals, journal=getattr(run.teacher, "journal", None))
+            checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 
     try:
         for t in range(start, cfg.num_steps):
@@ -140,8 +140,7 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
                     jax.block_until_ready(state.step)
             stop.agreed = processes.any_of("stop", stop.requested)
             done = t + 1 == cfg.num_steps
-            due = done or (cfg.eval.every and (t + 1) % cfg.eval.every == 0)
-            if run.held_out and due and not stop.agreed:
+            if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
                 evaluate(run, state, reports)
                 stop.agreed = processes.any_of("stop", stop.requested)  # a signal may have come meanwhile
             reports.add(t, values, targets, got, run.timer.take())
@@ -177,8 +176,8 @@ def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
     student, cfg = run.student, run.cfg
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         found = evaluation.greedy(
-            run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
-            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
+            run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, compute=student.compute,
         )  # fmt: skip
     reports.evaluation(int(jax.device_get(state.step)), found)
     return found.accuracy

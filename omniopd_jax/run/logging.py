@@ -7,6 +7,7 @@ import time
 
 import jax
 
+from omniopd_jax.run.host import write_whole
 from omniopd_jax.run.terminal import say
 from omniopd_jax.run.trackers import Trackers
 
@@ -81,6 +82,18 @@ class Writer:
             values = {k: _number(v) for k, v in values.items()}
             self._write("metrics", [{"step": step} | values])
             self._trackers.metrics(step, values)
+
+    def amend(self, step: int, values: dict) -> None:
+        """Adds values to the last line, if that is `step`'s."""
+        rows = self.rows() if "metrics" in self._files else []
+        if not rows or rows[-1]["step"] != step:
+            return
+        values = {k: _number(v) for k, v in values.items()}
+        path = self._folder / "metrics.jsonl"
+        self._files["metrics"].close()
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in [*rows[:-1], rows[-1] | values]))
+        self._files["metrics"] = path.open("a", encoding="utf-8")
+        self._trackers.metrics(step, values)
 
     def rows(self) -> list[dict]:
         """The lines of metrics.jsonl so far; of a run that was resumed, those of its earlier steps."""

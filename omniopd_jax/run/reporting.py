@@ -9,8 +9,9 @@ import numpy as np
 from omniopd_jax import audit, config, experience, graders, objective
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import estimate, flops, health, logging, records, terminal
+from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
+from omniopd_jax.teachers.protocol import Counts
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
@@ -26,7 +27,6 @@ class Reports:
 
     def __init__(self, run: Run, totals: dict, start: int):
         self.totals = totals
-        self.evaluated = None  # (updates before it, accuracy) of the last evaluation
         self._run, self._pending, self._next = run, None, {}
         cfg, flat = run.cfg, config.flat(run.cfg)
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
@@ -50,20 +50,25 @@ class Reports:
 
     def add(self, t: int, values: dict, targets, got: experience.Experience, own: dict) -> None:
         """Takes step t's device metrics; `own` are the host's: times."""
-        service = self._run.teacher.metrics() if hasattr(self._run.teacher, "metrics") else {}
+        teacher = self._run.teacher
+        service = Counts().take() | (teacher.metrics() if teacher else {})
         self._pending = (t, values, targets, got, own | self._next, service)
         self._next = {}
 
     def evaluation(self, updates: int, found: Evaluation) -> None:
-        """Takes an evaluation after so many updates, for the line of the step that is added next.
+        """Takes an evaluation after so many updates: for the line of the step that is added next, which has made them.
 
-        Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow.
+        Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow. The
+        last evaluation is made when its step is written and saved, and is added to that line.
         """
-        self.evaluated = updates, found.accuracy
-        self._next |= {"eval/accuracy": found.accuracy, "eval/updates": updates}
-        self._next |= {} if updates else {"eval/accuracy_before": found.accuracy}
         answers, left_out = records.evaluation_records(found, self._run.held_out.prompts, updates, self._run.cfg)
-        self._next["eval/log_left_out"] = left_out
+        values = {"eval/accuracy": found.accuracy, "eval/updates": updates, "eval/log_left_out": left_out}
+        if not updates:
+            values["eval/accuracy_before"] = found.accuracy
+        if updates and updates == self._run.cfg.num_steps:
+            self._writer.amend(updates - 1, values)
+        else:
+            self._next |= values
         self._writer.evaluations(answers)
         self._progress.accuracy(found.accuracy)
 
@@ -168,5 +173,5 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     terminal.say(terminal.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
     terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}")
     if jax.process_index() == 0:
-        (pathlib.Path(run.cfg.run_dir) / "summary.json").write_text(json.dumps(out, indent=1) + "\n")
+        host.write_whole(pathlib.Path(run.cfg.run_dir) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out

@@ -193,11 +193,6 @@ class Journal:
                 self._insert(c, key, sample_id, peak, continuation, raw, call)
         return billed
 
-    def put(self, key: bytes, sample_id: str, peak: int, continuation: Continuation, raw: str | None = None) -> None:
-        """Writes one continuation; `raw` is what the teacher wrote where rules have cut it."""
-        with self._write() as c:
-            self._insert(c, key, sample_id, peak, continuation, raw, None)
-
     def put_failure(self, key: bytes, sample_id: str, peak: int, failure: Failure) -> None:
         """Writes a failure that is final: a replay fails there too, and n is the same."""
         with self._write() as c:

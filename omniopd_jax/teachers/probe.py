@@ -15,6 +15,7 @@ import time
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
+from omniopd_jax.teachers.traffic import now
 from omniopd_jax.teachers.wire import instruct, scoring
 
 COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
@@ -113,7 +114,7 @@ class _Probe:
         """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
         while True:
             call = wire.Call(
-                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode, None
+                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode
             )
             try:
                 sent = await self._send(call)
@@ -134,7 +135,7 @@ class _Probe:
 
     async def _send(self, call):
         """One exchange through the run's own traffic. Raises `CallError`; `UserError` where no call can work."""
-        deadline = time.monotonic() + min(PATIENCE_S, self.t.deadline_s)
+        deadline = now() + min(PATIENCE_S, self.t.deadline_s)
         try:
             sent = await self.teacher.traffic.send(call, b"probe", deadline=deadline, accept=lambda _: [], patient=False)
         except TeacherStopped as e:

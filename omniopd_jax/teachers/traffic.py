@@ -1,20 +1,23 @@
 """Traffic: how many calls are in flight, how fast they go out, in which order, and when to ask again.
 
-Everything here belongs to one event loop. Hedging (`teacher.hedge_s`: a second call where the first is slow, the first
-answer counts) is off by default: it pays twice.
+Everything here belongs to one event loop, and goes by its clock.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import random
-import time
 
 from omniopd_jax.errors import TeacherStopped
 from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
+
+
+def now() -> float:
+    """The running event loop's clock, in seconds."""
+    return asyncio.get_running_loop().time()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Bucket:
     """Lets at most `per_minute` units through a minute, in bursts of a tenth of that; 0 = no limit."""
 
     def __init__(self, per_minute: float = 0.0):
-        self.rate, self.level, self.at = 0.0, 0.0, time.monotonic()
+        self.rate, self.level, self.at = 0.0, 0.0, now()
         self.turn = asyncio.Lock()  # waiters are served in order
         self.set(per_minute)
 
@@ -47,8 +50,8 @@ class Bucket:
         units = min(units, self.burst)
         async with self.turn:
             while True:
-                now = time.monotonic()
-                self.level, self.at = min(self.burst, self.level + (now - self.at) * self.rate), now
+                time = now()
+                self.level, self.at = min(self.burst, self.level + (time - self.at) * self.rate), time
                 if self.level >= units:
                     self.level -= units
                     return
@@ -58,23 +61,22 @@ class Bucket:
 class Order:
     """Which request goes next: so many responses at a time, and each one's prefixes in ascending order.
 
-    A response's later prefix is let through when the one before has its first answer, so that it finds the cache
-    filled. Requests of one response that are started together are put in order; each response holds one lane
-    (connection).
+    A response's later prefix is let through when the one before has its first answer, so that it finds the provider's
+    cache filled. Requests of one response that are started together are put in order.
     """
 
     def __init__(self, responses: int, *, ascending: bool):
         self.ascending = ascending
-        self.lanes = list(range(responses - 1, -1, -1))
-        self.queue = []  # futures of responses that wait for a lane
+        self.free = responses
+        self.queue = []  # futures of responses that wait for a place
         self.waiting = {}  # sample id -> {ticket: event}
-        self.lane = {}  # sample id -> lane, or a future of it
+        self.place = {}  # sample id -> future, done when it has its place
         self.users = {}  # sample id -> requests that wait or run
         self.count = 0
 
     @contextlib.asynccontextmanager
     async def turn(self, sample_id: str, peak: int):
-        """Waits for the request's turn; yields (lane, answered). Call `answered()` when the first answer is there."""
+        """Waits for the request's turn; yields `answered`, to be called when the first answer is there."""
         self.count += 1
         ticket, go = (peak, self.count), asyncio.Event()
         waiting = self.waiting.setdefault(sample_id, {})
@@ -91,40 +93,40 @@ class Order:
         self.users[sample_id] = self.users.get(sample_id, 0) + 1
         try:
             await asyncio.sleep(0)  # the response's other requests, started in the same breath, take their tickets
-            lane = await self._lane(sample_id)
+            await self._admitted(sample_id)
             if self.ascending:
                 if min(waiting) == ticket:
                     go.set()
                 await go.wait()
-            yield (lane if self.ascending else None), answered
+            yield answered
         finally:
             answered()
             self._leave(sample_id)
 
-    async def _lane(self, sample_id):
-        if sample_id not in self.lane:
-            loop = asyncio.get_running_loop()
-            self.lane[sample_id] = loop.create_future()
-            if self.lanes:
-                self.lane[sample_id].set_result(self.lanes.pop())
+    async def _admitted(self, sample_id):
+        if sample_id not in self.place:
+            self.place[sample_id] = asyncio.get_running_loop().create_future()
+            if self.free:
+                self.free -= 1
+                self.place[sample_id].set_result(None)
             else:
-                self.queue.append((sample_id, self.lane[sample_id]))
-        return await asyncio.shield(self.lane[sample_id])
+                self.queue.append(self.place[sample_id])
+        await asyncio.shield(self.place[sample_id])
 
     def _leave(self, sample_id):
         self.users[sample_id] -= 1
         if self.users[sample_id]:
             return
         del self.users[sample_id], self.waiting[sample_id]
-        future = self.lane.pop(sample_id, None)
-        if future is None:
+        place = self.place.pop(sample_id, None)
+        if place is None:
             return
-        if not future.done():
-            self.queue = [item for item in self.queue if item[1] is not future]
+        if not place.done():
+            self.queue.remove(place)
         elif self.queue:
-            self.queue.pop(0)[1].set_result(future.result())
+            self.queue.pop(0).set_result(None)
         else:
-            self.lanes.append(future.result())
+            self.free += 1
 
 
 class Traffic:
@@ -134,7 +136,6 @@ class Traffic:
         t = cfg.teacher
         self.client, self.budget = client, budget
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
-        self.hedge_s = t.hedge_s
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
         self.jitter = random.Random()  # not the run's seed: processes must not retry in step
@@ -157,7 +158,7 @@ class Traffic:
         Args:
           call: what to ask.
           key: the journal's key of the request.
-          deadline: `time.monotonic()` after which nothing more is tried.
+          deadline: the loop's time (`now()`) after which nothing more is tried.
           accept: turns the `Reply` into journal rows, before they are used.
           patient: False gives up at once where nothing listens, and after two retries: for the probe.
 
@@ -168,8 +169,8 @@ class Traffic:
         tries = answered = 0
         while True:
             try:
-                reply, rows, usd, extra = await self._hedged(call, key, deadline, accept)
-                return Sent(reply, rows, usd, tries + 1 + extra)
+                reply, rows, usd = await self._once(call, key, deadline, accept)
+                return Sent(reply, rows, usd, tries + 1)
             except CallError as e:
                 error = e
             self.failed_in_a_row += error.kind == "retry"
@@ -186,7 +187,7 @@ class Traffic:
             wait = self.jitter.uniform(0, ceiling)  # full jitter
             if error.retry_after is not None:
                 wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
-            if time.monotonic() + wait >= deadline:
+            if now() + wait >= deadline:
                 missed = CallError(
                     f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status, late=True
                 )
@@ -195,60 +196,18 @@ class Traffic:
             self.retries += 1
             await asyncio.sleep(wait)
 
-    async def _hedged(self, call, key, deadline, accept):
-        """`_once`; and once more beside it, where it has been out for `hedge_s` without an answer.
-
-        Only the first answer becomes journal rows; the other call is cancelled and stays spent.
-
-        Returns:
-          (reply, rows, dollars, calls beyond the first).
-        """
-        if not self.hedge_s:
-            return *await self._once(call, key, deadline, accept), 0
-        taken = []
-
-        def first(reply):  # called in one breath with the write: two answers never both count
-            if taken:
-                raise CallError("another answer came first", "retry", outcome="unknown")
-            taken.append(reply)
-            return accept(reply)
-
-        begun = asyncio.Event()
-        tasks = [asyncio.ensure_future(self._once(call, key, deadline, first, begun))]
-        try:
-            await asyncio.wait([tasks[0], waiter := asyncio.ensure_future(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
-            await asyncio.wait(tasks, timeout=self.hedge_s)
-            if not tasks[0].done():
-                beside = dataclasses.replace(call, lane=None)  # the lane's one connection is taken
-                tasks.append(asyncio.ensure_future(self._once(beside, key, deadline, first)))
-            pending, errors = set(tasks), []
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if not (error := task.exception()):
-                        return *task.result(), len(tasks) - 1
-                    errors.append(error)
-            raise next((e for e in errors if not isinstance(e, CallError)), errors[0])
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _once(self, call, key, deadline, accept, begun=None):
-        """One exchange, with everything that belongs around it; `begun` is set when it goes out."""
+    async def _once(self, call, key, deadline, accept):
+        """One exchange, with everything that belongs around it."""
         id_ = None
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()) as limit:
+            async with asyncio.timeout_at(deadline) as limit:
                 async with self.slots:
-                    while (pause := self.not_before - time.monotonic()) > 0:
+                    while (pause := self.not_before - now()) > 0:
                         await asyncio.sleep(pause)
                     tokens_in, tokens_out = call.max_input_tokens(), call.n * call.max_tokens
                     await self.requests.take(1)
                     await self.tokens.take(tokens_in / 4 + tokens_out)
                     id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)
-                    if begun:
-                        begun.set()
                     return await self._exchange(id_, call, accept)
         except TimeoutError:
             if not limit.expired():
@@ -258,28 +217,28 @@ class Traffic:
     async def _exchange(self, id_, call, accept):
         """The call itself, settled whatever comes of it."""
         self.calls += 1
-        start, settled = time.monotonic(), False
+        start, settled = now(), False
         try:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     reply = await (self.client.score(call) if isinstance(call, ScoreCall) else self.client.call(call))
             except TimeoutError:
                 raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
-            latency = time.monotonic() - start
+            latency = now() - start
             rows = accept(reply)
             settled = True
             usd = self.budget.settle(id_, "ok", reply, latency=latency, results=rows)
             self.latencies.append(latency)
-            self.last_success, self.failed_in_a_row = time.monotonic(), 0
+            self.last_success, self.failed_in_a_row = now(), 0
             self._heed(reply.limits)
             return reply, rows, usd
         except CallError as e:
             settled = True
-            self.budget.settle(id_, e.outcome, latency=time.monotonic() - start, error=str(e))
+            self.budget.settle(id_, e.outcome, latency=now() - start, error=str(e))
             raise
         finally:
             if not settled:  # cancelled: a deadline, or the run ends; it may have been billed
-                self.budget.settle(id_, "unknown", latency=time.monotonic() - start, error="cancelled")
+                self.budget.settle(id_, "unknown", latency=now() - start, error="cancelled")
 
     def _heed(self, limits: Limits) -> None:
         """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left."""
@@ -294,4 +253,4 @@ class Traffic:
             (limits.tokens_left, limits.tokens_reset_s),
         ):
             if left == 0 and reset:
-                self.not_before = max(self.not_before, time.monotonic() + min(reset, 120.0))
+                self.not_before = max(self.not_before, now() + min(reset, 120.0))

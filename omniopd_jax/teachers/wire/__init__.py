@@ -29,14 +29,12 @@ TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic an
     r"max_model_len|max_new_tokens`? must be <=",
     re.IGNORECASE,
 )
-FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking")
+FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names.
-
-    `lane` picks the connection that a response's prefixes share (None: any).
     """
 
     messages: tuple
@@ -47,7 +45,6 @@ class Call:
     top_p: float
     seed: int
     mode: str
-    lane: int | None = None
 
     def max_input_tokens(self) -> int:
         """An upper bound: no tokenizer makes more tokens than bytes; 1,024 more for templates and our instruction."""
@@ -61,7 +58,6 @@ class ScoreCall:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     way: str  # how the server is asked: one of scoring.WAYS
-    lane: int | None = None
     n: int = 1
     max_tokens: int = 1  # servers refuse 0
 
@@ -190,39 +186,40 @@ def is_loopback(url: str) -> bool:
     return (urllib.parse.urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
 
 
-class Connections:
-    """HTTP clients for one event loop: one pool for all, and one single connection a lane.
+def http_client(url: str, timeout_s: float, max_connections: int):
+    """An httpx2 client with one pool of connections. Proxies of the environment are honoured, but not for this machine."""
+    import httpx2
 
-    A lane's connection carries the prefixes of one response one after the other, so that a server behind a
-    connection-wise balancer sees them where it cached the last one.
-    """
+    tls = url.startswith("https:")  # without it, reading the certificates would be most of the set-up time
+    return httpx2.AsyncClient(
+        timeout=httpx2.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
+        limits=httpx2.Limits(
+            max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=60.0
+        ),
+        trust_env=not is_loopback(url),
+        verify=tls,
+        follow_redirects=tls,
+    )
 
-    def __init__(self, url: str, timeout_s: float, max_connections: int):
-        self.url, self.timeout_s, self.max_connections = url, timeout_s, max_connections
-        self.clients = {}
 
-    def client(self, lane: int | None):
-        """The httpx2 client of a lane, or the pool; made on first use. Proxies of the environment are honoured."""
-        if lane not in self.clients:
-            import httpx2
+class Connection:
+    """A provider's SDK over one HTTP client, made for the running event loop."""
 
-            size = self.max_connections if lane is None else 1
-            tls = self.url.startswith("https:")  # without it, reading the certificates would be most of the set-up time
-            self.clients[lane] = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s), pool=None),
-                limits=httpx2.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=60.0),
-                trust_env=not is_loopback(self.url),
-                verify=tls,
-                follow_redirects=tls,
-            )
-        return self.clients[lane]
+    def __init__(self, url: str, timeout_s: float, max_connections: int, make_sdk):
+        self.url, self.timeout_s, self.max_connections, self.make_sdk = url, timeout_s, max_connections, make_sdk
+        self.http = self.sdk = None
 
-    async def close(self):
-        """Closes them all."""
-        clients, self.clients = self.clients, {}
-        for client in clients.values():
+    async def open(self) -> None:
+        """Makes both anew; imports the SDK now: seconds that no call's time limit should count."""
+        self.http = http_client(self.url, self.timeout_s, self.max_connections)
+        self.sdk = self.make_sdk(self.http)
+
+    async def close(self) -> None:
+        """Closes what is open."""
+        http, self.http, self.sdk = self.http, None, None
+        if http is not None:
             with contextlib.suppress(RuntimeError):  # its event loop is closed, and the connections with it
-                await client.aclose()
+                await http.aclose()
 
 
 def from_status(status: int, message: str, headers, *, field: str = "") -> CallError:

@@ -33,13 +33,13 @@ class AnthropicClient:
 
     def __init__(self, cfg):
         t = cfg.teacher
-        self.model, self.timeout_s, self.max_connections = t.model, t.timeout_s, t.max_concurrency
+        self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "anthropic", "ANTHROPIC_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "anthropic.com" not in self.url
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Anthropic has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=False)
-        self.connections, self.clients = None, {}
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk)
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first."""
@@ -50,28 +50,23 @@ class AnthropicClient:
         wire.api_key("anthropic", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            import anthropic
+    def _sdk(self, http):
+        import anthropic
 
-            self.clients[lane] = anthropic.AsyncAnthropic(
-                api_key=wire.api_key("anthropic", required=not self.self_hosted),
-                base_url=self.url,
-                max_retries=0,
-                timeout=self.timeout_s,
-                http_client=self.connections.client(lane),
-            )
-        return self.clients[lane]
+        return anthropic.AsyncAnthropic(
+            api_key=wire.api_key("anthropic", required=not self.self_hosted),
+            base_url=self.url,
+            max_retries=0,
+            timeout=self.timeout_s,
+            http_client=http,
+        )
 
     def silence(self) -> bool:
         """There is no other way to switch thinking off than the one that every call takes."""
@@ -82,7 +77,7 @@ class AnthropicClient:
         import anthropic
 
         try:
-            raw = await self._client(None).models.with_raw_response.retrieve(self.model)
+            raw = await self.connection.sdk.models.with_raw_response.retrieve(self.model)
             body = raw.http_response.json()
         except anthropic.APIStatusError as e:
             error = self._error(e)
@@ -110,7 +105,7 @@ class AnthropicClient:
 
         body, extra, sent, space = self._body(call)
         try:
-            raw = await self._client(call.lane).messages.with_raw_response.create(**body, extra_body=extra or None)
+            raw = await self.connection.sdk.messages.with_raw_response.create(**body, extra_body=extra or None)
             answer = wire.json_object(raw.http_response)
         except anthropic.APIStatusError as e:
             raise self._error(e) from None

@@ -34,13 +34,13 @@ class GeminiClient:
 
     def __init__(self, cfg):
         t = cfg.teacher
-        self.model, self.timeout_s, self.max_connections = t.model, t.timeout_s, t.max_concurrency
+        self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "gemini", "GOOGLE_GEMINI_BASE_URL", OFFICIAL, "/v1beta")
         self.self_hosted = "googleapis.com" not in self.url
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Gemini has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=True)
-        self.connections, self.clients = None, {}
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk)
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first."""
@@ -51,32 +51,27 @@ class GeminiClient:
         wire.api_key("gemini", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            from google import genai
-            from google.genai import types
+    def _sdk(self, http):
+        from google import genai
+        from google.genai import types
 
-            self.clients[lane] = genai.Client(
-                api_key=wire.api_key("gemini", required=not self.self_hosted),
-                vertexai=False,
-                http_options=types.HttpOptions(
-                    base_url=self.url,
-                    timeout=int(self.timeout_s * 1000),
-                    retry_options=types.HttpRetryOptions(attempts=1),
-                    httpx_async_client=self.connections.client(lane),
-                ),
-            )
-        return self.clients[lane]
+        return genai.Client(
+            api_key=wire.api_key("gemini", required=not self.self_hosted),
+            vertexai=False,
+            http_options=types.HttpOptions(
+                base_url=self.url,
+                timeout=int(self.timeout_s * 1000),
+                retry_options=types.HttpRetryOptions(attempts=1),
+                httpx_async_client=http,
+            ),
+        )
 
     def silence(self) -> bool:
         """There is no other way to switch thinking off than the one that every call takes."""
@@ -85,7 +80,7 @@ class GeminiClient:
     async def reach(self) -> str:
         """What the service says of the model, at no cost. Raises `CallError` (not reachable, key refused)."""
         try:
-            model = await self._guarded(self._client(None).aio.models.get(model=self.model))
+            model = await self._guarded(self.connection.sdk.aio.models.get(model=self.model))
         except wire.CallError as e:
             if e.kind == "stop" or e.outcome != "rejected":
                 raise
@@ -97,7 +92,7 @@ class GeminiClient:
         """One exchange. Raises `CallError`."""
         contents, config, sent, space = self._body(call)
         answer = await self._guarded(
-            self._client(call.lane).aio.models.generate_content(model=self.model, contents=contents, config=config)
+            self.connection.sdk.aio.models.generate_content(model=self.model, contents=contents, config=config)
         )
         self.seen.answered(call)
         with wire.as_promised():

@@ -14,8 +14,11 @@ What differs between them, and how each is met:
 
 import json
 
+from omniopd_jax import hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import of_teacher
 from omniopd_jax.teachers import wire
+from omniopd_jax.teachers.protocol import TEXT
 from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct, scoring
 
@@ -24,9 +27,9 @@ OFFICIAL = "https://api.openai.com/v1"
 FINISH = {"length": "length", "content_filter": "withheld", "abort": "withheld", "error": "withheld"}
 
 
-def make(cfg):
+def make(cfg, needs: str = TEXT):
     """The teacher for `teacher.provider = "openai"`. Raises `UserError` on a missing key, model or bad address."""
-    return RemoteTeacher(cfg, OpenAIClient(cfg))
+    return RemoteTeacher(cfg, OpenAIClient(cfg), needs)
 
 
 class OpenAIClient:
@@ -41,16 +44,20 @@ class OpenAIClient:
         self.url = wire.base_url(cfg, "openai", "OPENAI_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "api.openai.com" not in self.url
         self.template_kwargs = t.chat_template_kwargs.to_dict()
-        self.max_connections = t.max_concurrency
+        self.cfg, self.template = cfg, None
+        self.raw = bool(t.tokenizer) or t.template != "chat"  # prompts are written here, for /v1/completions
         self.seen = wire.Learner(takes_n=True)
         self.extra = {}  # reasoning_effort, where the probe found that it is needed
-        self.connections, self.clients, self.tokenizer = None, {}, None
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk)
+        self.tokenizer = None
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first, for `teacher.continuation = "auto"`."""
+        if self.cfg.teacher.template != "chat":
+            return ("completion",)  # a format of our own: the server's chat endpoint would write another
         if not self.self_hosted:
             return ("instruct",)
-        first = ("completion",) if self.tokenizer_path else ()
+        first = ("completion",) if self.raw else ()
         return first + ("continue_final_message", "prefix", "prefill", "instruct")
 
     def check_settings(self):
@@ -58,30 +65,25 @@ class OpenAIClient:
         wire.api_key("openai", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
-        if self.tokenizer_path:
-            self.render([{"role": "user", "content": ""}])
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
+        if self.raw:
+            self.template = self._template()  # reads the tokenizer now
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            import openai
+    def _sdk(self, http):
+        import openai
 
-            self.clients[lane] = openai.AsyncOpenAI(
-                api_key=wire.api_key("openai", required=not self.self_hosted),
-                base_url=self.url,
-                max_retries=0,
-                timeout=self.timeout_s,
-                http_client=self.connections.client(lane),
-            )
-        return self.clients[lane]
+        return openai.AsyncOpenAI(
+            api_key=wire.api_key("openai", required=not self.self_hosted),
+            base_url=self.url,
+            max_retries=0,
+            timeout=self.timeout_s,
+            http_client=http,
+        )
 
     def silence(self) -> bool:
         """Switches hidden reasoning off, if there is a way that has not been tried. Returns whether there was."""
@@ -109,7 +111,7 @@ class OpenAIClient:
         import openai
 
         try:
-            raw = await self._client(None).models.with_raw_response.list()
+            raw = await self.connection.sdk.models.with_raw_response.list()
             data = raw.http_response.json().get("data")
             return [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
         except openai.APIStatusError as e:
@@ -126,7 +128,7 @@ class OpenAIClient:
         """One exchange. Raises `CallError`."""
         import openai
 
-        client, sent, space = self._client(call.lane), call.prefix, ""
+        client, sent, space = self.connection.sdk, call.prefix, ""
         body = {"model": self.model, "n": call.n, "temperature": call.temperature, "top_p": call.top_p}
         body |= {"seed": call.seed, "max_tokens": call.max_tokens}
         if call.n == 1:
@@ -140,6 +142,9 @@ class OpenAIClient:
         if call.mode == "completion":
             method = client.completions
             body["prompt"] = self.render(call.messages) + call.prefix
+            stops = self._template().stop_strings if self.raw else ()
+            if stops and "stop" not in self.seen.dropped:
+                body["stop"] = list(stops[:4])  # OpenAI's most; the text is cut here too
         else:
             method = client.chat.completions
             body["messages"], more, sent, space = self._messages(call)
@@ -166,7 +171,7 @@ class OpenAIClient:
 
         body = {"model": self.model, "prompt": [*call.prompt_ids, *call.token_ids], "max_tokens": call.max_tokens}
         try:
-            raw = await self._client(call.lane).completions.with_raw_response.create(
+            raw = await self.connection.sdk.completions.with_raw_response.create(
                 **body, extra_body=scoring.WAYS[call.way]
             )
             answer = wire.json_object(raw.http_response)
@@ -181,7 +186,7 @@ class OpenAIClient:
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the server has refused by name."""
-        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort"}
+        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort", "stop"}
         if call.mode != "completion":
             droppable.add("max_tokens")  # newer models want max_completion_tokens
         if not self.seen.learn(error, call, droppable):
@@ -219,7 +224,11 @@ class OpenAIClient:
             text = text if isinstance(text, str) else ""
             if mode != "instruct":
                 text = wire.after_prefix(text, sent, space)
-            texts.append(wire.Text(text, FINISH.get(choice.get("finish_reason"), "stop")))
+            finish = FINISH.get(choice.get("finish_reason"), "stop")
+            if mode == "completion" and self.template is not None:
+                text, stopped = self.template.cut(text)
+                finish = "stop" if stopped else finish
+            texts.append(wire.Text(text, finish))
         usage = self._usage(answer)
         hidden = ((answer.get("usage") or {}).get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
         if not hidden and any(c.get("message", {}).get("reasoning_content") or c.get("message", {}).get("reasoning")
@@ -254,18 +263,20 @@ class OpenAIClient:
         )
 
     def render(self, messages) -> str:
-        """The prompt as `teacher.tokenizer`'s chat template writes it, up to where the answer begins.
+        """The prompt as the teacher's template writes it, up to where the answer begins.
 
-        Without a tokenizer the messages' texts alone, a blank line between: for models that have no chat format.
+        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own questions.
         """
-        if not self.tokenizer_path:
+        if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"
-        if self.tokenizer is None:
-            import transformers
+        template = self._template()
+        start = template.tokenizer and template.tokenizer.bos_token
+        return template.render(messages).removeprefix(start or "")  # the server puts its own start token in front
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.tokenizer_path)
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        # the server puts its own start token in front
-        return text.removeprefix(self.tokenizer.bos_token or "")
+    def _template(self):
+        """The teacher's template (`hf.template`), made when first asked."""
+        if self.template is None:
+            if self.tokenizer_path:
+                self.tokenizer = hf.load_tokenizer(self.tokenizer_path, setting="teacher.tokenizer")
+            self.template = of_teacher(self.cfg, self.tokenizer)
+        return self.template
