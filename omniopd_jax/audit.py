@@ -283,35 +283,6 @@ def metrics(feedback: Feedback, cfg) -> dict:
     return out
 
 
-def records(feedback: Feedback, step: int, prompts, entropy_BT, targets, limit: int) -> tuple[list[dict], int]:
-    """JSON records for audits.jsonl, and how many were left out; taken evenly over the batch.
-
-    Args:
-      prompts: a data.Prompt a row. entropy_BT: float32, host. targets: objective.ChunkTargets, host arrays.
-      limit: at most so many records.
-    """
-    audits = [a for a in feedback.audits if a.request.peak >= 0]
-    chosen = audits if len(audits) <= limit else [audits[i * len(audits) // limit] for i in range(limit)]
-    out = []
-    for a in chosen:
-        b, m, peak = a.row, a.m, a.request.peak
-        out.append(
-            {
-                "step": step, "prompt_id": prompts[b].id, "sample_id": a.request.sample_id, "peak": peak,
-                "entropy": _round(entropy_BT[b, peak]),
-                "chunk_entropy": [_round(h) for h in entropy_BT[b, peak : peak + min(8, a.request.max_tokens)]],
-                "chunk": a.chunk, "continuations": [c.text for c in a.result.continuations],
-                "failures": [f.error for f in a.result.failures],
-                "similarity": [_round(s) for s in a.similarity], "k_sem": _round(feedback.k_sem_BM[b, m]),
-                "n": int(feedback.n_BM[b, m]), "kept": bool(targets.keep_BM[b, m]),
-                "pi_bar": _round(targets.pi_bar_BM[b, m]), "pi_hat": _round(targets.pi_hat_BM[b, m]),
-                "weight": _round(targets.weight_BM[b, m]), "latency_s": _round(a.result.latency_s),
-                "cost_usd": a.result.usage.cost_usd,
-            }
-        )  # fmt: skip
-    return out, len(audits) - len(chosen)
-
-
 def _check_complete(audit: Audit) -> None:
     """Every wanted index came back once, as a text or as a failure: a teacher that loses one must not go unseen."""
     r = audit.result
@@ -334,7 +305,3 @@ def _of_another_prompt(audits: list[Audit], texts: list[list[str]]) -> list[list
             raise UserError("audit.shuffle_texts needs at least two different prompts with an audit in each step")
         out.append(texts[other])
     return out
-
-
-def _round(x) -> float:
-    return round(float(x), 5)

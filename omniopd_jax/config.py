@@ -142,6 +142,7 @@ def default() -> ConfigDict:
     c.budget.usd = 0.0  # dollars; 0 = no cap
     c.budget.tokens = 0  # input + output tokens; 0 = no cap
     c.budget.calls = 0  # requests on the wire, retries included; 0 = no cap
+    c.budget.confirm_usd = 20.0  # dollars; a run without a cap whose middle estimate is above needs --yes
     c.budget.on_exhausted = "stop"  # stop (checkpoint, exit) | fewer_audits (lower M) | fewer_continuations (lower N)
 
     c.optimizer = ConfigDict()
@@ -190,7 +191,12 @@ def default() -> ConfigDict:
     c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
 
     c.log = ConfigDict()
-    c.log.tensorboard = True  # scalars beside metrics.jsonl
+    c.log.tensorboard = True  # scalars and tables beside metrics.jsonl, in <run_dir>/tensorboard
+    c.log.trackers = ()  # more of them: wandb | trackio; as a flag: "('wandb',)"
+    c.log.completions_per_step = 4  # whole responses a step written to completions.jsonl; what is left out is counted
+    c.log.evaluation_answers = 256  # answers of each evaluation written to evaluations.jsonl; the first ones
+    c.log.text_characters = 20_000  # of each text in a record; what is cut is counted
+    c.log.chance_pairs = 128  # comparisons a step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()

@@ -1,7 +1,6 @@
 """Peaks -> prefixes -> continuations -> k_sem: the texts against decode itself, the traffic, the arithmetic, the log."""
 
 import asyncio
-import json
 import time
 
 import numpy as np
@@ -10,7 +9,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from omniopd_jax import audit, config, objective, similarity, teachers
+from omniopd_jax import audit, config, similarity, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure, Usage
 from omniopd_jax.teachers.simulated import SimulatedTeacher
@@ -453,40 +452,6 @@ def test_a_teachers_counts_are_of_what_it_did_since_they_were_last_taken():
     }  # fmt: skip
     assert counts.take() == pytest.approx(expected)
     assert not any(counts.take().values())
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 64])
-def test_records_are_bounded_and_what_is_left_out_is_counted(limit):
-    c = small()
-    audits = answered(c, lambda a: ["one 日本 \u2028", "two"])
-    feedback = audit.compare(similarity.edit, audits, (2, 2), c, trim=False)
-    entropy_BT = np.arange(60, dtype=np.float32).reshape(2, 30)
-    targets = objective.ChunkTargets(*(np.full((2, 2), x) for x in (True, 0.25, 0.5, 0.125)))
-    records, left_out = audit.records(feedback, 7, prompts("one", "two"), entropy_BT, targets, limit)
-    assert len(records) == min(limit, 3)
-    assert left_out == 3 - len(records)
-    for r in records:
-        json.dumps(r)
-        assert set(r) >= {
-            "step", "prompt_id", "peak", "entropy", "chunk_entropy", "chunk", "continuations", "similarity", "k_sem", "n",
-            "pi_bar", "pi_hat", "weight", "latency_s", "cost_usd", "failures", "kept", "sample_id",
-        }  # fmt: skip
-        row = int(r["prompt_id"][1:])
-        assert (r["step"], r["n"], r["pi_bar"], r["pi_hat"], r["weight"]) == (7, 2, 0.25, 0.5, 0.125)
-        assert r["entropy"] == entropy_BT[row, r["peak"]] == r["chunk_entropy"][0]
-        assert len(r["chunk_entropy"]) <= c.audit.chunk_tokens, "entropies of positions that the chunk does not hold"
-        assert r["continuations"] == ["one 日本 \u2028", "two"]
-        assert r["k_sem"] == pytest.approx(sum(r["similarity"]), abs=1e-4)
-        assert len(r["failures"]) == 2
-
-
-def test_records_are_taken_over_the_whole_batch():
-    c = small()
-    audits = answered(c, lambda a: ["x"], peaks=((0, 9), (5, 12)))
-    feedback = audit.compare(similarity.edit, audits, (2, 2), c, trim=False)
-    targets = objective.ChunkTargets(*(np.ones((2, 2)) for _ in range(4)))
-    records, _ = audit.records(feedback, 0, prompts("one", "two"), np.zeros((2, 30)), targets, 2)
-    assert [r["prompt_id"] for r in records] == ["p0", "p1"]
 
 
 # --- the simulated teacher ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, profiling
+from omniopd_jax.run import logging, profiling, trackers
 from omniopd_jax.run.host import AsyncThread
 
 LEAST = {  # dotted key -> the smallest value that it may have
@@ -28,7 +28,8 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
     "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
-    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
+    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
+    "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
 NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}  # Objective.asks -> a teacher's ability; else text
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
@@ -63,6 +64,7 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    trackers.check(c.log.trackers)
     _check_data(c)
     _check_sizes(c)
     _check_audits(c)

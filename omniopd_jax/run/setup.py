@@ -76,7 +76,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -87,7 +87,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(teacher: teachers.Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
     teacher.divide_budget(hosts)
