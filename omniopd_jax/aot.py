@@ -143,13 +143,11 @@ class Plan:
 
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh = setup.frozen(cfg), mesh
-        how = {"packed": cfg.packing.length > 0, "on": attention.platform(mesh)}
+        how = {"packed": cfg.packing.length > 0, "on": sharding.platform(mesh)}
         kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
-        self.model_cfg = dataclasses.replace(  # with a mesh even of one device: it says for what the passes are
-            model_config(cfg.student.path), dtype=cfg.compute_dtype, remat=cfg.model.remat, attention=kernel, mesh=mesh
-        )
-        self.model_cfg = lora.scaled(self.model_cfg, cfg.lora)
-        self.steps = step.make_steps(self.model_cfg, self.cfg, mesh)
+        self.model_cfg = model_config(cfg.student.path)
+        self.compute = model.Compute(cfg.compute_dtype, cfg.model.remat, kernel, mesh, lora.scale(cfg.lora))
+        self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute)
         self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
         self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
         self.policy = step.policy(self.state.params, self.reference, self.cfg)
@@ -198,7 +196,7 @@ class Plan:
         """As `rollout.prepare` leaves them."""
         where = model.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
         stacked = jax.tree.map(
-            lambda p, s: jax.ShapeDtypeStruct(p.shape, self.model_cfg.dtype, sharding=s),
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, self.compute.dtype, sharding=s),
             model.table(self.model_cfg), where, is_leaf=model.is_param,
         )  # fmt: skip
 
@@ -216,16 +214,16 @@ class Plan:
         c, heads = self.model_cfg, sharding.DECODE_RULES["kv_heads"]
         row = functools.partial(self.row, rows=self.sampled)
         kv = jax.ShapeDtypeStruct(
-            (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), c.dtype,
+            (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), self.compute.dtype,
             sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
         )  # fmt: skip
         i32, T = jnp.int32, self.T
         out = rollout.Rollout(
-            row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T), row(T)
+            row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T)
         )  # fmt: skip
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.sampled))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.rows(self.mesh))
-        hidden = row(c.hidden_size, dtype=c.dtype)
+        hidden = row(c.hidden_size, dtype=self.compute.dtype)
         t = jax.ShapeDtypeStruct((), i32, sharding=sharding.replicated(self.mesh))
         return rollout.SamplerState([(kv, kv)] * c.num_layers, hidden, row(dtype=i32), key, t, out)
 
@@ -244,14 +242,15 @@ class Plan:
         carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
         scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
             ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
-        lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, cfg=self.model_cfg, P=self.P)
+        how = {"cfg": self.model_cfg, "compute": self.compute, "P": self.P}
+        lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, **how)
         return lowered, local_bytes(carry), state + reference
 
     def work(self, name: str) -> tuple[float, float]:
         """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full length."""
         rows = self.rows if name == "update" else self.sampled
         n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
-        item = np.dtype(self.model_cfg.dtype).itemsize
+        item = np.dtype(self.compute.dtype).itemsize
         if name == "score":
             return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.policy)
         if name == "update":

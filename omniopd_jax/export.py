@@ -44,7 +44,7 @@ def read(run_dir, step: int | None) -> Trained:
     """
     params, config = checkpoint.restore_params(run_dir, step)
     student, settings = config["student"]["path"], lora.settings_of(config)
-    model_cfg = lora.scaled(hf.read_config(student), settings)
+    model_cfg = hf.read_config(student)
     table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
     if not model.fits(params, table):
         raise UserError(
@@ -75,7 +75,7 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         return pathlib.Path(out)
     params = got.whole()
     if got.lora.rank:
-        params = jax.jit(lambda p: lora.merge(p, got.model_cfg, "float32"))(params)
+        params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
     generation = hf.generation_config(got.student)
     hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
     return pathlib.Path(out)

@@ -159,7 +159,7 @@ def test_gpus_that_are_not_there(student):
     said = []
     plan, done, fits = aot.check(recipe(student, micro_batches=4), "H100:8", say=said.append)
     passes = {p.name: p for p in done}
-    assert fits and plan.mesh.size == 8 and plan.model_cfg.attention == "cudnn"
+    assert fits and plan.mesh.size == 8 and plan.compute.attention == "cudnn"
     assert passes["decode"].temporaries <= 0.1 * plan.sizes()["cache"]
     assert passes["update"].aliased >= passes["update"].donated > 0
     assert any(c.loops for c in passes["update"].collectives) and not any("warning" in line for line in said)

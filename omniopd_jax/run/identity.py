@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import host, logging
+from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers.protocol import stable_hash
 from omniopd_jax.teachers.wire import secrets
 
@@ -78,15 +78,7 @@ def read(file: pathlib.Path) -> dict | None:
     """
     if not file.is_file():
         return None
-    try:
-        saved = json.loads(file.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({str(error)[:80]}): remove it to go on from the checkpoint with the settings given now"
-        ) from error
-    return saved
+    return files.read_json(file, "remove it to go on from the checkpoint with the settings given now")
 
 
 def as_json(cfg: ConfigDict) -> str:

@@ -6,16 +6,15 @@ its own seed, so its text does not depend on who else is in the batch.
 """
 
 import asyncio
-import dataclasses
 import functools
 import time
 
 import jax
 import numpy as np
 
-from omniopd_jax import hf, rollout, step
-from omniopd_jax.data.prompts import render
+from omniopd_jax import hf, model, rollout, step
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import Template, of_teacher
 from omniopd_jax.model import attention
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
@@ -34,9 +33,11 @@ CPU_ROWS = 256  # on a CPU, whose caches hold no more: 1.3 times as fast
 SCORE_ROWS = 128  # responses scored at once
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _score(params, token_BL, prompt_length_B, T: int, model_cfg):
-    return step.score(params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
+    return step.score(
+        params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1, compute=compute
+    )
 
 
 class LocalTeacher(Teacher):
@@ -48,12 +49,12 @@ class LocalTeacher(Teacher):
 
     white_box = frozenset({LOGP, DISTRIBUTION})
 
-    def __init__(self, params, model_cfg, tokenizer, *, end_ids, foreign_tokenizer: bool, chat_template_kwargs=None):
+    def __init__(self, params, model_cfg, template: Template, *, end_ids, foreign_tokenizer: bool, compute=None):
         self._params, self._prepared = params, None
         self.model_cfg = self._cfg = model_cfg
-        self._tokenizer = tokenizer
+        self._compute = compute or model.Compute()
+        self._template, self._tokenizer = template, template.tokenizer
         self._end_ids = end_ids
-        self._kwargs = chat_template_kwargs
         self._counts = Counts()
         self._scoring: list[tuple[list[int], list[int], asyncio.Future]] = []
         self._waiting: list[tuple[ContinuationRequest, asyncio.Future, float]] = []
@@ -124,7 +125,7 @@ class LocalTeacher(Teacher):
             rows = [p + r for p, r, _ in part] + [[0]] * (SCORE_ROWS - len(part))
             token_BL, _ = rollout.pad_rows(rows, P + T)
             length_B = np.array([len(p) for p, _, _ in part] + [1] * (SCORE_ROWS - len(part)), np.int32)
-            stats = _score(self._params, *jax.device_put((token_BL, length_B)), T, self._cfg)
+            stats = _score(self._params, *jax.device_put((token_BL, length_B)), T, self._cfg, self._compute)
             logp_BT = jax.device_get(stats.logp_BT)
             for (_, response, future), logp in zip(part, logp_BT):
                 future.set_result(logp[: len(response)])
@@ -135,7 +136,7 @@ class LocalTeacher(Teacher):
             r = item[0]
             groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
         for (n, max_tokens, temperature, top_p), items in groups.items():
-            texts = [render(self._tokenizer, r.messages, self._kwargs) + r.prefix for r, _, _ in items]
+            texts = [self._template.render(r.messages) + r.prefix for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
@@ -156,21 +157,22 @@ class LocalTeacher(Teacher):
         seeds = [r.seed(i) for r in requests for i in r.indices] + [0] * ((rows - len(ids)) * n)
         prompt_BP, length_B = rollout.pad_rows(list(ids) + [[0]] * (rows - len(ids)), width)
         if self._prepared is None:
-            self._prepared, self._params = rollout.prepare(self._params, self._cfg), None
+            self._prepared, self._params = rollout.prepare(self._params, self._cfg, compute=self._compute), None
         out = rollout.sample(
             self._prepared, self._cfg, *jax.device_put((prompt_BP, length_B)), rollout.row_keys(_base_key(), seeds),
             max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, num_samples=n, end_ids=self._end_ids,
+            compute=self._compute,
         )  # fmt: skip
         token_BT, length_B, finished_B = jax.device_get((out.token_BT, out.length_B, out.finished_B))
         answers, tokens_out = [], []
         for b, (prefix, request) in enumerate(zip(ids, requests, strict=True)):
             own = slice(b * n, (b + 1) * n)
             tails = [list(map(int, t[:k])) for t, k in zip(token_BT[own], length_B[own], strict=True)]
-            finish = np.where(finished_B[own], "stop", "length")
+            texts = [self._template.cut(self._tail_text(prefix, tail)) for tail in tails]
             answers.append(
                 tuple(
-                    Continuation(i, self._tail_text(prefix, tail), str(f))
-                    for i, tail, f in zip(request.indices, tails, finish, strict=True)
+                    Continuation(i, text, "stop" if ended or stopped else "length")
+                    for i, (text, stopped), ended in zip(request.indices, texts, finished_B[own], strict=True)
                 )
             )
             tokens_out.append(sum(map(len, tails)))
@@ -197,14 +199,14 @@ def make(cfg, needs: str = TEXT) -> LocalTeacher:
         raise UserError("teacher.provider = 'local' needs teacher.model, a Hugging Face folder")
     tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
     student = hf.load_tokenizer(cfg.student.path)
+    template = of_teacher(cfg, tokenizer)
+    end_ids, _ = template.end_ids(hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"))
     if needs == DISTRIBUTION:  # the loop lays the weights out on its own mesh
         params, model_cfg = None, hf.read_config(cfg.teacher.model, setting="teacher.model")
     else:
         params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
-    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(None))
-    model_cfg = dataclasses.replace(model_cfg, dtype=cfg.compute_dtype, attention=backend)
+    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=jax.default_backend())
     return LocalTeacher(
-        params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),
-        foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
-        chat_template_kwargs=cfg.teacher.chat_template_kwargs,
+        params, model_cfg, template, end_ids=end_ids, foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
+        compute=model.Compute(cfg.compute_dtype, attention=backend),
     )  # fmt: skip

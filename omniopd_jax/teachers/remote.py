@@ -290,10 +290,18 @@ class RemoteTeacher(PaidTeacher):
             "top_p": request.top_p,
             "chat_template_kwargs": t.chat_template_kwargs.to_dict(),
             "tokenizer": t.tokenizer if mode == "completion" else "",
+            **_own_format(t),
             "version": f"{wire.VERSION}.{instruct.VERSION if mode == 'instruct' else 0}",
         }
         content = json.dumps([about, list(request.messages), request.prefix], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest(), about
+
+
+def _own_format(t) -> dict:
+    """What identifies a prompt's format beside the tokenizer's own template; {} where that is it."""
+    given = {"template": t.template, "preamble": t.preamble, "stop_strings": list(t.stop_strings)}
+    default = {"template": "chat", "preamble": "", "stop_strings": []}
+    return {k: v for k, v in given.items() if v != default[k]}
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:

@@ -30,7 +30,7 @@ TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic an
     r"max_model_len|max_new_tokens`? must be <=",
     re.IGNORECASE,
 )
-FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking")
+FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking", "stop")
 MAYBE_BILLED = frozenset({499, 502, 504, 520, 524})  # a proxy gave up on a server that may have finished the answer
 
 

@@ -14,7 +14,9 @@ What differs between them, and how each is met:
 
 import dataclasses
 
+from omniopd_jax import hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import of_teacher
 from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.protocol import LOGP, TEXT
 from omniopd_jax.teachers.remote import RemoteTeacher
@@ -40,6 +42,8 @@ class OpenAIClient:
         self.url = wire.base_url(cfg, "openai", "OPENAI_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "api.openai.com" not in self.url
         self.template_kwargs = t.chat_template_kwargs.to_dict()
+        self.cfg, self.template = cfg, None
+        self.raw = bool(t.tokenizer) or t.template != "chat"  # prompts are written here, for /v1/completions
         self.seen = wire.Learner(takes_n=True)
         self.extra = {}  # reasoning_effort, where the probe found that it is needed
         wire.check_key_may_go(cfg, "openai", self.url)
@@ -49,9 +53,11 @@ class OpenAIClient:
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first, for `teacher.continuation = "auto"`."""
+        if self.cfg.teacher.template != "chat":
+            return ("completion",)  # a format of our own: the server's chat endpoint would write another
         if not self.self_hosted:
             return ("instruct",)
-        first = ("completion",) if self.tokenizer_path else ()
+        first = ("completion",) if self.raw else ()
         return first + ("continue_final_message", "prefix", "prefill", "instruct")
 
     def check_settings(self):
@@ -61,8 +67,8 @@ class OpenAIClient:
     async def open(self):
         """Makes the connection for the running event loop."""
         await self.connection.open()
-        if self.tokenizer_path:
-            self.render([{"role": "user", "content": ""}])
+        if self.raw:
+            self.template = self._template()  # reads the tokenizer now
 
     async def close(self):
         """Closes the connections."""
@@ -129,6 +135,9 @@ class OpenAIClient:
         if call.mode == "completion":
             method = client.completions
             body["prompt"] = self.render(call.messages) + call.prefix
+            stops = self._template().stop_strings if self.raw else ()
+            if stops and "stop" not in self.seen.dropped:
+                body["stop"] = list(stops[:4])  # OpenAI's most; the text is cut here too
         else:
             method = client.chat.completions
             body["messages"], more, sent, space = self._messages(call)
@@ -159,7 +168,7 @@ class OpenAIClient:
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the server has refused by name."""
-        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort"}
+        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort", "stop"}
         if call.mode != "completion":
             droppable.add("max_tokens")  # newer models want max_completion_tokens
         if not self.seen.learn(error, call, droppable):
@@ -204,6 +213,9 @@ class OpenAIClient:
             )
             if mode != "instruct" and text.text:
                 text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
+            if mode == "completion" and self.template is not None:
+                cut, stopped = self.template.cut(text.text)
+                text = dataclasses.replace(text, text=cut, finish="stop" if stopped else text.finish)
             texts.append(text)
         wrote = any(text.text for text in texts)
         billed = _billed(answer, wrote=wrote)
@@ -213,21 +225,23 @@ class OpenAIClient:
         return wire.Reply(tuple(texts), billed=billed, tokens_hidden=hidden, limits=wire.limits(headers), model=_model(answer))
 
     def render(self, messages) -> str:
-        """The prompt as `teacher.tokenizer`'s chat template writes it, up to where the answer begins.
+        """The prompt as the teacher's template writes it, up to where the answer begins.
 
-        Without a tokenizer the messages' texts alone, a blank line between: for models that have no chat format.
+        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own questions.
         """
-        if not self.tokenizer_path:
+        if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"
-        if self.tokenizer is None:
-            import transformers
+        template = self._template()
+        start = template.tokenizer and template.tokenizer.bos_token
+        return template.render(messages).removeprefix(start or "")  # the server puts its own start token in front
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.tokenizer_path)
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        # the server puts its own start token in front
-        return text.removeprefix(self.tokenizer.bos_token or "")
+    def _template(self):
+        """The teacher's template (`hf.template`), made when first asked."""
+        if self.template is None:
+            if self.tokenizer_path:
+                self.tokenizer = hf.load_tokenizer(self.tokenizer_path, setting="teacher.tokenizer")
+            self.template = of_teacher(self.cfg, self.tokenizer)
+        return self.template
 
 
 def _billed(answer, *, wrote: bool = True) -> wire.Billed | None:
