@@ -5,6 +5,8 @@ an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `beta`.
 """
 
 import difflib
+import inspect
+import re
 
 from ml_collections import ConfigDict
 
@@ -251,9 +253,6 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: the README's table is made of it."""
-    import inspect
-    import re
-
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:
