@@ -109,7 +109,7 @@ def default() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
-    c.reward.grader = "world"  # world | math | code | code_unsafe | reasoning_gym; 1 for a right answer, else 0
+    c.reward.grader = ""  # world | math | code | code_unsafe | reasoning_gym; "" = world for the small worlds, else required
 
     c.teacher = ConfigDict()
     c.teacher.provider = "local"  # a key of teachers.TEACHERS
@@ -174,7 +174,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.grader = "world"  # as reward.grader
+    c.eval.grader = ""  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)
     c.distributed.start_s = 300.0  # how long the processes wait for each other at the start
@@ -184,6 +184,9 @@ def default() -> ConfigDict:
 
     c.profile = ConfigDict()
     c.profile.steps = ""  # FIRST:END, counted from 0: a profiler's trace of these steps in <run_dir>/profile
+
+    c.resume = ConfigDict()
+    c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
 
     c.log = ConfigDict()
     c.log.tensorboard = True  # scalars beside metrics.jsonl
@@ -201,12 +204,15 @@ def min_continuations(c: ConfigDict) -> int:
 def apply(c: ConfigDict, variants: dict[str, dict], arg: str | None) -> ConfigDict:
     """Applies the comma-separated variants in `arg` (from `--config=recipe.py:arg`), each a dict of dotted key -> value.
 
+    A variant is another run: its name is added to `run_dir`.
+
     Raises:
       UserError: a name that `variants` lacks.
     """
     for name in filter(None, (arg or "").split(",")):
         one_of(name, variants, "the recipe's argument")
         c.update_from_flattened_dict(variants[name])
+        c.run_dir += f"-{name}"
     return c
 
 

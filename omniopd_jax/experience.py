@@ -16,6 +16,7 @@ from omniopd_jax import step as steps
 from omniopd_jax.config import min_continuations
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
+from omniopd_jax.graders import Grader
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
@@ -309,13 +310,14 @@ def compare(similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *
     return audit.compare(similarity, audits, (rows, cfg.audit.num_chunks), cfg, trim=trim)
 
 
-def grade(grader, responses: Responses, decoder: audit.Decoder) -> np.ndarray:
+def grade(grader: Grader, responses: Responses, decoder: audit.Decoder) -> np.ndarray:
     """1 for a response whose text is graded right, else 0; float32 [B]."""
     missing = [p.id for p in responses.prompts if p.answer is None]
     if missing:
         raise UserError(f"a task reward needs an `answer`; prompt {missing[0]!r} has none")
     texts = [decoder.text(r) for r in responses.tokens]
-    return np.array([grader(t, p.answer) for t, p in zip(texts, responses.prompts, strict=True)], np.float32)
+    grades = grader.grade_all(texts, [p.answer for p in responses.prompts])
+    return np.array([bool(g) for g in grades], np.float32)
 
 
 def teacher_logp(

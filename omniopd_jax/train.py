@@ -9,12 +9,12 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import experience, objective, rollout
+from omniopd_jax import experience, graders, objective, rollout
 from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import checkpoint, host, logging, preflight, reporting, setup
+from omniopd_jax.run import checkpoint, host, lock, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -30,7 +30,7 @@ def train(cfg: ConfigDict) -> dict:
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
     preflight.validate(cfg)
-    with host.StopFlag() as stop:
+    with host.StopFlag() as stop, lock.held(cfg.run_dir):
         disks = checkpoint.restore_journal(cfg)
         with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks) as checkpoints:
             return run_steps(run, checkpoints)
@@ -41,6 +41,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     state, totals = setup.first_state(run, checkpoints)
     with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
         if run.held_out and totals.get("accuracy_before") is None:
+            run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = held_out_accuracy(run, state)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
         run.timer.take()
@@ -48,6 +49,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
             state = loop(run, state, checkpoints, reports)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
+        run.stop.saved, run.stop.doing = True, "evaluating after the last step"
         after = held_out_accuracy(run, state) if run.held_out else None
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
@@ -100,7 +102,7 @@ def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Expe
     rewards = teacher_logp_BT = None
     if objective.needs_reward(cfg):
         with phase("reward"):
-            rewards = experience.grade(evaluation.grader(cfg.reward.grader), responses, student.decoder)
+            rewards = experience.grade(graders.shared(cfg.reward.grader), responses, student.decoder)
     if objective.of(cfg).asks == "logp":
         with phase("teacher_wait"):
             T = group.scores.logp_BT.shape[1]
@@ -174,5 +176,5 @@ def held_out_accuracy(run: Run, state: TrainState) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         return evaluation.greedy(
             run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
-            grader=evaluation.grader(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length,
         ).accuracy  # fmt: skip

@@ -9,9 +9,9 @@ import optax
 import pytest
 import tiny
 
-from omniopd_jax import config, model, objective, optim, step, train
+from omniopd_jax import config, graders, model, objective, optim, step, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.evaluation import sampling
+from omniopd_jax.graders import small_world
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, preflight
 
@@ -108,12 +108,19 @@ def test_several_updates_are_for_grpo(make_cfg):
         preflight.validate(c)
 
 
+class EvenGrader(small_world.WorldGrader):
+    """Right where the text's length is even: about half of what an untrained model writes."""
+
+    def grade(self, text, answer):
+        return len(text) % 2 == 0
+
+
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_between_batches(tmp_path, monkeypatch):
     """Stopped after two of four batches, two updates each: the same bits as never stopped."""
     real = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
-    monkeypatch.setitem(sampling.GRADERS, "even", lambda: lambda text, answer: len(text) % 2 == 0)
+    monkeypatch.setitem(graders.GRADERS, "even", EvenGrader)
     student, teacher = tiny.make_folders(tmp_path)
     more = {
         "objective.name": "grpo", "anchor.kl_coef": 0.0, "num_iterations": 2, "reward.grader": "even", "num_generations": 4,

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
-from omniopd_jax import config, hf, model, objective, rollout, step, world
+from omniopd_jax import config, graders, hf, model, objective, rollout, step, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import one_of
 from omniopd_jax.evaluation import sampling
@@ -134,7 +134,8 @@ def greedy_accuracy(params, model_cfg, tokenizer, world_name: str, split="test",
     chat = template.make(tokenizer)
     prompts = data.encode(loaded, chat, c).prompts
     return sampling.greedy(
-        params, model_cfg, prompts, chat, (tokenizer.eos_token_id,), grader=world.grade, max_new_tokens=COMPLETION
+        params, model_cfg, prompts, chat, (tokenizer.eos_token_id,), grader=graders.shared("world"),
+        max_new_tokens=COMPLETION,
     ).accuracy
 
 

@@ -11,12 +11,12 @@ import re
 import jax
 import numpy as np
 
-from omniopd_jax import export, hf, model, rollout
+from omniopd_jax import export, graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import scores
-from omniopd_jax.evaluation.sampling import grader, repeated_ngrams
+from omniopd_jax.evaluation.sampling import repeated_ngrams
 from omniopd_jax.hf.template import Template, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
@@ -125,10 +125,10 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     done = _whole_batches(path, batches, how.samples)
     if done:
         logging.say(f"{suite.name}: {len(done)} of {len(batches)} batches were there already")
-    grade = grader(suite.grader)
+    grader = graders.shared(suite.grader)
     with path.open("a", encoding="utf-8") as file:
         for i in range(len(done), len(batches)):
-            done.append(_sample_batch(student, suite, how, batches[i], per, width, grade))
+            done.append(_sample_batch(student, suite, how, batches[i], per, width, grader))
             file.writelines(json.dumps(line) + "\n" for line in done[-1])
             file.flush()
             if (i + 1) * 10 // len(batches) > i * 10 // len(batches):
@@ -136,7 +136,7 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     return [line for batch in done for line in batch]
 
 
-def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grade) -> list[dict]:
+def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grader: graders.Grader) -> list[dict]:
     mesh, n = student.model_cfg.mesh, how.samples
     put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
     padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
@@ -147,17 +147,19 @@ def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: i
         max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n, end_ids=student.end_ids,
     )  # fmt: skip
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-    lines = []
-    for b in range(len(prompts) * n):
-        prompt, tokens = prompts[b // n], token_BT[b, : length_B[b]].tolist()
-        text, n_tokens, stopped = student.template.read(tokens)
-        tokens = tokens[:n_tokens]
-        lines.append({
-            "id": prompt.id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
-            "correct": bool(grade(text, prompt.answer)), "answer": suite.extract(text) if suite.extract else None,
-            "tokens": len(tokens), "repeated": repeated_ngrams(tokens),
-        })  # fmt: skip
-    return lines
+    tokens = [token_BT[b, : length_B[b]].tolist() for b in range(len(prompts) * n)]
+    texts, lengths, stopped = zip(*map(student.template.read, tokens), strict=True)
+    tokens = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    finished = [bool(f) or s for f, s in zip(finished_B, stopped)]
+    grades = grader.grade_all(texts, [p.answer for p in prompts for _ in range(n)])
+    return [
+        {
+            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished[b] else "length",
+            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": len(tokens[b]),
+            "repeated": repeated_ngrams(tokens[b]),
+        }
+        for b, text in enumerate(texts)
+    ]  # fmt: skip
 
 
 def _whole_batches(path: pathlib.Path, batches, samples: int) -> list[list[dict]]:
@@ -199,7 +201,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     if unsafe:
         loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
     for suite in loaded:
-        grader(suite.grader)
+        graders.shared(suite.grader)
     files = [re.sub(r"[^\w.-]+", "_", s.name) + ".jsonl" for s in loaded]
     if len(set(files)) < len(files):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")

@@ -2,43 +2,16 @@
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 
 import jax
 import numpy as np
 
-from omniopd_jax import graders, rollout, world
+from omniopd_jax import rollout
 from omniopd_jax.data.prompts import Prompt
-from omniopd_jax.errors import one_of
-from omniopd_jax.graders.code import extract_program
+from omniopd_jax.graders import Grader
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
-
-
-def _code(unsafe: bool = False):
-    grader = graders.make("code", unsafe=unsafe)
-    grader.grade("", {"stdin": "", "stdout": ""})  # a machine without a sandbox says so now
-    return lambda text, tests: bool(grader.grade(extract_program(text), json.loads(tests)))
-
-
-GRADERS = {  # name -> () -> ((text, answer) -> bool); started when first used
-    "world": lambda: world.grade,
-    "math": lambda: graders.make("math").grade,
-    "code": _code,  # `answer` is JSON: stdin/stdout pairs or asserts (graders/code.py)
-    "code_unsafe": functools.partial(_code, unsafe=True),  # the same as the current user, under rlimits alone
-    "reasoning_gym": lambda: graders.make("reasoning_gym").grade,  # `answer` names the problem (graders/gym.py)
-}
-
-
-@functools.cache
-def grader(name: str):
-    """The grader of that name, one a process: (text, answer) -> bool.
-
-    Raises:
-      UserError: unknown name, or a machine that can't run it.
-    """
-    return GRADERS[one_of(name, GRADERS, "grader")]()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +26,14 @@ class Evaluation:
     correct: tuple[bool, ...]
 
 
-def greedy(params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader, max_new_tokens: int, rows=256):
+def greedy(
+    params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader: Grader, max_new_tokens: int, rows=256
+) -> Evaluation:
     """Greedy answers, graded.
 
     Args:
       params: the model's parameters, stacked or as `rollout.prepare` returns them.
       prompts: encoded, each with an answer. template: what rendered them; its stop strings end an answer too.
-      grader: (text, answer) -> bool.
       rows: prompts a batch; the last batch is filled up, so that there is one shape. With `model_cfg.mesh` each process
         answers and grades its slice of every batch.
 
@@ -85,12 +59,13 @@ def greedy(params, model_cfg, prompts: list[Prompt], template: Template, end_ids
             params, model_cfg, *padded, rollout.row_keys(_unused_key(), index_B), max_new_tokens=max_new_tokens,
             temperature=0.0, end_ids=end_ids,
         )  # fmt: skip
-        answers = []
-        arrays = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-        for prompt, tokens, n, done in zip(part, *arrays):
-            text, n, stopped = template.read(tokens[:n].tolist())
-            correct = bool(grader(text, prompt.answer))
-            answers.append([text, correct, n, bool(done) or stopped, repeated_ngrams(tokens[:n].tolist())])
+        arrays = [sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B)]
+        read = [template.read(tokens[:n].tolist()) for _, tokens, n in zip(part, *arrays[:2])]
+        grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in part])
+        answers = [
+            [text, bool(grade), n, bool(done) or stopped, repeated_ngrams(tokens[:n].tolist())]
+            for (text, n, stopped), grade, tokens, done in zip(read, grades, arrays[0], arrays[2])
+        ]
         batches.append(answers)
     parts = [batches] if count == 1 else processes.gather("evaluation", batches)
     answers = [a for batch in zip(*parts, strict=True) for piece in batch for a in piece]

@@ -1,23 +1,32 @@
-"""Code grader: runs a program against stdin/stdout or assert tests in the sandbox (sandbox.py and jail/).
+"""Code grader: takes the program out of a response and runs it against its tests in the sandbox (sandbox.py and jail/).
 
 The expected output never enters the sandbox, and the assert tests run in another process than the program, so that a
 program passes by answering right and not by printing, exiting, patching or comparing equal to everything. What a
 program can still do: see the inputs of its own calls, and lie through a helper that the tests take from it by name.
 Programs have the standard library alone. The hash seed is fixed, so that two gradings agree.
+
+Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's imports
+and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the latter.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders import code_tests
+from omniopd_jax.graders.program_text import candidates, extract_program
 from omniopd_jax.graders.sandbox import MOST_PROGRAM_CHARS, Limits, Sandbox
 
 REASONS = ("ok", "wrong_answer", "error", "timeout", "memory", "output")
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+TOLERANCE = 1e-6  # of a number in the output, absolute and relative, where the expected one has a point
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
+
+__all__ = ["CodeGrader", "Verdict", "extract_program", "make"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +40,9 @@ class Verdict:
     def __bool__(self):
         return self.passed
 
+    def __float__(self):
+        return float(self.passed)
+
 
 class CodeGrader:
     """Grades Python programs, each in a sandbox of its own. Safe to share between threads."""
@@ -39,46 +51,64 @@ class CodeGrader:
         self.workers = workers or os.cpu_count() or 1
         self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
 
-    def grade(self, program: str, tests: dict | list) -> Verdict:
-        """Runs `program` against `tests`.
+    def grade(self, text: str, answer: str | dict | list) -> Verdict:
+        """Runs the program in `text` against the tests `answer`.
 
         Args:
-          program: Python source, without a fence (`extract_program`).
-          tests: {"stdin": text or list, "stdout": text or list}, a list of such dicts, or {"asserts": source or list of
-            sources, "entry_point": name, optional}. A function `check(candidate)` in the asserts is called with the
-            entry point, which then must be given.
+          text: a response, its program in a fenced block, or Python source alone.
+          answer: tests in any form of code_tests.py, or their JSON text.
 
         Raises:
           UserError: tests of another form, or a machine that can't isolate programs.
         """
-        inputs, outputs, asserts, entry_point = _read_tests(tests)
-        if len(program) > MOST_PROGRAM_CHARS:
-            return Verdict(False, "error", f"the program has {len(program)} characters")
-        if asserts is not None:
-            told = self._sandbox.run(program, asserts=asserts, entry_point=entry_point)
-            last = told[0] if told else {"reason": "timeout", "detail": "the sandbox did not answer"}
-            return Verdict(last["reason"] == "ok", last["reason"], last["detail"])
-        told = self._sandbox.run(program, stdin=inputs)
-        for answer, expected in zip(told, outputs):
-            if answer["reason"] != "exit":
-                return Verdict(False, answer["reason"], answer["detail"])
-            if answer["code"]:
-                return Verdict(False, "error", answer["detail"] or f"exit code {answer['code']}")
-            difference = _difference(answer["stdout"], expected)
-            if difference:
-                return Verdict(False, "wrong_answer", difference)
-        if len(told) < len(outputs):
+        tests = code_tests.read(answer)
+        if len(text) > MOST_PROGRAM_CHARS:
+            return Verdict(False, "error", f"the response has {len(text)} characters")
+        programs = candidates(text, tests.asked, tests.prompt)
+        preamble = code_tests.preamble(*programs) if tests.as_livecodebench else ""
+        if tests.asserts is not None:
+            return self._assert(programs, preamble, tests)
+        right = 0
+        with contextlib.closing(self._sandbox.run(programs, preamble=preamble, stdin=tests.inputs)) as told:
+            for answer, expected in zip(told, tests.outputs):
+                if answer["reason"] != "exit":
+                    return Verdict(False, answer["reason"], answer["detail"])
+                if answer["code"]:
+                    return Verdict(False, "error", answer["detail"] or f"exit code {answer['code']}")
+                difference = _difference(answer["stdout"], expected)
+                if difference:
+                    return Verdict(False, "wrong_answer", difference)
+                right += 1
+        if right < len(tests.outputs):
             return Verdict(False, "error", "the sandbox ended early")
         return Verdict(True, "ok")
 
-    def grade_batch(self, pairs: Iterable[tuple[str, dict | list]]) -> list[Verdict]:
-        """`grade` for each (program, tests), `workers` at a time, in order.
+    def _assert(self, programs, preamble, tests) -> Verdict:
+        order = {
+            "source": tests.asserts, "entry_point": tests.entry_point, "names": tests.names, "modules": tests.modules,
+            "maybe": tests.maybe, "preamble": code_tests.preamble(tests.asserts) if tests.as_livecodebench else None,
+        }  # fmt: skip
+        with contextlib.closing(self._sandbox.run(programs, preamble=preamble, asserts=order)) as told:
+            last = next(told, {"reason": "timeout", "detail": "the sandbox did not answer"})
+        return Verdict(last["reason"] == "ok", last["reason"], last["detail"])
+
+    def grade_all(self, texts: Iterable[str], answers: Iterable) -> list[Verdict]:
+        """`grade` for each text and its answer, `workers` at a time, in order.
 
         Raises:
           UserError: as `grade`.
         """
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda pair: self.grade(*pair), pairs))
+            return list(pool.map(self.grade, texts, answers))
+
+    def check_answer(self, answer: str | dict | list) -> None:
+        """Raises a UserError that says what is wrong where `answer` is no tests of a program."""
+        code_tests.read(answer)
+
+    def check_machine(self) -> None:
+        """Raises a UserError where this machine can't isolate programs."""
+        for _ in self._sandbox.run([""], stdin=[""]):
+            pass
 
     def close(self) -> None:
         """Ends the server process; it would end with this object or this process at the latest."""
@@ -104,32 +134,9 @@ def make(*, workers: int | None = None, unsafe: bool = False, **limits) -> CodeG
     return CodeGrader(limits=Limits(**limits), workers=workers, unsafe=unsafe)
 
 
-def extract_program(text: str) -> str:
-    """The program in a model's response: the last fenced block that says Python or nothing, else the whole text."""
-    blocks = [body for language, body in _FENCE.findall(text) if language.lower() in ("", "python", "python3", "py")]
-    return blocks[-1] if blocks else text
-
-
-def _read_tests(tests):
-    """(inputs, outputs, asserts, entry point) of any of the forms that `grade` takes."""
-    if isinstance(tests, dict) and "asserts" in tests:
-        asserts = tests["asserts"]
-        return None, None, asserts if isinstance(asserts, str) else "\n".join(asserts), tests.get("entry_point")
-    pairs = [tests] if isinstance(tests, dict) else list(tests)
-    inputs, outputs = [], []
-    for pair in pairs:
-        if not isinstance(pair, dict) or not {"stdin", "stdout"} <= set(pair):
-            raise UserError("code tests need 'stdin' and 'stdout', or 'asserts'")
-        inputs += [pair["stdin"]] if isinstance(pair["stdin"], str) else list(pair["stdin"])
-        outputs += [pair["stdout"]] if isinstance(pair["stdout"], str) else list(pair["stdout"])
-    if not inputs or len(inputs) != len(outputs):
-        raise UserError(f"code tests hold {len(inputs)} inputs and {len(outputs)} outputs: need as many, at least one")
-    return inputs, outputs, None, None
-
-
 def _difference(got: str, expected: str) -> str:
-    """What differs first, or "": lines without the space at their ends, numbers by value."""
-    mine, theirs = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (got, expected))
+    """What differs first, or "": lines without the space around them and around the whole, numbers by value."""
+    mine, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (got, expected))
     if len(mine) != len(theirs):
         return f"{len(mine)} lines, expected {len(theirs)}"
     for number, (a, b) in enumerate(zip(mine, theirs), 1):
@@ -143,7 +150,13 @@ def _same_tokens(mine, theirs):
 
 
 def _same_number(a, b):
+    """Whether two numbers are equal, or within TOLERANCE where the expected one, `b`, has a point."""
+    if not (_NUMBER.fullmatch(a) and _NUMBER.fullmatch(b)):
+        return False
     try:
-        return Decimal(a) == Decimal(b)
-    except (InvalidOperation, ValueError):
+        if Decimal(a) == Decimal(b):
+            return True
+        x, y = float(a), float(b)
+        return "." in b and abs(x - y) <= TOLERANCE * max(1.0, abs(y)) < float("inf")
+    except (DecimalException, ValueError, OverflowError):
         return False

@@ -5,6 +5,7 @@ A reference names a problem, which can be made anew from its name: 'DATASET:SEED
 
 import contextlib
 import functools
+import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -55,12 +56,31 @@ class GymGrader:
             return problems.score_answer(text.strip() if answer is None else answer, problems[int(index)]) >= 1
         return False
 
-    def grade_batch(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
-        """`grade` for each (text, reference)."""
-        return [self.grade(*pair) for pair in pairs]
+    def grade_all(self, texts: Iterable[str], answers: Iterable[str]) -> list[bool]:
+        """`grade` for each text and its reference."""
+        return [self.grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+    def check_answer(self, answer) -> None:
+        """Raises a UserError unless `answer` names a problem."""
+        parts = answer.split(":") if isinstance(answer, str) else []
+        if len(parts) != 4 or not all(part.isdecimal() for part in parts[1:]) or int(parts[3]) >= int(parts[2]):
+            raise UserError(
+                f"an answer for reasoning_gym names a problem as DATASET:SEED:SIZE:INDEX, INDEX below SIZE; this is {answer!r:.80}"
+            )
+
+    def check_machine(self) -> None:
+        """Raises a UserError where reasoning-gym is missing."""
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise UserError("procedural problems need reasoning-gym: pip install reasoning-gym")
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 def make() -> GymGrader:

@@ -4,6 +4,7 @@ Nothing that a response holds can hang or stop the caller: after `seconds` the w
 ended, and an answer that could not be compared in that time is wrong. Works in any thread.
 """
 
+import importlib.util
 import json
 import os
 import queue
@@ -23,16 +24,17 @@ LONGEST_ANSWER = 20_000  # characters of a reference answer
 
 
 class MathGrader:
-    """Compares answers in `workers` processes. Safe to share between threads; close it, or use it in a `with`."""
+    """Compares answers in up to `workers` processes, started when needed. Safe to share between threads; close it, or use it in a `with`."""
 
-    def __init__(self, *, seconds: float = 5.0, workers: int = 1, memory_mb: int = 4096):
+    def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
+        workers = min(4, os.cpu_count() or 1) if workers is None else workers
         if seconds <= 0 or workers < 1 or memory_mb < 512:
             raise UserError(
                 f"math grader: seconds = {seconds}, workers = {workers}, memory_mb = {memory_mb}: "
                 "need more than 0, at least 1 and at least 512"
             )
         self.workers, self.seconds, self.memory_mb = workers, seconds, memory_mb
-        self._idle = queue.SimpleQueue()
+        self._idle = queue.LifoQueue()  # the one used last first: its imports are done
         for _ in range(workers):
             self._idle.put(_Worker(seconds, memory_mb))
 
@@ -57,14 +59,29 @@ class MathGrader:
                 worker = _Worker(self.seconds, self.memory_mb)
             self._idle.put(worker)
 
-    def grade_batch(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
-        """`grade` for each (text, answer), `workers` at a time, in order.
+    def grade_all(self, texts: Iterable[str], answers: Iterable[str]) -> list[bool]:
+        """`grade` for each text and its answer, `workers` at a time, in order.
 
         Raises:
           UserError: as `grade`.
         """
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda pair: self.grade(*pair), pairs))
+            return list(pool.map(self.grade, texts, answers))
+
+    def check_answer(self, answer) -> None:
+        """Raises a UserError unless `answer` is text or a number."""
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+            kind = "null" if answer is None else f"{type(answer).__name__} {answer!r:.60}"
+            raise UserError(f"an answer for the math grader is text or a number; this is {kind}")
+        if not str(answer).strip():
+            raise UserError("an answer for the math grader is text or a number; this is empty")
+        if len(str(answer)) > LONGEST_ANSWER:
+            raise UserError(f"an answer for the math grader has at most {LONGEST_ANSWER} characters; this has {len(str(answer))}")
+
+    def check_machine(self) -> None:
+        """Raises a UserError where math-verify is missing."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("the math grader needs math-verify: pip install math-verify")
 
     def close(self) -> None:
         """Ends the workers; the grader is of no use afterwards."""
@@ -82,13 +99,14 @@ class _Worker:
     """One process of math_worker.py."""
 
     def __init__(self, seconds, memory_mb):
-        command = [sys.executable, "-P", WORKER, str(seconds), str(memory_mb)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self.ready = False
+        self.command = [sys.executable, "-P", WORKER, str(seconds), str(memory_mb)]
+        self.process, self.ready = None, False
 
     def wait_until_ready(self):
         """Returns once the imports are done; raises UserError where they fail."""
         if not self.ready:
+            if self.process is None:
+                self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             if self.read_line(START_SECONDS) != b"ready\n":
                 raise UserError("the math grader's worker did not start: is math-verify installed? pip install math-verify")
             self.ready = True
@@ -117,14 +135,16 @@ class _Worker:
 
     def stop(self):
         """Ends the process."""
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
 
 
-def make(*, seconds: float = 5.0, workers: int = 1, memory_mb: int = 4096) -> MathGrader:
-    """A MathGrader that spends at most `seconds` on a pair.
+def make(*, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096) -> MathGrader:
+    """A MathGrader that spends at most `seconds` on a pair, in up to `workers` processes (default: one per core, at most 4).
 
     Raises:
       UserError: an impossible setting.

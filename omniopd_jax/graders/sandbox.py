@@ -7,6 +7,7 @@ make. See jail/ for what holds inside.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 from omniopd_jax.errors import UserError
 
@@ -24,6 +26,8 @@ START = "import sys; sys.path.insert(0, sys.argv[1]); import server; server.main
 NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = os.path.join(sys.base_prefix, "bin", NAME)  # not a virtual environment's: the sandbox has its files alone
 MOST_PROGRAM_CHARS = 1 << 20
+REASONS = ("ok", "exit", "wrong_answer", "error", "timeout", "memory", "output")
+RUN, VERDICT = {"reason": str, "code": int, "stdout": str, "detail": str}, {"reason": str, "detail": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +63,26 @@ class Sandbox:
         self.limits, self.unsafe = limits, unsafe
         self._lock, self._server = threading.Lock(), None
 
-    def run(self, program: str, *, stdin=None, asserts=None, entry_point=None) -> list[dict]:
-        """Runs `program`: once for each text in `stdin`, or once under `asserts`.
+    def run(self, programs: list[str], *, preamble="", stdin=None, asserts=None) -> Iterator[dict]:
+        """Runs a program: once for each text in `stdin`, or once under `asserts`.
 
         Args:
-          program: Python source.
+          programs: Python sources, the first of which that compiles is the program.
+          preamble: source that runs in the program's module before it.
           stdin: a list of standard inputs; the runs stop at the first that fails.
-          asserts: source of assert tests, run outside the program's process; exclusive with `stdin`.
-          entry_point: the function that the asserts test, or None.
+          asserts: the order of assert tests (jail/asserts.py), which run outside the program's process; exclusive with `stdin`.
 
-        Returns:
-          For `stdin`, a dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason`,
-          `detail`. Fewer dicts than inputs where the sandbox ended early.
+        Yields:
+          For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and
+          `detail`. Fewer dicts than inputs where the sandbox ended early. Whatever comes out of the sandbox once the
+          program has started is bounded and checked; where it is odd, the dict's reason is `error`. A caller that stops
+          early ends the program.
 
         Raises:
           UserError: this machine can't isolate programs, and `unsafe` is false.
         """
         spec = {
-            "program": program, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
+            "programs": programs, "preamble": preamble, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
             "prefix": sys.base_prefix, "python": NAME, "work": "/work",
             "paths": {"program": "/program.py", "python": f"/python/bin/{NAME}", "remote": "/remote"},
         }  # fmt: skip
@@ -84,22 +90,26 @@ class Sandbox:
         try:
             if self.unsafe:
                 folder = tempfile.mkdtemp(prefix="grading-")
-                spec |= _on_disk(folder, program)
-            message = _frame(spec) + (_frame({"asserts": asserts, "entry_point": entry_point}) if stdin is None else b"")
-            limits = self.limits
-            out = self._ask(message, limits.wall_seconds + 10 + (limits.total_seconds if stdin is not None else 0))
+                spec |= _on_disk(folder, programs)
+            message = _frame(spec) + (_frame(asserts) if stdin is None else b"")
+            seconds = self.limits.wall_seconds + 10 + (self.limits.total_seconds if stdin is not None else 0)
+            most = self.limits.output_kb * 1024 * 6 + (1 << 16)  # in JSON a byte can take six
+            with contextlib.closing(self._lines(message, seconds, most)) as lines:
+                first = _parsed(next(lines, b""))
+                if isinstance(first.get("refused"), str):  # said before the program ran: it can't be the program's word
+                    raise UserError(
+                        f"the code grader can't isolate programs on this machine ({first['refused'][:300]}): allow user "
+                        "namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; "
+                        "Linux 5.14 or newer), or run them unprotected: --unsafe with omniopd_jax.evaluate, the grader "
+                        "code_unsafe in a recipe, unsafe=True in Python"
+                    )
+                if first != {"ready": True}:
+                    return
+                for line in itertools.islice(lines, 1 if stdin is None else len(stdin)):
+                    yield _checked(line, RUN if stdin is not None else VERDICT)
         finally:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
-        answers = [json.loads(line) for line in out.splitlines()]
-        if answers and "refused" in answers[0]:
-            raise UserError(
-                f"the code grader can't isolate programs on this machine ({answers[0]['refused']}): allow user "
-                "namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux "
-                "5.14 or newer), or run them unprotected: --unsafe with omniopd_jax.evaluate, the grader code_unsafe in a "
-                "recipe, unsafe=True in Python"
-            )
-        return answers
 
     def close(self) -> None:
         """Ends the server; another starts if a program comes."""
@@ -109,9 +119,12 @@ class Sandbox:
     def __del__(self):
         self._stop_server()
 
-    def _ask(self, message, seconds):
-        """Sends `message` to a fork of the server and returns the whole lines of its answer, whatever becomes of it."""
-        end, out = time.monotonic() + seconds, bytearray()
+    def _lines(self, message, seconds, most):
+        """Sends `message` to a fork of the server and yields the lines of its answer.
+
+        It ends after `seconds`, and at a line of more than `most` bytes: no more than that is ever held.
+        """
+        end, held = time.monotonic() + seconds, bytearray()
         mine, theirs = socket.socketpair()
         with mine:  # closed, it ends the program that it is about
             with theirs:
@@ -119,11 +132,19 @@ class Sandbox:
             mine.settimeout(seconds)
             with contextlib.suppress(OSError):  # the child may refuse before it has read all: its answer counts
                 mine.sendall(message)
-            with contextlib.suppress(OSError):  # out of time
-                while part := mine.recv(1 << 16):
-                    out += part
+            while len(held) <= most:
+                try:
                     mine.settimeout(max(0.001, end - time.monotonic()))
-        return out[: out.rfind(b"\n") + 1].decode()
+                    part = mine.recv(1 << 16)
+                except OSError:  # out of time
+                    return
+                if not part:
+                    return
+                *whole, rest = part.split(b"\n")
+                for line in whole:
+                    yield bytes(held) + line
+                    held.clear()
+                held += rest
 
     def _hand_over(self, connection):
         """Gives the server one end of a connection."""
@@ -162,15 +183,33 @@ class Sandbox:
                 process.wait()
 
 
+def _parsed(line):
+    """The object of a line of JSON; {} for a line that is anything else."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _checked(line, form):
+    """The object of `line` where its fields are those of `form`, with their types; else an error of the program."""
+    value = _parsed(line)
+    if {key: type(v) for key, v in value.items()} != form or value["reason"] not in REASONS:
+        return {"reason": "error", "code": 0, "stdout": "", "detail": "the sandbox gave no readable answer"}
+    return value
+
+
 def _frame(value):
     body = json.dumps(value).encode()
     return len(body).to_bytes(8, "big") + body
 
 
-def _on_disk(folder, program):
+def _on_disk(folder, programs):
     """The files of an unsafe run in `folder`, and their paths."""
     path, work = os.path.join(folder, "program.py"), os.path.join(folder, "work")
-    with open(path, "w", encoding="utf-8", errors="replace") as f:
-        f.write(program)
+    for i, program in enumerate(programs):
+        with open(f"{path}.{i}" if i else path, "w", encoding="utf-8", errors="replace") as f:
+            f.write(program)
     os.mkdir(work)
     return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(JAIL, "remote.py")}, "work": work}

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from omniopd_jax import config, hf, model, objective, similarity, step, teachers
+from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
@@ -37,13 +36,13 @@ SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "di
 
 
 def validate(c: ConfigDict) -> None:
-    """Checks the values by themselves and against each other, before anything is loaded.
+    """Checks the values by themselves and against each other, before anything is loaded; fills in empty graders.
 
     Raises:
       UserError: one line naming the key, its value and what is allowed.
     """
     choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES, "eval.grader": evaluation.GRADERS, "reward.grader": evaluation.GRADERS,
+        "objective.name": objective.OBJECTIVES, "eval.grader": ("", *graders.GRADERS), "reward.grader": ("", *graders.GRADERS),
         "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
     }  # fmt: skip
     for path, allowed in choices.items():
@@ -63,11 +62,25 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    _check_data(c)
     _check_sizes(c)
     _check_audits(c)
     _check_updates(c)
     if c.lora.rank:
         _check_lora(c)
+
+
+def _check_data(c: ConfigDict) -> None:
+    if c.data.source == "world" and (c.data.path or c.eval.path):
+        key = "data.path" if c.data.path else "eval.path"
+        raise UserError(f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'")
+    for section, used in ((c.reward, objective.needs_reward(c)), (c.eval, c.eval.num_prompts > 0)):
+        name = "reward.grader" if section is c.reward else "eval.grader"
+        if used and not section.grader:
+            if c.data.source != "world":
+                known = ", ".join(sorted(set(graders.GRADERS) - {"world"}))
+                raise UserError(f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}")
+            section.grader = "world"
 
 
 def _check_sizes(c: ConfigDict) -> None:
@@ -102,6 +115,11 @@ def _check_audits(c: ConfigDict) -> None:
 
 
 def _check_updates(c: ConfigDict) -> None:
+    if objective.of(c).needs_reward and c.num_generations == 1:
+        raise UserError(
+            f"num_generations = 1 with objective.name = {c.objective.name!r}: a response is compared with others to the same "
+            "prompt, and alone it teaches nothing; set num_generations to 2 or more"
+        )
     if c.num_iterations > 1 and not objective.of(c).clips:
         able = ", ".join(repr(name) for name, o in objective.OBJECTIVES.items() if o.clips)
         raise UserError(
@@ -183,7 +201,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     prompts, held_out = found.of(load_prompts, cfg, template) or (None, None)
     phi = found.of(similarity.make, cfg)
     for name in graders_of(cfg):
-        found.of(evaluation.grader, name)
+        found.of(graders.shared, name)
     teacher, said = None, ""
     if own.asks and prompts is not None:
         found.of(check_teachers_files, cfg, prompts)
@@ -240,7 +258,7 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     Raises:
       UserError: what is wrong with a file, a data set or a prompt.
     """
-    rewarded = data.answered if objective.needs_reward(cfg) else None
+    rewarded = graders.make(cfg.reward.grader).check_answer if objective.needs_reward(cfg) else None
     prompts = data.load(
         cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts, check=rewarded
     )
@@ -248,7 +266,7 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     if cfg.eval.num_prompts:
         held_out = data.load(
             cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval",
-            check=data.answered,
+            check=graders.make(cfg.eval.grader).check_answer,
         )  # fmt: skip
     if template is None:
         return prompts, held_out

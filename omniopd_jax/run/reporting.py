@@ -9,7 +9,7 @@ import numpy as np
 from omniopd_jax import audit, experience
 from omniopd_jax.evaluation.sampling import repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import flops, logging
+from omniopd_jax.run import flops, host, logging
 from omniopd_jax.run.setup import Run
 
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
@@ -117,5 +117,5 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
     logging.say(logging.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
     if jax.process_index() == 0:
-        (pathlib.Path(run.cfg.run_dir) / "summary.json").write_text(json.dumps(out, indent=1) + "\n")
+        host.write_whole(pathlib.Path(run.cfg.run_dir) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,13 @@ from contextlib import contextmanager
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from omniopd_jax import audit, config, hf, model, objective, step
+from omniopd_jax import audit, hf, model, objective, step
 from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, preflight, profiling
+from omniopd_jax.run import identity, logging, preflight, profiling
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
@@ -39,6 +38,7 @@ class Run:
       reference: the frozen initial student: the anchor's reference, with LoRA the adapters' base; None where none is read.
       teacher_params: of a white-box teacher whose whole distribution is read, on the mesh; else None.
       disks: for each process the lowest rank that shares its journal's disk.
+      digests: of what the run reads (identity.py).
     """
 
     cfg: ConfigDict
@@ -58,6 +58,7 @@ class Run:
     timer: logging.PhaseTimer
     profiler: profiling.Profiler
     compiled: profiling.Recompilations
+    digests: dict[str, str]
 
     def policy(self, state: TrainState) -> dict:
         """The whole model as it stands."""
@@ -81,6 +82,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
     finally:
+        thread.cancel_all()
         if teacher is not None:
             thread.submit(teacher.close()).result(timeout=30)
         thread.close()
@@ -121,7 +123,7 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say),
+        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.identity),
     )  # fmt: skip
 
 
@@ -173,8 +175,11 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         step.abstract_state(run.student.model_cfg, frozen(cfg)),
         run.steps.state_shardings,
     )
+    file, digests = folder / "config.json", run.digests
     if checkpoints.latest() is not None:
-        processes.together("same run", lambda: check_same_run(cfg, folder))
+        processes.together("same run", lambda: identity.check_same_run(cfg, digests, file))
+        run.stop.saved = True
+    run.stop.doing = "loading"
     if found := checkpoints.restore_newest(like):
         state, totals = found
         logging.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
@@ -183,27 +188,5 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
         totals = {}
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(as_json(cfg) + "\n")
+        identity.write(cfg, digests, file)
     return state, totals
-
-
-def as_json(cfg: ConfigDict) -> str:
-    """The resolved config as a run's config.json holds it."""
-    return json.dumps(cfg.to_dict(), indent=1, default=str)
-
-
-def check_same_run(cfg, folder: pathlib.Path) -> None:
-    """A run that is resumed must draw the same prompts and samples as before.
-
-    Raises:
-      UserError: names the keys that differ from the run's own config.json.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    before, now = config.flat(ConfigDict(json.loads(file.read_text()))), config.flat(ConfigDict(json.loads(as_json(cfg))))
-    fixed = ("seed", "prompts_per_step", "num_generations", "student.path", "data.", "lora.")
-    changed = [k for k in now if k.startswith(fixed) and k in before and before[k] != now[k]]
-    if changed:
-        detail = "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in changed)
-        raise UserError(f"{folder} holds a run with other settings ({detail}): set them back, or set another run_dir")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import graders, world
+from omniopd_jax import graders
 from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
-from omniopd_jax.evaluation import runner, sampling, scores
-from omniopd_jax.graders import sandbox
+from omniopd_jax.evaluation import runner, scores
+from omniopd_jax.graders import sandbox, small_world
 from omniopd_jax.parallel import sharding
 
 HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
@@ -235,13 +235,14 @@ def test_interrupted_and_resumed_is_the_same_table(whole, tmp_path, monkeypatch)
     cfg, path, first, results = whole
     graded = itertools.count()
 
-    def stops(text, answer):
-        if next(graded) == 8:
-            raise KeyboardInterrupt
-        return sampling.GRADERS["world"]()(text, answer)
+    class Stops(small_world.WorldGrader):
+        def grade(self, text, answer):
+            if next(graded) == 8:
+                raise KeyboardInterrupt
+            return super().grade(text, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "grader", lambda name: stops)
+        patch.setattr(graders, "shared", lambda name: Stops())
         with pytest.raises(KeyboardInterrupt):
             run(cfg, path, tmp_path / "out")
     file = tmp_path / "out" / "sums.jsonl"
@@ -250,12 +251,13 @@ def test_interrupted_and_resumed_is_the_same_table(whole, tmp_path, monkeypatch)
     file.write_bytes(file.read_bytes()[:-30])
     asked = []
 
-    def counts(text, answer):
-        asked.append(text)
-        return world.grade(text, answer)
+    class Counts(small_world.WorldGrader):
+        def grade(self, text, answer):
+            asked.append(text)
+            return super().grade(text, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "grader", lambda name: counts)
+        patch.setattr(graders, "shared", lambda name: Counts())
         assert run(cfg, path, tmp_path / "out") == results
     assert len(asked) == 3, "the last batch alone was sampled again"
     for name in ("sums.jsonl", "world_forks_test.jsonl", "table.md"):
@@ -298,14 +300,14 @@ def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, m
 
     monkeypatch.setattr(sandbox.Sandbox, "run", run)
     monkeypatch.setattr(runner, "load_student", load)
-    sampling.grader.cache_clear()
+    graders.shared.cache_clear()
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS["humaneval"]) + "\n")
     with pytest.raises(UserError, match="the student's turn" if unsafe else "can't isolate"):
         runner.run(
             None, HOW, checkpoint=None, benchmarks=[f"humaneval={path}"], limit=0, out=tmp_path / "out", unsafe=unsafe
         )  # fmt: skip
-    sampling.grader.cache_clear()
+    graders.shared.cache_clear()
 
 
 def test_a_folder_is_a_run_only_with_a_runs_config(whole, tmp_path):

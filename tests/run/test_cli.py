@@ -328,7 +328,7 @@ def test_n_min_is_half_of_n_rounded_up():
 
 def test_float32_products_are_asked_for_and_bfloat16_ones_left_alone():
     """In a process of its own: the setting is the whole process's."""
-    code = "import jax; from omniopd_jax import cli; from absl import flags; flags.FLAGS(['x'])\n"
+    code = "import jax; from omniopd_jax.run import cli; from absl import flags; flags.FLAGS(['x'])\n"
     for dtype in ("bfloat16", "float32"):
         code += f"cli.setup_jax({dtype!r}); print(jax.config.jax_default_matmul_precision)\n"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPO)

@@ -4,10 +4,12 @@ import ctypes
 import os
 import resource
 import struct
+import sys
 from contextlib import suppress
 
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # what a seccomp filter answers; REFUSE with EPERM
 NOBODY = 65534
+NEW_MOUNTS = 0x00020000
 NEW_NAMESPACES = 0x7E020000  # user, mount, pid, net, ipc, uts, cgroup
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = 2, -100, 0x8000, 442
@@ -81,7 +83,8 @@ def build_root(spec, remote):
     The current folder is the Python installation: unshare(2) carried it over, so that nobody need walk the path to it.
     """
     mount("none", "/", "", MS_REC | MS_PRIVATE)
-    size = len(spec["program"]) * 4 + (1 << 20)
+    programs = [text.encode("utf-8", "replace") for text in spec["programs"]]
+    size = sum(map(len, programs)) + (1 << 20)
     mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=256,mode=755")
     box = f"{ROOT}/box"
     os.mkdir(box)
@@ -106,8 +109,8 @@ def build_root(spec, remote):
         if os.path.isdir(box + path):  # the standard library alone: no one's packages, no .pth files
             mount("tmpfs", box + path, "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755")
     passwd = b"nobody:x:65534:65534::/work:\n"
-    program = spec["program"].encode("utf-8", "replace")
-    for path, data in {"/program.py": program, spec["paths"]["remote"]: remote, "/etc/passwd": passwd}.items():
+    files = {f"/program.py.{i}" if i else "/program.py": text for i, text in enumerate(programs)}
+    for path, data in (files | {spec["paths"]["remote"]: remote, "/etc/passwd": passwd}).items():
         with open(box + path, "wb") as f:
             f.write(data)
     devices = ("null", "zero", "full", "random", "urandom")
@@ -126,12 +129,35 @@ def build_root(spec, remote):
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
     enter_box()
+    # What is mounted from here on, the scratch folders above all, exists for the program and its keeper alone: the judge
+    # stays in the namespace that has read-only mounts only, so that no file of a program is ever under a name it imports.
+    call("unshare", NEW_MOUNTS)
 
 
 def enter_box():
     """Besides the pivot: the kernel lets no process in a chroot make another user namespace."""
     os.chroot("/box")
     os.chdir("/")
+
+
+def import_from(prefix):
+    """From here on this process imports from the Python installation at `prefix` alone, which is mounted read-only.
+
+    Every name of a folder that was taken up outside is changed or dropped: sys.path, the packages' own search paths and
+    the importers that are cached for folders. A program could create any of the others.
+    """
+
+    def moved(paths):
+        roots = tuple(f"{sys.base_prefix.rstrip('/')}/{lib}/" for lib in ("lib", "lib64"))
+        return [prefix + path[len(sys.base_prefix.rstrip("/")) :] for path in paths if f"{path}/".startswith(roots)]
+
+    sys.path[:] = [path for path in moved(sys.path) if "-packages" not in path]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__path__", None) is not None:
+            module.__path__ = moved(module.__path__)
+            if module.__spec__ is not None:
+                module.__spec__.submodule_search_locations = module.__path__
+    sys.path_importer_cache.clear()
 
 
 def seccomp_filter(judge=False):

@@ -6,9 +6,10 @@ import signal
 import sys
 from contextlib import suppress
 
+import asserts
 import kernel
 import remote
-from keeper import keep, send_line
+from keeper import MOST_DIGITS, keep, send_line
 
 
 def read_frame(fd):
@@ -34,7 +35,8 @@ def judge(channel, status, out):
     """The outer process of assert tests: runs the tests against the program and writes one verdict."""
     request = read_frame(0)
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-    reason, detail = remote.check(channel, request["asserts"], request["entry_point"])
+    sys.set_int_max_str_digits(MOST_DIGITS)
+    reason, detail = asserts.check(channel, request)
     if reason == "gone":  # the program went away: the keeper knows why
         os.close(channel)
         line = read_line(status)
@@ -65,13 +67,13 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # PID 1 takes only the signals that it handles: none
     spec = read_frame(0)
-    limits, asserts = spec["limits"], spec["cases"] is None
-    signal.alarm(int(limits["total_seconds"] if not asserts else limits["wall_seconds"]) + 5)
+    limits, judging = spec["limits"], spec["cases"] is None
+    signal.alarm(int(limits["total_seconds"] if not judging else limits["wall_seconds"]) + 5)
     out = os.dup(1)
     os.dup2(os.open("/dev/null", os.O_RDWR), 1)
     leash_r, leash_w = os.pipe()
     status_r, status_w = os.pipe()
-    here, there = kernel.socket_pair() if asserts else (None, None)
+    here, there = kernel.socket_pair() if judging else (None, None)
     isolated, script = not spec["unsafe"], b""
     try:
         if isolated:
@@ -91,13 +93,15 @@ def main():
             try:
                 if isolated:
                     kernel.build_root(spec, script)
+                    kernel.import_from("/python")
             except OSError as error:
                 return send_line(out, {"refused": error.strerror or str(error)})
+            send_line(out, {"ready": True})  # no program has run yet: only up to here a refusal is believed
             send_line(status_w, {})
-            keep(spec, (leash_r, out), status_w if asserts else out, there)
+            keep(spec, (leash_r, out), status_w if judging else out, there)
         except Exception as error:  # the machine's own trouble, say no process to be had: this program's grade alone
             told = {"reason": "error", "code": 0, "stdout": "", "detail": f"sandbox: {type(error).__name__}: {error}"}
-            send_line(status_w if asserts else out, told)
+            send_line(status_w if judging else out, told)
         finally:
             os._exit(0)
     for fd in filter(None, (leash_r, status_w, there)):
@@ -106,13 +110,13 @@ def main():
         return None
     if isolated:
         kernel.enter_box()
-        sys.path[:] = [path.replace(spec["prefix"], "/python", 1) for path in sys.path]
-    if asserts:
+        kernel.import_from("/python")
+    if judging:
         kernel.set_limits(limits | {"memory_mb": limits["memory_mb"] + 256}, isolated)
     if isolated:
         kernel.drop_rights(kernel.seccomp_filter(judge=True))
     kernel.call("prctl", kernel.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if asserts:
+    if judging:
         judge(here, status_r, out)
         os.close(leash_w)  # the keeper ends with it, and the program with the keeper
     os.waitpid(keeper, 0)

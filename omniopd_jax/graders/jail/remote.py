@@ -8,12 +8,11 @@ says of another such object.
 What remains forgeable: a test that takes a helper from the program (HumanEval/32 calls the `poly` of its own prompt)
 believes that helper, and one that asks no more than truth of a result (`assert f(x)`) is content with any object, as in
 one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot be
-passed over, nor can `isinstance` in the tests see the program's classes; tests and program share no global state.
+passed over; tests and program share no global state.
 
-Run by path inside the sandbox, and imported by outer.py: standard library only.
+Run by path inside the sandbox, and imported by asserts.py: standard library only.
 """
 
-import ast
 import builtins
 import json
 import os
@@ -22,6 +21,12 @@ import types
 
 MOST_BYTES = 64 << 20  # of one message; the tests' side is limited in memory too
 PLAIN = (bool, int, float, str, type(None))
+
+
+CLASSES = {  # besides the built-in ones: classes that are the same on both sides, by module
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"), "decimal": ("Decimal",), "fractions": ("Fraction",),
+    "datetime": ("date", "datetime", "time", "timedelta"),
+}  # fmt: skip
 
 
 class Gone(Exception):
@@ -94,6 +99,8 @@ def encode(value, keep):
         return {"deque": [encode(v, keep) for v in value]}
     if kind.__module__ == "datetime" and kind.__name__ in ("date", "datetime", "time"):
         return {kind.__name__: value.isoformat()}
+    if isinstance(value, type) and known_class(value.__module__, value.__name__) is value:
+        return {"class": [value.__module__, value.__name__]}
     return keep(value)
 
 
@@ -132,14 +139,38 @@ def decode(value, find):
         import datetime
 
         return getattr(datetime, tag).fromisoformat(body)
+    if tag == "class":
+        return known_class(*body)
     return find(tag, body)
+
+
+def known_class(module, name):
+    """The class of that name where both sides have the same, else None."""
+    if module == "builtins":
+        found = getattr(builtins, str(name), None)
+        return found if isinstance(found, type) else None
+    if module in CLASSES and name in CLASSES[module]:
+        return getattr(__import__(module), name)
+    return None
 
 
 # -- the program's side
 
 
-def serve(fd, path):
-    """Runs the program at `path` as a module, then answers requests until the other side hangs up."""
+def load(path, count):
+    """The first of the `count` sources at `path`, `path`.1 ... that compiles; raises what the first raised else."""
+    failed = None
+    for i in range(count):
+        try:
+            with open(f"{path}.{i}" if i else path, "rb") as f:
+                return compile(f.read(), path, "exec")
+        except (SyntaxError, ValueError) as error:
+            failed = failed or error
+    raise failed
+
+
+def serve(fd, path, count, preamble):
+    """Runs `preamble` and the program at `path` (`load`) as a module, then answers requests until the other side ends."""
     kept, calls = [], []
 
     def keep(value):
@@ -166,6 +197,8 @@ def serve(fd, path):
             return args[0](*args[1], **args[2])
         if op == "list":
             return list(args[0])
+        if op == "isinstance":
+            return isinstance(args[0], args[1])
         return getattr(args[0], op)(*args[1:])  # an operator's method
 
     def answer_until(key):
@@ -194,8 +227,9 @@ def serve(fd, path):
     sys.modules["program"] = module
     sys.argv = [path]
     try:
-        with open(path, encoding="utf-8") as f:
-            exec(compile(f.read(), path, "exec"), module.__dict__)
+        code = load(path, count)
+        exec(preamble, module.__dict__)
+        exec(code, module.__dict__)
         send(fd, {"value": None})
     except Gone:
         raise
@@ -227,7 +261,7 @@ class Link:
     """The tests' end of the line: sends requests, answers callbacks."""
 
     def __init__(self, fd):
-        self.fd, self.callbacks = fd, []
+        self.fd, self.callbacks, self.gone = fd, [], ""
 
     def keep(self, value):
         """Names what is not plain data for the other side."""
@@ -246,11 +280,18 @@ class Link:
 
     def request(self, op, *args):
         """One operation on the other side; raises what it raised there, as a built-in exception."""
-        send(self.fd, {"op": op, "args": [encode(a, self.keep) for a in args]})
-        return self.result(args[1] if op == "call" else ())
+        try:
+            send(self.fd, {"op": op, "args": [encode(a, self.keep) for a in args]})
+            return self.result(args[1] if op == "call" else (), ends=op == "__next__")
+        except Gone as error:
+            self.gone = str(error) or "gone"  # the tests may catch it and go on
+            raise
 
-    def result(self, given=()):
-        """The result of the request under way; `given` are its arguments, changed in place as they were there."""
+    def result(self, given=(), ends=False):
+        """The result of the request under way; `given` are its arguments, changed in place as they were there.
+
+        StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the tests.
+        """
         while True:
             message = receive(self.fd)
             try:
@@ -266,7 +307,8 @@ class Link:
             except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError, ImportError):
                 raise Gone("a result is malformed") from None
         kind = getattr(builtins, str(name), None)
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        stops = kind in (StopIteration, StopAsyncIteration) and not ends
+        if stops or not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise RuntimeError(f"{name}: {text}")
         try:
             error = kind(str(text))
@@ -314,6 +356,12 @@ class Remote:
     def __iter__(self):
         return iter(self._link.request("list", self))
 
+    def __next__(self):
+        return self._link.request("__next__", self)
+
+    def __instancecheck__(self, other):
+        return isinstance(other, Remote) and self._link.request("isinstance", other, self) is True
+
     def __getitem__(self, key):
         return self._link.request("__getitem__", self, key)
 
@@ -339,53 +387,5 @@ class Remote:
         return isinstance(other, Remote) and self._link.request("__eq__", self, other) is True
 
 
-def names_in(tree):
-    """(every name that the tests read, those of them that they use as modules: as `name.x`, never as `name(...)`)."""
-    nodes = list(ast.walk(tree))
-    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    dotted = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
-    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    return read, dotted - called
-
-
-def check(fd, asserts, entry_point):
-    """Runs assert tests against the program on the other end of `fd`.
-
-    A `check(candidate)` in the tests is called with the entry point, as HumanEval has it. Names that the tests read
-    and do not define come from the standard library where it has a module of that name, else from the program.
-
-    Returns:
-      (reason, detail): ok, wrong_answer, error, or `gone` where the program's process ended.
-    """
-    link = Link(fd)
-    try:
-        tree = ast.parse(asserts)
-        link.result()  # the program has loaded, or says what stopped it
-        scope = {"__name__": "tests"}
-        read, modules = names_in(tree)
-        for name in sorted(read - set(dir(builtins)) | ({entry_point} if entry_point else set())):
-            if name in sys.stdlib_module_names and name in modules and name != entry_point:
-                scope[name] = __import__(name)
-                continue
-            try:
-                scope[name] = link.request("get", name)
-            except AttributeError:
-                if name == entry_point:
-                    return "error", f"the program does not define {name}"
-        if entry_point:
-            scope["candidate"] = scope[entry_point]
-        exec(compile(tree, "tests", "exec"), scope)
-        if entry_point and isinstance(scope.get("check"), types.FunctionType):
-            scope["check"](scope["candidate"])
-        link.request("get", "__name__")  # it must still be there and answer
-        return "ok", ""
-    except Gone as error:
-        return "gone", str(error)
-    except AssertionError as error:
-        return "wrong_answer", str(error)[:300]
-    except BaseException as error:
-        return "error", f"{type(error).__name__}: {error}"[:300]
-
-
 if __name__ == "__main__":
-    serve(3, sys.argv[1])
+    serve(3, sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -12,9 +12,16 @@ import sys
 
 def main():
     """Serves until the other end of standard input closes."""
-    import ast  # noqa: F401 - here once, for every child that judges asserts
+    # here once, for every child that judges asserts, and from the machine's own files
+    import ast  # noqa: F401
+    import collections  # noqa: F401
+    import datetime  # noqa: F401
+    import decimal  # noqa: F401
+    import fractions  # noqa: F401
 
     import outer
+
+    del sys.path[0]  # this folder: its files are imported by now
 
     orders = socket.socket(fileno=0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,142 @@
+"""Which part of a response is the program: found by its lines alone, since Python's own parser can be crashed by a text.
+
+A block says Python or says nothing; the program is the last block that defines what is asked, where several do the one
+that says Python. What cannot be decided by lines is left to the sandbox: `candidates` are tried there in order, and the
+first that compiles is the program.
+"""
+
+import re
+import textwrap
+
+PYTHON = ("python", "python3", "py", "py3", "python2", "ipython", "sage")
+_OPEN = re.compile(r"([ \t]*(?:>[ \t]?)*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+_ONE_LINE = re.compile(r"[ \t]*`{3,}[ \t]*(?:(\w+)[ \t]+)?([^`\n]+?)[ \t]*`{3,}[ \t]*")
+_READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|/dev/stdin|\bfileinput\b")
+_WRITES = re.compile(r"\bprint\s*\(|\bstdout\b|\bos\.write\b")
+_CODE = re.compile(r"^(?:from\s+[\w.]+\s+import\b|import\s+\w|def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w)", re.MULTILINE)
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last </think>; the whole text where nothing does."""
+    rest = text.rpartition("</think>")[2]
+    return rest if rest.strip() else text
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, source) of each fenced block: ``` or ~~~, perhaps indented, quoted, unclosed, or closed at a line's end."""
+    found, lines, fence = [], [], None
+    language = margin = ""
+    for line in text.splitlines():
+        opened = _OPEN.fullmatch(line)
+        if fence is None:
+            if one := _ONE_LINE.fullmatch(line):
+                found.append(((one[1] or "").lower(), one[2] + "\n"))
+            elif opened:
+                margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
+            continue
+        if margin and ">" in margin and line.lstrip().startswith(">"):
+            line = re.sub(r"^[ \t]*(?:>[ \t]?)+", "", line)
+            opened = _OPEN.fullmatch(line)
+        mark = opened and opened[2][0] == fence[0] and len(opened[2]) >= len(fence)
+        if mark or (line.rstrip().endswith(fence) and not opened):
+            if not mark:
+                lines.append(line.rstrip()[: -len(fence)].rstrip("`~"))
+            found.append((language, _source(lines)))
+            fence = None
+            if mark and opened[3].strip():  # a block that was not closed before the next
+                margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
+        else:
+            lines.append(line)
+    if fence is not None:
+        found.append((language, _source(lines)))
+    return found
+
+
+def _language(info: str) -> str:
+    """The language that a fence names."""
+    words = re.split(r"[\s,:{}.]+", info.strip().lower().strip("{.}"))
+    return words[0] if words else ""
+
+
+def _source(lines) -> str:
+    return textwrap.dedent("\n".join(lines)) + "\n"
+
+
+def defines(source: str, name: str) -> bool:
+    """Whether a line at the left edge of `source` defines `name`."""
+    name = re.escape(name)
+    return bool(re.search(rf"(?m)^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", source))
+
+
+def extract_program(text: str, asked: tuple[str, ...] = ()) -> str:
+    """The program in a model's response.
+
+    Args:
+      text: the response, or a program alone.
+      asked: names that the program is to define; () for one that reads stdin.
+    """
+    text = after_thinking(text)
+    choices = [b for b in blocks(text) if b[0] in PYTHON or not b[0]]
+    if not choices or any(defines(text.partition("```")[0].partition("~~~")[0], name) for name in asked):
+        return text  # no block, or the code starts before the first fence, which is within the program
+
+    def rank(block):
+        language, source = block
+        if asked:
+            return sum(defines(source, name) for name in asked), language in PYTHON, bool(source.strip())
+        works = 2 * bool(_READS.search(source)) + bool(_WRITES.search(source))
+        return bool(works), language in PYTHON, works
+
+    best = max(map(rank, choices))
+    return [b for b in choices if rank(b) == best][-1][1]
+
+
+def candidates(text: str, asked: tuple[str, ...] = (), prompt: str = "") -> list[str]:
+    """What a response may mean as a program, the likeliest first: the first that compiles is graded.
+
+    Args:
+      text: the response, or a program alone.
+      asked: names that the program is to define.
+      prompt: the start of the program, which the response goes on from or repeats.
+    """
+    program = extract_program(text, asked)
+    out = [program]
+    if program != text and _CODE.match(text.lstrip()):  # no chat: what looks like a fence is in a string
+        out.insert(0, text)
+    if prompt or "Solution" in asked:
+        out = _completions(program, asked, prompt) + out
+    at = _CODE.search(program)
+    if at and at.start():  # prose before a program without a fence
+        out.append(program[at.start() :])
+    return list(dict.fromkeys(out))
+
+
+def _completions(program, asked, prompt):
+    """The whole program, a function alone or a body alone, put together with the prompt."""
+    lines = program.rstrip().splitlines()
+    while lines and not lines[0].strip():
+        del lines[0]
+    if not lines:
+        return [prompt + "\n"]
+    body = "\n".join(lines) + "\n"
+    if any(defines(body, name) for name in asked):
+        return [f"{prompt}\n{body}"] if "Solution" not in asked else []
+    out = []
+    if "Solution" in asked:
+        method = re.search(r"(?m)^([ \t]*)def[ \t]+(\w+)[ \t]*\(([ \t\n]*self\b)?", body)
+        if method:
+            inside = textwrap.indent(textwrap.dedent(body), "    ")
+            if method[3]:
+                out.append(f"class Solution:\n{inside}")
+            else:
+                wanted = re.findall(r"def[ \t]+(\w+)", prompt)[-1:] or [method[2]]
+                out.append(f"{textwrap.dedent(body)}\nclass Solution:\n    {wanted[0]} = staticmethod({wanted[0]})\n")
+    head = prompt.rstrip() + "\n"
+    margin = re.findall(r"(?m)^([ \t]*)(?:async[ \t]+)?def\b", prompt)[-1:] or [""]
+    margin = margin[0] + "    "
+    whole = head + textwrap.indent(textwrap.dedent(body), margin)
+    first = head + margin + body.lstrip()
+    if lines[0][:1].isspace():
+        return [*out, head + body, whole, first]
+    later = [line for line in lines[1:] if line.strip()]
+    return [*out, *((first, whole) if later and all(line[0].isspace() for line in later) else (whole, first))]
