@@ -12,45 +12,52 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from omniopd_jax import hf, model
+from omniopd_jax import config, hf, model
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.run import checkpoint, cli
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds: all parameters or adapters, and of which model; `student` is the run's `student.path`."""
+    """What a checkpoint holds: all parameters or adapters, and of which model; `config` is the run's."""
 
     params: dict
     table: dict  # their model.Params
     model_cfg: model.ModelConfig
     lora: ConfigDict
-    student: str
+    config: dict
+
+    @property
+    def student(self) -> str:
+        """The run's `student.path`."""
+        return self.config["student"]["path"]
 
     def whole(self, mesh=None) -> dict:
-        """The model's parameters on a mesh (None: one device); with LoRA the float32 base with the adapters attached."""
-        params = self.params
-        if mesh is not None:
-            params = jax.device_put(params, model.table_shardings(self.table, mesh))
-        return lora.attach(hf.load(self.student, mesh=mesh)[0], params) if self.lora.rank else params
+        """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters attached."""
+        return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params) if self.lora.rank else self.params
 
 
-def read(run_dir, step: int | None) -> Trained:
+def read(run_dir, step: int | None, mesh=None) -> Trained:
     """What a run's checkpoint trained; `step` None: the newest.
+
+    Args:
+      mesh: each device gets its part of the parameters; None: numpy arrays on this host.
 
     Raises:
       UserError: no such run or step, or a student folder that is gone or holds another model.
     """
-    params, config = checkpoint.restore_params(run_dir, step)
-    student, settings = config["student"]["path"], lora.settings_of(config)
+    saved = checkpoint.saved_params(run_dir, step)
+    student, settings = saved.config["student"]["path"], lora.settings_of(saved.config)
     model_cfg = lora.scaled(hf.read_config(student), settings)
     table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
-    if not model.fits(params, table):
+    if not model.fits(saved.shapes, table):
         raise UserError(
             f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
         )
-    return Trained(params, table, model_cfg, settings, student)
+    params = checkpoint.read_params(saved, None if mesh is None else model.table_shardings(table, mesh))
+    return Trained(params, table, model_cfg, settings, saved.config)
 
 
 def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pathlib.Path:
@@ -70,15 +77,28 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
-        config = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, config, dtype=dtype)
+        peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        hf.save_adapters(out, got.params, got.table, peft, dtype=dtype)
         return pathlib.Path(out)
-    params = got.whole()
-    if got.lora.rank:
-        params = jax.jit(lambda p: lora.merge(p, got.model_cfg, "float32"))(params)
+    with jax.default_device(_host()):
+        params = got.whole()
+        if got.lora.rank:
+            params = jax.jit(lambda p: lora.merge(p, got.model_cfg, "float32"))(params)
+    tokenizer = hf.load_tokenizer(got.student)
+    student = config.default()  # with the keys that a run from before them lacks
+    student.student.update(got.config["student"])
+    end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
+    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
     return pathlib.Path(out)
+
+
+def _host() -> jax.Device:
+    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]
 
 
 def locate(source) -> tuple[pathlib.Path, int | None]:
