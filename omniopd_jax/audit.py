@@ -10,11 +10,10 @@ import os
 
 import numpy as np
 
-from omniopd_jax import teachers
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, together
 
 
 @dataclasses.dataclass
@@ -230,7 +229,7 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     return audits
 
 
-async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
+async def ask(teacher: Teacher, audits: list[Audit]) -> None:
     """Sends every audit's request and waits for all answers; results land in the audits.
 
     Raises:
@@ -241,7 +240,7 @@ async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
         audit.result = await teacher.continue_text(audit.request)
         _check_complete(audit)
 
-    await teachers.together(one(a) for a in audits)
+    await together(one(a) for a in audits)
 
 
 def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:
@@ -271,68 +270,17 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
 
 
 def metrics(feedback: Feedback, cfg) -> dict:
-    """Host-side figures of a step's audits: what the teacher cost, how long it took, how the similarities lie."""
-    results = [a.result for a in feedback.audits]
+    """How the similarities of a step's audits are distributed, and how many audits came too short."""
     own = {  # of this process; quantiles need every process's values
-        "usage": dataclasses.astuple(sum((r.usage for r in results), Usage())),
-        "counts": [
-            sum(len(a.request.indices) for a in feedback.audits), sum(r.replayed for r in results),
-            sum(len(r.failures) for r in results),
-            sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
-        ],
+        "short": sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
         "similarity": [float(s) for a in feedback.audits for s in a.similarity],
-        "latency": [r.latency_s for r in results],
-    }  # fmt: skip
-    parts = processes.gather("audits", own)
-    usage = sum((Usage(*p["usage"]) for p in parts), Usage())
-    wanted, replayed, failed, short = (sum(p["counts"][i] for p in parts) for i in range(4))
-    similarity = np.array([s for p in parts for s in p["similarity"]])
-    latency = np.array([s for p in parts for s in p["latency"]] or [0.0])
-    out = {
-        "teacher/calls": usage.calls,
-        "teacher/retries": usage.retries,
-        "teacher/failed": failed,
-        "teacher/tokens_in": usage.tokens_in,
-        "teacher/tokens_cached": usage.tokens_cached,
-        "teacher/tokens_out": usage.tokens_out,
-        "teacher/cost_usd": usage.cost_usd,
-        "teacher/cache_hit_rate": replayed / max(wanted, 1),
-        "teacher/latency_p50": float(np.quantile(latency, 0.5)),
-        "teacher/latency_p95": float(np.quantile(latency, 0.95)),
-        "audit/short": short,
     }
+    parts = processes.gather("audits", own)
+    similarity = np.array([s for p in parts for s in p["similarity"]])
+    out = {"audit/short": sum(p["short"] for p in parts)}
     for q in (10, 50, 90):
         out[f"audit/similarity_p{q}"] = float(np.quantile(similarity, q / 100)) if similarity.size else 0.0
     return out
-
-
-def records(feedback: Feedback, step: int, prompts, entropy_BT, targets, limit: int) -> tuple[list[dict], int]:
-    """JSON records for audits.jsonl, and how many were left out; taken evenly over the batch.
-
-    Args:
-      prompts: a data.Prompt a row. entropy_BT: float32, host. targets: objective.ChunkTargets, host arrays.
-      limit: at most so many records.
-    """
-    audits = [a for a in feedback.audits if a.request.peak >= 0]
-    chosen = audits if len(audits) <= limit else [audits[i * len(audits) // limit] for i in range(limit)]
-    out = []
-    for a in chosen:
-        b, m, peak = a.row, a.m, a.request.peak
-        out.append(
-            {
-                "step": step, "prompt_id": prompts[b].id, "sample_id": a.request.sample_id, "peak": peak,
-                "entropy": _round(entropy_BT[b, peak]),
-                "chunk_entropy": [_round(h) for h in entropy_BT[b, peak : peak + min(8, a.request.max_tokens)]],
-                "chunk": a.chunk, "continuations": [c.text for c in a.result.continuations],
-                "failures": [f.error for f in a.result.failures],
-                "similarity": [_round(s) for s in a.similarity], "k_sem": _round(feedback.k_sem_BM[b, m]),
-                "n": int(feedback.n_BM[b, m]), "kept": bool(targets.keep_BM[b, m]),
-                "pi_bar": _round(targets.pi_bar_BM[b, m]), "pi_hat": _round(targets.pi_hat_BM[b, m]),
-                "weight": _round(targets.weight_BM[b, m]), "latency_s": _round(a.result.latency_s),
-                "cost_usd": a.result.usage.cost_usd,
-            }
-        )  # fmt: skip
-    return out, len(audits) - len(chosen)
 
 
 def _check_complete(audit: Audit) -> None:
@@ -357,7 +305,3 @@ def _of_another_prompt(audits: list[Audit], texts: list[list[str]]) -> list[list
             raise UserError("audit.shuffle_texts needs at least two different prompts with an audit in each step")
         out.append(texts[other])
     return out
-
-
-def _round(x) -> float:
-    return round(float(x), 5)

@@ -5,6 +5,8 @@ an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `beta`.
 """
 
 import difflib
+import inspect
+import re
 
 from ml_collections import ConfigDict
 
@@ -70,6 +72,7 @@ def default() -> ConfigDict:
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
+    c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
     c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
@@ -121,6 +124,7 @@ def default() -> ConfigDict:
     c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders the prompt for completion, tells if the student's is another
     c.teacher.max_concurrency = 32  # calls in flight, and responses under audit at a time
@@ -129,7 +133,6 @@ def default() -> ConfigDict:
     c.teacher.timeout_s = 60.0  # one call
     c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from its turn
     c.teacher.max_retries = 8  # of one call that was answered with an error; an unreachable server is only bound in time
-    c.teacher.hedge_s = 0.0  # ask a second time after so long without an answer, the first one counts, both are paid; 0 = off
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes one after the other, for caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
@@ -141,6 +144,7 @@ def default() -> ConfigDict:
     c.budget.usd = 0.0  # dollars; 0 = no cap
     c.budget.tokens = 0  # input + output tokens; 0 = no cap
     c.budget.calls = 0  # requests on the wire, retries included; 0 = no cap
+    c.budget.confirm_usd = 20.0  # dollars; a run without a cap whose middle estimate is above needs --yes
     c.budget.on_exhausted = "stop"  # stop (checkpoint, exit) | fewer_audits (lower M) | fewer_continuations (lower N)
 
     c.optimizer = ConfigDict()
@@ -189,7 +193,12 @@ def default() -> ConfigDict:
     c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
 
     c.log = ConfigDict()
-    c.log.tensorboard = True  # scalars beside metrics.jsonl
+    c.log.tensorboard = True  # scalars and tables beside metrics.jsonl, in <run_dir>/tensorboard
+    c.log.trackers = ()  # more of them: wandb | trackio; as a flag: "('wandb',)"
+    c.log.completions_per_step = 4  # whole responses a step written to completions.jsonl; what is left out is counted
+    c.log.evaluation_answers = 256  # answers of each evaluation written to evaluations.jsonl; the first ones
+    c.log.text_characters = 20_000  # of each text in a record; what is cut is counted
+    c.log.chance_pairs = 128  # comparisons a step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()
@@ -244,9 +253,6 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: the README's table is made of it."""
-    import inspect
-    import re
-
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:

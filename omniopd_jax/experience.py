@@ -31,10 +31,15 @@ class Student:
     """The model that learns, as the host handles it. `end_ids` end a response."""
 
     model_cfg: model.ModelConfig
+    compute: model.Compute
     template: Template
     decoder: audit.Decoder
     end_ids: tuple[int, ...]
-    mesh: jax.sharding.Mesh
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """What it is computed on."""
+        return self.compute.mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +140,10 @@ def allowance(teacher: Teacher | None, cfg, t: int) -> tuple[int, int]:
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
     """
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
-    if not hasattr(teacher, "allowance"):
+    if teacher is None:
         return M, N
     rows = cfg.prompts_per_step * cfg.num_generations // jax.process_count()
-    own = teacher.allowance(cfg.num_steps - t, rows)
+    own = teacher.allowance(cfg.num_steps - t, rows, M, N)
     return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
 
 
@@ -156,7 +161,7 @@ def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) ->
     out = rollout.sample(
         params, student.model_cfg, *padded, rollout.row_keys(key, id_B), max_new_tokens=cfg.max_completion_length,
         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, num_samples=cfg.num_generations,
-        end_ids=student.end_ids,
+        end_ids=student.end_ids, compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B, logp_BT = (
         sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B, out.logp_model_BT)

@@ -5,59 +5,17 @@ A run with LoRA gives the merged model, or with --adapter a PEFT folder of the a
 chat template and generation defaults come from the student that the run started from.
 """
 
-import dataclasses
 import pathlib
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
-from omniopd_jax import config, hf, model
+from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import checkpoint, cli
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds: all parameters or adapters, and of which model; `config` is the run's."""
-
-    params: dict
-    table: dict  # their model.Params
-    model_cfg: model.ModelConfig
-    lora: ConfigDict
-    config: dict
-
-    @property
-    def student(self) -> str:
-        """The run's `student.path`."""
-        return self.config["student"]["path"]
-
-    def whole(self, mesh=None) -> dict:
-        """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters attached."""
-        return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params) if self.lora.rank else self.params
-
-
-def read(run_dir, step: int | None, mesh=None) -> Trained:
-    """What a run's checkpoint trained; `step` None: the newest.
-
-    Args:
-      mesh: each device gets its part of the parameters; None: numpy arrays on this host.
-
-    Raises:
-      UserError: no such run or step, or a student folder that is gone or holds another model.
-    """
-    saved = checkpoint.saved_params(run_dir, step)
-    student, settings = saved.config["student"]["path"], lora.settings_of(saved.config)
-    model_cfg = lora.scaled(hf.read_config(student), settings)
-    table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
-    if not model.fits(saved.shapes, table):
-        raise UserError(
-            f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
-        )
-    params = checkpoint.read_params(saved, None if mesh is None else model.table_shardings(table, mesh))
-    return Trained(params, table, model_cfg, settings, saved.config)
+from omniopd_jax.run import cli
+from omniopd_jax.run.trained import locate, read
 
 
 def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pathlib.Path:
@@ -83,7 +41,7 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     with jax.default_device(_host()):
         params = got.whole()
         if got.lora.rank:
-            params = jax.jit(lambda p: lora.merge(p, got.model_cfg, "float32"))(params)
+            params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
     tokenizer = hf.load_tokenizer(got.student)
     student = config.default()  # with the keys that a run from before them lacks
     student.student.update(got.config["student"])
@@ -99,14 +57,6 @@ def _host() -> jax.Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return jax.local_devices()[0]
-
-
-def locate(source) -> tuple[pathlib.Path, int | None]:
-    """(run folder, step or None for the newest) of RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
-    path = pathlib.Path(source).absolute()
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return path.parent.parent, int(path.name)
-    return (path.parent if path.name == "checkpoints" else path), None
 
 
 def _define_flags() -> None:

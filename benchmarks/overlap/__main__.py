@@ -33,7 +33,7 @@ import unittest.mock
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, hf, objective, rollout, similarity, step, teachers, train, vocab
+from omniopd_jax import audit, config, experience, hf, model, objective, rollout, similarity, step, teachers, train, vocab
 from omniopd_jax.data import prompts as data
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.parallel import sharding
@@ -160,7 +160,7 @@ def fake_run(cfg, client) -> setup.Run:
     prompts = data.load(cfg, source="world", split="train", path="", count=cfg.data.num_prompts)
     mesh = sharding.make_mesh(cfg.mesh)
     template = of_student(cfg, tokenizer)
-    student = experience.Student(None, template, audit.Decoder(tokenizer), (), mesh)
+    student = experience.Student(None, model.Compute(mesh=mesh), template, audit.Decoder(tokenizer), ())
     return setup.Run(
         cfg, student, data.encode(prompts, template, cfg), None, RemoteTeacher(cfg, client), similarity.make(cfg), None, None,
         None, None, host.AsyncThread(), host.StopFlag(), [0], Ahead(), logging.PhaseTimer(), None, None,

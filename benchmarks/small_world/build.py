@@ -87,7 +87,7 @@ def train(model_cfg, cfg, corpus, seed: int, start: dict | None = None, log=logg
     """SFT from `start`, or from scratch; returns float32 parameters on the host."""
     token_BL, prompt_length_B, length_B = corpus
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tp": 1}, jax.devices()[:1])
-    steps = step.make_steps(model_cfg, cfg, mesh)
+    steps = step.make_steps(model_cfg, cfg, compute=model.Compute(mesh=mesh))
     params = model.init(jax.random.key(seed), model_cfg) if start is None else start
     state = step.create_state(params, cfg, steps, jax.random.key(seed))
     ref = jax.tree.map(lambda a: a + 0, state.params)

@@ -44,7 +44,6 @@ ROPE = {  # rope_type -> (keys it must have, keys it may have)
     ),
 }
 MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
-RUN_FIELDS = ("dtype", "remat", "attention", "mesh", "host_layers", "lora_scale")  # of ModelConfig: how a run computes it
 _REQUIRED = object()
 
 # Of each model's public config.json: width, layers, heads, key/value heads, feed-forward, tied.
@@ -60,9 +59,9 @@ PUBLISHED = {
 
 def published(name: str) -> ModelConfig:
     """The architecture of a model in `PUBLISHED`, for what needs its shapes alone."""
-    D, layers, N, K, F, tied = PUBLISHED[name]
+    D, layers, Q, K, F, tied = PUBLISHED[name]
     return ModelConfig(
-        "qwen3", 151_936, D, F, layers, N, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
+        "qwen3", 151_936, D, F, layers, Q, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
     )
 
 
@@ -107,7 +106,7 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
             raise UserError(f"{where}: {key} = {_shown(value)} is not a positive whole number that a model could have")
         return value
 
-    D, N = size("hidden_size"), size("num_attention_heads")
+    D, Q = size("hidden_size"), size("num_attention_heads")
     bias = {"qwen2": True}.get(family, False)
     asked_bias = take("attention_bias", bias)
     if family == "qwen2" and asked_bias is not True:
@@ -128,9 +127,9 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
         hidden_size=D,
         intermediate_size=size("intermediate_size"),
         num_layers=size("num_hidden_layers"),
-        num_heads=N,
-        num_kv_heads=size("num_key_value_heads", N if family == "llama" else _REQUIRED),
-        head_dim=size("head_dim", _REQUIRED if family == "qwen3" else D // N),
+        num_heads=Q,
+        num_kv_heads=size("num_key_value_heads", Q if family == "llama" else _REQUIRED),
+        head_dim=size("head_dim", _REQUIRED if family == "qwen3" else D // Q),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=take("rms_norm_eps", 1e-6),
@@ -196,15 +195,9 @@ def config_json(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-    if model_config(out, "export") != _stored(cfg):
+    if model_config(out, "export") != cfg:
         raise ValueError(f"this model has no config.json: {cfg}")
     return out | {k: token_ids.get(k) for k in TOKEN_IDS}
-
-
-def _stored(cfg: ModelConfig) -> ModelConfig:
-    """`cfg` without how a run computes it, which no config.json holds."""
-    run = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in RUN_FIELDS}
-    return dataclasses.replace(cfg, **run)
 
 
 def _family(left: dict, where: str) -> str:

@@ -16,7 +16,7 @@ from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, profiling
+from omniopd_jax.run import logging, profiling, trackers
 from omniopd_jax.run.host import AsyncThread
 
 LEAST = {  # dotted key -> the smallest value that it may have
@@ -26,10 +26,12 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
     "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
-    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0, "teacher.requests_per_minute": 0,
+    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
-    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
+    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
+    "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
+NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}  # Objective.asks -> a teacher's ability; else text
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -62,6 +64,7 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    trackers.check(c.log.trackers)
     _check_data(c)
     _check_sizes(c)
     _check_audits(c)
@@ -191,7 +194,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     """
     found, own = Findings(), objective.of(cfg)
     kernel = found.of(
-        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=attention.platform(None)
+        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=jax.default_backend()
     )
     model_cfg = found.of(hf.read_config, cfg.student.path)
     trained, template, end_ids = None, None, ()
@@ -206,12 +209,27 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     if own.asks and prompts is not None:
         found.of(check_teachers_files, cfg, prompts)
     if own.asks and kernel is not None and not found.problems:
-        teacher = found.of(teachers.make, cfg)
+        teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None:
         said = found.of(lambda: thread.submit(teacher.check()).result())
+    if teacher is not None and own.asks == "distribution" and model_cfg is not None:
+        found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     found.raise_everywhere()
     check_same_prompts(prompts)
     return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
+
+
+def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelConfig) -> None:
+    """A divergence over the whole vocabulary needs as many rows in both: one tokenizer is padded to several sizes.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"objective.name = {cfg.objective.name!r} compares whole distributions: student.path has {student.vocab_size:,} "
+            f"rows of vocabulary, teacher.model {teacher.vocab_size:,}; take objective.name = 'opd'"
+        )
 
 
 def graders_of(cfg) -> list[str]:

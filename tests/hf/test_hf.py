@@ -19,6 +19,7 @@ from omniopd_jax import config, export, hf, model, step
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 
 BASE = model.ModelConfig(
@@ -315,8 +316,9 @@ def test_a_save_that_fails_leaves_all_as_it_was(folder):
 
 
 def test_how_a_run_computes_is_not_saved(folder):
-    run = dataclasses.replace(BASE, dtype="bfloat16", remat="full", attention="splash")
-    hf.save(folder, random_params(BASE), run)
+    facts, ways = ({f.name for f in dataclasses.fields(c)} for c in (model.ModelConfig, model.Compute))
+    assert not facts & ways
+    hf.save(folder, random_params(BASE), BASE)
     assert hf.read_config(folder) == BASE
     with pytest.raises(ValueError, match="no config.json"):
         hf.save(folder, random_params(BASE), dataclasses.replace(BASE, qk_norm=False))
@@ -367,9 +369,9 @@ def test_transformers_opens_the_export_with_equal_logits(family, rope, tmp_path)
 
 
 def test_export_names_a_run_or_one_of_its_steps(tmp_path):
-    assert export.locate(tmp_path) == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints") == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
+    assert trained_run.locate(tmp_path) == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints") == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
 
 
 def run_of(folder, trained, tmp_path, **student):
@@ -438,11 +440,11 @@ def test_reading_a_checkpoint_reads_its_parameters_alone(tmp_path):
         return int(Path("/proc/self/io").read_text().split()[1])
 
     before = read_bytes()
-    got = export.read(run, None)
+    got = trained_run.read(run, None)
     assert read_bytes() - before < 1.5 * 4 * model.num_params(cfg)
     assert all(type(a) is np.ndarray for a in jax.tree.leaves(got.params)) and same_bits(got.whole(), trained)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tp": 2})
-    params = export.read(run, 1, mesh).whole(mesh)
+    params = trained_run.read(run, 1, mesh).whole(mesh)
     assert same_bits(params, trained)
     wanted = model.param_shardings(cfg, mesh)
     assert all(a.sharding == s for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(wanted)))
