@@ -296,7 +296,7 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     Raises:
       UserError: what is wrong with a file, a data set or a prompt.
     """
-    rewarded = answer_check(cfg.reward.grader) if objective.needs_reward(cfg) else None
+    rewarded = graders.shared(cfg.reward.grader).check_answer if objective.needs_reward(cfg) else None
     prompts = data.load(
         cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts, check=rewarded
     )
@@ -304,28 +304,12 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     if cfg.eval.num_prompts:
         held_out = data.load(
             cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval",
-            check=answer_check(cfg.eval.grader),
+            check=graders.shared(cfg.eval.grader).check_answer,
         )  # fmt: skip
         held_out = data.with_suffix(held_out, cfg.eval.suffix)
     if template is None:
         return prompts, held_out
     return data.encode(prompts, template, cfg), held_out and data.encode(held_out, template, cfg)
-
-
-def answer_check(grader: str):
-    """answer -> what that grader finds wrong with it, or None: what the loader asks of each row."""
-    grader = graders.shared(grader)
-
-    def check(answer):
-        if (problem := data.answered(answer)) is not None:
-            return problem
-        try:
-            grader.check_answer(answer)
-        except UserError as error:
-            return str(error)
-        return None
-
-    return check
 
 
 def check_same_prompts(prompts: data.Prompts) -> None:
