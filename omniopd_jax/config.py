@@ -5,6 +5,8 @@ an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `beta`.
 """
 
 import difflib
+import inspect
+import re
 
 from ml_collections import ConfigDict
 
@@ -70,6 +72,7 @@ def default() -> ConfigDict:
     c.data.source = "world"  # world | jsonl | hub
     c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
+    c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
     c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
@@ -121,6 +124,7 @@ def default() -> ConfigDict:
     c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders the prompt for completion, tells if the student's is another
     c.teacher.max_concurrency = 32  # calls in flight, and responses under audit at a time
@@ -249,9 +253,6 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: the README's table is made of it."""
-    import inspect
-    import re
-
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:

@@ -24,7 +24,7 @@ def price_state(cfg, asks_teacher: bool) -> str:
         return KNOWN
     if CLIENTS[t.provider](cfg).self_hosted:
         return OWN
-    return KNOWN if any(t.model.startswith(name) for name in budget.PRICES) else UNKNOWN
+    return KNOWN if budget.price(cfg, self_hosted=False).known else UNKNOWN
 
 
 def dollars(usd: float, state: str) -> str:

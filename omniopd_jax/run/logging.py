@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -63,7 +64,7 @@ class Writer:
         if rank == 0:
             for path in sorted(self._folder.glob("*-*.jsonl")):  # of processes that the run no longer has
                 kind, _, number = path.stem.partition("-")
-                if kind in ("audits", "completions") and number.isdecimal() and int(number) >= jax.process_count():
+                if kind in ("audits", "completions") and number.isdigit() and len(number) < 9 and int(number) >= jax.process_count():
                     cut_after(path, start_step)
         # an evaluation's step counts the updates before it: the one at the checkpoint itself is kept
         names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
@@ -132,19 +133,30 @@ class Writer:
 
 
 def cut_after(path: pathlib.Path, start_step: int) -> None:
-    """Drops the lines of steps that a resumed run will write again, and a last line that was cut off."""
-    if not path.exists():
+    """Drops the lines of steps that a resumed run will write again, and lines that are no record of a step: cut off, or
+    written by someone else. How many those were is said."""
+    if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # not splitlines: a text may hold other line ends
-        try:
-            if json.loads(line)["step"] < start_step:
-                kept.append(line + b"\n")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
+    temporary, foreign = path.with_suffix(".tmp"), 0
+    with path.open("rb") as file, temporary.open("wb") as kept:
+        for line in file:
+            step = step_of(line)
+            foreign += step is None and bool(line.strip())
+            if step is not None and step < start_step:
+                kept.write(line.rstrip(b"\n") + b"\n")
     temporary.replace(path)
+    if foreign:
+        said = f"{path}: {foreign} lines were cut off or are no record of a step; they are left out"
+        print(said, file=sys.stderr, flush=True)
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl or audits.jsonl; None where it is no record of one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def total(parts: list[dict], disks: list[int]) -> dict:

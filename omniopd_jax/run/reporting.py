@@ -11,7 +11,7 @@ from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
-from omniopd_jax.teachers.protocol import Counts
+from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
@@ -153,19 +153,29 @@ class Reports:
         return out | flops.metrics(run.cfg, run.student.model_cfg, run.teacher_cfg, prompts, tokens, own, mesh, chip)
 
 
+def cost(teacher: Teacher | None) -> str:
+    """What the run has cost over all its starts, for the table at its end."""
+    spent = teacher.spent() if teacher else None
+    if spent is None:
+        return "none"
+    return f"${spent.usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
+
+
 def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
-    before, price = totals.get("accuracy_before"), estimate.price_state(run.cfg, bool(objective.of(run.cfg).asks))
+    before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
+    if run.teacher and (spent := run.teacher.spent()):  # the journal's: also what was paid between a checkpoint and a crash
+        out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
     rows = [("steps", str(step))]
     if before is not None and after is not None:
         gain = f"{100 * (after - before):+.1f} points"
         rows += [("accuracy before", f"{before:.1%}"), ("accuracy after", f"{after:.1%}  ({gain})")]
     rows += [
-        ("teacher calls", f"{totals.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
+        ("teacher calls", f"{out.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
         ("  a call is", "one request; it may bring several continuations"),
         ("teacher tokens in / out", f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}"),
-        ("teacher cost", estimate.dollars(totals.get("teacher/cost_usd", 0), price)),
+        ("teacher cost", cost(run.teacher)),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]

@@ -15,7 +15,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import estimate, identity, logging, preflight, profiling
+from omniopd_jax.run import identity, logging, preflight, profiling
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
@@ -92,8 +92,7 @@ def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: in
     logging.say(said)
     teacher.divide_budget(hosts)
     if teacher.report:
-        coming = estimate.table(teacher.estimate(), estimate.price_state(cfg, True))
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{coming}")
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
