@@ -14,7 +14,7 @@ from configs import math
 def get_config(arg=None):
     """configs/math.py on code prompts."""
     c = math.get_config(arg)
-    c.run_dir = "runs/code"
+    c.run_dir = c.run_dir.replace("math", "code")  # the variants' names stay
     c.data.source = "jsonl"
     c.data.name = ""
     c.data.path = "data/code_prompts.jsonl"

@@ -5,6 +5,8 @@ an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `beta`.
 """
 
 import difflib
+import inspect
+import re
 
 from ml_collections import ConfigDict
 
@@ -55,6 +57,8 @@ def default() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)
+    c.student.template = "chat"  # chat (the tokenizer's own) | plain (a base model: docs/students.md) | a Jinja file
+    c.student.stop_strings = ()  # texts that end an answer, beside the format's own; as a flag: "('\\n\\n',)"
     c.student.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking; may get new keys
 
     c.model = ConfigDict()
@@ -66,13 +70,14 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
-    c.data.path = ""  # jsonl: a file, one object with `prompt` a line
+    c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
     c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
-    c.data.fields = ConfigDict()  # hub: our name -> the data set's column
+    c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
-    c.data.fields.answer = "answer"  # column; may be missing
+    c.data.fields.answer = "answer"  # column, or a path in it such as reward_model.ground_truth; may be missing
+    c.data.fields.solution = "solution"  # column with a worked solution, for sft without a teacher; may be missing
     c.data.fields.id = "id"  # column; may be missing
     c.data.num_prompts = 0  # take the first so many; 0 = all (world: 4,096)
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
@@ -107,15 +112,19 @@ def default() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
-    c.reward.grader = "world"  # world | math | code | code_unsafe | reasoning_gym; 1 for a right answer, else 0
+    c.reward.grader = ""  # world | math | code | code_unsafe | reasoning_gym; "" = world for the small worlds, else required
 
     c.teacher = ConfigDict()
     c.teacher.provider = "local"  # a key of teachers.TEACHERS
     c.teacher.model = ""  # local: a Hugging Face folder; else the provider's model name
     c.teacher.temperature = 1.0  # must sample: a greedy teacher makes all continuations equal
     c.teacher.top_p = 1.0  # left out of the call where it is 1 (Gemini: always sent)
+    c.teacher.template = "chat"  # chat | plain | a Jinja file: how a prompt is written where that is done here
+    c.teacher.preamble = ""  # plain or a Jinja file: worked examples in front of the prompt, or a file that holds them
+    c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders the prompt for completion, tells if the student's is another
     c.teacher.max_concurrency = 32  # calls in flight, and responses under audit at a time
@@ -124,7 +133,6 @@ def default() -> ConfigDict:
     c.teacher.timeout_s = 60.0  # one call
     c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from its turn
     c.teacher.max_retries = 8  # of one call that was answered with an error; an unreachable server is only bound in time
-    c.teacher.hedge_s = 0.0  # ask a second time after so long without an answer, the first one counts, both are paid; 0 = off
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes one after the other, for caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
@@ -136,6 +144,7 @@ def default() -> ConfigDict:
     c.budget.usd = 0.0  # dollars; 0 = no cap
     c.budget.tokens = 0  # input + output tokens; 0 = no cap
     c.budget.calls = 0  # requests on the wire, retries included; 0 = no cap
+    c.budget.confirm_usd = 20.0  # dollars; a run without a cap whose middle estimate is above needs --yes
     c.budget.on_exhausted = "stop"  # stop (checkpoint, exit) | fewer_audits (lower M) | fewer_continuations (lower N)
 
     c.optimizer = ConfigDict()
@@ -169,7 +178,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.grader = "world"  # as reward.grader
+    c.eval.grader = ""  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)
     c.distributed.start_s = 300.0  # how long the processes wait for each other at the start
@@ -180,8 +189,16 @@ def default() -> ConfigDict:
     c.profile = ConfigDict()
     c.profile.steps = ""  # FIRST:END, counted from 0: a profiler's trace of these steps in <run_dir>/profile
 
+    c.resume = ConfigDict()
+    c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
+
     c.log = ConfigDict()
-    c.log.tensorboard = True  # scalars beside metrics.jsonl
+    c.log.tensorboard = True  # scalars and tables beside metrics.jsonl, in <run_dir>/tensorboard
+    c.log.trackers = ()  # more of them: wandb | trackio; as a flag: "('wandb',)"
+    c.log.completions_per_step = 4  # whole responses a step written to completions.jsonl; what is left out is counted
+    c.log.evaluation_answers = 256  # answers of each evaluation written to evaluations.jsonl; the first ones
+    c.log.text_characters = 20_000  # of each text in a record; what is cut is counted
+    c.log.chance_pairs = 128  # comparisons a step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()
@@ -196,12 +213,15 @@ def min_continuations(c: ConfigDict) -> int:
 def apply(c: ConfigDict, variants: dict[str, dict], arg: str | None) -> ConfigDict:
     """Applies the comma-separated variants in `arg` (from `--config=recipe.py:arg`), each a dict of dotted key -> value.
 
+    A variant is another run: its name is added to `run_dir`.
+
     Raises:
       UserError: a name that `variants` lacks.
     """
     for name in filter(None, (arg or "").split(",")):
         one_of(name, variants, "the recipe's argument")
         c.update_from_flattened_dict(variants[name])
+        c.run_dir += f"-{name}"
     return c
 
 
@@ -233,9 +253,6 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: the README's table is made of it."""
-    import inspect
-    import re
-
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniopd_jax import model
-from omniopd_jax.model import attention, lora
+from omniopd_jax.model import attention, lora, rope
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run.batching import bucket, pad_rows  # noqa: F401  called as rollout.bucket
 
@@ -26,7 +26,6 @@ class Rollout:
       token_BT: int32; length_B: sampled tokens, the end token counted; finished_B: an end token was sampled.
       logp_model_BT: log-prob under the model itself (temperature 1, untruncated), nats.
       logp_sampler_BT: log-prob under the distribution drawn from (temperature, top-k, top-p), nats.
-      entropy_BT: exact entropy of the model's distribution, nats, in the sampler's precision: for logs, not for peaks.
     """
 
     token_BT: jax.Array
@@ -34,7 +33,6 @@ class Rollout:
     finished_B: jax.Array
     logp_model_BT: jax.Array
     logp_sampler_BT: jax.Array
-    entropy_BT: jax.Array
 
 
 @flax.struct.dataclass
@@ -49,37 +47,42 @@ class SamplerState:
     out: Rollout
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
-def prepare(params: dict, cfg: model.ModelConfig, mesh=None) -> dict:
-    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `cfg.dtype`, gathered over fsdp,
+def prepare(params: dict, cfg: model.ModelConfig, *, compute: model.Compute | None = None) -> dict:
+    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `compute.dtype`, gathered over fsdp,
     layers unstacked.
 
-    The projections of q, k and v are matrices [D, N * H] in it: as [D, N, H] the decode loop keeps a copy of each in the
+    The projections of q, k and v are matrices [D, Q * H] in it: as [D, Q, H] the decode loop keeps a copy of each in the
     layout that it multiplies by, 1 GiB at 4 B parameters.
     """
+    return _prepare(params, cfg=cfg, compute=compute or model.Compute())
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
+def _prepare(params, *, cfg, compute):
     if lora.attached(params):
-        params = lora.merge(params, cfg, cfg.dtype)
+        params = lora.merge(params, compute.lora_scale, compute.dtype)
     else:
-        params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
-    if mesh is not None:
-        params = jax.lax.with_sharding_constraint(params, model.param_shardings(cfg, mesh, sharding.DECODE_RULES))
-    params = model.unstack(params, cfg)
+        params = jax.tree.map(lambda a: a.astype(compute.dtype), params)
+    if compute.mesh.size > 1:
+        where = model.param_shardings(cfg, compute.mesh, sharding.DECODE_RULES)
+        params = jax.lax.with_sharding_constraint(params, where)
+    params = model.unstack(params, compute.dtype)
     return params | {"layers": [p | {n: _matrix(p[n]) for n in "qkv"} for p in params["layers"]]}
 
 
-def _matrix(w_DNH):
-    return w_DNH.reshape(w_DNH.shape[0], -1)
+def _matrix(w_DQH):
+    return w_DQH.reshape(w_DQH.shape[0], -1)
 
 
-def _layer(x_BLD, p: dict, cfg: model.ModelConfig, rope, attend):
+def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angles, attend):
     """`model.layer` with a layer of prepared parameters."""
     heads = {n: p[n].reshape(p[n].shape[0], -1, cfg.head_dim) for n in "qkv"}
-    return model.layer(x_BLD, p | heads, cfg, rope, attend)
+    return model.layer(x_BLD, p | heads, cfg, compute, angles, attend)
 
 
 def sample(
     params: dict, cfg: model.ModelConfig, prompt_BP, prompt_length_B, key_B, *, max_new_tokens: int, temperature=1.0,
-    top_p=1.0, top_k=0, num_samples=1, end_ids=(), first_chunk=256,
+    top_p=1.0, top_k=0, num_samples=1, end_ids=(), first_chunk=256, compute: model.Compute | None = None,
 ) -> Rollout:  # fmt: skip
     """Samples `num_samples` completions of every prompt.
 
@@ -88,46 +91,49 @@ def sample(
       cfg: static.
       prompt_BP: int32, right-padded to a bucket (`bucket`), so that shapes stay few.
       prompt_length_B: int32, at least 1.
-      key_B: one PRNG key a *completion* [B * num_samples]; row b's completions are b * num_samples + r. A row draws the
+      key_B: one PRNG key a *completion* [B * num_samples]; row b's completions are b * num_samples + g. A row draws the
         same numbers in any batch, bucket or host.
       max_new_tokens, temperature, top_p, top_k: traced; temperature 0 is greedy.
       end_ids: tokens that end a row.
       first_chunk: response tokens the cache has room for at first; it doubles while rows go on.
+      compute: static; None: float32 on the default device.
 
     Returns:
       Rollout with [B * num_samples, T] arrays, T <= max_new_tokens rounded up to a chunk.
     """
+    compute = compute or model.Compute()
     if isinstance(params["layers"], dict):
-        params = prepare(params, cfg)
-    where = _everywhere(jax.tree.leaves(params)[0])
+        params = prepare(params, cfg, compute=compute)
+    where = sharding.replicated_like(jax.tree.leaves(params)[0])
     settings = jax.device_put(
         (np.float32(temperature), np.float32(top_p), np.int32(top_k), np.array(end_ids or (-1,), np.int32)), where
     )
     T = min(first_chunk, -(-max_new_tokens // 8) * 8)
-    state = _prefill(params, prompt_BP, prompt_length_B, key_B, cfg=cfg, num_samples=num_samples, T=T)
+    state = _prefill(params, prompt_BP, prompt_length_B, key_B, cfg=cfg, compute=compute, num_samples=num_samples, T=T)
     while True:
         limit = min(T, max_new_tokens)
-        state, done = _decode(params, state, jax.device_put(np.int32(limit), where), *settings, cfg=cfg, P=prompt_BP.shape[1])
+        until = jax.device_put(np.int32(limit), where)
+        state, done = _decode(params, state, until, *settings, cfg=cfg, compute=compute, P=prompt_BP.shape[1])
         if limit == max_new_tokens or bool(jax.device_get(done)):
             return state.out
         T = min(2 * T, -(-max_new_tokens // 8) * 8)
         state = _grow(state, S=prompt_BP.shape[1] + T, T=T)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "num_samples", "T"))
-def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, num_samples: int, T: int) -> SamplerState:
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "num_samples", "T"))
+def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, compute, num_samples: int, T: int) -> SamplerState:
     B, P = prompt_BP.shape
     position_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    rope = model.rope_tables(cfg, position_BP)
+    angles = rope.tables(cfg, position_BP)
     x_BPD = params["embed"][prompt_BP]
     cache = []
     for p in params["layers"]:
 
         def attend(q, k, v):
             cache.append(tuple(jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, T), (0, 0))) for a in (k, v)))
-            return attention.attend(q, k, v, backend=cfg.attention, mesh=cfg.mesh)
+            return attention.attend(q, k, v, length_B=prompt_length_B, backend=compute.attention, mesh=compute.mesh)
 
-        x_BPD = _layer(x_BPD, p, cfg, rope, attend)
+        x_BPD = _layer(x_BPD, p, cfg, compute, angles, attend)
     last_BD = jnp.take_along_axis(x_BPD, prompt_length_B[:, None, None] - 1, axis=1)[:, 0]
     last_BD = model.rms_norm(last_BD, params["final_norm"], cfg.norm_eps)
     cache, last_BD, length_B = jax.tree.map(
@@ -136,19 +142,16 @@ def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, num_samples: int
     R = B * num_samples
     zeros = functools.partial(jnp.zeros, (R, T), jnp.float32)
     out = Rollout(
-        jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros(), zeros()
+        jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros()
     )
-    return _lay(SamplerState(cache, last_BD, length_B, key_B, jnp.int32(0), out), cfg)
+    return _constrain(SamplerState(cache, last_BD, length_B, key_B, jnp.int32(0), out), compute.mesh)
 
 
-def _lay(state: SamplerState, cfg) -> SamplerState:
-    """The state on `cfg.mesh`: rows over data and fsdp, the cache's heads over tp, whatever the compiler would choose."""
-    if cfg.mesh is None:
-        return state
+def _constrain(state: SamplerState, mesh) -> SamplerState:
+    """The state on the mesh: rows over data and fsdp, the cache's heads over tp, whatever the compiler would choose."""
 
-    def put(a, *names):
-        where = jax.sharding.NamedSharding(cfg.mesh, jax.sharding.PartitionSpec(sharding.ROWS, *names))
-        return jax.lax.with_sharding_constraint(a, where)
+    def put(a, *axes):
+        return sharding.constrain(a, mesh, sharding.ROWS, *axes)
 
     cache = jax.tree.map(lambda a: put(a, sharding.DECODE_RULES["kv_heads"]), state.cache)
     return state.replace(
@@ -157,8 +160,8 @@ def _lay(state: SamplerState, cfg) -> SamplerState:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "P"), donate_argnames=("state",))
-def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_ids, *, cfg, P: int):
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "P"), donate_argnames=("state",))
+def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_ids, *, cfg, compute, P: int):
     """Decodes until `limit` tokens or all rows are done. Returns (state, all rows done)."""
     slot_1S = jnp.arange(state.cache[0][0].shape[2], dtype=jnp.int32)[None]
 
@@ -175,16 +178,16 @@ def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_i
         seen_BS = (slot_1S < s.prompt_length_B[:, None]) | ((slot_1S >= P) & (slot_1S <= P + s.t))
         with jax.named_scope("decode"):
             position_B1 = (s.prompt_length_B + s.t)[:, None]
-            hidden_BD, cache = _one_token(params, cfg, token_B, position_B1, s.cache, P + s.t, seen_BS)
-        return _lay(s.replace(cache=cache, hidden_BD=hidden_BD, t=s.t + 1, out=out), cfg)
+            hidden_BD, cache = _one_token(params, cfg, compute, token_B, position_B1, s.cache, P + s.t, seen_BS)
+        return _constrain(s.replace(cache=cache, hidden_BD=hidden_BD, t=s.t + 1, out=out), compute.mesh)
 
     state = jax.lax.while_loop(cond, body, state)
     return state, jnp.all(state.out.finished_B)
 
 
-def _one_token(params, cfg, token_B1, position_B1, cache, slot, seen_BS):
+def _one_token(params, cfg, compute, token_B1, position_B1, cache, slot, seen_BS):
     """One token a row through all layers: (hidden_BD after the last norm, the cache with its slot written)."""
-    rope = model.rope_tables(cfg, position_B1)
+    angles = rope.tables(cfg, position_B1)
     x_B1D = params["embed"][token_B1]
     new = []
     for p, (k_BKSH, v_BKSH) in zip(params["layers"], cache, strict=True):
@@ -195,13 +198,13 @@ def _one_token(params, cfg, token_B1, position_B1, cache, slot, seen_BS):
             new.append((k_BKSH, v_BKSH))
             return attention.grouped(q, k_BKSH, v_BKSH, seen_BS[:, None])
 
-        x_B1D = _layer(x_B1D, p, cfg, rope, attend)
+        x_B1D = _layer(x_B1D, p, cfg, compute, angles, attend)
     return model.rms_norm(x_B1D[:, 0], params["final_norm"], cfg.norm_eps), new
 
 
 def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
     """Column t of the live rows; rows that are done keep zeros."""
-    token_B, logp_B, sampler_B, entropy_B = drawn
+    token_B, logp_B, sampler_B = drawn
     live_B = ~out.finished_B
 
     def put(a_BT, x_B):
@@ -211,7 +214,7 @@ def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
     ended_B = live_B & jnp.any(token_B[:, None] == end_ids[None], axis=1)
     return Rollout(
         put(out.token_BT, token_B), out.length_B + live_B.astype(jnp.int32), out.finished_B | ended_B,
-        put(out.logp_model_BT, logp_B), put(out.logp_sampler_BT, sampler_B), put(out.entropy_BT, entropy_B),
+        put(out.logp_model_BT, logp_B), put(out.logp_sampler_BT, sampler_B),
     )  # fmt: skip
 
 
@@ -222,7 +225,7 @@ def _grow(state: SamplerState, *, S: int, T: int) -> SamplerState:
     """
     for i, layer in enumerate(state.cache):
         state.cache[i] = jax.block_until_ready(_wider(layer, axis=2, size=S))
-    out = {name: getattr(state.out, name) for name in ("token_BT", "logp_model_BT", "logp_sampler_BT", "entropy_BT")}
+    out = {name: getattr(state.out, name) for name in ("token_BT", "logp_model_BT", "logp_sampler_BT")}
     return state.replace(out=state.out.replace(**_wider(out, axis=1, size=T)))
 
 
@@ -240,13 +243,12 @@ def draw(z_BV, u_B, temperature, top_p, top_k):
     """Draws a token a row from logits by one uniform each.
 
     Returns:
-      (token_B, logp under the model, logp under the sampler, entropy of the model), all [B].
+      (token_B, logp under the model, logp under the sampler), all [B].
     """
     z_BV -= z_BV.max(-1, keepdims=True)
     p_BV = jnp.exp(z_BV)  # not normalised: one array of V, and sums of it
     blocks = _blocks(p_BV)
     mass_B = blocks[2][:, -1]
-    entropy_B = jnp.log(mass_B) - jnp.sum(p_BV * z_BV, axis=-1) / mass_B
 
     def logp(token_B):
         return _at(z_BV, token_B) - jnp.log(mass_B)
@@ -264,8 +266,7 @@ def draw(z_BV, u_B, temperature, top_p, top_k):
         return token_B, logp(token_B), sampler_B
 
     # the branches give [B] arrays only: whatever is [B, V] stays inside
-    token_B, logp_B, sampler_B = jax.lax.cond((temperature == 1.0) & (top_p >= 1.0) & (top_k <= 0), plain, shaped)
-    return token_B, logp_B, sampler_B, entropy_B
+    return jax.lax.cond((temperature == 1.0) & (top_p >= 1.0) & (top_k <= 0), plain, shaped)
 
 
 def truncate(q_BV, top_p, top_k):
@@ -305,22 +306,22 @@ def inverse_cdf(q_BV, u_B, block: int = 0):
 
 
 def _blocks(q_BV, block: int = 0):
-    """(block, sums of q over blocks of the vocabulary [B, X], their cumulative sums)."""
+    """(block, sums of q over blocks of the vocabulary [B, W], their cumulative sums)."""
     B, V = q_BV.shape
     block = block or next((n for n in (512, 256, 128) if V % n == 0), 512 if V > 16_384 else 64)
-    sum_BX = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block).sum(-1)
-    return block, sum_BX, jnp.cumsum(sum_BX, axis=-1)
+    sum_BW = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block).sum(-1)
+    return block, sum_BW, jnp.cumsum(sum_BW, axis=-1)
 
 
 def _invert(q_BV, blocks, u_B):
     """`inverse_cdf` from what `_blocks` returns."""
-    V, (block, sum_BX, cum_BX) = q_BV.shape[1], blocks
-    aim_B = u_B * cum_BX[:, -1]
-    x_B = _first_past(cum_BX, sum_BX, aim_B)
-    before_B = jnp.where(x_B > 0, _at(cum_BX, jnp.maximum(x_B - 1, 0)), 0.0)
-    index_BY = x_B[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
-    q_BY = jnp.where(index_BY < V, jnp.take_along_axis(q_BV, jnp.minimum(index_BY, V - 1), axis=1), 0.0)
-    return x_B * block + _first_past(jnp.cumsum(q_BY, axis=-1), q_BY, aim_B - before_B)
+    V, (block, sum_BW, cum_BW) = q_BV.shape[1], blocks
+    aim_B = u_B * cum_BW[:, -1]
+    w_B = _first_past(cum_BW, sum_BW, aim_B)
+    before_B = jnp.where(w_B > 0, _at(cum_BW, jnp.maximum(w_B - 1, 0)), 0.0)
+    index_BU = w_B[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
+    q_BU = jnp.where(index_BU < V, jnp.take_along_axis(q_BV, jnp.minimum(index_BU, V - 1), axis=1), 0.0)
+    return w_B * block + _first_past(jnp.cumsum(q_BU, axis=-1), q_BU, aim_B - before_B)
 
 
 def _at(a_BV, index_B):
@@ -341,14 +342,8 @@ def _first_past(cum, mass, aim_B):
 def row_keys(key: jax.Array, ids) -> jax.Array:
     """One key a row from integers that name the rows (their sample ids): independent of batch, order and host."""
     if not isinstance(ids, jax.Array):
-        ids = jax.device_put(np.asarray(ids, np.uint32), _everywhere(key))
+        ids = jax.device_put(np.asarray(ids, np.uint32), sharding.replicated_like(key))
     return _row_keys(key, ids)
-
-
-def _everywhere(like: jax.Array):
-    """Replicated over the devices that hold `like`; None, the default device, for a single one."""
-    s = like.sharding
-    return jax.sharding.NamedSharding(s.mesh, jax.sharding.PartitionSpec()) if hasattr(s, "mesh") else None
 
 
 @jax.jit

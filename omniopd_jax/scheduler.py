@@ -58,11 +58,6 @@ def check_peaks(peak_BM) -> None:
         raise FloatingPointError(f"entropy is NaN in row(s) {rows} of the batch")
 
 
-def random_scores(key_B, shape):
-    """Scores for the ablation with random chunk starts: uniform, one stream a row; fed to `entropy_peaks` in H's place."""
-    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:]))(key_B)
-
-
 def chunk_mask(peak_BM, keep_BM, chunk_tokens: int, T: int):
     """Which kept chunk holds each position: int32 chunk_BT, -1 where none does (chunks never overlap)."""
     t = jnp.arange(T, dtype=jnp.int32)[None, None]

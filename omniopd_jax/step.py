@@ -1,6 +1,6 @@
 """The two jitted passes of a step: `score_step` (no gradient) and `train_step` (the update).
 
-Both are pure. The hidden state that produces response token t stands at index prompt_length + t - 1 of its row; one
+Both are pure. The hidden state that produces response token t is at index prompt_length + t - 1 of its row; one
 function owns that index (`response_hidden`), here and nowhere else.
 """
 
@@ -13,69 +13,73 @@ import jax.numpy as jnp
 import optax
 
 from omniopd_jax import model, objective, optim, vocab
-from omniopd_jax.model import lora
+from omniopd_jax.model import cpu, lora
 from omniopd_jax.parallel import packing, replicas, sharding
 from omniopd_jax.run.state import TrainState
 
 
 def response_places(prompt_length_B, T: int):
-    """at_BT: y_t stands at prompt_length + t of its row."""
+    """at_BT: y_t is at prompt_length + t of its row."""
     return prompt_length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
 
-def response_hidden(hidden_RLD, at_QX):
-    """hidden_QXD: the states whose distributions produce the tokens at `at_QX`: each stands one place before its token.
+def response_hidden(hidden_RLD, at_ZX):
+    """hidden_ZXD: the states whose distributions produce the tokens at `at_ZX`: each is one place before its token.
 
-    Places are counted along a row (Q = R, X = T), or along R / Q packed rows laid end to end (packing.py).
+    Places are counted along a row (Z = R, X = T), or along R / Z packed rows laid end to end (packing.py).
     """
-    return _gather(hidden_RLD, at_QX - 1)
+    return _gather(hidden_RLD, at_ZX - 1)
 
 
-def response_tokens(token_RL, at_QX):
-    """target_QX: the tokens y_t themselves; places past the end repeat the last token."""
-    return _gather(token_RL, at_QX)
+def response_tokens(token_RL, at_ZX):
+    """target_ZX: the tokens y_t themselves; places past the end repeat the last token."""
+    return _gather(token_RL, at_ZX)
 
 
-def _gather(a_RL, index_QX):
-    a_QL = a_RL.reshape(index_QX.shape[0], -1, *a_RL.shape[2:])
-    index_QX = jnp.minimum(index_QX, a_QL.shape[1] - 1)
-    return jnp.take_along_axis(a_QL, index_QX.reshape(*index_QX.shape, *(1,) * (a_QL.ndim - 2)), axis=1)
+def _gather(a_RL, index_ZX):
+    a_ZL = a_RL.reshape(index_ZX.shape[0], -1, *a_RL.shape[2:])
+    index_ZX = jnp.minimum(index_ZX, a_ZL.shape[1] - 1)
+    return jnp.take_along_axis(a_ZL, index_ZX.reshape(*index_ZX.shape, *(1,) * (a_ZL.ndim - 2)), axis=1)
 
 
-def score(params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: int, micro_batches: int):
+def score(
+    params: dict, tokens, prompt_length_B, T: int, *, model_cfg, block: int, micro_batches: int,
+    compute: model.Compute | None = None,
+):  # fmt: skip
     """Log-prob and entropy of every response token under `params`, by the training graph (method.md, section 2).
 
     Args:
       tokens: token_BL, or the `packing.Packed` of the same responses; prompt_length_B: both as in `objective.Batch`.
       T: response positions to score.
-      block: positions a block of the vocabulary pass.
-      micro_batches: rows are scored in so many pieces.
+      block: positions of a block of the vocabulary pass.
+      micro_batches: rows are scored in as many parts.
+      compute: None: float32 on the default device.
 
     Returns:
-      vocab.TokenStats, [B, T], float32; what stands past a row's length means nothing.
+      vocab.TokenStats, [B, T], float32; what is past a row's length means nothing.
     """
-
-    mesh = model_cfg.mesh
-    params = model.cast_layers(replicas.spread(params, mesh, model_cfg.dtype), model_cfg)
+    compute = compute or model.Compute()
+    mesh, columns = compute.mesh, cpu.vocab_columns(compute.mesh)
+    params = model.cast_layers(replicas.replicate(params, mesh, compute.dtype), compute.dtype)
 
     def one(rows):
         token, segment, position, at = rows
-        hidden_BLD = model.hidden(params, model_cfg, token, position_BL=position, segment_BL=segment)
-        hidden_BTD, target_BT = response_hidden(hidden_BLD, at), response_tokens(token, at)
+        hidden_RLD = model.hidden(params, model_cfg, token, position_BL=position, segment_BL=segment, compute=compute)
+        hidden_ZXD, target_ZX = response_hidden(hidden_RLD, at), response_tokens(token, at)
 
         def stats(head, rows):
-            how = {"block": block, "piece": vocab.piece_on(mesh), "tied": model_cfg.tied}
-            return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], **how)
+            return jnp.float32(0), vocab.token_stats(rows[0], head, rows[1], block=block, columns=columns)
 
-        return replicas.over_rows(stats, mesh, replicas.head_as_it_lies(params), (hidden_BTD, target_BT))[1]
+        return replicas.over_rows(stats, mesh, model.stored_head(params), (hidden_ZXD, target_ZX))[1]
 
     stats = jax.lax.map(one, _rows(tokens, prompt_length_B, T, micro_batches, mesh))
     return _in_place(stats, tokens, T, mesh)
 
 
 def loss_and_grads(
-    params, ref_params, batch: objective.Batch, weight_BT, mask_BT, *, model_cfg, cfg, teacher_params=None, teacher_cfg=None
-):
+    params, ref_params, batch: objective.Batch, weight_BT, mask_BT, *, model_cfg, cfg, compute: model.Compute | None = None,
+    teacher_params=None, teacher_cfg=None,
+):  # fmt: skip
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
     `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both passes.
@@ -84,28 +88,26 @@ def loss_and_grads(
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
     """
-    T, mesh = weight_BT.shape[1], model_cfg.mesh
+    compute = compute or model.Compute()
+    T, mesh, dtype = weight_BT.shape[1], compute.mesh, compute.dtype
     frozen, ref, teacher = None, None, None
     if holds_reference(cfg):
-        frozen = replicas.spread(jax.lax.stop_gradient(ref_params), mesh, model_cfg.dtype)
+        frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
         if not cfg.anchor.ref_offload:
-            frozen = model.cast_layers(frozen, model_cfg)
+            frozen = model.cast_layers(frozen, dtype)
         ref = frozen if cfg.anchor.kl_coef else None
-    ref_cfg = dataclasses.replace(model_cfg, host_layers=cfg.anchor.ref_offload)
+    ref_compute = dataclasses.replace(compute, host_layers=cfg.anchor.ref_offload)
     if not cfg.lora.rank:
-        params = replicas.spread(params, mesh)
+        params = replicas.replicate(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
-    params = model.cast_layers(params, model_cfg)
+    params = model.cast_layers(params, dtype)
     if objective.of(cfg).divergence:
-        teacher = replicas.spread(jax.lax.stop_gradient(teacher_params), mesh, teacher_cfg.dtype)
-        teacher = model.cast_layers(teacher, teacher_cfg)
+        teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
+    how = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
         head, ref_head, teacher_head = heads
         h, ref_h, teacher_h, target, weight, mask = rows
-        how = {
-            "block": cfg.vocab_block, "head_grad": not cfg.lora.rank, "piece": vocab.piece_on(mesh), "tied": model_cfg.tied,
-        }  # fmt: skip
         loss, stats = vocab.weighted_nll_and_kl(
             h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **how
         )
@@ -116,19 +118,19 @@ def loss_and_grads(
     def micro_loss(params, rows):
         token, segment, position, at, weight, mask = rows
 
-        def hidden(p, p_cfg):
+        def hidden(p, p_cfg, p_compute):
             if p is None:
                 return None
-            return response_hidden(model.hidden(p, p_cfg, token, position_BL=position, segment_BL=segment), at)
+            states = model.hidden(p, p_cfg, token, position_BL=position, segment_BL=segment, compute=p_compute)
+            return response_hidden(states, at)
 
         student = policy(params, frozen, cfg)
-        h = hidden(student, model_cfg)
+        h = hidden(student, model_cfg, compute)
         with jax.named_scope("reference"):
-            ref_h = hidden(ref, ref_cfg)
+            ref_h = hidden(ref, model_cfg, ref_compute)
         with jax.named_scope("teacher"):
-            teacher_h = hidden(teacher, teacher_cfg)
-        heads = tuple(p if p is None else replicas.head_as_it_lies(p) for p in (student, ref))
-        heads += (teacher if teacher is None else replicas.head(teacher),)
+            teacher_h = hidden(teacher, teacher_cfg, compute)
+        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, teacher))
         rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
         return replicas.over_rows(over_vocabulary, mesh, heads, rows)
 
@@ -140,7 +142,7 @@ def loss_and_grads(
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, replicas.collapse(grads, model_cfg), _in_place(stats, tokens, T, mesh)
+    return loss, replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh), _in_place(stats, tokens, T, mesh)
 
 
 def policy(params: dict, ref_params: dict, cfg) -> dict:
@@ -150,7 +152,7 @@ def policy(params: dict, ref_params: dict, cfg) -> dict:
 
 def update(
     state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
-    model_cfg, cfg, teacher_cfg=None,
+    model_cfg, cfg, compute: model.Compute | None = None, teacher_cfg=None,
 ):  # fmt: skip
     """One optimizer update from one scored and audited batch.
 
@@ -168,7 +170,7 @@ def update(
     logp_BT = stats.logp_BT if scored else jnp.zeros((len(batch.length_B), batch.width), jnp.float32)
     weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
     loss, grads, loss_stats = loss_and_grads(
-        state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg,
+        state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg, compute=compute,
         teacher_params=teacher_params, teacher_cfg=teacher_cfg,
     )  # fmt: skip
     with jax.named_scope("optimizer"):
@@ -193,7 +195,7 @@ def update(
 
 def updates(
     state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
-    model_cfg, cfg, teacher_cfg=None,
+    model_cfg, cfg, compute: model.Compute | None = None, teacher_cfg=None,
 ):  # fmt: skip
     """`num_iterations` updates from one batch, as `update`; the ratio is to the policy that sampled (arXiv 2402.03300).
 
@@ -202,7 +204,7 @@ def updates(
     Returns:
       (state, metrics, means over the updates; objective.ChunkTargets of the last).
     """
-    one = functools.partial(update, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg)
+    one = functools.partial(update, model_cfg=model_cfg, cfg=cfg, compute=compute, teacher_cfg=teacher_cfg)
     if cfg.num_iterations == 1:
         return one(state, ref_params, batch, stats, teacher_params)
     first, T = state.step, stats.logp_BT.shape[1]
@@ -212,7 +214,7 @@ def updates(
         tokens = batch.token_BL if batch.packed is None else batch.packed
         return score(
             policy(params, ref_params, cfg), tokens, batch.prompt_length_B, T, model_cfg=model_cfg, block=cfg.vocab_block,
-            micro_batches=cfg.micro_batches,
+            micro_batches=cfg.micro_batches, compute=compute,
         )  # fmt: skip
 
     def body(carry, i):
@@ -245,22 +247,26 @@ class Steps:
     reference_shardings: dict | None = flax.struct.field(pytree_node=False)
 
 
-def make_steps(model_cfg: model.ModelConfig, cfg, mesh, teacher_cfg=None) -> Steps:
-    """Jits `score` and `updates` for a mesh. Rows lie over (data, fsdp); parameters and optimizer state as their rules say.
+def make_steps(model_cfg: model.ModelConfig, cfg, *, compute: model.Compute | None = None, teacher_cfg=None) -> Steps:
+    """Jits `score` and `updates` for `compute.mesh`: rows over (data, fsdp), parameters and optimizer state by their rules.
 
     `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
     """
+    compute = compute or model.Compute()
+    mesh = compute.mesh
     rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
     state, reference = state_shardings(model_cfg, cfg, mesh), reference_shardings(model_cfg, cfg, mesh)
     teacher = model.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
     score_step = jax.jit(
-        functools.partial(score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches),
+        functools.partial(
+            score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches, compute=compute
+        ),
         static_argnums=(3,),
         in_shardings=(policy(state.params, reference, cfg), rows, rows),
         out_shardings=rows,
     )
     train_step = jax.jit(
-        functools.partial(updates, model_cfg=model_cfg, cfg=cfg, teacher_cfg=teacher_cfg),
+        functools.partial(updates, model_cfg=model_cfg, cfg=cfg, compute=compute, teacher_cfg=teacher_cfg),
         in_shardings=(state, reference, rows, rows, teacher),
         out_shardings=(state, all_, rows),
         donate_argnums=(0,),
@@ -281,7 +287,7 @@ def abstract_state(model_cfg, cfg) -> TrainState:
 
 
 def state_shardings(model_cfg, cfg, mesh) -> TrainState:
-    """Where every leaf of the state lies: eval_shape -> shardings -> created already sharded."""
+    """The sharding of every leaf of the state: eval_shape -> shardings -> created already sharded."""
     shape = abstract_state(model_cfg, cfg)
     params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
@@ -295,7 +301,7 @@ def holds_reference(cfg) -> bool:
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
-    """Where the frozen reference lies: as parameters do; with `anchor.ref_offload` its layers' matrices in host memory.
+    """Shardings of the frozen reference: as the parameters'; with `anchor.ref_offload` its layers' matrices in host memory.
 
     Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out of it
     in host memory. None: none is held.
@@ -336,9 +342,9 @@ def _rows(tokens, prompt_length_B, T: int, n: int, mesh, *values_BT):
     """(tokens, segments, positions, places of the responses, *values) of each of n micro-batches, in front."""
     if not isinstance(tokens, packing.Packed):
         return _split((tokens, None, None, response_places(prompt_length_B, T), *values_BT), n)
-    at_QX = packing.places(tokens, prompt_length_B, mesh)
-    values_QX = (packing.take(tokens, a, mesh) for a in values_BT)
-    return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_QX, *values_QX), n)
+    at_ZX = packing.places(tokens, prompt_length_B, mesh)
+    values_ZX = (packing.pack_values(tokens, a, mesh) for a in values_BT)
+    return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_ZX, *values_ZX), n)
 
 
 def _in_place(stats, tokens, T: int, mesh):
@@ -346,7 +352,7 @@ def _in_place(stats, tokens, T: int, mesh):
     stats = _join(stats)
     if not isinstance(tokens, packing.Packed):
         return stats
-    return jax.tree.map(lambda a: packing.give_back(tokens, a, T, mesh), stats)
+    return jax.tree.map(lambda a: packing.unpack_values(tokens, a, T, mesh), stats)
 
 
 def _split(tree, n: int):

@@ -1,24 +1,23 @@
-"""The pass over the vocabulary, in blocks of positions: log-prob, entropy and the exact KL to the reference.
+"""The pass over the vocabulary, in blocks of positions: log-prob, entropy and exact divergences.
 
 No [T, V] array is ever alive, only [block, V]. The weights and the anchor mask are constants when the loss is taken, so
 the gradients of hidden and head are formed in the forward pass, beside the loss, and the backward pass only scales them:
-one walk over the vocabulary, not two. The head's gradient is accumulated in float32.
+one pass over the vocabulary, not two. The head's gradient is accumulated in float32.
 
-On CPU (`piece`) the sums over a block's logits and the head's gradient go through the vocabulary in pieces that stay in
-the cache: the logits are read twice in all, and no product of the head's size exists beside its sum. Elsewhere the
-compiler adds into the sum by itself, and a vocabulary that is split over devices must not be cut: there, one piece.
+Sums over a block's logits are running sums, relative to the largest logit so far: all columns at once, or on a CPU some
+thousand `columns` at a time (model/cpu.py).
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.model import attention
+from omniopd_jax.model import Head, cpu
 
-CPU_PIECE = 4_096  # vocabulary columns; 1,000 to 10,000 measured the same
-FAR = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not
+LOWEST = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not
 
 
 @flax.struct.dataclass
@@ -37,26 +36,35 @@ class LossStats:
     kl_BT: jax.Array
 
 
-def token_stats(
-    hidden_BTD, head_DV, target_BT, *, block: int, temperature=1.0, softcap=None, piece: int = 0, tied: bool = False
-) -> TokenStats:  # fmt: skip
+class Pass(NamedTuple):
+    """How the vocabulary is passed over.
+
+    Attributes:
+      block: positions of a block.
+      columns: vocabulary columns worked on at a time (`cpu.vocab_columns`); 0: all.
+      head_grad: False where the head is frozen: its gradient is zero, and neither formed nor held.
+    """
+
+    block: int
+    columns: int = 0
+    head_grad: bool = True
+
+
+def token_stats(hidden_BTD, head, target_BT, *, block: int, columns: int = 0) -> TokenStats:
     """Log-prob of the targets and exact entropy, float32, full vocabulary, no gradient (method.md, section 2).
 
     Args:
       hidden_BTD: hidden state that *produces* each target: of row index prompt_length + t - 1 for y_t.
-      head_DV: output projection; with `tied` the embedding itself, [V, D], which is then never transposed.
+      head: head_DV, or a `model.Head`.
       target_BT: int32 tokens y_t.
-      block: positions a block.
-      temperature, softcap: logits = cap * tanh(raw / cap) / temperature.
-      piece: vocabulary columns worked on at a time (`piece_on`); 0: all.
-      tied: the layout of `head_DV`.
+      block, columns: as in `Pass`.
     """
-    hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV.astype(hidden_BTD.dtype)))
-    blocks, T = _blocks(block, (hidden_BTD, target_BT))
+    hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, _head(head, hidden_BTD.dtype)))
+    rows, count = _blocks(block, (hidden_BTD, target_BT))
 
-    def body(_, xs):
-        h, y = xs
-        z_XV = _logits(h, head_DV, temperature, softcap, piece, tied)
+    def body(_, rows):
+        h_XD, y_X = rows
+        z_XV = _logits(h_XD, head, columns)
 
         def add(sums, _, parts):
             (top, mass, moment), (z,) = sums, parts
@@ -66,177 +74,177 @@ def token_stats(
             return new, mass * scale + e.sum(-1), moment
 
         zero = jnp.zeros(z_XV.shape[0], jnp.float32)
-        top, mass, moment = _fold(add, (zero + FAR, zero, zero), (z_XV,), piece)
-        return None, ((_pick(z_XV, y) - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
+        top, mass, moment = cpu.over_columns(add, (zero + LOWEST, zero, zero), (z_XV,), columns, LOWEST)
+        return None, ((_pick(z_XV, y_X) - top) - jnp.log(mass), jnp.log(mass) - moment / mass)
 
     with jax.named_scope("vocab_stats"):
-        _, (logp, entropy) = jax.lax.scan(body, None, blocks)
-    return TokenStats(*(a.reshape(-1)[:T].reshape(target_BT.shape) for a in (logp, entropy)))
+        _, stats = jax.lax.scan(body, None, rows)
+    return TokenStats(*_unblocked(stats, count, target_BT.shape))
 
 
 def weighted_nll_and_kl(
-    hidden, head, ref_hidden, ref_head, target, weight, anchor_mask, *, beta, block: int, temperature=1.0, softcap=None,
-    head_grad: bool = True, piece: int = 0, tied: bool = False,
+    hidden, head, ref_hidden, ref_head, target, weight, anchor_mask, *, beta, block: int, columns: int = 0,
+    head_grad: bool = True,
 ):  # fmt: skip
     """sum_t -weight_t * logp_t + beta * mask_t * KL(ref || student)_t, the KL exact over the vocabulary.
 
     Args:
       hidden: hidden_BTD that produces each target; carries gradient.
-      head: head_DV; carries gradient.
+      head: head_DV, or a `model.Head`; carries gradient.
       ref_hidden, ref_head: the same of the frozen reference; no gradient. None, None: no anchor term is computed.
       target: int32 target_BT.
       weight, anchor_mask: float32 [B, T], constants, already divided by their global counts.
       beta: coefficient of the KL (`anchor.kl_coef`).
-      block, temperature, softcap, piece, tied: as in `token_stats`; `tied` holds for head, ref_head and the gradient.
-      head_grad: False where the head is frozen: its gradient is zero, and neither formed nor held.
+      block, columns, head_grad: as in `Pass`.
 
     Returns:
       (loss_sum, LossStats): the stats are without gradient and without beta.
     """
-    if ref_hidden is None:
-        ref_hidden, ref_head = hidden[..., :0], head[:, :0] if tied else head[:0]
-    args = jax.lax.stop_gradient((ref_hidden, ref_head, weight.astype(jnp.float32), anchor_mask.astype(jnp.float32)))
-    return _loss(hidden, head, *args, target, jnp.float32(beta), block, float(temperature), softcap, (head_grad, piece, tied))
+    rows = (ref_hidden, target, weight.astype(jnp.float32), anchor_mask.astype(jnp.float32))
+    ref_head = None if ref_hidden is None else _head(ref_head, ref_hidden.dtype)
+    constants = jax.lax.stop_gradient((rows, (ref_head, jnp.float32(beta))))
+    loss, stats = _loss(_anchored_nll, Pass(block, columns, head_grad), hidden, _head(head), *constants)
+    return loss, LossStats(*stats)
 
 
 def reverse_kl(
-    hidden, head, teacher_hidden, teacher_head, weight, *, block: int, temperature=1.0, softcap=None, teacher_softcap=None,
-    head_grad: bool = True, piece: int = 0, tied: bool = False,
-):  # fmt: skip
+    hidden, head, teacher_hidden, teacher_head, weight, *, block: int, columns: int = 0, head_grad: bool = True
+):
     """sum_t weight_t * KL(student || teacher)_t, exact over the vocabulary: white-box OPD with the teacher in process.
 
     Args:
       hidden, head: of the student, carry gradient. teacher_hidden, teacher_head: of the teacher, no gradient; its width
-        may differ, its vocabulary may not.
+        may differ, its vocabulary may not. Heads as in `weighted_nll_and_kl`.
       weight: float32 [B, T], already normalised.
-      head_grad, piece, tied: as in `weighted_nll_and_kl`; teacher_head is [D, V] all the same.
+      block, columns, head_grad: as in `Pass`.
 
     Returns:
       (loss_sum, kl_BT): nats, the second without gradient.
     """
-    rest = jax.lax.stop_gradient((teacher_hidden, teacher_head, weight.astype(jnp.float32)))
-    caps = (softcap, teacher_softcap)
-    return _reverse(hidden, head, *rest, block, float(temperature), caps, (head_grad, piece, tied))
+    rows = (teacher_hidden, weight.astype(jnp.float32))
+    constants = jax.lax.stop_gradient((rows, (_head(teacher_head, teacher_hidden.dtype),)))
+    loss, (kl_BT,) = _loss(_reverse_kl, Pass(block, columns, head_grad), hidden, _head(head), *constants)
+    return loss, kl_BT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _reverse(*args):
-    return _reverse_walk(*args, with_grad=False)[0]
+# --- the two losses, of one block ------------------------------------------------------------------------------------
+# f(z_XV, the block's rows, what all blocks share, columns) -> (loss, statistics [X], () -> d loss / d z_XV)
 
 
-def _reverse_fwd(*args):
-    return _reverse_walk(*args, with_grad=True)
+def _anchored_nll(z_XV, rows, shared, columns):
+    ref_h_XD, y_X, w_X, m_X = rows
+    ref_head, beta = shared
+    if ref_head is None:
+        top, mass = _sums(z_XV, columns)
+        kl_X = jnp.zeros_like(top)
+    else:
+        ref_XV = _logits(ref_h_XD, ref_head, columns)
+        kl_X, (ref_top, ref_mass, _), (top, mass) = _kl(ref_XV, z_XV, columns)
+    logp_X = (_pick(z_XV, y_X) - top) - jnp.log(mass)
 
-
-def _reverse_bwd(block, temperature, caps, how, grads, cotangent):
-    return (*_scaled(grads, cotangent[0]), None, None, None)
-
-
-_reverse.defvjp(_reverse_fwd, _reverse_bwd)
-
-
-def _reverse_walk(hidden, head, teacher_hidden, teacher_head, weight, block, temperature, caps, how, *, with_grad):
-    head_grad, piece, tied = how
-    blocks, T = _blocks(block, (hidden, teacher_hidden, weight))
-    matrix, teacher_head = head.astype(hidden.dtype), teacher_head.astype(teacher_hidden.dtype)
-
-    def body(carry, xs):
-        loss, dhead_DV = carry
-        h, th, w = xs
-        z_XV = _logits(h, matrix, temperature, caps[0], piece, tied)
-        other_XV = _logits(th, teacher_head, temperature, caps[1], piece, False)
-        kl, (top, mass, gap), _ = _kl(z_XV, other_XV, piece)
-        loss += jnp.sum(w * kl)
-        if not with_grad:
-            return (loss, dhead_DV), (kl, None)
-        p_XV = jnp.exp(z_XV - top[:, None])
-        dz_XV = (w / mass)[:, None] * p_XV * (z_XV - other_XV - gap[:, None])
-        dz_XV *= _slope(z_XV, temperature, caps[0])
-        dh, dhead_DV = _head_grads(h, matrix, dz_XV, dhead_DV, piece, tied)
-        return (loss, dhead_DV), (kl, dh)
-
-    dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
-    with jax.named_scope("vocab_reverse_kl"):
-        (loss, dhead), (kl, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
-    B, T_, _ = hidden.shape
-    out = (loss, kl.reshape(-1)[:T].reshape(B, T_))
-    return out, _grads(dh, dhead, hidden, head) if with_grad else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
-def _loss(*args):
-    return _walk(*args, with_grad=False)[0]
-
-
-def _loss_fwd(*args):
-    return _walk(*args, with_grad=True)
-
-
-def _loss_bwd(block, temperature, softcap, how, grads, cotangent):
-    # the cotangent of the loss; the stats carry none
-    return (*_scaled(grads, cotangent[0]), None, None, None, None, None, None)
-
-
-_loss.defvjp(_loss_fwd, _loss_bwd)
-
-
-def _walk(
-    hidden, head, ref_hidden, ref_head, weight, mask, target, beta, block, temperature, softcap, how, *, with_grad
-):  # fmt: skip
-    """Loss, stats and, in the same walk, d loss / d hidden and d loss / d head."""
-    head_grad, piece, tied = how
-    blocks, T = _blocks(block, (hidden, ref_hidden, target, weight, mask))
-    anchored = ref_hidden.shape[-1] > 0
-    matrix, ref_head = head.astype(hidden.dtype), ref_head.astype(ref_hidden.dtype)
-
-    def body(carry, xs):
-        loss, dhead_DV = carry
-        h, rh, y, w, m = xs
-        z_XV, ref_XV = _logits(h, matrix, temperature, softcap, piece, tied), None
-        if anchored:
-            ref_XV = _logits(rh, ref_head, temperature, softcap, piece, tied)
-            kl, (ref_top, ref_mass, _), (top, mass) = _kl(ref_XV, z_XV, piece)
-        else:
-            top, mass = _sums(z_XV, piece)
-            kl = jnp.zeros_like(top)
-        logp = (_pick(z_XV, y) - top) - jnp.log(mass)
-        loss += jnp.sum(-w * logp) + beta * jnp.sum(m * kl)
-        if not with_grad:
-            return (loss, dhead_DV), (logp, kl, None)
-        # d/dz of -logp is p - onehot, of KL(ref || p) is p - ref; both in one array.
-        coef = w + beta * m if anchored else w
+    def gradient():
+        """d/dz of -logp is p - onehot, of KL(ref || p) is p - ref; both in one array."""
+        coef = w_X if ref_head is None else w_X + beta * m_X
         dz_XV = (coef / mass)[:, None] * jnp.exp(z_XV - top[:, None])
-        if anchored:
-            dz_XV -= (beta * m / ref_mass)[:, None] * jnp.exp(ref_XV - ref_top[:, None])
-        dz_XV = jnp.where(jnp.arange(dz_XV.shape[1])[None] == y[:, None], dz_XV - w[:, None], dz_XV)
-        dz_XV *= _slope(z_XV, temperature, softcap)
-        dh, dhead_DV = _head_grads(h, matrix, dz_XV, dhead_DV, piece, tied)
-        return (loss, dhead_DV), (logp, kl, dh)
+        if ref_head is not None:
+            dz_XV -= (beta * m_X / ref_mass)[:, None] * jnp.exp(ref_XV - ref_top[:, None])
+        return jnp.where(jnp.arange(dz_XV.shape[1])[None] == y_X[:, None], dz_XV - w_X[:, None], dz_XV)
 
-    dhead = jnp.zeros(head.shape, jnp.float32) if with_grad and head_grad else None
-    with jax.named_scope("vocab_loss"):
-        (loss, dhead), (logp, kl, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
-    B, T_, _ = hidden.shape
-    stats = LossStats(*(a.reshape(-1)[:T].reshape(B, T_) for a in (logp, kl)))
-    return (loss, stats), _grads(dh, dhead, hidden, head) if with_grad else None
+    return jnp.sum(-w_X * logp_X) + beta * jnp.sum(m_X * kl_X), (logp_X, kl_X), gradient
 
 
-def _logits(h_XD, head, temperature, softcap, piece, tied):
-    """float32 logits of a block; `head` is in the dtype of h_XD already: cast before the walk, not once a block."""
-    spec = "xd,vd->xv" if tied else "xd,dv->xv"
-    z = jnp.einsum(spec, h_XD, head, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        z = softcap * jnp.tanh(z / softcap)
-    z = z / temperature
-    # made once, or the compiler repeats the soft-cap, or keeps copies, for every use of it
-    return jax.lax.optimization_barrier(z) if piece else z
+def _reverse_kl(z_XV, rows, shared, columns):
+    teacher_h_XD, w_X = rows
+    teacher_XV = _logits(teacher_h_XD, shared[0], columns)
+    kl_X, (top, mass, gap), _ = _kl(z_XV, teacher_XV, columns)
+
+    def gradient():
+        """d/dz of KL(p || q) is p (z - z_q - their mean difference under p)."""
+        p_XV = jnp.exp(z_XV - top[:, None])
+        return (w_X / mass)[:, None] * p_XV * (z_XV - teacher_XV - gap[:, None])
+
+    return jnp.sum(w_X * kl_X), (kl_X,), gradient
 
 
-def _slope(z_XV, temperature, softcap):
-    """d logits / d raw, from the logits themselves."""
-    if softcap is None:
-        return 1 / temperature
-    return (1 - jnp.square(z_XV * (temperature / softcap))) / temperature
+# --- the pass, with its gradient -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(loss_of_block, how: Pass, hidden, head: Head, rows, shared):
+    """(loss, statistics [B, T]); `rows` are [B, T, ...] arrays, `shared` is the same for every block."""
+    return _pass(loss_of_block, how, hidden, head, rows, shared, with_grad=False)[0]
+
+
+def _forward(*args):
+    return _pass(*args, with_grad=True)
+
+
+def _backward(loss_of_block, how, grads, cotangent):
+    scaled = jax.tree.map(lambda a: (cotangent[0] * a).astype(a.dtype), grads)  # the statistics carry no cotangent
+    return *scaled, None, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _pass(loss_of_block, how: Pass, hidden, head: Head, rows, shared, *, with_grad: bool):
+    """Loss, statistics and, in the same pass, d loss / d hidden and d loss / d head (None: frozen)."""
+    blocks, count = _blocks(how.block, (hidden, rows))
+    cast = _head(head, hidden.dtype)
+
+    def body(carry, rows):
+        loss, dhead = carry
+        h_XD, rows = rows
+        z_XV = _logits(h_XD, cast, how.columns)
+        part, stats, gradient = loss_of_block(z_XV, rows, shared, how.columns)
+        if not with_grad:
+            return (loss + part, None), (stats, None)
+        dh_XD, dhead = _head_grads(h_XD, cast, gradient(), dhead, how.columns)
+        return (loss + part, dhead), (stats, dh_XD)
+
+    dhead = jnp.zeros(head.matrix.shape, jnp.float32) if with_grad and how.head_grad else None
+    with jax.named_scope(f"vocab{loss_of_block.__name__}"):
+        (loss, dhead), (stats, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
+    out = loss, _unblocked(stats, count, hidden.shape[:2])
+    if not with_grad:
+        return out, None
+    dhead = None if dhead is None else head.replace(matrix=dhead.astype(head.matrix.dtype))
+    return out, (*_unblocked((dh,), count, hidden.shape), dhead)
+
+
+def _head(head, dtype=None) -> Head:
+    """A bare head_DV, or a Head; cast before the pass, not once a block."""
+    head = head if isinstance(head, Head) else Head(head)
+    return head if dtype is None else head.replace(matrix=head.matrix.astype(dtype))
+
+
+def _logits(h_XD, head: Head, columns):
+    """float32 logits of a block."""
+    spec = "xd,vd->xv" if head.tied else "xd,dv->xv"
+    return cpu.once(jnp.einsum(spec, h_XD, head.matrix, preferred_element_type=jnp.float32), columns)
+
+
+def _head_grads(h_XD, head: Head, dz_XV, dhead, columns):
+    """From d loss / d logits of a block: d / d hidden in its dtype, and d / d head added to `dhead` (None: frozen)."""
+    dz_XV = cpu.once(dz_XV.astype(h_XD.dtype), columns)
+    spec = "xv,vd->xd" if head.tied else "xv,dv->xd"
+    dh_XD = jnp.einsum(spec, dz_XV, head.matrix, preferred_element_type=jnp.float32).astype(h_XD.dtype)
+    if dhead is None:
+        return dh_XD, None
+    axis, spec = (0, "dx,xv->vd") if head.tied else (1, "dx,xv->dv")
+    h_DX = cpu.once(h_XD.T, columns)
+
+    def add(dhead, start, parts):
+        part = jnp.einsum(spec, h_DX, parts[0], preferred_element_type=jnp.float32)
+        if part.shape == dhead.shape:
+            return dhead + part
+        old = jax.lax.dynamic_slice_in_dim(dhead, start, part.shape[axis], axis)
+        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, start, axis)
+
+    return dh_XD, cpu.over_columns(add, dhead, (dz_XV,), columns, 0)
+
+
+# --- sums over a block's logits --------------------------------------------------------------------------------------
 
 
 def _raise(top_X, z_XV):
@@ -245,7 +253,7 @@ def _raise(top_X, z_XV):
     return new, jnp.exp(top_X - new)
 
 
-def _sums(z_XV, piece):
+def _sums(z_XV, columns):
     """(largest logit, sum of exp(z - largest)), each [X]."""
 
     def add(sums, _, parts):
@@ -254,11 +262,11 @@ def _sums(z_XV, piece):
         return new, mass * scale + jnp.exp(z - new[:, None]).sum(-1)
 
     zero = jnp.zeros(z_XV.shape[0], jnp.float32)
-    return _fold(add, (zero + FAR, zero), (z_XV,), piece)
+    return cpu.over_columns(add, (zero + LOWEST, zero), (z_XV,), columns, LOWEST)
 
 
-def _kl(p_XV, q_XV, piece):
-    """Exact KL(p || q) a row from the logits of both.
+def _kl(p_XV, q_XV, columns):
+    """Exact KL(p || q) of each row from the logits of both.
 
     Returns:
       (kl, (largest of p, its mass, mean of p's logit less q's under p), (largest of q, its mass)).
@@ -273,71 +281,11 @@ def _kl(p_XV, q_XV, piece):
         return p_new, p_mass * p_scale + e.sum(-1), gap, q_new, q_mass * q_scale + jnp.exp(q - q_new[:, None]).sum(-1)
 
     zero = jnp.zeros(p_XV.shape[0], jnp.float32)
-    p_top, p_mass, gap, q_top, q_mass = _fold(add, (zero + FAR, zero, zero, zero + FAR, zero), (p_XV, q_XV), piece)
+    sums = (zero + LOWEST, zero, zero, zero + LOWEST, zero)
+    p_top, p_mass, gap, q_top, q_mass = cpu.over_columns(add, sums, (p_XV, q_XV), columns, LOWEST)
     gap /= p_mass
     kl = (gap - (p_top - q_top)) + (jnp.log(q_mass) - jnp.log(p_mass))
     return kl, (p_top, p_mass, gap), (q_top, q_mass)
-
-
-def piece_on(mesh) -> int:
-    """The `piece` for arrays on `mesh` (None: the default device)."""
-    return CPU_PIECE if attention.platform(mesh) == "cpu" and (mesh is None or mesh.shape["tp"] == 1) else 0
-
-
-def _fold(body, carry, arrays, piece, fill=FAR):
-    """`body(carry, start, parts)` over pieces of the [X, V] arrays; `start` is the number of a part's first column.
-
-    Where the pieces do not divide V the last one begins early; columns it repeats hold `fill`.
-    """
-    V = arrays[0].shape[1]
-    count = -(-V // piece) if piece else 1
-    count = next((n for n in range(count, 2 * count) if V % n == 0), count)
-    size = -(-V // count)
-    if count == 1:
-        return body(carry, 0, arrays)
-
-    def step(i, carry):
-        start = jnp.minimum(i * size, V - size)
-        parts = [jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in arrays]
-        if count * size > V:
-            new_V = start + jnp.arange(size) >= i * size
-            parts = [jnp.where(new_V[None], a, jnp.asarray(fill, a.dtype)) for a in parts]
-        return body(carry, start, jax.lax.optimization_barrier(parts))
-
-    return jax.lax.fori_loop(0, count, step, carry)
-
-
-def _head_grads(h_XD, head, dz_XV, dhead, piece, tied):
-    """From d loss / d raw logits of a block: d / d hidden in its dtype, and d / d head added to `dhead` (None: frozen)."""
-    dz_XV = dz_XV.astype(h_XD.dtype)
-    if piece:
-        dz_XV = jax.lax.optimization_barrier(dz_XV)
-    spec = "xv,vd->xd" if tied else "xv,dv->xd"
-    dh_XD = jnp.einsum(spec, dz_XV, head, preferred_element_type=jnp.float32).astype(h_XD.dtype)
-    if dhead is None:
-        return dh_XD, None
-    axis, spec = (0, "dx,xv->vd") if tied else (1, "dx,xv->dv")
-    h_DX = jax.lax.optimization_barrier(h_XD.T) if piece else h_XD.T
-
-    def add(dhead, start, parts):
-        part = jnp.einsum(spec, h_DX, parts[0], preferred_element_type=jnp.float32)
-        if part.shape == dhead.shape:
-            return dhead + part
-        old = jax.lax.dynamic_slice_in_dim(dhead, start, part.shape[axis], axis)
-        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, start, axis)
-
-    return dh_XD, _fold(add, dhead, (dz_XV,), piece, fill=0)
-
-
-def _grads(dh, dhead, hidden, head):
-    """The blocks' gradients as those of hidden and head; a head that is frozen has none."""
-    T = hidden.shape[0] * hidden.shape[1]
-    dh = dh.reshape(-1, hidden.shape[-1])[:T].reshape(hidden.shape)
-    return dh, None if dhead is None else dhead.astype(head.dtype)
-
-
-def _scaled(grads, g):
-    return (a if a is None else (g * a).astype(a.dtype) for a in grads)
 
 
 def _pick(z_XV, y_X):
@@ -345,11 +293,22 @@ def _pick(z_XV, y_X):
     return jnp.sum(jnp.where(jnp.arange(z_XV.shape[1])[None] == y_X[:, None], z_XV, 0.0), axis=-1)
 
 
-def _blocks(block: int, arrays):
+# --- blocks of positions ---------------------------------------------------------------------------------------------
+
+
+def _blocks(block: int, tree):
     """[B, T, ...] -> [blocks, block, ...], zero-padded; padding carries no weight. Also returns B * T."""
-    flat = [a.reshape((a.shape[0] * a.shape[1], *a.shape[2:])) for a in arrays]
-    T = flat[0].shape[0]
-    block = min(block, T)
-    pad = -T % block
-    flat = [jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in flat]
-    return [a.reshape(((T + pad) // block, block, *a.shape[1:])) for a in flat], T
+    B, T = jax.tree.leaves(tree)[0].shape[:2]
+    block = min(block, B * T)
+
+    def one(a):
+        flat = a.reshape((B * T, *a.shape[2:]))
+        flat = jnp.pad(flat, ((0, -(B * T) % block),) + ((0, 0),) * (flat.ndim - 1))
+        return flat.reshape((-1, block, *a.shape[2:]))
+
+    return jax.tree.map(one, tree), B * T
+
+
+def _unblocked(arrays, count: int, shape) -> tuple:
+    """The inverse of `_blocks`, of arrays that have become [blocks, block, ...]: each of `shape`."""
+    return tuple(a.reshape((-1, *shape[2:]))[:count].reshape(shape) for a in arrays)

@@ -74,7 +74,7 @@ def by_hand(params, model_cfg, batch, cfg):
 def take(params, model_cfg, batch, cfg):
     """(state, metrics) of the project's step."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, jax.devices()[:1])
-    steps = step.make_steps(model_cfg, cfg, mesh)
+    steps = step.make_steps(model_cfg, cfg, compute=model.Compute(mesh=mesh))
     state = step.create_state(jax.tree.map(jnp.copy, params), cfg, steps, jax.random.key(0))
     stats = steps.score_step(state.params, batch.token_BL, batch.prompt_length_B, T)
     return steps.train_step(state, params, batch, stats, None)[:2]

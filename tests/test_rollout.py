@@ -45,12 +45,11 @@ def test_draw_follows_the_distribution(temperature, top_p, top_k):
     z_V = np.random.default_rng(0).normal(size=V).astype(np.float32) * 2
     u_B = jax.random.uniform(jax.random.key(4), (rows,))
     how = (jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))
-    token, logp, sampler, entropy = map(np.asarray, draw(jnp.broadcast_to(z_V, (rows, V)), u_B, *how))
+    token, logp, sampler = map(np.asarray, draw(jnp.broadcast_to(z_V, (rows, V)), u_B, *how))
     q_V = sampler_distribution(z_V, temperature, top_p, top_k)
     assert chi_square(token, q_V) > 1e-3
     np.testing.assert_allclose(logp, oracle.log_softmax(z_V)[token], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sampler, np.log(q_V[token]), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(entropy, oracle.entropy(z_V), rtol=1e-5)
 
 
 def test_draw_is_the_inverse_of_the_cumulative_distribution():
@@ -66,7 +65,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution():
 
 def test_greedy_takes_the_largest():
     z = jnp.asarray(np.random.default_rng(2).normal(size=(6, 100)), jnp.float32)
-    token, logp, sampler, _ = draw(z, jnp.linspace(0, 0.999, 6), jnp.float32(0), jnp.float32(1), jnp.int32(0))
+    token, logp, sampler = draw(z, jnp.linspace(0, 0.999, 6), jnp.float32(0), jnp.float32(1), jnp.int32(0))
     np.testing.assert_array_equal(token, np.argmax(z, axis=1))
     np.testing.assert_allclose(logp, jax.nn.log_softmax(z).max(1), rtol=1e-5)
     np.testing.assert_array_equal(sampler, 0.0)
@@ -170,7 +169,7 @@ def same_draws(got, want, rows=slice(None)):
     np.testing.assert_array_equal(got.length_B, want.length_B[rows])
     np.testing.assert_array_equal(got.finished_B, want.finished_B[rows])
     np.testing.assert_array_equal(got.token_BT[:, :T], want.token_BT[rows, :T])
-    for name in ("logp_model_BT", "logp_sampler_BT", "entropy_BT"):
+    for name in ("logp_model_BT", "logp_sampler_BT"):
         np.testing.assert_allclose(getattr(got, name)[:, :T], getattr(want, name)[rows, :T], atol=1e-4)
 
 
@@ -182,7 +181,7 @@ def test_rows_stop_at_end_tokens_and_padding_is_zero(base):
         assert not ends[:-1].any()
         assert ends[-1] == base.finished_B[b]  # the end token is counted; a row cut off has none
         assert base.finished_B[b] or length[b] == 12
-        for name in ("token_BT", "logp_model_BT", "logp_sampler_BT", "entropy_BT"):
+        for name in ("token_BT", "logp_model_BT", "logp_sampler_BT"):
             np.testing.assert_array_equal(getattr(base, name)[b, length[b] :], 0)
         assert (np.asarray(base.logp_model_BT)[b, : length[b]] < 0).all()
 
@@ -204,7 +203,6 @@ def test_logp_model_is_what_scoring_says(sample, params, model_cfg, temperature,
     for b in range(4):
         for t in range(int(out.length_B[b])):
             assert float(out.logp_model_BT[b, t]) == pytest.approx(float(got.logp_BT[b, t]), abs=1e-4)
-            assert float(out.entropy_BT[b, t]) == pytest.approx(float(got.entropy_BT[b, t]), abs=1e-4)
             q_V = sampler_distribution(logits[b, length[b] + t - 1], temperature, top_p, top_k)
             assert float(out.logp_sampler_BT[b, t]) == pytest.approx(np.log(q_V[out.token_BT[b, t]]), abs=1e-3)
 
@@ -228,8 +226,6 @@ def test_sampled_rows_follow_a_known_model(lookup, temperature, top_p, top_k):
     logp = np.array([oracle.log_softmax(row) for row in table])
     np.testing.assert_allclose(np.asarray(out.logp_model_BT)[:, 0], logp[5][first], atol=1e-4)
     np.testing.assert_allclose(np.asarray(out.logp_model_BT)[:, 1], logp[first, second], atol=1e-4)
-    entropy = np.array([oracle.entropy(row) for row in table])
-    np.testing.assert_allclose(np.asarray(out.entropy_BT)[:, 1], entropy[first], atol=1e-4)
 
 
 def test_a_row_draws_the_same_alone_or_in_another_order(sample, base):
@@ -257,7 +253,7 @@ def test_growing_never_holds_two_whole_caches(monkeypatch):
     layers, B, T = 6, 2, 8
     cache = [tuple(jnp.full((B, 2, 16, 4), float(2 * i + j)) for j in range(2)) for i in range(layers)]
     out = rollout.Rollout(
-        jnp.ones((B, T), jnp.int32), jnp.full(B, T), jnp.zeros(B, bool), *(jnp.full((B, T), float(i)) for i in range(3))
+        jnp.ones((B, T), jnp.int32), jnp.full(B, T), jnp.zeros(B, bool), *(jnp.full((B, T), float(i)) for i in range(2))
     )
     whole, alive, real = sum(a.nbytes for layer in cache for a in layer), [], rollout._wider
 
@@ -275,8 +271,8 @@ def test_growing_never_holds_two_whole_caches(monkeypatch):
     for i, layer in enumerate(grown.cache):
         for j, a in enumerate(layer):
             assert np.all(a[:, :, :16] == 2 * i + j) and not np.any(a[:, :, 16:])
-    assert grown.out.token_BT.shape == (B, 16) and not np.any(grown.out.entropy_BT[:, T:])
-    assert np.all(grown.out.entropy_BT[:, :T] == 2) and np.all(grown.out.length_B == T)
+    assert grown.out.token_BT.shape == (B, 16) and not np.any(grown.out.logp_sampler_BT[:, T:])
+    assert np.all(grown.out.logp_sampler_BT[:, :T] == 1) and np.all(grown.out.length_B == T)
 
 
 def test_the_length_cap_only_cuts(sample, base):

@@ -1,6 +1,5 @@
 """Where to audit: `entropy_peaks` against the loop-by-loop oracle, and the map from positions to chunks."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -80,11 +79,3 @@ def test_chunk_mask_names_the_kept_chunk_of_every_position():
         [-1] * 8,
         [0, 0, 0, -1, -1, -1, 2, 2],
     ]
-
-
-def test_random_scores_come_from_the_rows_own_key():
-    keys = jax.random.split(jax.random.key(3), 4)
-    scores = scheduler.random_scores(keys, (4, 50))
-    assert scores.shape == (4, 50)
-    np.testing.assert_array_equal(scheduler.random_scores(keys[2:], (2, 50)), scores[2:])
-    assert np.abs(np.corrcoef(np.asarray(scores)) - np.eye(4)).max() < 0.5

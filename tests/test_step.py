@@ -296,9 +296,9 @@ def one_device():
     return sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, jax.devices()[:1])
 
 
-def laid(params, ref_params, batch, model_cfg, cfg, mesh):
+def laid(params, ref_params, batch, model_cfg, cfg, mesh, compute=None):
     """(steps, state, ref_params, batch), all on the mesh; nothing shares a buffer with the fixtures."""
-    steps = step.make_steps(model_cfg, cfg, mesh)
+    steps = step.make_steps(model_cfg, cfg, compute=compute or model.Compute(mesh=mesh))
     put = jax.device_put
     copy = jax.tree.map(jnp.copy, params)
     state = step.create_state(put(copy, steps.state_shardings.params), cfg, steps, jax.random.key(9))
@@ -339,7 +339,7 @@ def kinds(params, ref_params, model_cfg, make_cfg):
     adapters = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(6), a.shape), adapters)
     return {
         "dense": (params, ref_params, model_cfg, make_cfg(**HOW)),
-        "lora": (adapters, ref_params, lora.scaled(model_cfg, with_lora.lora), with_lora),
+        "lora": (adapters, ref_params, model_cfg, with_lora),
         "moe": (*moe, moe_cfg, make_cfg(**HOW)),
     }
 
@@ -347,8 +347,8 @@ def kinds(params, ref_params, model_cfg, make_cfg):
 def one_sgd_step(kind, batch, mesh):
     """(state, metrics, reference) after one step of SGD at rate 1: the jitted update as a run has it, from made-up scores."""
     trained, ref, model_cfg, cfg = kind
-    model_cfg = dataclasses.replace(model_cfg, mesh=mesh if mesh.size > 1 else None)
-    steps, state, ref, rows = laid(trained, ref, batch, model_cfg, cfg, mesh)
+    compute = model.Compute(mesh=mesh, lora_scale=lora.scale(cfg.lora))
+    steps, state, ref, rows = laid(trained, ref, batch, model_cfg, cfg, mesh, compute)
     made_up = np.random.default_rng(1).uniform(0.1, 3.0, (2, B, T)).astype(np.float32)
     stats = sharding.put_rows(vocab.TokenStats(-made_up[0], made_up[1]), mesh)
     state, metrics, _ = steps.train_step(state, ref, rows, stats, None)
@@ -380,22 +380,22 @@ def test_eight_devices_decode_the_tokens_of_one(kinds, batch, name):
     trained, ref, model_cfg, cfg = kinds[name]
     mesh, new = sharding.make_mesh({"data": 2, "fsdp": -1, "tp": 2}), 10
     prompt_BP = batch.token_BL[:, :P] * (jnp.arange(P)[None] < batch.prompt_length_B[:, None])
-    whole, plain = step.policy(trained, ref, cfg), dataclasses.replace(model_cfg, mesh=mesh)
-    table = step.policy(step.trained(plain, cfg), model.table(plain), cfg)
+    whole, scale = step.policy(trained, ref, cfg), lora.scale(cfg.lora)
+    table = step.policy(step.trained(model_cfg, cfg), model.table(model_cfg), cfg)
     sharded = jax.device_put(whole, model.table_shardings(table, mesh))
     tokens = []
-    for params, m_cfg, rows in (
-        (rollout.prepare(sharded, plain, mesh), plain, sharding.put_rows((prompt_BP, batch.prompt_length_B), mesh)),
-        (rollout.prepare(whole, model_cfg), model_cfg, (prompt_BP, batch.prompt_length_B)),
-    ):
-        keys = rollout.row_keys(jax.random.key(0), range(B))
-        keys = keys if m_cfg.mesh is None else jax.device_put(keys, sharding.rows(mesh))
-        tokens.append(np.asarray(rollout.sample(params, m_cfg, *rows, keys, max_new_tokens=new, temperature=0.0).token_BT))
+    for params, on in ((sharded, mesh), (whole, one_device())):
+        compute = model.Compute(mesh=on, lora_scale=scale)
+        params = rollout.prepare(params, model_cfg, compute=compute)
+        rows = sharding.put_rows((prompt_BP, batch.prompt_length_B), on)
+        keys = jax.device_put(rollout.row_keys(jax.random.key(0), range(B)), sharding.rows(on))
+        out = rollout.sample(params, model_cfg, *rows, keys, max_new_tokens=new, temperature=0.0, compute=compute)
+        tokens.append(np.asarray(out.token_BT))
     many, one = tokens
     row_BL = np.zeros((B, P + new), np.int32)
     for b, n in enumerate(np.asarray(batch.prompt_length_B)):
         row_BL[b, : n + new] = [*prompt_BP[b, :n], *one[b, :new]]
-    logits = jax.jit(lambda p: model.logits(p, model_cfg, model.hidden(p, model_cfg, row_BL)))(whole)
+    logits = jax.jit(lambda p: model.logits(p, model_cfg, model.hidden(p, model_cfg, row_BL, compute=compute)))(whole)
     top_BLV = np.sort(np.asarray(logits), axis=-1)
     compared = 0
     for b, n in enumerate(np.asarray(batch.prompt_length_B)):
@@ -414,30 +414,37 @@ def test_a_missing_sum_or_count_is_seen(kinds, batch, monkeypatch, name, fault):
     monkeypatch.setattr(step.optim, "make_optimizer", sgd_that_keeps_its_gradient)
     on_mesh = []
     real = step.make_steps
-    monkeypatch.setattr(step, "make_steps", lambda m, c, mesh, *more: on_mesh.append(mesh.size > 1) or real(m, c, mesh, *more))
 
-    def collapse(grads, model_cfg):
-        where = model.param_shardings(model_cfg, model_cfg.mesh)
+    def make_steps(*args, compute):
+        on_mesh.append(compute.mesh.size > 1)
+        return real(*args, compute=compute)
+
+    monkeypatch.setattr(step, "make_steps", make_steps)
+
+    def first_replica(grads, model_cfg, mesh):
+        if mesh.size == 1:
+            return grads
+        where = model.param_shardings(model_cfg, mesh)
         kept = {n: jax.lax.with_sharding_constraint(grads[n][0], where[n]) for n in replicas.MATRICES if n in grads}
         return grads | kept
 
     def over_rows(function, mesh, matrices, rows):
-        if mesh is None:
-            return spread_over_rows(function, mesh, matrices, rows)
+        if mesh.size == 1:
+            return real_over_rows(function, mesh, matrices, rows)
 
         def first(matrices, rows):  # every shard's sum but the first is lost
             total, out = function(matrices, rows)
             return total * (jax.lax.axis_index("fsdp") == 0), out
 
-        return spread_over_rows(first, mesh, matrices, rows)
+        return real_over_rows(first, mesh, matrices, rows)
 
     def normalize(weight_BT, mask_BT, weighted_BT, cfg):
         shards = 4 if on_mesh[-1] else 1
         return tuple(shards * a for a in real_normalize(weight_BT, mask_BT, weighted_BT, cfg))
 
-    spread_over_rows, real_normalize, real_collapse = replicas.over_rows, objective.normalize, replicas.collapse
+    real_over_rows, real_normalize = replicas.over_rows, objective.normalize
     if fault == "copies not summed":
-        monkeypatch.setattr(replicas, "collapse", lambda g, m: collapse(g, m) if m.mesh else real_collapse(g, m))
+        monkeypatch.setattr(replicas, "sum_replicas", first_replica)
     elif fault == "shards not summed":
         monkeypatch.setattr(replicas, "over_rows", over_rows)
     else:
@@ -524,7 +531,7 @@ def test_the_old_state_is_given_up_and_the_reference_is_not(params, ref_params, 
 
 def test_a_reference_made_from_the_same_parameters_outlives_the_first_step(params, model_cfg, batch, cfg):
     """The first step's student *is* its reference; donating the one must not take the other."""
-    steps = step.make_steps(model_cfg, cfg, one_device())
+    steps = step.make_steps(model_cfg, cfg, compute=model.Compute(mesh=one_device()))
     ref = jax.device_put(jax.tree.map(jnp.copy, params), steps.state_shardings.params)
     state = step.create_state(ref, cfg, steps, jax.random.key(0))
     rows = sharding.put_rows(batch, one_device())
@@ -608,10 +615,11 @@ GOLDEN = {
 
 def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(params, ref_params, model_cfg, make_cfg, batch):
     """Each micro-batch's gradient of a layer is bfloat16 numbers; their sum must not be rounded again."""
-    cfg_m, (weight_BT, mask_BT) = dataclasses.replace(model_cfg, dtype="bfloat16"), weights(batch, make_cfg())
+    compute, (weight_BT, mask_BT) = model.Compute("bfloat16"), weights(batch, make_cfg())
 
     def grads(n):
-        return jax.jit(functools.partial(step.loss_and_grads, model_cfg=cfg_m, cfg=make_cfg(micro_batches=n)))
+        how = {"model_cfg": model_cfg, "cfg": make_cfg(micro_batches=n), "compute": compute}
+        return jax.jit(functools.partial(step.loss_and_grads, **how))
 
     pieces = [jax.tree.map(lambda a, i=i: a[i::4], (batch, weight_BT, mask_BT)) for i in range(4)]
     alone, whole = grads(1), grads(4)(params, ref_params, batch, weight_BT, mask_BT)[1]["layers"]

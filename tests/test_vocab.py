@@ -10,14 +10,13 @@ import pytest
 from jax.extend import core
 
 from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax.model import cpu
 
 B, T, D, V = 3, 10, 8, 37
 BETA = 0.3
-# block (B * T = 30): divides, does not, one position, larger than B * T; soft-cap; temperature; piece (V = 37): all at
-# once, three and four pieces that do not divide V, one column at a time
-SETTINGS = [
-    (10, None, 1.0, 0), (7, None, 1.0, 10), (1, 4.0, 1.0, 0), (64, None, 0.6, 1), (8, 4.0, 1.7, 0), (8, 4.0, 1.7, 13),
-]  # fmt: skip
+# block (B * T = 30): divides, does not, one position, larger than B * T; columns at a time (V = 37): all at once, three and
+# four parts that do not divide V, one column
+SETTINGS = [(10, 0), (7, 10), (1, 0), (64, 1), (8, 0), (8, 13)]
 
 
 @functools.cache
@@ -33,24 +32,20 @@ def case(dtype=np.float32):
     return tuple(map(jnp.asarray, (hidden, head, ref_hidden, ref_head, target, weight, mask)))
 
 
-def naive_logp(hidden, head, softcap, temperature):
-    z = jnp.einsum("btd,dv->btv", hidden, head)
-    if softcap is not None:
-        z = softcap * jnp.tanh(z / softcap)
-    return jax.nn.log_softmax(z / temperature, axis=-1)
+def naive_logp(hidden, head):
+    return jax.nn.log_softmax(jnp.einsum("btd,dv->btv", hidden, head), axis=-1)
 
 
-def naive_loss(hidden, head, ref_hidden, ref_head, target, weight, mask, *, beta, softcap=None, temperature=1.0):
-    logp = naive_logp(hidden, head, softcap, temperature)
-    ref = naive_logp(ref_hidden, ref_head, softcap, temperature)
+def naive_loss(hidden, head, ref_hidden, ref_head, target, weight, mask, *, beta):
+    logp, ref = naive_logp(hidden, head), naive_logp(ref_hidden, ref_head)
     nll = -jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0]
     return jnp.sum(weight * nll) + beta * jnp.sum(mask * jnp.sum(jnp.exp(ref) * (ref - logp), axis=-1))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def naive_stats(hidden, head, target, softcap, temperature):
+@jax.jit
+def naive_stats(hidden, head, target):
     """(log-probs over the vocabulary, those of the targets)."""
-    logp = naive_logp(hidden, head, softcap, temperature)
+    logp = naive_logp(hidden, head)
     return logp, jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0]
 
 
@@ -63,36 +58,34 @@ def relative(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(np.asarray(want, np.float64))
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS)
-def test_token_stats(block, softcap, temperature, piece):
+@pytest.mark.parametrize(("block", "columns"), SETTINGS)
+def test_token_stats(block, columns):
     hidden, head, _, _, target, _, _ = case()
-    how = {"block": block, "softcap": softcap, "temperature": temperature, "piece": piece}
-    got = jax.jit(functools.partial(vocab.token_stats, **how))(hidden, head, target)
-    logp, want = naive_stats(hidden, head, target, softcap, temperature)
+    got = jax.jit(functools.partial(vocab.token_stats, block=block, columns=columns))(hidden, head, target)
+    logp, want = naive_stats(hidden, head, target)
     np.testing.assert_allclose(got.logp_BT, want, rtol=1e-5)
     np.testing.assert_allclose(got.entropy_BT, -(np.exp(logp) * logp).sum(-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS)
-def test_loss_and_gradients(block, softcap, temperature, piece):
+@pytest.mark.parametrize(("block", "columns"), SETTINGS)
+def test_loss_and_gradients(block, columns):
     args = case()
-    how = {"beta": BETA, "softcap": softcap, "temperature": temperature}
 
     def ours(hidden, head):
-        return vocab.weighted_nll_and_kl(hidden, head, *args[2:], block=block, piece=piece, **how)
+        return vocab.weighted_nll_and_kl(hidden, head, *args[2:], beta=BETA, block=block, columns=columns)
 
     (loss, stats), grads = value_and_grad(ours)(*args[:2])
-    want, want_grads = jax.jit(jax.value_and_grad(functools.partial(naive_loss, **how), argnums=(0, 1)))(*args)
+    want, want_grads = jax.jit(jax.value_and_grad(functools.partial(naive_loss, beta=BETA), argnums=(0, 1)))(*args)
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
     for got, wanted in zip(grads, want_grads):
         assert got.shape == wanted.shape
         assert relative(got, wanted) < 1e-4
         np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
-    # without a gradient it is another trace of the same walk
+    # without a gradient it is another trace of the same pass
     alone, alone_stats = jax.jit(ours)(*args[:2])
     assert float(alone) == pytest.approx(float(want), rel=1e-5)
-    logp, picked = naive_stats(*args[:2], args[4], softcap, temperature)
-    ref, _ = naive_stats(*args[2:4], args[4], softcap, temperature)
+    logp, picked = naive_stats(*args[:2], args[4])
+    ref, _ = naive_stats(*args[2:4], args[4])
     for s in (stats, alone_stats):
         np.testing.assert_allclose(s.logp_BT, picked, rtol=1e-5)
         np.testing.assert_allclose(s.kl_BT, (np.exp(ref) * (ref - logp)).sum(-1), rtol=1e-4)
@@ -137,22 +130,19 @@ def test_no_gradient_into_reference_weight_or_mask():
         np.testing.assert_array_equal(grad, 0.0)
 
 
-@pytest.mark.parametrize(("block", "softcap", "temperature", "piece"), SETTINGS[1:])
-def test_reverse_kl_and_gradients(block, softcap, temperature, piece):
-    """KL(student || teacher) against naive, the teacher narrower than the student and with its own soft-cap."""
+@pytest.mark.parametrize(("block", "columns"), SETTINGS[1:])
+def test_reverse_kl_and_gradients(block, columns):
+    """KL(student || teacher) against naive, the teacher narrower than the student."""
     hidden, head, teacher_hidden, teacher_head, _, weight, _ = case()
     teacher = (teacher_hidden[..., :5], teacher_head[:5])
 
     def naive(hidden, head):
-        logp = naive_logp(hidden, head, softcap, temperature)
-        kl = jnp.sum(jnp.exp(logp) * (logp - naive_logp(*teacher, 3.0, temperature)), axis=-1)
+        logp = naive_logp(hidden, head)
+        kl = jnp.sum(jnp.exp(logp) * (logp - naive_logp(*teacher)), axis=-1)
         return jnp.sum(weight * kl), kl
 
     def ours(hidden, head):
-        return vocab.reverse_kl(
-            hidden, head, *teacher, weight, block=block, temperature=temperature, softcap=softcap, teacher_softcap=3.0,
-            piece=piece,
-        )  # fmt: skip
+        return vocab.reverse_kl(hidden, head, *teacher, weight, block=block, columns=columns)
 
     (loss, kl), grads = value_and_grad(ours)(hidden, head)
     (want, want_kl), want_grads = value_and_grad(naive)(hidden, head)
@@ -162,26 +152,28 @@ def test_reverse_kl_and_gradients(block, softcap, temperature, piece):
         assert relative(got, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("piece", [0, 10])
-def test_a_tied_head_is_taken_as_the_embedding_lies(piece):
+@pytest.mark.parametrize("columns", [0, 10])
+def test_a_tied_head_is_taken_as_the_embedding_is_stored(columns):
     hidden, head, ref_hidden, ref_head, target, weight, mask = case()
-    how = {"block": 8, "piece": piece}
+    how = {"block": 8, "columns": columns}
+
+    def stored(matrix_DV, tied):
+        return model.Head(matrix_DV.T, tied=True) if tied else matrix_DV
 
     def losses(tied):
         def both(hidden, head):
-            ref = ref_head.T if tied else ref_head
-            loss, _ = vocab.weighted_nll_and_kl(
-                hidden, head, ref_hidden, ref, target, weight, mask, beta=BETA, tied=tied, **how
-            )
-            return loss + vocab.reverse_kl(hidden, head, ref_hidden, ref_head, mask, tied=tied, **how)[0]
+            ref = stored(ref_head, tied)
+            loss, _ = vocab.weighted_nll_and_kl(hidden, head, ref_hidden, ref, target, weight, mask, beta=BETA, **how)
+            return loss + vocab.reverse_kl(hidden, head, ref_hidden, ref, mask, **how)[0]
 
-        return jax.value_and_grad(both, argnums=(0, 1))(hidden, head.T if tied else head)
+        return jax.value_and_grad(both, argnums=(0, 1))(hidden, stored(head, tied))
 
     (want, (dh, dhead)), (got, (tied_dh, dembed)) = losses(False), losses(True)
+    assert dembed.tied and dembed.matrix.shape == (V, D)
     assert float(got) == pytest.approx(float(want), rel=1e-6)
     assert relative(tied_dh, dh) < 1e-6
-    assert relative(dembed, dhead.T) < 1e-6
-    stats = [vocab.token_stats(hidden, h, target, tied=t, **how) for h, t in ((head, False), (head.T, True))]
+    assert relative(dembed.matrix, dhead.T) < 1e-6
+    stats = [vocab.token_stats(hidden, stored(head, tied), target, **how) for tied in (False, True)]
     for a, b in zip(*map(jax.tree.leaves, stats)):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -241,8 +233,8 @@ def test_beta_zero_is_the_nll_alone_with_and_without_a_reference():
         assert relative(grad, want_grad) < 1e-4
 
 
-@pytest.mark.parametrize(("head_dtype", "piece"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
-def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype, piece):
+@pytest.mark.parametrize(("head_dtype", "columns"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
+def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype, columns):
     rng = np.random.default_rng(5)
     blocks, block, D, V = 128, 4, 16, 48
     shape = (1, blocks * block)
@@ -253,7 +245,7 @@ def test_bfloat16_head_gradient_keeps_a_float32_sum_over_128_blocks(head_dtype, 
     weight, mask = (jnp.asarray(rng.random(shape) / shape[1], jnp.float32) for _ in range(2))
     got = jax.grad(
         lambda w: vocab.weighted_nll_and_kl(
-            hidden, w, ref_hidden, ref_head, jnp.asarray(target), weight, mask, beta=1.0, block=block, piece=piece
+            hidden, w, ref_hidden, ref_head, jnp.asarray(target), weight, mask, beta=1.0, block=block, columns=columns
         )[0]
     )(head)
     assert got.dtype == head_dtype
@@ -312,9 +304,9 @@ def bound_holds(fn, *args, limit: int):
     assert elements >= BIG_V  # the walk has seen the vocabulary at all
 
 
-@pytest.mark.parametrize(("micro_batches", "piece"), [(1, 0), (2, 0), (2, 500)])
-def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(make_cfg, monkeypatch, micro_batches, piece):
-    monkeypatch.setattr(vocab, "CPU_PIECE", piece)
+@pytest.mark.parametrize(("micro_batches", "columns"), [(1, 0), (2, 0), (2, 500)])
+def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(make_cfg, monkeypatch, micro_batches, columns):
+    monkeypatch.setattr(cpu, "VOCAB_COLUMNS", columns)
     params, batch = big_shapes()
     cfg = make_cfg(vocab_block=BLOCK, micro_batches=micro_batches)
     score = functools.partial(step.score, model_cfg=big, block=BLOCK, micro_batches=micro_batches)
@@ -333,14 +325,14 @@ def test_the_sampler_never_holds_more_than_rows_times_vocabulary():
     prepared = jax.eval_shape(lambda p: rollout.prepare(p, cfg=big), params)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     prompt = jax.ShapeDtypeStruct((4, 16), jnp.int32)
-    prefill = functools.partial(rollout._prefill, cfg=big, num_samples=2, T=8)
+    prefill = functools.partial(rollout._prefill, cfg=big, compute=model.Compute(), num_samples=2, T=8)
     args = (prepared, prompt, batch.prompt_length_B, keys)
     rows = 8 * (BIG_V + -BIG_V % 64)  # B x V, the inverse CDF pads V to its blocks
     elements, where = largest_array(jax.make_jaxpr(prefill)(*args).jaxpr)
     assert elements < 4 * BIG_V, where  # prefill makes no logits at all
     state = jax.eval_shape(prefill, *args)
     i32, f32 = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    decode = functools.partial(rollout._decode, cfg=big, P=16)
+    decode = functools.partial(rollout._decode, cfg=big, compute=model.Compute(), P=16)
     bound_holds(
         decode, prepared, state, i32, f32, f32, i32, jax.ShapeDtypeStruct((1,), jnp.int32), limit=rows
     )  # fmt: skip
@@ -352,6 +344,6 @@ def test_the_walk_finds_a_naive_pass():
 
     @jax.jit
     def naive(h):
-        return jax.lax.scan(lambda c, x: (c + naive_logp(x, head, None, 1.0).sum(), None), 0.0, h[None])
+        return jax.lax.scan(lambda c, x: (c + naive_logp(x, head).sum(), None), 0.0, h[None])
 
     assert largest_array(jax.make_jaxpr(naive)(hidden).jaxpr)[0] >= B * T * V

@@ -12,7 +12,6 @@ of 8,192-square matrices and a copy of 4 GiB, read and written. One line of docs
 """
 
 import argparse
-import dataclasses
 import functools
 import time
 
@@ -41,9 +40,7 @@ SAMPLES = 4  # completions of a prompt, which share its prefill
 ROUNDS = 5
 
 
-def model_config(**how):
-    """The published shape, in bfloat16."""
-    return dataclasses.replace(hf_config.published(MODEL), dtype="bfloat16", **how)
+MODEL_CFG = hf_config.published(MODEL)
 
 
 def peaks(_: dict) -> dict:
@@ -69,9 +66,9 @@ def seconds(run, rounds: int = ROUNDS) -> list[float]:
 
 def attend(case: dict) -> dict:
     """`attend` alone, forward and with gradient: seconds, temporary bytes, and its distance from float32 xla."""
-    B, L, N, K, H = case["rows"], PROMPT + RESPONSE, 16, 8, 128
+    B, L, Q, K, H = case["rows"], PROMPT + RESPONSE, 16, 8, 128
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, (B, L, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N)))
+    q, k, v, g = (jax.random.normal(key, (B, L, n, H), jnp.bfloat16) for key, n in zip(keys, (Q, K, K, Q)))
 
     def forward(backend, q, k, v):
         return attention.attend(q, k, v, backend=backend)
@@ -95,7 +92,7 @@ def attend(case: dict) -> dict:
             "forward_s": best(functools.partial(forward, backend), q, k, v), "gradient_s": best(both, q, k, v, g),
             "temp": temp, "forward_error": error[0], "gradient_error": error[1],
         }  # fmt: skip
-    return out | {"forward_flops": 4 * B * N * H * L * (L + 1) / 2}
+    return out | {"forward_flops": 4 * B * Q * H * L * (L + 1) / 2}
 
 
 def recipe(case: dict):
@@ -123,8 +120,9 @@ def batch_of(cfg):
 
 def update(case: dict) -> dict:
     """The jitted update and the scoring pass of a step, as a run has them."""
-    cfg, model_cfg = recipe(case), model_config(attention=case["attention"], remat=case["remat"])
-    steps = step.make_steps(model_cfg, cfg, sharding.make_mesh(cfg.mesh))
+    cfg, model_cfg = recipe(case), MODEL_CFG
+    compute = model.Compute("bfloat16", case["remat"], case["attention"], sharding.make_mesh(cfg.mesh))
+    steps = step.make_steps(model_cfg, cfg, compute=compute)
     start = jax.jit(lambda k: model.init(k, model_cfg), out_shardings=steps.state_shardings.params)
     cast = jax.jit(
         lambda p: jax.tree.map(lambda a: a.astype(cfg.anchor.ref_dtype), p), out_shardings=steps.reference_shardings
@@ -157,20 +155,21 @@ def update(case: dict) -> dict:
 
 def decode(case: dict) -> dict:
     """`rollout.sample` of all rows to the full length, no end token; the shared prefill also by itself."""
-    model_cfg = model_config(attention="cudnn")
+    model_cfg, compute = MODEL_CFG, model.Compute("bfloat16", attention="cudnn")
     prompts = case["rows"] // SAMPLES
-    params = rollout.prepare(jax.jit(lambda k: model.init(k, model_cfg))(jax.random.key(0)), model_cfg)
+    params = rollout.prepare(jax.jit(lambda k: model.init(k, model_cfg))(jax.random.key(0)), model_cfg, compute=compute)
     token = np.random.default_rng(0).integers(0, 150_000, (prompts, PROMPT)).astype(np.int32)
     token, length = jax.device_put((token, np.full(prompts, PROMPT, np.int32)))
     keys = rollout.row_keys(jax.random.key(3), np.arange(case["rows"]))
 
     def sample(new=case["new"]):
-        out = rollout.sample(params, model_cfg, token, length, keys, max_new_tokens=new, num_samples=SAMPLES)
+        out = rollout.sample(params, model_cfg, token, length, keys, max_new_tokens=new, num_samples=SAMPLES, compute=compute)
         assert int(out.length_B.sum()) == case["rows"] * new
         return jax.block_until_ready(out)
 
     def prefill():
-        jax.block_until_ready(rollout._prefill(params, token, length, keys, cfg=model_cfg, num_samples=SAMPLES, T=256))
+        how = {"cfg": model_cfg, "compute": compute, "num_samples": SAMPLES, "T": 256}
+        jax.block_until_ready(rollout._prefill(params, token, length, keys, **how))
 
     began = time.perf_counter()
     sample()

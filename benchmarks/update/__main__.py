@@ -68,14 +68,12 @@ def torch_side(case: dict, folders):
 
 def our_side(case: dict, folders):
     """The same with `step.update`; also its compiled program, for the analysis of its memory."""
-    import dataclasses
-
     import jax
 
-    from omniopd_jax import config, hf, objective, step, vocab
+    from omniopd_jax import config, hf, model, objective, step, vocab
 
     (params, model_cfg), (ref, _) = (hf.load(f) for f in folders)
-    model_cfg = dataclasses.replace(model_cfg, remat=REMAT)
+    compute = model.Compute(remat=REMAT)
     cfg = config.default()
     cfg.update_from_flattened_dict(
         {
@@ -96,7 +94,7 @@ def our_side(case: dict, folders):
     holder = [step.new_state(params, cfg, jax.random.key(0))]
 
     def one(state, ref, batch, stats):
-        return step.update(state, ref, batch, stats, model_cfg=model_cfg, cfg=cfg)
+        return step.update(state, ref, batch, stats, model_cfg=model_cfg, cfg=cfg, compute=compute)
 
     program = jax.jit(one, donate_argnums=0).lower(holder[0], ref, batch, stats).compile()
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from benchmarks import sides
 from omniopd_jax import vocab
+from omniopd_jax.model import cpu
+from omniopd_jax.parallel import sharding
 
 V, T, BETA = 151_936, 2_048, 0.1
 WIDTHS = (1_024, 256, 2_048)
@@ -36,7 +38,7 @@ def naive(hidden, head, ref_hidden, ref_head, target, weight, mask):
 
 def ours(*args, block):
     """The same as the update calls it."""
-    return vocab.weighted_nll_and_kl(*args, beta=BETA, block=block, piece=vocab.piece_on(None))[0]
+    return vocab.weighted_nll_and_kl(*args, beta=BETA, block=block, columns=cpu.vocab_columns(sharding.default_mesh()))[0]
 
 
 def inputs(D: int) -> tuple:

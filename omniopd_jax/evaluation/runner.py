@@ -10,17 +10,19 @@ import re
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from omniopd_jax import export, graders, hf, model, rollout
+from omniopd_jax import graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import scores
 from omniopd_jax.evaluation.sampling import repeated_ngrams
-from omniopd_jax.model import attention
+from omniopd_jax.hf.template import Template, of_student
+from omniopd_jax.hf.tokenizer import check_fits
+from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import logging
+from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.teachers.protocol import stable_hash
 
@@ -31,7 +33,8 @@ class Student:
 
     params: dict
     model_cfg: model.ModelConfig
-    tokenizer: PreTrainedTokenizerBase
+    compute: model.Compute
+    template: Template
     end_ids: tuple[int, ...]
     source: str
 
@@ -58,7 +61,7 @@ class How:
 
     def prompts(self, mesh) -> int:
         """Prompts a batch: part of what decides the last bits of a completion, so fixed for a table."""
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
         return -(-max(1, self.rows // self.samples) // shards) * shards
 
 
@@ -70,29 +73,34 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     """
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
-        run, step = export.locate(checkpoint)
+        run, step = trained_run.locate(checkpoint)
         if is_run(run):
             if step is None:
                 with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
                     step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
-            trained = export.read(run, step)
+            trained = trained_run.read(run, step)
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
+    tokenizer = hf.load_tokenizer(folder, setting=setting)
+    template = of_student(cfg, tokenizer)
+    end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
+    if note:
+        logging.say(note)
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
     mesh = sharding.make_mesh(cfg.mesh)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
         params, model_cfg = trained.whole(mesh), trained.model_cfg
-    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=attention.platform(mesh))
-    model_cfg = dataclasses.replace(
-        model_cfg, dtype=cfg.compute_dtype, attention=kernel, mesh=mesh if mesh.size > 1 else None
-    )
-    tokenizer = hf.load_tokenizer(folder, setting=setting)
-    params = rollout.prepare(params, model_cfg, model_cfg.mesh)
-    return Student(params, model_cfg, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh))
+    scale = None if trained is None else lora.scale(trained.lora)
+    compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
+    params = rollout.prepare(params, model_cfg, compute=compute)
+    return Student(params, model_cfg, compute, template, end_ids, source)
 
 
 def is_run(folder: pathlib.Path) -> bool:
@@ -112,7 +120,7 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     Returns:
       One dict a completion: id, sample, text, finish, correct, answer, tokens, repeated.
     """
-    per = how.prompts(student.model_cfg.mesh)
+    per = how.prompts(student.compute.mesh)
     batches = [suite.prompts[i : i + per] for i in range(0, len(suite.prompts), per)]
     width = rollout.bucket(max(len(p.token_ids) for p in suite.prompts))
     done = _whole_batches(path, batches, how.samples)
@@ -130,26 +138,26 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
 
 
 def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grader: graders.Grader) -> list[dict]:
-    mesh, n = student.model_cfg.mesh, how.samples
-    put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+    mesh, n = student.compute.mesh, how.samples
+    put = functools.partial(sharding.put_rows, mesh=mesh)
     padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
     names = [stable_hash(suite.name, p.id, r) for p in prompts for r in range(n)] + [0] * ((per - len(prompts)) * n)
     key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
     out = rollout.sample(
         student.params, student.model_cfg, *padded, rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
         max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n, end_ids=student.end_ids,
+        compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-    tokens = [token_BT[b, : length_B[b]].tolist() for b in range(len(prompts) * n)]
-    texts = [student.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    grades = grader.grade_all(texts, [p.answer for p in prompts for _ in range(n)])
+    read = [student.template.read(token_BT[b, : length_B[b]].tolist()) for b in range(len(prompts) * n)]
+    grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
     return [
         {
-            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] else "length",
-            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": len(tokens[b]),
-            "repeated": repeated_ngrams(tokens[b]),
+            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
+            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": length,
+            "repeated": repeated_ngrams(token_BT[b, :length].tolist()),
         }
-        for b, text in enumerate(texts)
+        for b, (text, length, stopped) in enumerate(read)
     ]  # fmt: skip
 
 
@@ -199,7 +207,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     student = load_student(cfg, checkpoint)
     cfg = cfg.copy_and_resolve_references()
     cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
-    encoded = [data.encode(data.Prompts(s.prompts), student.tokenizer, cfg).prompts for s in loaded]
+    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg).prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -214,7 +222,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
 
 def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
-    per = how.prompts(student.model_cfg.mesh)
+    per = how.prompts(student.compute.mesh)
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]

@@ -7,9 +7,10 @@ from collections import Counter
 import jax
 import numpy as np
 
-from omniopd_jax import rollout
+from omniopd_jax import model, rollout
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 
 
@@ -26,25 +27,27 @@ class Evaluation:
 
 
 def greedy(
-    params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader: Grader, max_new_tokens: int, rows=256
-) -> Evaluation:
+    params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader: Grader, max_new_tokens: int, rows=256,
+    compute: model.Compute | None = None,
+) -> Evaluation:  # fmt: skip
     """Greedy answers, graded.
 
     Args:
       params: the model's parameters, stacked or as `rollout.prepare` returns them.
-      prompts: encoded, each with an answer.
-      rows: prompts a batch; the last batch is filled up, so that there is one shape. With `model_cfg.mesh` each process
+      prompts: encoded, each with an answer. template: what rendered them; its stop strings end an answer too.
+      rows: prompts a batch; the last batch is filled up, so that there is one shape. Each process of the mesh
         answers and grades its slice of every batch.
+      compute: None: float32 on the default device.
 
     Returns:
       Evaluation, the same in every process.
     """
-    mesh = model_cfg.mesh
+    compute = compute or model.Compute()
+    mesh = compute.mesh
     if isinstance(params["layers"], dict):
-        params = rollout.prepare(params, model_cfg, mesh)
-    rank, count, shards = 0, 1, 1
-    if mesh is not None:
-        rank, count, shards = jax.process_index(), jax.process_count(), mesh.shape["data"] * mesh.shape["fsdp"]
+        params = rollout.prepare(params, model_cfg, compute=compute)
+    rank, count = (jax.process_index(), jax.process_count()) if mesh.is_multi_process else (0, 1)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-min(rows, len(prompts)) // shards) * shards
     own = rows // count
     width = rollout.bucket(max(len(p.token_ids) for p in prompts))
@@ -52,19 +55,19 @@ def greedy(
     for start in range(rank * own, len(prompts) + rank * own, rows):
         part = prompts[start : start + own]
         ids = [p.token_ids for p in part] + [(0,)] * (own - len(part))
-        put = jax.device_put if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+        put = functools.partial(sharding.put_rows, mesh=mesh)
         padded, index_B = put(rollout.pad_rows(ids, width)), put(np.arange(own, dtype=np.uint32))
         out = rollout.sample(
             params, model_cfg, *padded, rollout.row_keys(_unused_key(), index_B), max_new_tokens=max_new_tokens,
-            temperature=0.0, end_ids=end_ids,
+            temperature=0.0, end_ids=end_ids, compute=compute,
         )  # fmt: skip
         arrays = [sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B)]
         answers = [tokens[:n].tolist() for _, tokens, n in zip(part, *arrays[:2])]
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-        grades = grader.grade_all(texts, [p.answer for p in part])
+        read = [template.read(tokens) for tokens in answers]
+        grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in part])
         answers = [
-            [text, bool(grade), len(tokens), bool(done), repeated_ngrams(tokens)]
-            for text, grade, tokens, done in zip(texts, grades, answers, arrays[2])
+            [text, bool(grade), n, bool(done) or stopped, repeated_ngrams(tokens[:n])]
+            for (text, n, stopped), grade, tokens, done in zip(read, grades, answers, arrays[2])
         ]
         batches.append(answers)
     parts = [batches] if count == 1 else processes.gather("evaluation", batches)

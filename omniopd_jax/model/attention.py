@@ -22,11 +22,6 @@ XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
-def platform(mesh) -> str:
-    """What arrays on `mesh` lie on: cpu, gpu or tpu, also where it is only described (aot.py). None: the default device."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-
-
 def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: str = "") -> str:
     """The kernel for `auto`: splash on TPU, cudnn on GPU, xla elsewhere. Resolved once, at start-up, and printed.
 
@@ -42,7 +37,7 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
     """
     auto = name == "auto"
     if auto:
-        name = KERNELS.get(on or platform(None), "xla")
+        name = KERNELS.get(on or jax.default_backend(), "xla")
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(
@@ -56,11 +51,11 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
     return name
 
 
-def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: str, mesh=None):
+def attend(q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: str, mesh=None):
     """Causal attention with grouped heads: scale H**-0.5, softmax in float32.
 
     Args:
-      q_BLNH, k_BLKH, v_BLKH: N a multiple of K.
+      q_BLQH, k_BLKH, v_BLKH: Q a multiple of K.
       segment_BL: int32; a token sees only its own segment. None: the whole row, causal.
       length_B: int32, real tokens of right-padded rows. The outputs at real tokens do not depend on it (attention is
         causal); cudnn skips what lies beyond, and returns zeros there.
@@ -68,24 +63,24 @@ def attend(q_BLNH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
       mesh: the mesh whose rows and heads splash must split by hand; None: one device. xla and cudnn split themselves.
 
     Returns:
-      out_BLNH in the dtype of q; the remat policy `context` keeps it.
+      out_BLQH in the dtype of q; the remat policy `context` keeps it.
 
     Raises:
       UserError: cudnn with segments: its public call knows lengths, not segments.
     """
     if backend in ("splash", "splash_interpret"):
         run = functools.partial(_splash, interpret=backend == "splash_interpret")
-        return _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh)
+        return _split(run, q_BLQH, k_BLKH, v_BLKH, segment_BL, mesh or sharding.default_mesh())
     if backend == "cudnn":  # not named: its output is kept with the kernel's other results (`saved_by_kernel`), once
-        return _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B)
+        return _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B)
     if backend != "xla":
         raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}; resolve() comes first")
-    return checkpoint_name(_causal(q_BLNH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL), "context")
+    return checkpoint_name(_causal(q_BLQH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL), "context")
 
 
-def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):
+def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL):
     """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not made."""
-    L = q_BLNH.shape[1]
+    L = q_BLQH.shape[1]
     size = max(XLA_BLOCK, -(-L // XLA_BLOCKS)) if L > 2 * XLA_BLOCK else L
     out = []
     for start in range(0, L, size):
@@ -93,24 +88,24 @@ def _causal(q_BLNH, k_BKLH, v_BKLH, segment_BL):
         mask = (jnp.arange(S)[None] <= jnp.arange(start, S)[:, None])[None]
         if segment_BL is not None:
             mask = mask & (segment_BL[:, start:S, None] == segment_BL[:, None, :S])
-        out.append(grouped(q_BLNH[:, start:S], k_BKLH[:, :, :S], v_BKLH[:, :, :S], mask))
+        out.append(grouped(q_BLQH[:, start:S], k_BKLH[:, :, :S], v_BKLH[:, :, :S], mask))
     return jnp.concatenate(out, axis=1)
 
 
-def grouped(q_BLNH, k_BKSH, v_BKSH, mask_BLS):
+def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS):
     """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1.
 
-    The queries of a group are rows of one product (X = G * L): as axes of their own the CPU takes three times as long.
+    The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as long.
     """
-    B, L, N, H = q_BLNH.shape
+    B, L, Q, H = q_BLQH.shape
     K, S = k_BKSH.shape[1:3]
-    q_BKXH = q_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    score = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    score = score.reshape(B, K, N // K, L, S)
+    q_BKJH = q_BLQH.reshape(B, L, K, Q // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    score = jnp.einsum("bkjh,bksh->bkjs", q_BKJH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    score = score.reshape(B, K, Q // K, L, S)
     score = jnp.where(mask_BLS[:, None, None], score, jnp.finfo(jnp.float32).min)
-    p_BKXS = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, -1, S)
-    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", p_BKXS, v_BKSH)
-    return out_BKXH.reshape(B, K, N // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+    p_BKJS = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, -1, S)
+    out_BKJH = jnp.einsum("bkjs,bksh->bkjh", p_BKJS, v_BKSH)
+    return out_BKJH.reshape(B, K, Q // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, Q, H)
 
 
 def saved_by_kernel(primitive, *_, **__) -> bool:
@@ -121,53 +116,53 @@ def saved_by_kernel(primitive, *_, **__) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _cudnn(q_BLNH, k_BLKH, v_BLKH, segment_BL, length_B):
+def _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B):
     if segment_BL is not None:
         raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or do not pack")
     lengths = None if length_B is None else length_B.astype(jnp.int32)
-    L = q_BLNH.shape[1]
+    L = q_BLQH.shape[1]
     # its backward kernel takes even lengths alone; causal, so no real token sees what is added on the right
-    q, k, v = (jnp.pad(a, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for a in (q_BLNH, k_BLKH, v_BLKH))
-    out_BLNH = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, scale=q_BLNH.shape[-1] ** -0.5, implementation="cudnn",
+    q, k, v = (jnp.pad(a, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for a in (q_BLQH, k_BLKH, v_BLKH))
+    out_BLQH = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, scale=q_BLQH.shape[-1] ** -0.5, implementation="cudnn",
         query_seq_lengths=lengths, key_value_seq_lengths=lengths,
     )  # fmt: skip
-    return out_BLNH[:, :L]
+    return out_BLQH[:, :L]
 
 
-def _split(run, q_BLNH, k_BLKH, v_BLKH, segment_BL, mesh):
+def _split(run, q_BLQH, k_BLKH, v_BLKH, segment_BL, mesh):
     """`run` with rows over (data, fsdp) and heads over tp: the compiler does not split a Pallas kernel by itself."""
-    if mesh is None or mesh.size == 1:
-        return run(q_BLNH, k_BLKH, v_BLKH, segment_BL)
-    whole_rows = q_BLNH.shape[0] % math.prod(mesh.shape[a] for a in sharding.ROWS) == 0
+    if mesh.size == 1:
+        return run(q_BLQH, k_BLKH, v_BLKH, segment_BL)
+    whole_rows = q_BLQH.shape[0] % math.prod(mesh.shape[a] for a in sharding.ROWS) == 0
     heads = sharding.RULES["kv_heads"]
     rows = sharding.ROWS if whole_rows else None
     spec = P(rows, None, heads if k_BLKH.shape[2] % mesh.shape[heads] == 0 else None)
     in_specs = (spec, spec, spec, None if segment_BL is None else P(rows))
     split = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
-    return split(q_BLNH, k_BLKH, v_BLKH, segment_BL)
+    return split(q_BLQH, k_BLKH, v_BLKH, segment_BL)
 
 
-def _splash(q_BLNH, k_BLKH, v_BLKH, segment_BL, *, interpret: bool):
+def _splash(q_BLQH, k_BLKH, v_BLKH, segment_BL, *, interpret: bool):
     """The Pallas TPU kernel: grouped heads share their keys in it, whole blocks above the diagonal are skipped."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    _, L, N, H = q_BLNH.shape
+    _, L, Q, H = q_BLQH.shape
     block = SPLASH_BLOCK if L >= SPLASH_BLOCK else L + -L % LANES
     pad = -L % block  # on the right: causal, so no real token sees it
-    mask = masks.MultiHeadMask([masks.CausalMask((L + pad, L + pad))] * N)
+    mask = masks.MultiHeadMask([masks.CausalMask((L + pad, L + pad))] * Q)
     sizes = kernel.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     run = kernel.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
     )
-    q = (q_BLNH.astype(jnp.float32) * H**-0.5).astype(q_BLNH.dtype)  # the kernel does not scale
+    q = (q_BLQH.astype(jnp.float32) * H**-0.5).astype(q_BLQH.dtype)  # the kernel does not scale
     q, k, v = (jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (q, k_BLKH, v_BLKH))
     if segment_BL is None:
-        out_BNLH = jax.vmap(run)(q, k, v)
+        out_BQLH = jax.vmap(run)(q, k, v)
     else:
         ids = jnp.pad(segment_BL.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
-        out_BNLH = jax.vmap(run)(q, k, v, kernel.SegmentIds(ids, ids))
-    return out_BNLH[:, :, :L].swapaxes(1, 2)
+        out_BQLH = jax.vmap(run)(q, k, v, kernel.SegmentIds(ids, ids))
+    return out_BQLH[:, :, :L].swapaxes(1, 2)

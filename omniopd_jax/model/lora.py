@@ -4,7 +4,6 @@ A projection becomes x W + (alpha / rank) (x A) B; A starts uniform, B zero, so 
 are trained, saved and given optimizer state. The model without them is the anchor's reference: no second copy is held.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -27,7 +26,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def table(model_cfg: model.ModelConfig, settings) -> dict:
-    """The adapters' `model.Param`s, beside where their projections stand in `model.table`: all that a run trains.
+    """The adapters' `model.Param`s, keyed as their projections are in `model.table`: all that a run trains.
 
     Args:
       settings: the config's `lora` section.
@@ -80,9 +79,9 @@ def init(key: jax.Array, model_cfg: model.ModelConfig, settings) -> dict:
     return tree.unflatten([one(k, p) for k, p in zip(jax.random.split(key, len(leaves)), leaves)])
 
 
-def scaled(model_cfg: model.ModelConfig, lora) -> model.ModelConfig:
-    """`model_cfg` with the adapters' scale, alpha / rank of the config's `lora` section; as it is where LoRA is off."""
-    return dataclasses.replace(model_cfg, lora_scale=lora.alpha / lora.rank) if lora.rank else model_cfg
+def scale(settings) -> float | None:
+    """`Compute.lora_scale` of the config's `lora` section: alpha / rank; None where LoRA is off."""
+    return settings.alpha / settings.rank if settings.rank else None
 
 
 def peft_config(settings, base) -> dict:
@@ -114,8 +113,8 @@ def attached(params: dict) -> bool:
     return any(name.endswith("_lora_a") for name in params["layers"])
 
 
-def merge(params: dict, cfg: model.ModelConfig, dtype) -> dict:
-    """W + (alpha / rank) A B in float32, then cast to `dtype`, for the sampler and for export: parameters without adapters.
+def merge(params: dict, scale: float, dtype) -> dict:
+    """W + scale A B in float32, then cast to `dtype`, for the sampler and for export: parameters without adapters.
 
     A layer at a time, so that no float32 copy of a stack is made.
     """
@@ -125,7 +124,7 @@ def merge(params: dict, cfg: model.ModelConfig, dtype) -> dict:
         for name, w in p.items():
             if f"{name}_lora_a" in p:
                 a, b = p[f"{name}_lora_a"], p[f"{name}_lora_b"]
-                w = w.astype(jnp.float32) + cfg.lora_scale * jnp.tensordot(a, b, axes=1, precision="highest")
+                w = w.astype(jnp.float32) + scale * jnp.tensordot(a, b, axes=1, precision="highest")
             if "_lora_" not in name:
                 out[name] = w.astype(dtype)
         return out

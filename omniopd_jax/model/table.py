@@ -17,7 +17,7 @@ from omniopd_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a config.json says of the architecture, and how this run computes it (`dtype` and what follows)."""
+    """What a config.json says of the architecture. How a run computes it is `compute.Compute`."""
 
     family: str  # qwen3 | qwen2 | llama | qwen3_moe
     vocab_size: int
@@ -39,12 +39,6 @@ class ModelConfig:
     expert_size: int = 0
     normalize_experts: bool = True
     max_positions: int = 32_768
-    dtype: str = "float32"  # of the computation; parameters keep their own
-    remat: str = "none"  # none | dots | context | full
-    attention: str = "xla"  # a resolved attention.BACKENDS name
-    mesh: jax.sharding.Mesh | None = None  # what splash is split over (attention.attend); None: one device
-    host_layers: bool = False  # the layers lie in host memory; each is brought to the device when its turn comes
-    lora_scale: float | None = None  # alpha / rank of the adapters that layers carry (lora.py); None: they carry none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,33 +57,33 @@ class Param:
 
 def table(cfg: ModelConfig) -> dict:
     """Every parameter of the model, as a nested dict of `Param` with the structure of the parameters."""
-    V, D, F, N, K, H = (
+    V, D, F, Q, K, H = (
         cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim,
     )  # fmt: skip
     layer = {
         "attn_norm": _vector(D, "input_layernorm.weight"),
         "mlp_norm": _vector(D, "post_attention_layernorm.weight"),
-        "q": _heads(D, N, H, "heads", "self_attn.q_proj.weight"),
+        "q": _heads(D, Q, H, "heads", "self_attn.q_proj.weight"),
         "k": _heads(D, K, H, "kv_heads", "self_attn.k_proj.weight"),
         "v": _heads(D, K, H, "kv_heads", "self_attn.v_proj.weight"),
         "o": Param(
-            (N, H, D), ("heads", None, "embed"), "self_attn.o_proj.weight", (D, N * H), (D, N, H), (1, 2, 0),
-            fan_in=N * H,
+            (Q, H, D), ("heads", None, "embed"), "self_attn.o_proj.weight", (D, Q * H), (D, Q, H), (1, 2, 0),
+            fan_in=Q * H,
         ),
     }  # fmt: skip
     if cfg.qk_norm:
         layer |= {n: _vector(H, f"self_attn.{n}.weight", axis=None) for n in ("q_norm", "k_norm")}
     if cfg.qkv_bias:
-        for name, n, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+        for name, n, axis in (("q", Q, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
             key = f"self_attn.{name}_proj.bias"
             layer[f"{name}_bias"] = Param((n, H), (axis, None), key, (n * H,), (n, H), (0, 1), "zeros")
     if cfg.out_bias:
         layer["o_bias"] = _vector(D, "self_attn.o_proj.bias", init="zeros")
     if cfg.num_experts:
-        E, X = cfg.num_experts, cfg.expert_size
+        E, F = cfg.num_experts, cfg.expert_size
         layer["router"] = _matrix((D, E), ("embed", None), "mlp.gate.weight")
         for name, shape, axes in (
-            ("gate", (D, X), ("embed", "ff")), ("up", (D, X), ("embed", "ff")), ("down", (X, D), ("ff", "embed")),
+            ("gate", (D, F), ("embed", "ff")), ("up", (D, F), ("embed", "ff")), ("down", (F, D), ("ff", "embed")),
         ):  # fmt: skip
             p = _matrix(shape, axes, f"mlp.experts.{{expert}}.{name}_proj.weight")
             layer[name] = dataclasses.replace(p, shape=(E, *shape), axes=("experts", *axes))

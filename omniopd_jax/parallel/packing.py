@@ -1,11 +1,10 @@
 """Sequence packing: several responses, each behind its own prompt, in one row of scoring and update.
 
 Only the passes that make hidden states see packed rows. The vocabulary pass gets the states of real response tokens,
-gathered, and everything per response keeps its [B, T] shape and its place: `take` and `give_back` go between the two. A
-process packs its own responses and deals the rows evenly to its devices and to their micro-batches. So a response may be
-computed on another device than the one that holds its row of [B, T]; what crosses is a few numbers a token, no state.
-
-Letters beside those of model.py: R packed rows, Q shards x micro-batches, X response positions of one of the Q.
+gathered, and everything per response keeps its [B, T] shape and its place: `pack_values` and `unpack_values` convert
+between the two. A process packs its own responses and deals the rows evenly to its devices and to their micro-batches, the
+Z parts of a batch. So a response may be computed on another device than the one that holds its row of [B, T]; what crosses
+is a few numbers a token, no state. X are the response positions of one part.
 """
 
 import dataclasses
@@ -22,14 +21,14 @@ NEAR = 1.05  # of the fewest tokens: a narrower row costs less attention, so it 
 
 @flax.struct.dataclass
 class Packed:
-    """Packed rows, and where each response lies in them. The rows of one of the Q are counted laid end to end.
+    """Packed rows, and where each response is in them. The rows of a part are counted laid end to end.
 
     Attributes:
       token_RL: int32, prompts directly followed by their responses, one after the other, 0 behind the last.
       segment_RL: int32, 1, 2, .. along a row; 0 is padding. position_RL: int32, from 0 in each segment.
-      start_B: int32, where a response's prompt starts among the rows of its one of the Q.
-      first_B: int32, where its y_0 stands among all Q X response positions.
-      owner_QX: int32, the response that a position belongs to, -1 for none; time_QX: its t.
+      start_B: int32, where a response's prompt starts among the rows of its part.
+      first_B: int32, where its y_0 is among all Z X response positions.
+      owner_ZX: int32, the response that a position belongs to, -1 for none; time_ZX: its t.
     """
 
     token_RL: jax.Array
@@ -37,17 +36,17 @@ class Packed:
     position_RL: jax.Array
     start_B: jax.Array
     first_B: jax.Array
-    owner_QX: jax.Array
-    time_QX: jax.Array
+    owner_ZX: jax.Array
+    time_ZX: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where each response of a process goes: which of its Q, row of that, first column; and the fewest rows and positions."""
+    """Where each response of a process goes: which part, which of its rows, first column; and the fewest rows and positions."""
 
-    rows: int  # of each of the Q
+    rows: int  # of each part
     positions: int  # X
-    piece_B: np.ndarray
+    part_B: np.ndarray
     row_B: np.ndarray
     column_B: np.ndarray
 
@@ -70,23 +69,23 @@ def make(rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int]
     """
     length_B, prompt_length_B = np.array(list(map(len, rows)), np.int32), np.asarray(prompt_length_B, np.int32)
     width, count = choose_width(length_B, most, len(shards) * micro_batches)
-    plan = pack(length_B, length_B - prompt_length_B, width, len(shards) * micro_batches)
+    plan = make_plan(length_B, length_B - prompt_length_B, width, len(shards) * micro_batches)
     positions = min(_round(sharding.global_max(plan.positions)), count * width)
     plan = dataclasses.replace(plan, rows=count, positions=positions)
-    return lay(plan, rows, prompt_length_B, width, shards, micro_batches)
+    return fill(plan, rows, prompt_length_B, width, shards, micro_batches)
 
 
-def choose_width(length_B, most: int, pieces: int) -> tuple[int, int]:
-    """(tokens a row, rows of each of the Q): the fewest tokens, of the widths from the longest row's to `most`."""
+def choose_width(length_B, most: int, parts: int) -> tuple[int, int]:
+    """(tokens of a row, rows of each part): the fewest tokens, of the widths from the longest row's to `most`."""
     longest = sharding.global_max(int(length_B.max()))
     if longest > most:
         raise ValueError(f"a response of {longest} tokens with its prompt does not fit a packed row of {most}")
     widths = [min(_round(longest), most)]
     while widths[-1] < most:
         widths.append(min(_round(widths[-1] + 1), most))
-    own = [-(-len(first_fit(length_B, w)) // pieces) for w in widths]
+    own = [-(-len(first_fit(length_B, w)) // parts) for w in widths]
     counts = [max(of) for of in zip(*processes.gather("packed rows", own))]
-    counts = [min(_round(c, least=1), len(length_B) // pieces) for c in counts]
+    counts = [min(_round(c, least=1), len(length_B) // parts) for c in counts]
     fewest = min(w * c for w, c in zip(widths, counts))
     return next((w, c) for w, c in zip(widths, counts) if w * c <= NEAR * fewest)
 
@@ -111,66 +110,64 @@ def first_fit(lengths, width: int) -> list[list[int]]:
     return bins
 
 
-def pack(length_B, response_length_B, width: int, pieces: int) -> Plan:
-    """First-fit decreasing, the rows then dealt to the pieces, evenly in response tokens; deterministic.
+def make_plan(length_B, response_length_B, width: int, parts: int) -> Plan:
+    """First-fit decreasing, the rows then dealt to the parts, evenly in response tokens; deterministic.
 
     Args:
       length_B: tokens of prompt and response. response_length_B: of the response alone.
-      width: tokens a row.
-      pieces: shards x micro-batches; each gets as many rows, give or take an empty one.
+      width: tokens of a row.
+      parts: shards x micro-batches; each gets as many rows, give or take an empty one.
     """
-    piece_B, row_B, column_B = (np.zeros(len(length_B), np.int32) for _ in range(3))
+    part_B, row_B, column_B = (np.zeros(len(length_B), np.int32) for _ in range(3))
     bins = [np.array(b) for b in first_fit(length_B, width)]
-    most, held, tokens = -(-len(bins) // pieces), np.zeros(pieces, int), np.zeros(pieces, int)
+    most, held, tokens = -(-len(bins) // parts), np.zeros(parts, int), np.zeros(parts, int)
     for b in sorted(bins, key=lambda b: (-int(response_length_B[b].sum()), int(b[0]))):
-        q = int(np.argmin(np.where(held < most, tokens, np.iinfo(int).max)))
-        piece_B[b], row_B[b], column_B[b] = q, held[q], np.cumsum(length_B[b]) - length_B[b]
-        held[q] += 1
-        tokens[q] += response_length_B[b].sum()
-    return Plan(most, max(1, int(tokens.max())), piece_B, row_B, column_B)
+        z = int(np.argmin(np.where(held < most, tokens, np.iinfo(int).max)))
+        part_B[b], row_B[b], column_B[b] = z, held[z], np.cumsum(length_B[b]) - length_B[b]
+        held[z] += 1
+        tokens[z] += response_length_B[b].sum()
+    return Plan(most, max(1, int(tokens.max())), part_B, row_B, column_B)
 
 
-def lay(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro_batches: int) -> Packed:
-    """The plan's arrays. Row k of micro-batch i of a shard stands at k n + i of it: `step._split` takes every n-th."""
-    S, n, r, X, share = len(shards), micro_batches, plan.rows, plan.positions, len(rows) // len(shards)
-    token, segment, position = (np.zeros((S * n * r, width), np.int32) for _ in range(3))
-    owner, time, used = np.full((S * n, X), -1, np.int32), np.zeros((S * n, X), np.int32), np.zeros(S * n, int)
+def fill(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro_batches: int) -> Packed:
+    """The plan's arrays. Row k of micro-batch i of a shard is its row k n + i: `step._split` takes every n-th."""
+    Z, n, X, share = len(shards) * micro_batches, micro_batches, plan.positions, len(rows) // len(shards)
+    token, segment, position = (np.zeros((Z * plan.rows, width), np.int32) for _ in range(3))
+    owner, time, used = np.full((Z, X), -1, np.int32), np.zeros((Z, X), np.int32), np.zeros(Z, int)
     first_B = np.zeros(len(rows), np.int32)
     for b, row in enumerate(rows):
-        q, column, T = plan.piece_B[b], plan.column_B[b], len(row) - prompt_length_B[b]
-        s, i = divmod(q, n)
-        at = (s * n * r + plan.row_B[b] * n + i, slice(column, column + len(row)))
+        z, column, T = plan.part_B[b], plan.column_B[b], len(row) - prompt_length_B[b]
+        s, i = divmod(z, n)
+        at = (s * n * plan.rows + plan.row_B[b] * n + i, slice(column, column + len(row)))
         token[at], position[at] = row, np.arange(len(row))
         segment[at] = segment[at[0]].max() + 1
-        here = slice(used[q], used[q] + T)
-        owner[q, here], time[q, here] = shards[b // share] * share + b % share, np.arange(T)
-        first_B[b] = (shards[s] * n + i) * X + used[q]
-        used[q] += T
+        here = slice(used[z], used[z] + T)
+        owner[z, here], time[z, here] = shards[b // share] * share + b % share, np.arange(T)
+        first_B[b] = (shards[s] * n + i) * X + used[z]
+        used[z] += T
     return Packed(token, segment, position, plan.row_B * width + plan.column_B, first_B, owner, time)
 
 
 # --- inside jit -------------------------------------------------------------------------------------------------------
 
 
-def places(packed: Packed, prompt_length_B, mesh=None):
-    """at_QX: where each response position's y_t stands among its packed rows (`step.response_hidden`)."""
+def places(packed: Packed, prompt_length_B, mesh):
+    """at_ZX: where each response position's y_t is among its packed rows (`step.response_hidden`)."""
     start_BT = (packed.start_B + prompt_length_B)[:, None]
-    return _pick(start_BT, jnp.maximum(packed.owner_QX, 0), mesh) + packed.time_QX
+    return _pick(start_BT, jnp.maximum(packed.owner_ZX, 0), mesh) + packed.time_ZX
 
 
-def take(packed: Packed, a_BT, mesh=None):
-    """a_QX of a_BT, 0 where a position belongs to no response."""
-    index_QX = jnp.maximum(packed.owner_QX, 0) * a_BT.shape[1] + packed.time_QX
-    return jnp.where(packed.owner_QX >= 0, _pick(a_BT, index_QX, mesh), 0)
+def pack_values(packed: Packed, a_BT, mesh):
+    """a_ZX of a_BT, 0 where a position belongs to no response."""
+    index_ZX = jnp.maximum(packed.owner_ZX, 0) * a_BT.shape[1] + packed.time_ZX
+    return jnp.where(packed.owner_ZX >= 0, _pick(a_BT, index_ZX, mesh), 0)
 
 
-def give_back(packed: Packed, a_QX, T: int, mesh=None):
-    """a_BT of a_QX; what stands past a response means nothing."""
-    return _pick(a_QX, packed.first_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], mesh)
+def unpack_values(packed: Packed, a_ZX, T: int, mesh):
+    """a_BT of a_ZX; what is past a response means nothing."""
+    return _pick(a_ZX, packed.first_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], mesh)
 
 
 def _pick(a, index, mesh):
-    """Elements of `a`, wherever they lie: it is gathered whole, a number a token, so that the indices stay in place."""
-    if mesh is not None:
-        a = jax.lax.with_sharding_constraint(a, sharding.replicated(mesh))
-    return jnp.take(a.reshape(-1), index, mode="clip")
+    """Elements of `a`, on whatever device: it is gathered whole, a number a token, so that the indices stay in place."""
+    return jnp.take(sharding.constrain(a, mesh).reshape(-1), index, mode="clip")

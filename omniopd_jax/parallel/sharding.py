@@ -1,4 +1,6 @@
-"""The mesh, and the one place that says which logical axis lies on which mesh axis."""
+"""The mesh, and the one place that says which logical axis is split over which mesh axis."""
+
+import functools
 
 import jax
 import numpy as np
@@ -49,6 +51,26 @@ def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(by_host).reshape(shape), AXES, axis_types=types)
 
 
+def default_mesh() -> jax.sharding.Mesh:
+    """The mesh of the default device alone: what computes where no mesh is given."""
+    return _one_device(jax.config.jax_default_device or jax.local_devices()[0])
+
+
+@functools.cache
+def _one_device(device) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def platform(mesh) -> str:
+    """What the arrays on `mesh` are stored on: cpu, gpu or tpu, also where it is only described (ahead-of-time)."""
+    return mesh.devices.flat[0].platform
+
+
+def constrain(a, mesh, *axes):
+    """`a` laid out over the mesh inside jit, an entry of mesh axes per axis of `a`; on one device it is as it is."""
+    return a if mesh.size == 1 else jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P(*axes)))
+
+
 def state_shardings(tree, params: dict, shardings: dict, mesh):
     """Shardings for an optimizer state: leaves shaped and named like a parameter lie as it does, the rest replicated."""
     by_path = {jax.tree_util.keystr(k): (p.shape, s) for (k, p), s in zip(
@@ -72,6 +94,11 @@ def rows(mesh) -> NamedSharding:
 def replicated(mesh) -> NamedSharding:
     """Sharding of a value that every device holds."""
     return NamedSharding(mesh, P())
+
+
+def replicated_like(a: jax.Array) -> NamedSharding | None:
+    """Every device that holds a part of `a`; None, the default device, where that is no mesh."""
+    return replicated(a.sharding.mesh) if isinstance(a.sharding, NamedSharding) else None
 
 
 def put_rows(tree, mesh):

@@ -1,12 +1,15 @@
 """What the commands share: flag errors as one line, logging, JAX's process-wide settings."""
 
+import errno
 import os
 import sys
 import traceback
 
+import jax
 from absl import app, flags, logging
 
-from omniopd_jax.errors import UserError
+from omniopd_jax import config
+from omniopd_jax.errors import UserError, printable
 
 
 def run(main) -> None:
@@ -22,13 +25,31 @@ def _guarded(main, argv) -> int:
         return main(argv) or 0
     except UserError as error:
         return _tell(error)
+    except Exception as error:
+        if (line := full_disk(error)) is None:
+            raise
+        return _tell(UserError(line))
+
+
+def full_disk(error: BaseException) -> str | None:
+    """One line where a full disk is at the root of an error, whoever wrapped it; else None."""
+    seen = error
+    for _ in range(16):
+        if seen is None:
+            return None
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
+            where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
+            return f"the disk is full{where}: make room and start the same command again; it goes on from the last checkpoint"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _tell(error: UserError) -> int:
     if logging.get_verbosity() >= 1:
         traceback.print_exc()
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return error.exit_code
 
 
@@ -57,8 +78,6 @@ def _recipe(argv) -> str:
 
 
 def _config_message(argv, error: Exception) -> str:
-    from omniopd_jax import config
-
     known = config.default()
     for arg in argv:
         flag, _, key = arg.lstrip("-").split("=")[0].partition(".")
@@ -81,8 +100,6 @@ def setup_jax(compute_dtype: str = "float32") -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
-    import jax
-
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16

@@ -54,11 +54,11 @@ def chip_of(kind: str) -> Chip | None:
 
 def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:
     """(parameters of the layers' products that one token passes, parameters of the output projection)."""
-    D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    D, Q, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     ff = 3 * D * cfg.intermediate_size
     if cfg.num_experts:
         ff = 3 * D * cfg.expert_size * cfg.experts_per_token + D * cfg.num_experts
-    return cfg.num_layers * (D * H * (2 * N + 2 * K) + ff), D * cfg.vocab_size
+    return cfg.num_layers * (D * H * (2 * Q + 2 * K) + ff), D * cfg.vocab_size
 
 
 def forward(cfg: model.ModelConfig, lengths, heads) -> float:
@@ -139,7 +139,7 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
         tp = mesh.shape["tp"]
         moved = decode_bytes(
             model_cfg, prompts, responses, rows_together=max(1, len(responses) * tp // devices),
-            itemsize=2 if model_cfg.dtype == "bfloat16" else 4,
+            itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
         )  # fmt: skip
         out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth
     return out

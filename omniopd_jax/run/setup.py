@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +9,18 @@ from contextlib import contextmanager
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from omniopd_jax import audit, config, hf, model, objective, step
+from omniopd_jax import audit, hf, model, objective, step, teachers
 from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, preflight, profiling
+from omniopd_jax.run import identity, logging, preflight, profiling
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
 from omniopd_jax.staleness import Ahead
-from omniopd_jax.teachers import Teacher
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
@@ -39,13 +37,14 @@ class Run:
       reference: the frozen initial student: the anchor's reference, with LoRA the adapters' base; None where none is read.
       teacher_params: of a white-box teacher whose whole distribution is read, on the mesh; else None.
       disks: for each process the lowest rank that shares its journal's disk.
+      digests: of what the run reads (identity.py).
     """
 
     cfg: ConfigDict
     student: Student
     prompts: Prompts
     held_out: Prompts | None
-    teacher: Teacher | None
+    teacher: teachers.Teacher | None
     similarity: Similarity
     steps: step.Steps
     reference: dict | None
@@ -58,6 +57,7 @@ class Run:
     timer: logging.PhaseTimer
     profiler: profiling.Profiler
     compiled: profiling.Recompilations
+    digests: dict[str, str]
 
     def policy(self, state: TrainState) -> dict:
         """The whole model as it stands."""
@@ -76,51 +76,49 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
     finally:
+        thread.cancel_all()
         if teacher is not None:
             thread.submit(teacher.close()).result(timeout=30)
         thread.close()
 
 
-def say_teacher(teacher: Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
-    if hasattr(teacher, "budget"):
-        teacher.budget.divide(hosts)
-    if getattr(teacher, "report", None):
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.estimate().table()}")
+    teacher.divide_budget(hosts)
+    if teacher.report:
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
     """Loads the frozen weights and names the passes; what is trained comes with `first_state`."""
     mesh = sharding.make_mesh(cfg.mesh)
-    model_cfg = dataclasses.replace(
-        checked.model_cfg, dtype=cfg.compute_dtype, remat=cfg.model.remat, mesh=mesh if mesh.size > 1 else None,
-        attention=checked.attention,
-    )  # fmt: skip
-    model_cfg = lora.scaled(model_cfg, cfg.lora)
+    model_cfg = checked.model_cfg
+    compute = model.Compute(cfg.compute_dtype, cfg.model.remat, checked.attention, mesh, lora.scale(cfg.lora))
     preflight.check_rows(mesh, cfg)
     reference = load_reference(cfg, model_cfg, mesh)
     teacher_params, teacher_cfg = None, None
     if objective.of(cfg).asks == "distribution":
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
-    steps = compiled_steps(model_cfg, frozen(cfg), mesh, teacher_cfg)
-    prompts, tokenizer = checked.prompts, checked.tokenizer
+    steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
+    prompts, template = checked.prompts, checked.template
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
-        f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {model_cfg.attention}; "
+        f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {compute.attention}; "
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
-    student = Student(model_cfg, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer), mesh)
+    decoder = audit.Decoder(template.tokenizer, template.stop_strings)
+    student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say),
+        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.source or ""),
     )  # fmt: skip
 
 
@@ -132,16 +130,15 @@ def load_reference(cfg, model_cfg: model.ModelConfig, mesh) -> dict | None:
     return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, shardings=where)[0]
 
 
-def load_white_box(cfg, teacher: Teacher, mesh) -> tuple[dict, model.ModelConfig]:
+def load_white_box(cfg, teacher: teachers.Teacher, mesh) -> tuple[dict, model.ModelConfig]:
     """The parameters of a teacher in process, laid out on the mesh, and its config.
 
     Raises:
       UserError: the teacher is no local one, or has another tokenizer.
     """
-    if not hasattr(teacher, "params") or teacher.foreign_tokenizer:
+    if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
         raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
-    model_cfg = dataclasses.replace(teacher.model_cfg, mesh=mesh if mesh.size > 1 else None)
-    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)[0], model_cfg
+    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 
 
 def frozen(cfg: ConfigDict) -> FrozenConfigDict:
@@ -172,8 +169,11 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         step.abstract_state(run.student.model_cfg, frozen(cfg)),
         run.steps.state_shardings,
     )
+    file, digests = folder / "config.json", run.digests
     if checkpoints.latest() is not None:
-        processes.together("same run", lambda: check_same_run(cfg, folder))
+        processes.together("same run", lambda: identity.check_same_run(cfg, digests, file))
+        run.stop.saved = True
+    run.stop.doing = "loading"
     if found := checkpoints.restore_newest(like):
         state, totals = found
         logging.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
@@ -182,27 +182,5 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
         totals = {}
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(as_json(cfg) + "\n")
+        identity.write(cfg, digests, file)
     return state, totals
-
-
-def as_json(cfg: ConfigDict) -> str:
-    """The resolved config as a run's config.json holds it."""
-    return json.dumps(cfg.to_dict(), indent=1, default=str)
-
-
-def check_same_run(cfg, folder: pathlib.Path) -> None:
-    """A run that is resumed must draw the same prompts and samples as before.
-
-    Raises:
-      UserError: names the keys that differ from the run's own config.json.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    before, now = config.flat(ConfigDict(json.loads(file.read_text()))), config.flat(ConfigDict(json.loads(as_json(cfg))))
-    fixed = ("seed", "prompts_per_step", "num_generations", "student.path", "data.", "lora.")
-    changed = [k for k in now if k.startswith(fixed) and k in before and before[k] != now[k]]
-    if changed:
-        detail = "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in changed)
-        raise UserError(f"{folder} holds a run with other settings ({detail}): set them back, or set another run_dir")

@@ -1,6 +1,5 @@
 """Kernels against the xla reference: splash (its Pallas kernel, interpreted here) and what cudnn refuses."""
 
-import dataclasses
 import functools
 
 import jax
@@ -20,9 +19,9 @@ SEGMENTS = {
 }
 
 
-def qkvg(B=2, L=LENGTH, N=4, K=2, H=16, dtype=jnp.float32):
+def qkvg(B=2, L=LENGTH, Q=4, K=2, H=16, dtype=jnp.float32):
     """q (larger, so that the softmax is sharp), k, v and a cotangent of the output."""
-    shapes = ((B, L, N, H), (B, L, K, H), (B, L, K, H), (B, L, N, H))
+    shapes = ((B, L, Q, H), (B, L, K, H), (B, L, K, H), (B, L, Q, H))
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes))
     return 3 * q, k, v, g
@@ -67,11 +66,11 @@ def test_splash_over_a_mesh(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 1), (6, 3)])
+@pytest.mark.parametrize(("Q", "K"), [(4, 4), (6, 1), (6, 3)])
 @pytest.mark.parametrize("L", [128, 513, 700])
-def test_splash_of_more_shapes(N, K, L):
+def test_splash_of_more_shapes(Q, K, L):
     segment = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, L)), axis=1), jnp.int32)
-    args = qkvg(L=L, N=N, K=K, H=32)
+    args = qkvg(L=L, Q=Q, K=K, H=32)
     reference = value_and_grads(*args, segment, backend="xla")
     assert_same(value_and_grads(*args, segment, backend="splash_interpret"), reference)
 
@@ -83,8 +82,8 @@ def test_a_model_with_splash_has_the_gradient_of_xla(params, model_cfg, remat):
     g = jax.random.normal(jax.random.key(4), (2, 9, model_cfg.hidden_size))
 
     def grads(backend):
-        cfg = dataclasses.replace(model_cfg, attention=backend, remat=remat)
-        return jax.jit(jax.grad(lambda p: (g * model.hidden(p, cfg, token)).sum()))(params)
+        compute = model.Compute(attention=backend, remat=remat)
+        return jax.jit(jax.grad(lambda p: (g * model.hidden(p, model_cfg, token, compute=compute)).sum()))(params)
 
     for want, ours in zip(jax.tree.leaves(grads("xla")), jax.tree.leaves(grads("splash_interpret"))):
         np.testing.assert_allclose(ours, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0)
@@ -102,7 +101,7 @@ def test_segments_equal_rows_of_their_own():
 @pytest.mark.parametrize("L", [7, 150, 600])  # whole; in blocks; in as many as there may be
 def test_xla_equals_the_textbook(L):
     """NumPy float64, grouped heads, two segments and padding behind them."""
-    q, k, v, _ = qkvg(B=1, L=L, N=4, K=2, H=4)
+    q, k, v, _ = qkvg(B=1, L=L, Q=4, K=2, H=4)
     segment = np.repeat([[1, 2, 0]], [L // 3, L // 2, L - L // 3 - L // 2], axis=1).astype(np.int32)
     out = np.zeros(q.shape)
     seen = np.tril(segment[0][:, None] == segment[0][None])

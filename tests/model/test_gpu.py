@@ -1,6 +1,5 @@
 """On a real GPU (`make test-gpu`): cuDNN's kernels against xla's, and every pass against the same on the CPU."""
 
-import dataclasses
 import functools
 
 import jax
@@ -28,10 +27,10 @@ def relative(ours, want) -> float:
     return float(np.linalg.norm(ours - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize(("L", "N", "K", "H"), [(256, 16, 8, 128), (200, 4, 1, 64), (77, 4, 4, 32)])
-def test_cudnn_equals_xla_forward_and_gradient(L, N, K, H):
+@pytest.mark.parametrize(("L", "Q", "K", "H"), [(256, 16, 8, 128), (200, 4, 1, 64), (77, 4, 4, 32)])
+def test_cudnn_equals_xla_forward_and_gradient(L, Q, K, H):
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, (2, L, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N)))
+    q, k, v, g = (jax.random.normal(key, (2, L, n, H), jnp.bfloat16) for key, n in zip(keys, (Q, K, K, Q)))
 
     @functools.partial(jax.jit, static_argnames="backend")
     def run(q, k, v, g, backend):
@@ -55,12 +54,15 @@ def test_cudnn_with_lengths_leaves_real_tokens_as_they_are():
 
 @pytest.mark.parametrize(("remat", "kernels"), [("none", 1), ("dots", 1), ("context", 1), ("full", 2)])
 def test_the_backward_pass_does_not_run_the_forward_kernel_again(remat, kernels):
-    cfg = model.ModelConfig(
-        "qwen3", 512, 128, 256, 2, 4, 2, 64, qk_norm=True, dtype="bfloat16", remat=remat, attention="cudnn"
-    )
+    cfg = model.ModelConfig("qwen3", 512, 128, 256, 2, 4, 2, 64, qk_norm=True)
+    compute = model.Compute("bfloat16", remat, "cudnn")
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), cfg)
     token = jnp.zeros((2, 128), jnp.int32)
-    text = jax.jit(jax.grad(lambda p: model.hidden(p, cfg, token).astype(jnp.float32).sum())).lower(params).compile().as_text()
+
+    def total(params):
+        return model.hidden(params, cfg, token, compute=compute).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total)).lower(params).compile().as_text()
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == kernels
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
 
@@ -74,9 +76,8 @@ def both():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_update_in_float32_is_the_cpus(params, ref_params, model_cfg, make_cfg, both, remat):
     cfg, batch = make_cfg(**{"model.remat": remat, "micro_batches": 2}), make_batch()
-    cfg_m = dataclasses.replace(model_cfg, remat=remat)
     weight_BT, mask_BT = weights(batch, cfg)
-    run = jax.jit(functools.partial(step.loss_and_grads, model_cfg=cfg_m, cfg=cfg))
+    run = jax.jit(functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg, compute=model.Compute(remat=remat)))
     ours, want = (run(*args) for args in both((params, ref_params, batch, weight_BT, mask_BT)))
     assert abs(float(ours[0]) - float(want[0])) < 1e-5 * abs(float(want[0]))
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(want[1])):

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_step import close, equations, loss_and_grads, make_batch, naive_logp, weights
+from test_step import close, equations, make_batch, naive_logp, weights
 
 from omniopd_jax import config, export, hf, model, rollout, step, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, preflight
+from omniopd_jax.run import checkpoint, preflight, trained
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -32,8 +32,8 @@ def cfg(make_cfg):
 
 
 @pytest.fixture(scope="module")
-def lora_cfg(model_cfg, cfg):
-    return lora.scaled(model_cfg, cfg.lora)
+def compute(cfg):
+    return model.Compute(lora_scale=lora.scale(cfg.lora))
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +73,15 @@ def test_adapters_start_as_pefts(model_cfg, cfg, new):
     assert model.fits(new, lora.table(model_cfg, cfg.lora))
 
 
-def test_merging_adds_the_scaled_product(params, adapters, lora_cfg):
-    got = jax.jit(lambda p: lora.merge(p, lora_cfg, "float32"))(lora.attach(params, adapters))
+def test_merging_adds_the_scaled_product(params, adapters, compute):
+    got = jax.jit(lambda p: lora.merge(p, compute.lora_scale, "float32"))(lora.attach(params, adapters))
     want = merged(params, adapters, 1.5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 @pytest.mark.parametrize("objective", ["omniopd", pytest.param("opd_exact", marks=pytest.mark.slow)])
 def test_the_gradient_is_the_chain_rule_through_merged_weights(
-    params, ref_params, model_cfg, batch, make_cfg, adapters, lora_cfg, objective
+    params, ref_params, model_cfg, batch, make_cfg, adapters, compute, objective
 ):
     """dA = s dW B^T, dB = s A^T dW, dW of the dense loss at W + s A B; the reference is the base in both."""
     how = {"micro_batches": 2, "objective.name": objective}
@@ -90,8 +90,8 @@ def test_the_gradient_is_the_chain_rule_through_merged_weights(
     teacher = {"teacher_params": ref_params, "teacher_cfg": model_cfg} if objective == "opd_exact" else {}
     whole = merged(params, adapters, 1.5)
     want, dense_grads, dense_stats = taught(whole, params, batch, weight, mask, model_cfg, dense, **teacher)
-    rematerialised = dataclasses.replace(lora_cfg, remat={"omniopd": "full", "opd_exact": "dots"}[objective])
-    got, grads, stats = taught(adapters, params, batch, weight, mask, rematerialised, with_lora, **teacher)
+    rematerialised = dataclasses.replace(compute, remat={"omniopd": "full", "opd_exact": "dots"}[objective])
+    got, grads, stats = taught(adapters, params, batch, weight, mask, model_cfg, with_lora, rematerialised, **teacher)
     assert float(got) == pytest.approx(float(want), rel=1e-5)
     np.testing.assert_allclose(stats.kl_BT, dense_stats.kl_BT, rtol=1e-3, atol=1e-5)
     chained = {}
@@ -110,51 +110,49 @@ def test_the_gradient_is_the_chain_rule_through_merged_weights(
     close(grads, {"layers": chained}, 1e-4)
 
 
-@functools.partial(jax.jit, static_argnames=("model_cfg", "cfg", "teacher_cfg"))
-def taught(params, ref_params, batch, weight, mask, model_cfg, cfg, teacher_params=None, teacher_cfg=None):
+@functools.partial(jax.jit, static_argnames=("model_cfg", "cfg", "compute", "teacher_cfg"))
+def taught(params, ref_params, batch, weight, mask, model_cfg, cfg, compute=None, teacher_params=None, teacher_cfg=None):
     return step.loss_and_grads(
-        params, ref_params, batch, weight, mask, model_cfg=model_cfg, cfg=cfg,
+        params, ref_params, batch, weight, mask, model_cfg=model_cfg, cfg=cfg, compute=compute,
         teacher_params=teacher_params, teacher_cfg=teacher_cfg,
     )  # fmt: skip
 
 
-def test_the_reference_is_the_model_without_adapters(params, batch, cfg, new, adapters, lora_cfg):
+def test_the_reference_is_the_model_without_adapters(params, model_cfg, batch, cfg, new, adapters, compute):
     """A new run's KL is 0 to rounding; a moved one's is that of the merged model to the base."""
     weight, mask = weights(batch, cfg)
-    kl_BT = loss_and_grads(new, params, batch, weight, mask, lora_cfg, cfg)[2].kl_BT
+    kl_BT = taught(new, params, batch, weight, mask, model_cfg, cfg, compute)[2].kl_BT
     assert np.abs(np.asarray(kl_BT)).max() < 1e-6  # two programs for one forward: they round apart
-    kl_BT = loss_and_grads(adapters, params, batch, weight, mask, lora_cfg, cfg)[2].kl_BT
-    plain = dataclasses.replace(lora_cfg, lora_scale=None)
-    logp_BTV = naive_logp(merged(params, adapters, 1.5), plain, batch)
-    ref_BTV = naive_logp(params, plain, batch)
+    kl_BT = taught(adapters, params, batch, weight, mask, model_cfg, cfg, compute)[2].kl_BT
+    logp_BTV = naive_logp(merged(params, adapters, 1.5), model_cfg, batch)
+    ref_BTV = naive_logp(params, model_cfg, batch)
     want = np.asarray(jnp.sum(jnp.exp(ref_BTV) * (ref_BTV - logp_BTV), axis=-1))
     real = np.arange(want.shape[1])[None] < np.asarray(batch.length_B)[:, None]
     np.testing.assert_allclose(np.asarray(kl_BT)[real], want[real], rtol=1e-3, atol=1e-5)
     assert want[real].min() > 0.01
 
 
-def test_no_gradient_of_the_base_or_its_head_is_formed(params, batch, make_cfg, lora_cfg):
+def test_no_gradient_of_the_base_or_its_head_is_formed(params, model_cfg, batch, make_cfg, compute):
     """No product of the update has the shape, in any order of axes, of a projection or of the head; the dense one has all."""
     cfg = make_cfg(**{"lora.rank": 3})  # 2 would be the shape of k as well
     weight, mask = weights(batch, cfg)
-    adapters = lora.init(jax.random.key(0), lora_cfg, cfg.lora)
+    adapters = lora.init(jax.random.key(0), model_cfg, cfg.lora)
 
-    def shapes(trained, model_cfg, cfg):
-        fn = functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg)
+    def shapes(trained, cfg):
+        fn = functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg, compute=compute)
         made = equations(jax.make_jaxpr(fn)(trained, params, batch, weight, mask).jaxpr)
         return {tuple(sorted(e.outvars[0].aval.shape)) for e in made if e.primitive.name == "dot_general"}
 
-    table = model.table(lora_cfg)
+    table = model.table(model_cfg)
     base = {tuple(sorted(p.hf_shape)) for p in [table["embed"], *(table["layers"][n] for n in MATRICES)]}
-    dense = dataclasses.replace(lora_cfg, lora_scale=None)
-    assert base <= shapes(params, dense, make_cfg())
-    both = base & shapes(adapters, lora_cfg, cfg)
+    assert base <= shapes(params, make_cfg())
+    both = base & shapes(adapters, cfg)
     assert not both
 
 
-def test_state_holds_the_adapters_alone(params, batch, cfg, new, lora_cfg):
+def test_state_holds_the_adapters_alone(params, model_cfg, batch, cfg, new, compute):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, jax.devices()[:1])
-    steps = step.make_steps(lora_cfg, cfg, mesh)
+    steps = step.make_steps(model_cfg, cfg, compute=dataclasses.replace(compute, mesh=mesh))
     base = jax.device_put(jax.tree.map(jnp.copy, params), steps.reference_shardings)
     state = step.create_state(jax.tree.map(jnp.copy, new), cfg, steps, jax.random.key(0))
     held = sum(a.size for a in jax.tree.leaves((state.params, state.opt_state)))
@@ -170,10 +168,9 @@ def test_state_holds_the_adapters_alone(params, batch, cfg, new, lora_cfg):
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_the_sampler_gets_merged_weights(params, adapters, lora_cfg):
-    got = rollout.prepare(lora.attach(params, adapters), lora_cfg)
-    plain = dataclasses.replace(lora_cfg, lora_scale=None)
-    want = rollout.prepare(merged(params, adapters, 1.5), plain)
+def test_the_sampler_gets_merged_weights(params, model_cfg, adapters, compute):
+    got = rollout.prepare(lora.attach(params, adapters), model_cfg, compute=compute)
+    want = rollout.prepare(merged(params, adapters, 1.5), model_cfg)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     close(got, want, 1e-5)
 
@@ -276,7 +273,7 @@ def test_evaluation_and_merged_export_answer_alike(folders, whole):
 
 
 def test_a_run_without_adapters_has_none_to_export(folders, whole, monkeypatch):
-    read = export.read(whole, None)
+    read = trained.read(whole, None)
     monkeypatch.setattr(export, "read", lambda *_: dataclasses.replace(read, lora=config.default().lora))
     with pytest.raises(UserError, match="was trained without LoRA"):
         export.export(whole, folders[0] / "none", adapter=True)
@@ -305,9 +302,10 @@ def test_peft_opens_the_adapters_and_transformers_the_merged_model(folders, whol
         export.export(whole, folder / "merged_2", dtype="float32"), dtype=torch.float32
     ).eval()
     token = np.random.default_rng(0).integers(0, 300, (2, 20))
-    got = export.read(whole, None)
-    p = jax.jit(lambda p: model.logits(p, got.model_cfg, model.hidden(p, got.model_cfg, jnp.asarray(token))))(got.whole())
+    got = trained.read(whole, None)
     bare, cfg = hf.load(base)
+    compute = model.Compute(lora_scale=lora.scale(got.lora))
+    p = jax.jit(lambda p: model.logits(p, cfg, model.hidden(p, cfg, jnp.asarray(token), compute=compute)))(got.whole())
     without = np.asarray(model.logits(bare, cfg, model.hidden(bare, cfg, jnp.asarray(token))))
     with torch.no_grad():
         for m in (theirs, hf_merged):

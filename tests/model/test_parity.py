@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from omniopd_jax import hf, model, rollout
-from omniopd_jax.model import attention
+from omniopd_jax.model import attention, rope
 
 torch = pytest.importorskip("torch")
 MAX, MEAN = 1e-4, 1e-5  # of the reference's standard deviation
@@ -73,8 +73,8 @@ def close(ours, theirs, what: str) -> tuple[float, float]:
     return float(gap.max()), float(gap.mean())
 
 
-def our_logits(params, cfg, token, **kwargs):
-    run = jax.jit(lambda p, t, kw: model.logits(p, cfg, model.hidden(p, cfg, t, **kw)))
+def our_logits(params, cfg, token, compute=None, **kwargs):
+    run = jax.jit(lambda p, t, kw: model.logits(p, cfg, model.hidden(p, cfg, t, compute=compute, **kw)))
     return np.asarray(run(params, jnp.asarray(token), {k: jnp.asarray(v) for k, v in kwargs.items()}))
 
 
@@ -130,19 +130,20 @@ def check_parts(loaded, case):
     def attend(q, k, v):
         return attention.attend(q, k, v, backend="xla")
 
-    rope = model.rope_tables(cfg, jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape))
+    compute = model.Compute()
+    angles = rope.tables(cfg, jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape))
     x = params["embed"][token]
     close(x, seen["embed"], "embeddings")
-    for i, p in enumerate(model.unstack(params, cfg)["layers"]):
+    for i, p in enumerate(model.unstack(params, "float32")["layers"]):
         h = model.rms_norm(x, p["attn_norm"], cfg.norm_eps)
         close(h, seen[f"{i}.input_layernorm"], f"layer {i}: first norm")
         # what the residual gains when the mlp is switched off is the attention block alone
-        alone = model.layer(x, p | {"down": jnp.zeros_like(p["down"])}, cfg, rope, attend) - x
+        alone = model.layer(x, p | {"down": jnp.zeros_like(p["down"])}, cfg, compute, angles, attend) - x
         close(alone, seen[f"{i}.self_attn"], f"layer {i}: attention")
         h = model.rms_norm(x + seen[f"{i}.self_attn"], p["mlp_norm"], cfg.norm_eps)
         close(h, seen[f"{i}.post_attention_layernorm"], f"layer {i}: second norm")
-        close(model.mlp(h, p, cfg), seen[f"{i}.mlp"], f"layer {i}: mlp")
-        x = model.layer(x, p, cfg, rope, attend)
+        close(model.mlp(h, p, cfg, compute), seen[f"{i}.mlp"], f"layer {i}: mlp")
+        x = model.layer(x, p, cfg, compute, angles, attend)
         close(x, seen[f"{i}.layer"], f"layer {i}")
     close(model.hidden(params, cfg, jnp.asarray(token)), seen["norm"], "last norm")
 
@@ -244,6 +245,6 @@ def test_bfloat16_strays_from_float32_no_further_than_transformers(loaded, case)
     reference, params, cfg = loaded(*case)
     token, right, *_ = batch(3)
     exact = their_logits(reference, token, right)[right]
-    ours = our_logits(params, dataclasses.replace(cfg, dtype="bfloat16"), token)[right]
+    ours = our_logits(params, cfg, token, compute=model.Compute("bfloat16"))[right]
     theirs = their_logits(copy.deepcopy(reference).bfloat16(), token, right, dtype=torch.float32)[right]
     assert np.abs(ours - exact).mean() <= 1.1 * np.abs(theirs - exact).mean()

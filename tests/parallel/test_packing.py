@@ -46,7 +46,7 @@ def rows_of(b: objective.Batch) -> list[list[int]]:
 def packed_batch(shards: int, micro_batches: int) -> objective.Batch:
     b = batch()
     packed = packing.make(rows_of(b), b.prompt_length_B, most=MOST, shards=list(range(shards)), micro_batches=micro_batches)
-    assert packed.token_RL.size < 0.8 * b.token_BL.size and packed.owner_QX.size < B * T
+    assert packed.token_RL.size < 0.8 * b.token_BL.size and packed.owner_ZX.size < B * T
     assert packed.segment_RL.max() > 1
     return b.replace(token_BL=None, packed=packed)
 
@@ -68,16 +68,17 @@ def model_of(kind: str, model_cfg):
     return model_cfg, params, ref
 
 
-def everything(params, ref, b, cfg, model_cfg):
+def everything(params, ref, b, cfg, model_cfg, compute=None):
     """Score, weights, loss and gradient of one update: (stats, loss, gradients, loss stats)."""
     stats = step.score(
-        params, tokens_of(b), b.prompt_length_B, T, model_cfg=model_cfg, block=8, micro_batches=cfg.micro_batches
-    )
+        params, tokens_of(b), b.prompt_length_B, T, model_cfg=model_cfg, block=8, micro_batches=cfg.micro_batches,
+        compute=compute,
+    )  # fmt: skip
     weight, mask = objective.weights(stats.logp_BT, b, cfg)
-    return stats, *step.loss_and_grads(params, ref, b, weight, mask, model_cfg=model_cfg, cfg=cfg)
+    return stats, *step.loss_and_grads(params, ref, b, weight, mask, model_cfg=model_cfg, cfg=cfg, compute=compute)
 
 
-run = jax.jit(everything, static_argnames=("cfg", "model_cfg"))
+run = jax.jit(everything, static_argnames=("cfg", "model_cfg", "compute"))
 
 
 @functools.cache
@@ -122,12 +123,13 @@ def test_packed_on_eight_devices_equals_unpacked_on_one(model_cfg, make_cfg, kin
     want = unpacked(kind, model_cfg, settings(make_cfg))
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 2})
     own_cfg, params, ref = model_of(kind, model_cfg)
-    own_cfg, cfg = dataclasses.replace(own_cfg, mesh=mesh), settings(make_cfg, micro_batches=micro_batches)
+    cfg = settings(make_cfg, micro_batches=micro_batches)
     assert sharding.own_shards(mesh) == [0, 1, 2, 3]
     b = sharding.put_rows(packed_batch(4, micro_batches), mesh)
     where, rows = model.param_shardings(own_cfg, mesh), sharding.rows(mesh)
     many = jax.jit(
-        functools.partial(everything, cfg=cfg, model_cfg=own_cfg), in_shardings=(where, where, rows),
+        functools.partial(everything, cfg=cfg, model_cfg=own_cfg, compute=model.Compute(mesh=mesh)),
+        in_shardings=(where, where, rows),
         out_shardings=(rows, sharding.replicated(mesh), where, rows),
     )  # fmt: skip
     assert_equal(many(params, ref, b), want)
@@ -136,17 +138,17 @@ def test_packed_on_eight_devices_equals_unpacked_on_one(model_cfg, make_cfg, kin
 # --- what the comparison sees -------------------------------------------------------------------------------------------
 
 
-def one_late(hidden_RLD, at_QX):
-    return step._gather(hidden_RLD, at_QX)
+def one_late(hidden_RLD, at_ZX):
+    return step._gather(hidden_RLD, at_ZX)
 
 
 SABOTAGE = {
     "no segments": lambda p: p.replace(segment_RL=np.ones_like(p.segment_RL)),
     "a segment too long": lambda p: p.replace(segment_RL=np.roll(p.segment_RL, 1, axis=1)),
     "starts shifted": lambda p: p.replace(start_B=p.start_B + 1),
-    "weights of the next token": lambda p: p.replace(time_QX=np.maximum(p.time_QX - 1, 0)),
+    "weights of the next token": lambda p: p.replace(time_ZX=np.maximum(p.time_ZX - 1, 0)),
     "stats given back elsewhere": lambda p: p.replace(first_B=p.first_B + 1),
-    "another response's weights": lambda p: p.replace(owner_QX=np.where(p.owner_QX < 0, -1, (p.owner_QX + 1) % B)),
+    "another response's weights": lambda p: p.replace(owner_ZX=np.where(p.owner_ZX < 0, -1, (p.owner_ZX + 1) % B)),
 }
 
 
@@ -182,8 +184,8 @@ def test_a_shifted_index_is_seen(model_cfg, make_cfg, monkeypatch, late):
 def test_splash_with_packed_rows_equals_xla(model_cfg, make_cfg):
     want = unpacked("dense", model_cfg, settings(make_cfg))
     own_cfg, params, ref = model_of("dense", model_cfg)
-    own_cfg = dataclasses.replace(own_cfg, attention="splash_interpret")
-    assert_equal(run(params, ref, packed_batch(1, 1), cfg=settings(make_cfg), model_cfg=own_cfg), want, 2e-5)
+    how = {"cfg": settings(make_cfg), "model_cfg": own_cfg, "compute": model.Compute(attention="splash_interpret")}
+    assert_equal(run(params, ref, packed_batch(1, 1), **how), want, 2e-5)
 
 
 # --- the packer -----------------------------------------------------------------------------------------------------------
@@ -210,9 +212,9 @@ def test_every_response_lies_in_one_place_and_no_row_is_over_its_width(case):
     again = packing.make(rows, prompt, **how)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(again)))
 
-    (R, W), (Q, X) = packed.token_RL.shape, packed.owner_QX.shape
-    assert shards * n == Q and R % Q == 0
-    assert max(R - count, W - most, X - R // Q * W) <= 0
+    (R, W), (Z, X) = packed.token_RL.shape, packed.owner_ZX.shape
+    assert shards * n == Z and R % Z == 0
+    assert max(R - count, W - most, X - R // Z * W) <= 0
     # a row holds whole responses, once each, counted from 0; no two share a segment
     found = []
     for token, segment, position in zip(packed.token_RL, packed.segment_RL, packed.position_RL):
@@ -226,12 +228,12 @@ def test_every_response_lies_in_one_place_and_no_row_is_over_its_width(case):
     assert sorted(found) == [b for b in range(count) if rows[b]]
 
     # every response position once, and its place is that of its token
-    token_QL = step._split(packed.token_RL, n).reshape(n, shards, -1).swapaxes(0, 1).reshape(Q, -1)
+    token_ZL = step._split(packed.token_RL, n).reshape(n, shards, -1).swapaxes(0, 1).reshape(Z, -1)
     seen = []
-    for q, x in zip(*np.nonzero(packed.owner_QX >= 0)):
-        b, t = packed.owner_QX[q, x], packed.time_QX[q, x]
-        assert token_QL[q, packed.start_B[b] + prompt[b] + t] == rows[b][prompt[b] + t]
-        assert packed.first_B[b] + t == q * X + x
+    for z, x in zip(*np.nonzero(packed.owner_ZX >= 0)):
+        b, t = packed.owner_ZX[z, x], packed.time_ZX[z, x]
+        assert token_ZL[z, packed.start_B[b] + prompt[b] + t] == rows[b][prompt[b] + t]
+        assert packed.first_B[b] + t == z * X + x
         seen.append((b, t))
     assert sorted(seen) == [(b, t) for b in range(count) for t in range(response[b])]
 
@@ -242,18 +244,18 @@ def test_a_process_speaks_of_the_global_batch():
     own = {0: [0, 2], 1: [1, 3]}
     share, rows, length = B // 4, rows_of(b), b.prompt_length_B + b.length_B
     at = {r: np.concatenate([np.arange(s * share, (s + 1) * share) for s in own[r]]) for r in own}
-    plans = {r: packing.pack(length[at[r]], b.length_B[at[r]], MOST, 2 * n) for r in own}
+    plans = {r: packing.make_plan(length[at[r]], b.length_B[at[r]], MOST, 2 * n) for r in own}
     count, X = (max(getattr(p, name) for p in plans.values()) for name in ("rows", "positions"))
     plans = {r: dataclasses.replace(p, rows=count, positions=X) for r, p in plans.items()}  # what they agree on
     parts = {
-        r: packing.lay(plans[r], [rows[i] for i in at[r]], b.prompt_length_B[at[r]], MOST, own[r], n) for r in own
+        r: packing.fill(plans[r], [rows[i] for i in at[r]], b.prompt_length_B[at[r]], MOST, own[r], n) for r in own
     }
     owner, time = (np.zeros((4 * n, X), int) for _ in range(2))
     for r, p in parts.items():
-        assert set(p.owner_QX.ravel()) - {-1} == {i for i in at[r] if b.length_B[i]}
+        assert set(p.owner_ZX.ravel()) - {-1} == {i for i in at[r] if b.length_B[i]}
         for local, shard in enumerate(own[r]):
-            owner[shard * n : shard * n + n] = p.owner_QX[local * n : local * n + n]
-            time[shard * n : shard * n + n] = p.time_QX[local * n : local * n + n]
+            owner[shard * n : shard * n + n] = p.owner_ZX[local * n : local * n + n]
+            time[shard * n : shard * n + n] = p.time_ZX[local * n : local * n + n]
     for r, p in parts.items():
         for k, i in enumerate(at[r]):
             for t in range(b.length_B[i]):
@@ -272,18 +274,18 @@ def test_first_fit_wastes_at_most_half(lengths, width):
 
 
 def test_what_goes_out_comes_back():
-    """`take` and `give_back` are inverse on real tokens, whatever the shards and micro-batches; `places` knows the rest."""
+    """`pack_values` and `unpack_values` are inverse on real tokens, whatever the shards and micro-batches; so is `places`."""
     a_BT = np.random.default_rng(0).normal(size=(B, T)).astype(np.float32)
-    real = np.arange(T)[None] < batch().length_B[:, None]
+    real, mesh = np.arange(T)[None] < batch().length_B[:, None], sharding.default_mesh()
     for shards, n in ((1, 1), (1, 4), (4, 2)):
         packed = jax.tree.map(jnp.asarray, packed_batch(shards, n).packed)
-        a_QX = packing.take(packed, jnp.asarray(a_BT))
-        np.testing.assert_array_equal(np.asarray(packing.give_back(packed, a_QX, T))[real], a_BT[real])
-        at_QX = packing.places(packed, jnp.asarray(batch().prompt_length_B))
+        a_ZX = packing.pack_values(packed, jnp.asarray(a_BT), mesh)
+        np.testing.assert_array_equal(np.asarray(packing.unpack_values(packed, a_ZX, T, mesh))[real], a_BT[real])
+        at_ZX = packing.places(packed, jnp.asarray(batch().prompt_length_B), mesh)
         begin = np.asarray(packed.start_B) + batch().prompt_length_B
-        on = np.asarray(packed.owner_QX) >= 0
-        np.testing.assert_array_equal(at_QX[on], (begin[packed.owner_QX] + packed.time_QX)[on])
-        assert float(np.abs(a_QX).sum()) == pytest.approx(np.abs(a_BT[real]).sum(), rel=1e-5)
+        on = np.asarray(packed.owner_ZX) >= 0
+        np.testing.assert_array_equal(at_ZX[on], (begin[packed.owner_ZX] + packed.time_ZX)[on])
+        assert float(np.abs(a_ZX).sum()) == pytest.approx(np.abs(a_BT[real]).sum(), rel=1e-5)
 
 
 def test_rows_are_full_and_shapes_few():

@@ -5,7 +5,6 @@
 DATA: the size of the mesh's data axis; the rest is fsdp.
 """
 
-import dataclasses
 import functools
 import sys
 
@@ -14,7 +13,7 @@ import numpy as np
 import tiny
 from ml_collections import FrozenConfigDict
 
-from omniopd_jax import hf, objective, step, vocab
+from omniopd_jax import hf, model, objective, step, vocab
 from omniopd_jax.parallel import processes, sharding
 
 SETTINGS = {"micro_batches": 2, "audit.num_chunks": 2, "vocab_block": 16, "prior.alpha": 1.0, "max_completion_length": 24}
@@ -25,7 +24,6 @@ def loss_and_grads(student, saved: dict, data: int):
     """{leaf: gradient}, with `loss`, as host arrays; `saved` holds this process's rows."""
     mesh = sharding.make_mesh({"data": data, "fsdp": -1, "tp": 1})
     params, model_cfg = hf.load(student, mesh=mesh)
-    model_cfg = dataclasses.replace(model_cfg, mesh=mesh if mesh.size > 1 else None)
     cfg = FrozenConfigDict(tiny.recipe("", "", "", **SETTINGS))
     batch = objective.Batch(*(saved[k] for k in FIELDS))
     batch, stats = sharding.put_rows((batch, vocab.TokenStats(saved["logp_BT"], saved["entropy_BT"])), mesh)
@@ -33,7 +31,8 @@ def loss_and_grads(student, saved: dict, data: int):
 
     def run(params, ref, batch, stats):
         weight_BT, mask_BT = objective.weights(stats.logp_BT, batch, cfg)
-        loss, grads, _ = step.loss_and_grads(params, ref, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg)
+        how = {"model_cfg": model_cfg, "cfg": cfg, "compute": model.Compute(mesh=mesh)}
+        loss, grads, _ = step.loss_and_grads(params, ref, batch, weight_BT, mask_BT, **how)
         return loss, grads
 
     loss, grads = jax.jit(run, out_shardings=sharding.replicated(mesh))(params, ref, batch, stats)

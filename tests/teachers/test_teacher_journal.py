@@ -21,11 +21,17 @@ from omniopd_jax.teachers import Continuation, Failure, TeacherStopped, journal
 from omniopd_jax.teachers.journal import Journal, Totals
 
 
+def buy(j, who, peak, continuation):
+    """A call that brings one text."""
+    call = j.ask(b"k" * 16, 1, 10, 0.5, Totals())
+    j.settle(call, "ok", usage=(4, 1, 2, 0.25), results=[(b"k" * 16, who, peak, continuation, None)])
+
+
 def fill(folder, name="a", n=3):
     j = Journal(folder)
     j.describe(b"k" * 16, {"model": "m"}, [{"role": "user", "content": "x"}], "so")
     for i in range(n):
-        j.put(b"k" * 16, name, 3, Continuation(i, f"text {i} \u00e9\n", "stop"))
+        buy(j, name, 3, Continuation(i, f"text {i} \u00e9\n", "stop"))
     j.put_failure(b"k" * 16, name, 3, Failure(n, "deadline"))
     j.close()
 
@@ -182,12 +188,12 @@ print(json.dumps([texts(r) for r in out]), flush=True)
 
 @pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     rng = random.Random(5)
     with WireServer(delay_s=0.05, honours_n=False) as server:
 
         def run(folder):
-            code = RUN.format(tests=str(here), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
+            code = RUN.format(tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
             return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
         whole = run(tmp_path / "whole")
@@ -228,7 +234,7 @@ def test_export(tmp_path):
         ask(c, request("a", n=2), request("b", n=2))
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "omniopd_jax.teachers.journal", "export", str(tmp_path / "journal"), str(out)]
-    repo = str(pathlib.Path(__file__).parent.parent)
+    repo = str(pathlib.Path(__file__).parents[2])
     done = subprocess.run(command, capture_output=True, text=True, cwd=repo)
     assert done.returncode == 0 and "4 continuations" in done.stdout, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -242,4 +248,4 @@ def test_export(tmp_path):
 def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        Journal(tmp_path / "file" / "j").put(b"k", "a", 0, Continuation(0, "", "stop"))
+        buy(Journal(tmp_path / "file" / "j"), "a", 0, Continuation(0, "", "stop"))

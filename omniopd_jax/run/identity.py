@@ -1,0 +1,142 @@
+"""What makes two starts the same run: its settings, and what it reads under their names (digests of files and texts)."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from omniopd_jax import config, hf
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import files, host, logging
+from omniopd_jax.teachers.protocol import stable_hash
+from omniopd_jax.teachers.wire import secrets
+
+DIGESTS = "digests"  # beside the settings, in config.json
+HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, how fast, where, and what is written
+    "run_dir", "checkpoint.", "log.", "eval.every", "budget.", "distributed.", "profile.", "resume.", "mesh.", "micro_batches",
+    "rollout_groups", "packing.", "vocab_block", "model.remat", "anchor.ref_offload", "teacher.base_url",
+    "teacher.max_concurrency", "teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.timeout_s",
+    "teacher.deadline_s", "teacher.max_retries", "teacher.prefix_order", "teacher.replay", "teacher.journal",
+    "teacher.price_", "teacher.key_over_http",
+)  # fmt: skip
+SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
+
+
+def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
+    """A run that is resumed must be the run that was begun: same settings, same inputs.
+
+    Keys of `HARMLESS` and `resume.allow` may differ; `num_steps` too, unless the learning rate's schedule reads it. A key
+    that the old config has and this program no longer knows is reported, as is a run from before there were digests.
+
+    Args:
+      digests: `digests_of` now.
+      file: the run's config.json; nothing is compared where there is none.
+
+    Raises:
+      UserError: names what differs.
+    """
+    saved = read(file)
+    if saved is None:
+        return
+    before, known = saved.pop(DIGESTS, None), config.flat(config.default())
+    old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
+    if removed := sorted(set(old) - set(now)):
+        logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
+    may = (*HARMLESS, *cfg.resume.allow, *(("num_steps",) if cfg.optimizer.schedule == "constant" else ()))
+    changed = [
+        f"{k} was {old[k]!r}, is {now[k]!r}" for k in now if k in old and plain(old[k]) != plain(now[k]) and not allowed(k, may)
+    ]
+    if before is None:
+        logging.say(f"warning: {file} is from before inputs were compared: what this run reads is taken as it is now")
+    else:
+        changed += [f"{name} has changed" for name in digests if name in before and before[name] != digests[name]
+                    and not allowed(name, may)]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"{file.parent} holds a run with other settings or inputs ({'; '.join(changed)}): set them back, set another "
+            "run_dir, or name what may change in resume.allow"
+        )
+
+
+def allowed(key: str, may) -> bool:
+    """Whether a key is named by `may`: whole, or by a beginning that ends in a dot or underscore."""
+    return any(key == m or (m[-1:] in "._" and key.startswith(m)) or key.startswith(f"{m}.") for m in may)
+
+
+def plain(value):
+    """A config's value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def read(file: pathlib.Path) -> dict | None:
+    """A run's config.json; None where there is none.
+
+    Raises:
+      UserError: it is damaged, and how to go on.
+    """
+    if not file.is_file():
+        return None
+    return files.read_json(file, "remove it to go on from the checkpoint with the settings given now")
+
+
+def as_json(cfg: ConfigDict) -> str:
+    """The resolved config as a run's config.json holds it."""
+    values = cfg.to_dict()
+    values["teacher"]["base_url"] = secrets.public_url(values["teacher"]["base_url"])  # its path may hold a key
+    return secrets.hide_keys(json.dumps(values, indent=1, default=str))
+
+
+def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
+    """Writes config.json, whole or not at all."""
+    host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | {DIGESTS: digests}, indent=1) + "\n")
+
+
+def digests_of(cfg: ConfigDict, prompts, held_out, template: str) -> dict[str, str]:
+    """Digests of what a run reads under names that stay the same when the content changes.
+
+    Args:
+      prompts, held_out: data.Prompts, encoded; None: none is read.
+      template: the student's chat template.
+    """
+    out = {"the training prompts": _prompts(prompts), "the student's chat template": f"{stable_hash(template):x}"}
+    if held_out is not None:
+        out["the held-out prompts"] = _prompts(held_out)
+    folders = {"the student's folder (student.path)": cfg.student.path}
+    if cfg.teacher.provider == "local" and cfg.teacher.model:
+        folders["the teacher's folder (teacher.model)"] = cfg.teacher.model
+    if cfg.teacher.tokenizer:
+        folders["the teacher's tokenizer (teacher.tokenizer)"] = cfg.teacher.tokenizer
+    if cfg.audit.similarity == "embedding":
+        folders["the embedding model (audit.embedding_model)"] = cfg.audit.embedding_model
+    return out | {name: folder_digest(path) for name, path in folders.items()}
+
+
+def folder_digest(name: str) -> str:
+    """Of a model's folder, or of a hub name's cached one: names and contents of its files; '' where there is none.
+
+    A file over 4 MB gives its size and evenly spaced samples: training changes every weight, so samples see it, and a file
+    of weights is too large to be read at each start.
+    """
+    try:
+        folder = hf.resolve(name)
+    except UserError:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            for i in range(SAMPLES):
+                file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1), os.SEEK_SET)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _prompts(prompts) -> str:
+    parts = (x for p in prompts.prompts for x in (p.id, json.dumps(p.messages, sort_keys=True), p.answer, p.token_ids))
+    return f"{stable_hash(*parts):016x}"

@@ -1,0 +1,162 @@
+"""One run per run directory: a lock file that process 0 holds, with a heartbeat, taken over from a process that is gone."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import secrets
+import socket
+import threading
+
+import jax
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import processes
+from omniopd_jax.run import logging
+
+NAME = "lock"  # <run_dir>/lock
+BEAT_S = 30.0  # between heartbeats
+SILENT_S = 300.0  # a holder on another host that has not written for so long is gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds the lock: a process is named by its host, the host's boot, its pid and when it started (clock ticks)."""
+
+    host: str
+    boot: str
+    pid: int
+    started: int
+    token: str
+
+
+def this_process() -> Holder:
+    """This process, with a new token."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    boot_id = boot.read_text().strip() if boot.is_file() else ""
+    return Holder(socket.gethostname(), boot_id, os.getpid(), start_time(os.getpid()) or 0, secrets.token_hex(8))
+
+
+def start_time(pid: int) -> int | None:
+    """When a process of this host started, in clock ticks since its boot; None where there is no such process."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])  # the name, in parentheses, may hold anything
+
+
+def gone(holder: Holder, here: Holder, silent_s: float) -> str:
+    """Why the holder can't be alive, or '' where it may be. `silent_s`: since its last heartbeat."""
+    if holder.host != here.host:
+        return f"host {holder.host} has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else ""
+    if holder.boot != here.boot:
+        return f"host {holder.host} has been restarted since"
+    if start_time(holder.pid) != holder.started:
+        return f"process {holder.pid} has ended"
+    return ""
+
+
+class Lock:
+    """The lock of a run directory, once acquired: writes a heartbeat until `release`."""
+
+    def __init__(self, run_dir):
+        self._folder = pathlib.Path(run_dir)
+        self._path = self._folder / NAME
+        self.holder = this_process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Takes the lock, from a holder that is gone with a line that says so.
+
+        Raises:
+          UserError: another process holds it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._guarded():
+            own = self._folder / f".{NAME}-{self.holder.token}"
+            own.write_text(json.dumps(dataclasses.asdict(self.holder)))
+            try:
+                if self._path.exists():
+                    self._check_gone(now=own.stat().st_mtime)
+                os.replace(own, self._path)
+            finally:
+                own.unlink(missing_ok=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def _guarded(self):
+        """Alone among those who take or release the lock at this moment; the kernel frees it if this process dies."""
+        with (self._folder / f".{NAME}-guard").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _check_gone(self, now: float) -> None:
+        holder, beat = self._read()
+        silent_s = now - beat  # both by the file system's clock
+        reason = gone(holder, self.holder, silent_s)
+        if not reason:
+            raise UserError(
+                f"run_dir = {self._folder} is in use by process {holder.pid} on {holder.host} (heartbeat {silent_s:.0f} s "
+                "ago): wait until it ends, stop it, or set another run_dir"
+            )
+        logging.say(f"{self._folder} was left locked, and {reason}: this run takes it over")
+
+    def _read(self) -> tuple[Holder, float]:
+        try:
+            return Holder(**json.loads(self._path.read_text())), self._path.stat().st_mtime
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._path} is damaged: remove it if no run uses {self._folder}") from error
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a full disk or a folder moved away: the run itself will say so
+                os.utime(self._path)
+
+    def release(self) -> None:
+        """Gives the lock back, if it is still this process's."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(OSError, ValueError), self._guarded():
+            if json.loads(self._path.read_text())["token"] == self.holder.token:
+                self._path.unlink()
+
+
+@contextlib.contextmanager
+def held(run_dir):
+    """The run directory, locked by process 0 for all processes of the run.
+
+    Raises:
+      UserError: in every process, where another run holds it or the folder can't be written.
+    """
+    lock = Lock(run_dir)
+    if jax.process_index() == 0:
+        processes.together("lock", lambda: _checked(lock, run_dir))
+    else:
+        processes.together("lock", lambda: None)
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            lock.release()
+
+
+def _checked(lock: Lock, run_dir) -> None:
+    """Locks; a folder that can't be written is one line, before anything loads."""
+    folder = pathlib.Path(run_dir)
+    try:
+        lock.acquire()
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"\0" * 65_536)
+        probe.unlink()
+    except FileExistsError as error:
+        raise UserError(f"run_dir = {run_dir} is a file, not a folder: set another run_dir") from error
+    except NotADirectoryError as error:
+        raise UserError(f"run_dir = {run_dir} lies under a file, not a folder: set another run_dir") from error
+    except OSError as error:
+        lock.release()
+        raise UserError(f"run_dir = {run_dir} can't be written ({error.strerror}): set another run_dir") from error
