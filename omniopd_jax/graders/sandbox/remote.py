@@ -259,9 +259,8 @@ FUNCTIONS = {
     "list": list, "isinstance": isinstance, "__getattribute__": getattr, "__setattr__": setattr, "__str__": str,
     "__repr__": repr, "__next__": next,
 }  # fmt: skip
-OPERATORS = {f"__{name}__" for name in (
-    "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift lt le gt ge eq ne neg pos abs invert".split()
-)}  # fmt: skip
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+OPERATORS = {f"__{name}__" for name in (*_BINARY, "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert")}
 
 
 def mutable(value):
