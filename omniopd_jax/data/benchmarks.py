@@ -25,7 +25,7 @@ from omniopd_jax import graders, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.graders import gym
+from omniopd_jax.graders import code_tests, gym
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 FUNCTION = "Write the whole function, with the imports that it needs, in one ```python block."
@@ -158,11 +158,14 @@ def _livecodebench(row):
     metadata = row["metadata"] if isinstance(row["metadata"], dict) else json.loads(row["metadata"])
     name, starter = metadata["func_name"], row.get("starter_code") or ""
     text = f"{row['question_content']}\n\n{METHOD}\n\n```python\n{starter.rstrip()}\n```"
-    asserts = []
-    for c in cases:
-        arguments = ", ".join(repr(json.loads(line)) for line in c["input"].splitlines() if line.strip())
-        asserts.append(f"assert Solution().{name}({arguments}) == {json.loads(c['output'])!r}")
+    with code_tests.long_integers():
+        asserts = [f"assert Solution().{name}({_arguments(c['input'])}) == {json.loads(c['output'])!r}" for c in cases]
     return text, json.dumps({"asserts": asserts, "prompt": starter})
+
+
+def _arguments(lines: str) -> str:
+    """Arguments, one a line as JSON, as Python."""
+    return ", ".join(repr(json.loads(line)) for line in lines.splitlines() if line.strip())
 
 
 def _cases(cases) -> list[dict]:
