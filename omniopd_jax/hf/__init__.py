@@ -29,6 +29,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTER = "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PACKAGE = Path(__file__).resolve().parents[1]
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
@@ -230,7 +231,8 @@ def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
     name = str(folder)
     if not name:
         raise UserError(f"{setting} is empty: set it to a Hugging Face folder")
-    path = Path(name).expanduser()
+    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
+    path = packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():

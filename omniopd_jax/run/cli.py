@@ -1,12 +1,28 @@
 """What the commands share: flag errors as one line, logging, JAX's process-wide settings."""
 
+import contextlib
 import os
+import runpy
 import sys
 import traceback
 
 from absl import app, flags, logging
 
-from omniopd_jax.errors import UserError
+from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.run import recipes
+
+COMMANDS = ("main", "evaluate", "export", "aot", "config")
+
+
+def command() -> None:
+    """The console script `omniopd COMMAND ...`: the same as `python -m omniopd_jax.COMMAND ...`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    try:
+        one_of(name, COMMANDS, "omniopd's command")
+    except UserError as error:
+        sys.exit(_tell(error))
+    sys.argv[:2] = [f"omniopd {name}"]
+    runpy.run_module(f"omniopd_jax.{name}", run_name="__main__", alter_sys=True)
 
 
 def run(main) -> None:
@@ -34,8 +50,10 @@ def _tell(error: UserError) -> int:
 
 def _parse(argv):
     """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
+    argv, recipe = _with_recipe_found(argv)
     try:
-        rest = flags.FLAGS(argv)
+        with recipes.importable(recipe) if recipe else contextlib.nullcontext():
+            rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             _ = flags.FLAGS["config"].value.keys()  # a recipe that failed to load says so only when it is touched
         return rest
@@ -50,6 +68,20 @@ def _parse(argv):
         if any("verbosity=1" in a for a in argv):
             traceback.print_exc()
         sys.exit(_tell(UserError(_config_message(argv, error))))
+
+
+def _with_recipe_found(argv) -> tuple[list[str], str]:
+    """(argv with the recipe's path as `recipes.find` has it, that path; '' where no recipe is given)."""
+    argv = list(argv)
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag not in ("-config", "--config") or (not equals and i + 1 == len(argv)):
+            continue
+        path, colon, variants = (value if equals else argv[i + 1]).partition(":")
+        path = recipes.find(path)
+        argv[i : i + 1 if equals else i + 2] = [f"--config={path}{colon}{variants}"]
+        return argv, path
+    return argv, ""
 
 
 def _recipe(argv) -> str:
@@ -68,7 +100,7 @@ def _config_message(argv, error: Exception) -> str:
     if isinstance(error, OSError):
         path = recipe.split(":")[0]
         if not os.path.isfile(path):
-            return f"--config={recipe}: no such file {path!r}"
+            return f"--config={recipe}: no such file {path!r}; recipes of the package: {', '.join(recipes.names())}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(recipe.split(":")[0].lstrip("./"))]
     where = f"{recipe}, line {frames[-1].lineno}" if frames else recipe
     words = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
