@@ -55,6 +55,8 @@ def default() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)
+    c.student.template = "chat"  # chat (the tokenizer's own) | plain (a base model: docs/students.md) | a Jinja file
+    c.student.stop_strings = ()  # texts that end an answer, beside the format's own; as a flag: "('\\n\\n',)"
     c.student.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking; may get new keys
 
     c.model = ConfigDict()
@@ -66,12 +68,14 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "world"  # world | jsonl | hub
-    c.data.path = ""  # jsonl: a file, one object with `prompt` a line
+    c.data.path = ""  # jsonl: a file of rows with a `prompt`: .jsonl, .jsonl.gz, .json, .csv or .parquet
     c.data.name = ""  # hub: data set name; world: forks | slips | style
+    c.data.subset = ""  # hub: the data set's configuration where it has several, e.g. "main"; "" = its only one
     c.data.split = "train"  # hub and world
-    c.data.fields = ConfigDict()  # hub: our name -> the data set's column
+    c.data.fields = ConfigDict()  # our name -> the column of the data set, or the field of the file's rows
     c.data.fields.prompt = "prompt"  # column
-    c.data.fields.answer = "answer"  # column; may be missing
+    c.data.fields.answer = "answer"  # column, or a path in it such as reward_model.ground_truth; may be missing
+    c.data.fields.solution = "solution"  # column with a worked solution, for sft without a teacher; may be missing
     c.data.fields.id = "id"  # column; may be missing
     c.data.num_prompts = 0  # take the first so many; 0 = all (world: 4,096)
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
@@ -113,8 +117,12 @@ def default() -> ConfigDict:
     c.teacher.model = ""  # local: a Hugging Face folder; else the provider's model name
     c.teacher.temperature = 1.0  # must sample: a greedy teacher makes all continuations equal
     c.teacher.top_p = 1.0  # left out of the call where it is 1 (Gemini: always sent)
+    c.teacher.template = "chat"  # chat | plain | a Jinja file: how a prompt is written where that is done here
+    c.teacher.preamble = ""  # plain or a Jinja file: worked examples in front of the prompt, or a file that holds them
+    c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # the same for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders the prompt for completion, tells if the student's is another
     c.teacher.max_concurrency = 32  # calls in flight, and responses under audit at a time
@@ -134,6 +142,7 @@ def default() -> ConfigDict:
     c.budget.usd = 0.0  # dollars; 0 = no cap
     c.budget.tokens = 0  # input + output tokens; 0 = no cap
     c.budget.calls = 0  # requests on the wire, retries included; 0 = no cap
+    c.budget.confirm_usd = 20.0  # dollars; a run without a cap whose middle estimate is above needs --yes
     c.budget.on_exhausted = "stop"  # stop (checkpoint, exit) | fewer_audits (lower M) | fewer_continuations (lower N)
 
     c.optimizer = ConfigDict()
@@ -182,7 +191,12 @@ def default() -> ConfigDict:
     c.resume.allow = ()  # keys, or beginnings of keys, that may differ from those of the run that is resumed
 
     c.log = ConfigDict()
-    c.log.tensorboard = True  # scalars beside metrics.jsonl
+    c.log.tensorboard = True  # scalars and tables beside metrics.jsonl, in <run_dir>/tensorboard
+    c.log.trackers = ()  # more of them: wandb | trackio; as a flag: "('wandb',)"
+    c.log.completions_per_step = 4  # whole responses a step written to completions.jsonl; what is left out is counted
+    c.log.evaluation_answers = 256  # answers of each evaluation written to evaluations.jsonl; the first ones
+    c.log.text_characters = 20_000  # of each text in a record; what is cut is counted
+    c.log.chance_pairs = 128  # comparisons a step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()

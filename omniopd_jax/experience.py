@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from omniopd_jax import audit, model, objective, rollout, scheduler, vocab
 from omniopd_jax import step as steps
@@ -18,6 +17,7 @@ from omniopd_jax.config import min_continuations
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
 from omniopd_jax.run.host import AsyncThread, StopFlag
@@ -32,7 +32,7 @@ class Student:
 
     model_cfg: model.ModelConfig
     compute: model.Compute
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     decoder: audit.Decoder
     end_ids: tuple[int, ...]
 
@@ -167,6 +167,9 @@ def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) ->
         sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B, out.logp_model_BT)
     )
     tokens = [row[:n].tolist() for row, n in zip(token_BT, length_B, strict=True)]
+    stops = [student.template.stop_row(row) for row in tokens]  # None: no stop string ended it
+    tokens = [row[:n] for row, n in zip(tokens, stops, strict=True)]
+    finished_B = finished_B | np.array([n is not None for n in stops])
     rows = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
     return Responses(rows, ids, tokens, finished_B, logp_BT)
 
@@ -196,8 +199,9 @@ def solutions(
         got = {c.index: c for c in a.result.continuations}
         for g in range(n):
             whole = g in got and got[g].finish == "stop"
-            text = student.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
-            tokens.append((text + [student.end_ids[0]] * whole)[: cfg.max_completion_length])
+            text = student.template.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
+            end = list(student.template.turn_end_ids[:1]) if whole else []
+            tokens.append((text + end)[: cfg.max_completion_length])
             finished.append(whole)
     rows = [p for p in drawn.prompts for _ in range(n)]
     ids = [a.request.sample_id for a in audits for _ in range(n)]
@@ -223,7 +227,7 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
         return np.full((B, cfg.audit.num_chunks), -1, np.int32)
     T = scores.entropy_BT.shape[1]
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
-    eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T)
+    eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T, cfg.audit.chunk_tokens)
     length_B, eligible_BT = sharding.put_rows((length_B, eligible_BT), student.mesh)
     score_BT = scores.stats.entropy_BT
     if cfg.audit.selection == "random":

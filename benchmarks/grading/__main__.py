@@ -2,9 +2,10 @@
 
     python -m benchmarks.grading [--programs 1000] [--workers 2] [--pairs 400]
 
-Each program runs in namespaces of its own; half are graded on stdin and stdout, half by assert tests in a second process.
-Prints a line for each kind with the rate, the CPU time of a program (all its processes) and how many passed: all but the
-tenth that is made to fail. The bar is 20 programs a second on 2 cores; the load average says who else used them.
+Each program runs in namespaces of its own; half are graded on stdin and stdout, half by assert tests in a second
+process. Prints a line for each kind with the rate, the CPU time of a program (all its processes) and how many passed:
+all but the tenth that is made to fail. The bar is 20 programs a second on 2 cores; the load average says who else used
+them.
 """
 
 import argparse

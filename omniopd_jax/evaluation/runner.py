@@ -10,7 +10,6 @@ import re
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from omniopd_jax import export, graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
@@ -18,6 +17,8 @@ from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import scores
 from omniopd_jax.evaluation.sampling import repeated_ngrams
+from omniopd_jax.hf.template import Template, of_student
+from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import logging
@@ -32,7 +33,7 @@ class Student:
     params: dict
     model_cfg: model.ModelConfig
     compute: model.Compute
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     end_ids: tuple[int, ...]
     source: str
 
@@ -82,6 +83,13 @@ def load_student(cfg, checkpoint: str | None) -> Student:
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
+    tokenizer = hf.load_tokenizer(folder, setting=setting)
+    template = of_student(cfg, tokenizer)
+    end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
+    if note:
+        logging.say(note)
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
     mesh = sharding.make_mesh(cfg.mesh)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
@@ -90,9 +98,8 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh))
     scale = None if trained is None else lora.scale(trained.lora)
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
-    tokenizer = hf.load_tokenizer(folder, setting=setting)
     params = rollout.prepare(params, model_cfg, compute=compute)
-    return Student(params, model_cfg, compute, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+    return Student(params, model_cfg, compute, template, end_ids, source)
 
 
 def is_run(folder: pathlib.Path) -> bool:
@@ -141,16 +148,15 @@ def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: i
         compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-    tokens = [token_BT[b, : length_B[b]].tolist() for b in range(len(prompts) * n)]
-    texts = [student.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    grades = grader.grade_all(texts, [p.answer for p in prompts for _ in range(n)])
+    read = [student.template.read(token_BT[b, : length_B[b]].tolist()) for b in range(len(prompts) * n)]
+    grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
     return [
         {
-            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] else "length",
-            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": len(tokens[b]),
-            "repeated": repeated_ngrams(tokens[b]),
+            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
+            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": length,
+            "repeated": repeated_ngrams(token_BT[b, :length].tolist()),
         }
-        for b, text in enumerate(texts)
+        for b, (text, length, stopped) in enumerate(read)
     ]  # fmt: skip
 
 
@@ -200,7 +206,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     student = load_student(cfg, checkpoint)
     cfg = cfg.copy_and_resolve_references()
     cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
-    encoded = [data.encode(data.Prompts(s.prompts), student.tokenizer, cfg).prompts for s in loaded]
+    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg).prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,10 @@ from omniopd_jax.errors import UserError
 FORMS = 'code tests need "stdin" and "stdout", or "asserts"'
 
 # What LiveCodeBench's own harness puts before a program: programs of its kind rely on these names.
-STARS = ["string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"]
+STARS = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -139,7 +142,9 @@ def _look(source):
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     called = {n.func.id for n in calls}
-    dotted = {n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)} - called
+    dotted = {
+        n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    } - called
     names = sorted(_free_names(source) - set(dir(builtins)))
     inner = {id(n): sum(isinstance(m, ast.Call) for m in ast.walk(n)) for n in calls if hasattr(builtins, n.func.id)}
     calls = [n for n in calls if id(n) in inner]
@@ -199,5 +204,5 @@ def preamble(*sources: str) -> str:
     """What of LiveCodeBench's preamble these programs can notice: the imports of the names in them."""
     words = set().union(*(_WORD.findall(source) for source in sources))
     lines = {table[word] for table in [_preamble()] for word in words & table.keys()} - {""}
-    lines = sorted(lines, key=lambda line: line.startswith("import "))  # `datetime` is the module in the end
+    lines = sorted(lines, key=lambda line: (line.startswith("import "), line))  # `datetime` is the module in the end
     return "\n".join([*lines, "__import__('sys').setrecursionlimit(50000)"])

@@ -65,7 +65,9 @@ def _source(lines) -> str:
 def defines(source: str, name: str) -> bool:
     """Whether a line at the left edge of `source` defines `name`."""
     name = re.escape(name)
-    return bool(re.search(rf"(?m)^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", source))
+    return bool(
+        re.search(rf"(?m)^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", source)
+    )
 
 
 def extract_program(text: str, asked: tuple[str, ...] = ()) -> str:

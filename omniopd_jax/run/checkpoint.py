@@ -7,7 +7,6 @@ does not is moved aside, and the one before it is taken.
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import sys
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
+from omniopd_jax.run import files
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.teachers import journal as journals
 from omniopd_jax.teachers.protocol import stable_hash
@@ -38,11 +38,11 @@ def restore_journal(cfg) -> list[int]:
     folder = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
     disks = processes.disks(folder) if jax.process_count() > 1 else [0]
     snapshots = pathlib.Path(cfg.run_dir) / JOURNALS
-    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit()] if snapshots.is_dir() else []
+    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit() and f.is_dir()] if snapshots.is_dir() else []
     newest = processes.first("newest journal", max(steps, default=None))
     if newest is not None:
         owners = sorted(set(disks))
-        for i, part in enumerate(sorted((snapshots / str(newest)).iterdir())):
+        for i, part in enumerate(sorted(f for f in (snapshots / str(newest)).iterdir() if f.is_dir() and f.name.isdigit())):
             if owners[i % len(owners)] == jax.process_index():
                 journals.restore(part, folder)
         processes.barrier("journal restored")
@@ -184,7 +184,7 @@ class Checkpoints:
         if rank == 0:
             kept = {str(s) for s in self._manager.all_steps()} | {str(step)}
             for old in self._journals.iterdir():
-                if old.name not in kept:
+                if old.name.isdigit() and old.is_dir() and old.name not in kept:
                     shutil.rmtree(old)
 
     def wait(self) -> None:
@@ -208,7 +208,7 @@ def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.json")
     with contextlib.closing(Checkpoints.reader(run_dir)) as checkpoints:
-        return _params_of(checkpoints, step), json.loads(config_file.read_text())
+        return _params_of(checkpoints, step), files.read_json(config_file, "write it again from the run's recipe")
 
 
 def _params_of(checkpoints: Checkpoints, step: int | None) -> dict:

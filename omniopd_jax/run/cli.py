@@ -1,6 +1,7 @@
 """What the commands share: flag errors as one line, logging, JAX's process-wide settings."""
 
 import contextlib
+import errno
 import os
 import runpy
 import sys
@@ -8,10 +9,10 @@ import traceback
 
 from absl import app, flags, logging
 
-from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.errors import UserError, one_of, printable
 from omniopd_jax.run import recipes
 
-COMMANDS = ("main", "evaluate", "export", "aot", "config")
+COMMANDS = ("main", "evaluate", "export", "aot", "report", "config")
 
 
 def command() -> None:
@@ -38,13 +39,31 @@ def _guarded(main, argv) -> int:
         return main(argv) or 0
     except UserError as error:
         return _tell(error)
+    except Exception as error:
+        if (line := full_disk(error)) is None:
+            raise
+        return _tell(UserError(line))
+
+
+def full_disk(error: BaseException) -> str | None:
+    """One line where a full disk is at the root of an error, whoever wrapped it; else None."""
+    seen = error
+    for _ in range(16):
+        if seen is None:
+            return None
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
+            where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
+            return f"the disk is full{where}: make room and start the same command again; it goes on from the last checkpoint"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _tell(error: UserError) -> int:
     if logging.get_verbosity() >= 1:
         traceback.print_exc()
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return error.exit_code
 
 

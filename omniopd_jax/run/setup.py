@@ -76,7 +76,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -87,12 +87,12 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(teacher: teachers.Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
     teacher.divide_budget(hosts)
     if teacher.report:
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.estimate().table()}")
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
@@ -106,18 +106,19 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     if objective.of(cfg).asks == "distribution":
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
-    prompts, tokenizer = checked.prompts, checked.tokenizer
+    prompts, template = checked.prompts, checked.template
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
         f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {compute.attention}; "
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
-    student = Student(model_cfg, compute, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer))
+    decoder = audit.Decoder(template.tokenizer, template.stop_strings)
+    student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, tokenizer.chat_template),
+        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.source or ""),
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from omniopd_jax import hf, model, rollout, step
-from omniopd_jax.data.prompts import render
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import Template, of_teacher
 from omniopd_jax.model import attention
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
@@ -49,15 +49,12 @@ class LocalTeacher(Teacher):
 
     white_box = frozenset({LOGP, DISTRIBUTION})
 
-    def __init__(
-        self, params, model_cfg, tokenizer, *, end_ids, foreign_tokenizer: bool, chat_template_kwargs=None, compute=None
-    ):
+    def __init__(self, params, model_cfg, template: Template, *, end_ids, foreign_tokenizer: bool, compute=None):
         self._params, self._prepared = params, None
         self.model_cfg = self._cfg = model_cfg
         self._compute = compute or model.Compute()
-        self._tokenizer = tokenizer
+        self._template, self._tokenizer = template, template.tokenizer
         self._end_ids = end_ids
-        self._kwargs = chat_template_kwargs
         self._counts = Counts()
         self._scoring: list[tuple[list[int], list[int], asyncio.Future]] = []
         self._waiting: list[tuple[ContinuationRequest, asyncio.Future, float]] = []
@@ -139,7 +136,7 @@ class LocalTeacher(Teacher):
             r = item[0]
             groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
         for (n, max_tokens, temperature, top_p), items in groups.items():
-            texts = [render(self._tokenizer, r.messages, self._kwargs) + r.prefix for r, _, _ in items]
+            texts = [self._template.render(r.messages) + r.prefix for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
@@ -171,11 +168,11 @@ class LocalTeacher(Teacher):
         for b, (prefix, request) in enumerate(zip(ids, requests, strict=True)):
             own = slice(b * n, (b + 1) * n)
             tails = [list(map(int, t[:k])) for t, k in zip(token_BT[own], length_B[own], strict=True)]
-            finish = np.where(finished_B[own], "stop", "length")
+            texts = [self._template.cut(self._tail_text(prefix, tail)) for tail in tails]
             answers.append(
                 tuple(
-                    Continuation(i, self._tail_text(prefix, tail), str(f))
-                    for i, tail, f in zip(request.indices, tails, finish, strict=True)
+                    Continuation(i, text, "stop" if ended or stopped else "length")
+                    for i, (text, stopped), ended in zip(request.indices, texts, finished_B[own], strict=True)
                 )
             )
             tokens_out.append(sum(map(len, tails)))
@@ -202,14 +199,14 @@ def make(cfg, needs: str = TEXT) -> LocalTeacher:
         raise UserError("teacher.provider = 'local' needs teacher.model, a Hugging Face folder")
     tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
     student = hf.load_tokenizer(cfg.student.path)
+    template = of_teacher(cfg, tokenizer)
+    end_ids, _ = template.end_ids(hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"))
     if needs == DISTRIBUTION:  # the loop lays the weights out on its own mesh
         params, model_cfg = None, hf.read_config(cfg.teacher.model, setting="teacher.model")
     else:
         params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
     backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=jax.default_backend())
     return LocalTeacher(
-        params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),
-        foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
-        chat_template_kwargs=cfg.teacher.chat_template_kwargs,
+        params, model_cfg, template, end_ids=end_ids, foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
         compute=model.Compute(cfg.compute_dtype, attention=backend),
     )  # fmt: skip

@@ -161,6 +161,10 @@ class Teacher(Protocol):
         """(M, N) that its budget allows the next step of `rows` responses; without a budget what the config asks for."""
         return num_chunks, num_continuations
 
+    def spent(self) -> Any:
+        """journal.Totals that this run has spent, over all its starts, unknown outcomes included; None: nothing is counted."""
+        return None
+
     def divide_budget(self, hosts: int) -> None:
         """Takes this process's part of the caps, where the run's `hosts` keep journals on disks of their own."""
 
@@ -170,9 +174,14 @@ class PaidTeacher(Teacher, Protocol):
 
     journal: Any  # journal.Journal
     budget: Any  # budget.Budget
+    price: Any  # budget.Price
 
     def estimate(self, steps: int | None = None) -> Any:
         """budget.Estimate of what is still to come: calls, tokens, dollars and hours, each with a range."""
+        raise NotImplementedError
+
+    def forecast(self, steps: int | None = None) -> str:
+        """The estimate as a table, with a warning where the budget will not last."""
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """A teacher behind a service: the journal first, then the wire, in the mode that the probe chose."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -50,7 +51,7 @@ class RemoteTeacher(PaidTeacher):
         folder = pathlib.Path(t.journal or pathlib.Path(cfg.run_dir) / "journal")
         if self.replay == "only" and not folder.is_dir():
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
-        self.journal = Journal(folder)
+        self.journal = Journal(folder, str(pathlib.Path(cfg.run_dir).absolute()))
         self.budget = money.Budget(cfg, self.journal, self.price)
         self.traffic = Traffic(cfg, client, self.budget)
         # known to be the student's own only where both are named; else continuations are trimmed by characters
@@ -60,6 +61,7 @@ class RemoteTeacher(PaidTeacher):
         self.loop = None
         self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
+        self.running = set()  # tasks that have calls out
         self.refused = 0
         self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
         self.counts = Counts()
@@ -97,10 +99,11 @@ class RemoteTeacher(PaidTeacher):
                     f"{mode!r}); set teacher.replay = 'prefer' to ask for what is missing"
                 )
             if missing:
-                fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
+                with self._under_way():
+                    fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
                 known |= fresh
-        except UserError as e:
-            raise self._stop(e) from None
+        except Exception as e:
+            raise self._stop(e) from e.__cause__
         entries = [known[i] for i in request.indices]
         failures = tuple(e for e in entries if isinstance(e, Failure))
         replayed = len(request.indices) - len(missing)
@@ -128,15 +131,20 @@ class RemoteTeacher(PaidTeacher):
                 )
             replayed = int(text is not None)
             if text is None:
-                text, usage = await self._score(key, about, messages, prompt_ids, token_ids)
-        except UserError as e:
-            raise self._stop(e) from None
+                with self._under_way():
+                    text, usage = await self._score(key, about, messages, prompt_ids, token_ids)
+        except Exception as e:
+            raise self._stop(e) from e.__cause__
         score = Continuation(0, text, SCORE)
         self.counts.add(ContinuationResult((score,), (), usage, now() - start, replayed))
         return np.array(json.loads(text), np.float32)
 
     async def close(self) -> None:
-        """Closes connections and the journal."""
+        """Ends what is under way, which stays spent, then closes connections and the journal."""
+        mine = [task for task in self.running if task.get_loop() is asyncio.get_running_loop()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
         await self.client.close()
         self.journal.close()
 
@@ -144,7 +152,26 @@ class RemoteTeacher(PaidTeacher):
 
     def metrics(self) -> dict[str, float]:
         """`teacher/*` since the last time this was called; `cost_usd_total` counts all that the journal has seen."""
-        return self.counts.take() | {"teacher/cost_usd_total": self.journal.totals().usd}
+        return self.counts.take() | {
+            "teacher/cost_usd_total": self.journal.totals().usd,
+            "teacher/price_known": int(self.price.known),
+        }
+
+    def forecast(self, steps: int | None = None) -> str:
+        """`estimate` as a table, and a warning where the budget will not last; plain text."""
+        estimate = self.estimate(steps)
+        steps = self.cfg.num_steps if steps is None else steps
+        warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
+        if not self.price.known:
+            warning = "\n".join(filter(None, (
+                f"the price of {self.client.model!r} is not known, and with it what the run costs: set teacher.price_input and "
+                "teacher.price_output (USD per million tokens)", warning,
+            )))  # fmt: skip
+        return estimate.table() + (f"\n{warning}" if warning else "")
+
+    def spent(self):
+        """See `Teacher.spent`."""
+        return self.journal.spent()
 
     def estimate(self, steps: int | None = None) -> money.Estimate:
         """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`."""
@@ -161,6 +188,16 @@ class RemoteTeacher(PaidTeacher):
         self.budget.divide(hosts)
 
     # inside
+
+    @contextlib.contextmanager
+    def _under_way(self):
+        """Around what has calls out: `close` ends it."""
+        task = asyncio.current_task()
+        self.running.add(task)
+        try:
+            yield
+        finally:
+            self.running.discard(task)
 
     def refuse(self, error) -> None:
         """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
@@ -200,8 +237,12 @@ class RemoteTeacher(PaidTeacher):
         return self.mode
 
     def _stop(self, error) -> TeacherStopped:
-        """What ends the run; whoever still waits for a turn finds it and does not try."""
+        """What ends the run, after a checkpoint; whoever still waits for a turn finds it and does not try."""
         stop = error if isinstance(error, TeacherStopped) else TeacherStopped(str(error))
+        if not isinstance(error, UserError):
+            what = f"the teacher {self.client.model!r} failed in a way that is not foreseen ({type(error).__name__}: {error})"
+            stop = TeacherStopped(wire.scrub(" ".join(what.split())[:400]))
+            stop.__cause__ = error  # for --verbosity=1
         self.stopped = self.stopped or stop
         return stop
 
@@ -235,9 +276,7 @@ class RemoteTeacher(PaidTeacher):
                     f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: {e}; "
                     "objective.name = 'opd' can leave no answer out: start again to go on from the checkpoint"
                 ) from None
-            reply = sent.reply
-            usage = Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
-            return rows[-1][3].text, usage
+            return rows[-1][3].text, _usage(sent)
 
     def _key(self, request, mode) -> tuple[bytes, dict]:
         """(hash of what is asked, what it says in words)."""
@@ -251,10 +290,18 @@ class RemoteTeacher(PaidTeacher):
             "top_p": request.top_p,
             "chat_template_kwargs": t.chat_template_kwargs.to_dict(),
             "tokenizer": t.tokenizer if mode == "completion" else "",
+            **_own_format(t),
             "version": f"{wire.VERSION}.{instruct.VERSION if mode == 'instruct' else 0}",
         }
         content = json.dumps([about, list(request.messages), request.prefix], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest(), about
+
+
+def _own_format(t) -> dict:
+    """What identifies a prompt's format beside the tokenizer's own template; {} where that is it."""
+    given = {"template": t.template, "preamble": t.preamble, "stop_strings": list(t.stop_strings)}
+    default = {"template": "chat", "preamble": "", "stop_strings": []}
+    return {k: v for k, v in given.items() if v != default[k]}
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:
@@ -263,6 +310,12 @@ def _same_tokenizer(teacher: str, student: str) -> bool:
         return bool(teacher)
     files = [pathlib.Path(path) / "tokenizer.json" for path in (teacher, student)]
     return bool(student) and all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
+def _usage(sent) -> Usage:
+    """What a call that was answered counts as."""
+    b = sent.reply.stated
+    return Usage(sent.attempts, sent.attempts - 1, b.tokens_in, b.tokens_cached, b.tokens_out, sent.usd)
 
 
 class _Audit:
@@ -323,9 +376,7 @@ class _Audit:
                 return
         reply = sent.reply
         t.refused = 0
-        self.usage += Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
-        if len(reply.texts) == 1 < len(group):
-            t.client.seen.takes_n = False  # the server ignores n: one a call from here on
+        self.usage += _usage(sent)
         self.found |= {row[3].index: row[3] for row in sent.rows}
         for index, item in zip(group, reply.texts):
             self.found.setdefault(index, Failure(index, self._why_not(item, reply)))
@@ -334,8 +385,8 @@ class _Audit:
         """Journal rows of the texts that are continuations."""
         rows, r = [], self.request
         for index, item in zip(group, reply.texts):
-            text = wire.clean(item.text[: self.max_chars])
-            if item.finish == "withheld":
+            text = wire.hide_keys(wire.clean(item.text[: self.max_chars]))
+            if item.finish in ("withheld", "failed"):
                 continue
             kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
             if kept is None or (not kept and item.finish == "length"):
@@ -346,7 +397,9 @@ class _Audit:
 
     def _why_not(self, item, reply) -> str:
         if item.finish == "withheld":
-            return "withheld by the service (a filter, a refusal or an abort)"
+            return wire.scrub(f"withheld by the service ({item.why[:100]})")
+        if item.finish == "failed" and not reply.tokens_hidden:
+            return wire.scrub(item.why[:100])
         if reply.tokens_hidden:
             return f"empty: {reply.tokens_hidden} tokens went into hidden reasoning; switch the teacher's thinking off"
         return "no continuation: empty at the length limit, or the answer was started over"

@@ -7,12 +7,17 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import sys
 
-from omniopd_jax.errors import TeacherStopped
+from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
+TWICE_MORE = 2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+SILENT_S, SILENT_AGAIN_S = 10.0, 30.0  # when a service that does not answer is reported, and how often after that
+HEED_S = 60.0  # how long a limit holds that a header named, unless another answer names it again
 
 
 def now() -> float:
@@ -34,28 +39,26 @@ class Bucket:
     """Lets at most `per_minute` units through a minute, in bursts of a tenth of that; 0 = no limit."""
 
     def __init__(self, per_minute: float = 0.0):
-        self.rate, self.level, self.at = 0.0, 0.0, now()
+        self.rate, self.level, self.at, self.until = 0.0, 0.0, now(), float("inf")
         self.turn = asyncio.Lock()  # waiters are served in order
         self.set(per_minute)
 
-    def set(self, per_minute: float) -> None:
-        """Changes the limit."""
-        self.rate, self.burst = per_minute / 60.0, max(1.0, per_minute / 10.0)
+    def set(self, per_minute: float, until: float = float("inf")) -> None:
+        """Changes the limit, up to the time `until`."""
+        self.rate, self.burst, self.until = per_minute / 60.0, max(1.0, per_minute / 10.0), until
         self.level = min(self.level, self.burst) if self.level else self.burst
 
     async def take(self, units: float) -> None:
         """Waits until `units` may pass; more than a burst counts as a burst."""
-        if not self.rate:
-            return
-        units = min(units, self.burst)
         async with self.turn:
-            while True:
+            while self.rate and now() < self.until:
+                least = min(units, self.burst)
                 time = now()
                 self.level, self.at = min(self.burst, self.level + (time - self.at) * self.rate), time
-                if self.level >= units:
-                    self.level -= units
+                if self.level >= least:
+                    self.level -= least
                     return
-                await asyncio.sleep((units - self.level) / self.rate)
+                await asyncio.sleep(min((least - self.level) / self.rate, max(0.0, self.until - time)))
 
 
 class Order:
@@ -141,8 +144,8 @@ class Traffic:
         self.jitter = random.Random()  # not the run's seed: processes must not retry in step
         self.calls = self.retries = 0
         self.failed_in_a_row = 0
-        self.latencies = []
         self.last_success = float("-inf")
+        self.report = report
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
@@ -150,9 +153,15 @@ class Traffic:
         self.order = Order(self.max_concurrency, ascending=self.ascending)
         self.requests, self.tokens = Bucket(self.requests_per_minute), Bucket(self.tokens_per_minute)
         self.not_before = 0.0
+        self.waiting, self.watch, self.since = {}, None, now()
         self.budget.bind()
 
     async def send(self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
+        """`_send`, and a word on the terminal where it takes long."""
+        with self._waiting(deadline):
+            return await self._send(call, key, deadline=deadline, accept=accept, patient=patient)
+
+    async def _send(self, call, key, *, deadline, accept, patient) -> Sent:
         """One call until it is answered, refused, or out of retries or time.
 
         Args:
@@ -166,7 +175,7 @@ class Traffic:
           CallError: refused, or still failing; its `attempts` says how often it was sent.
           TeacherStopped: nothing more can be asked.
         """
-        tries = answered = 0
+        tries = answered = refused = 0
         while True:
             try:
                 reply, rows, usd = await self._once(call, key, deadline, accept)
@@ -177,9 +186,12 @@ class Traffic:
             # an unreachable server costs nothing and may come back: only the deadline ends that
             tries, answered = tries + 1, answered + (error.outcome != "unsent")
             error.attempts = tries
-            if error.kind == "stop":
+            again = False
+            if (error.kind == "stop" or error.status == 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
+                refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
+            elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
-            if error.kind != "retry" or (not patient and (error.outcome == "unsent" or tries > 2)):
+            if (error.kind != "retry" and not again) or (not patient and (error.outcome == "unsent" or tries > 2)):
                 raise error
             if answered > self.max_retries:
                 raise error
@@ -222,13 +234,16 @@ class Traffic:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     reply = await (self.client.score(call) if isinstance(call, ScoreCall) else self.client.call(call))
+            except (CallError, UserError):
+                raise
             except TimeoutError:
                 raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
+            except Exception as e:  # whatever an answer set off: this call's failure, not the run's
+                raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
             latency = now() - start
             rows = accept(reply)
             settled = True
-            usd = self.budget.settle(id_, "ok", reply, latency=latency, results=rows)
-            self.latencies.append(latency)
+            usd = self.budget.settle(id_, "ok", reply.billed, latency=latency, results=rows)
             self.last_success, self.failed_in_a_row = now(), 0
             self._heed(reply.limits)
             return reply, rows, usd
@@ -241,16 +256,59 @@ class Traffic:
                 self.budget.settle(id_, "unknown", latency=now() - start, error="cancelled")
 
     def _heed(self, limits: Limits) -> None:
-        """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left."""
-        if limits.requests_per_minute and not self.requests_per_minute:
-            self.requests_per_minute = limits.requests_per_minute
-            self.requests.set(limits.requests_per_minute)
-        if limits.tokens_per_minute and not self.tokens_per_minute:
-            self.tokens_per_minute = limits.tokens_per_minute
-            self.tokens.set(limits.tokens_per_minute)
+        """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left.
+
+        What one answer says is replaced by the next one that says something, and lapses where none does.
+        """
+        for bucket, configured, named in (
+            (self.requests, self.requests_per_minute, limits.requests_per_minute),
+            (self.tokens, self.tokens_per_minute, limits.tokens_per_minute),
+        ):
+            if named and not configured:
+                bucket.set(named, until=now() + HEED_S)
+        left = [n for n in (limits.requests_left, limits.tokens_left) if n is not None]
+        if left and min(left) > 0:
+            self.not_before = 0.0
         for left, reset in (
             (limits.requests_left, limits.requests_reset_s),
             (limits.tokens_left, limits.tokens_reset_s),
         ):
             if left == 0 and reset:
-                self.not_before = max(self.not_before, now() + min(reset, 120.0))
+                self.not_before = max(self.not_before, now() + min(reset, HEED_S))
+
+    @contextlib.contextmanager
+    def _waiting(self, deadline: float):
+        """Counts a call as waiting; while any does, a silent service is reported."""
+        ticket = object()
+        self.waiting[ticket] = deadline
+        if self.watch is None or self.watch.done():
+            self.since = now()
+            self.watch = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            yield
+        finally:
+            del self.waiting[ticket]
+            if not self.waiting and self.watch:
+                self.watch.cancel()
+                self.watch = None
+
+    async def _watch(self):
+        """Says on the terminal that nothing comes: after SILENT_S, then every SILENT_AGAIN_S."""
+        said = 0.0
+        while True:
+            quiet_since = max(self.since, self.last_success, said)
+            due = quiet_since + (SILENT_AGAIN_S if said and said == quiet_since else SILENT_S)
+            if now() < due:
+                await asyncio.sleep(due - now())
+                continue
+            said = now()
+            silent = said - max(self.since, self.last_success)
+            self.report(
+                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls wait, "
+                f"the first is given up in {max(0.0, min(self.waiting.values()) - said):.0f} s"
+            )
+
+
+def report(line: str) -> None:
+    """A line for the person at the terminal; a progress display keeps it above itself."""
+    print(wire.scrub(line), file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from omniopd_jax import export, hf, model, step
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run.checkpoint import Checkpoints
 
@@ -56,7 +57,7 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def edit(folder, change, file=hf.SINGLE):
+def edit(folder, change, file=safetensors.SINGLE):
     """Rewrites a safetensors file with `change(tensors)` applied."""
     tensors = load_file(folder / file)
     change(tensors)
@@ -88,7 +89,7 @@ def test_load_export_load_is_bit_exact(family, dtype, tmp_path):
 
 def test_the_layout_is_the_tables(folder):
     """One tensor by hand: rows of q_proj are head-major, and the leaf is [layer, D, N, H]."""
-    raw = load_file(folder / hf.SINGLE)
+    raw = load_file(folder / safetensors.SINGLE)
     params, cfg = hf.load(folder)
     q = raw["model.layers.1.self_attn.q_proj.weight"]
     N, H = cfg.num_heads, cfg.head_dim
@@ -103,7 +104,7 @@ def test_shards_with_an_index(family, tmp_path):
     cfg = FAMILIES[family]
     hf.save(tmp_path / "one", random_params(cfg), cfg)
     hf.save(tmp_path / "many", random_params(cfg), cfg, shard_bytes=3000)
-    index = json.loads((tmp_path / "many" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / safetensors.INDEX).read_text())
     files = sorted(f.name for f in (tmp_path / "many").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -116,8 +117,8 @@ def test_a_mesh_reads_each_part_once_and_holds_the_same(family, tmp_path, monkey
     cfg = FAMILIES[family]
     hf.save(tmp_path / "m", random_params(cfg), cfg)
     whole, _ = hf.load(tmp_path / "m")
-    read, true_read = [], hf._read
-    monkeypatch.setattr(hf, "_read", lambda *a, **k: read.append(true_read(*a, **k)) or read[-1])
+    read, true_read = [], safetensors.read
+    monkeypatch.setattr(safetensors, "read", lambda *a, **k: read.append(true_read(*a, **k)) or read[-1])
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 2})
     with jax.transfer_guard("disallow"):
         params, _ = hf.load(tmp_path / "m", mesh=mesh)
@@ -153,7 +154,7 @@ def refused(monkeypatch):
     """refused(folder, *patterns): loading is a UserError of one line that matches all, before any tensor was read."""
 
     def check(folder, *patterns):
-        monkeypatch.setattr(hf, "_read", lambda *a, **k: pytest.fail("a tensor was read"))
+        monkeypatch.setattr(safetensors, "read", lambda *a, **k: pytest.fail("a tensor was read"))
         with pytest.raises(UserError) as error:
             hf.load(folder)
         assert "\n" not in str(error.value)
@@ -173,12 +174,12 @@ def test_a_missing_tensor(folder, refused):
 
 def test_an_extra_tensor(folder, refused):
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.extra.bias": np.zeros(3, np.float32)}))
-    refused(folder, hf.SINGLE, "model.layers.0.self_attn.extra.bias", "no parameter")
+    refused(folder, safetensors.SINGLE, "model.layers.0.self_attn.extra.bias", "no parameter")
 
 
 def test_a_tensor_of_the_wrong_shape(folder, refused):
     edit(folder, lambda t: t.update({K_PROJ: t[K_PROJ].T.copy()[:, :8]}))
-    refused(folder, hf.SINGLE, K_PROJ, "[16, 8]", "[16, 16]")
+    refused(folder, safetensors.SINGLE, K_PROJ, "[16, 8]", "[16, 16]")
 
 
 def test_a_layer_too_many_in_the_config(folder, refused):
@@ -193,36 +194,36 @@ def test_a_layer_too_few_in_the_config(folder, refused):
 
 @pytest.mark.parametrize("keep", [0.9, 0.3])
 def test_a_truncated_file(folder, refused, keep):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content[: int(len(content) * keep)])
-    refused(folder, str(folder / hf.SINGLE), "truncated", "tensor model.")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content[: int(len(content) * keep)])
+    refused(folder, str(folder / safetensors.SINGLE), "truncated", "tensor model.")
 
 
 def test_a_file_cut_inside_its_header(folder, refused):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content[:100])
-    refused(folder, str(folder / hf.SINGLE), "truncated")
-    (folder / hf.SINGLE).write_bytes(b"")
-    refused(folder, str(folder / hf.SINGLE), "truncated")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content[:100])
+    refused(folder, str(folder / safetensors.SINGLE), "truncated")
+    (folder / safetensors.SINGLE).write_bytes(b"")
+    refused(folder, str(folder / safetensors.SINGLE), "truncated")
 
 
 def test_garbage_and_a_changed_header(folder, refused):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content.replace(b'"F32"', b'"F16"', 1))
-    refused(folder, hf.SINGLE, "do not fit")
-    (folder / hf.SINGLE).write_bytes(content + b"tail")
-    refused(folder, hf.SINGLE, "4 bytes after")
-    (folder / hf.SINGLE).write_bytes(b"\x08" + 7 * b"\0" + b"not json")
-    refused(folder, hf.SINGLE, "header cannot be read")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content.replace(b'"F32"', b'"F16"', 1))
+    refused(folder, safetensors.SINGLE, "do not fit")
+    (folder / safetensors.SINGLE).write_bytes(content + b"tail")
+    refused(folder, safetensors.SINGLE, "4 bytes after")
+    (folder / safetensors.SINGLE).write_bytes(b"\x08" + 7 * b"\0" + b"not json")
+    refused(folder, safetensors.SINGLE, "header cannot be read")
 
 
 def test_a_number_format_that_is_not_read(folder, refused):
     edit(folder, lambda t: t.update({K_PROJ: t[K_PROJ].astype(np.float64)}))
-    refused(folder, hf.SINGLE, K_PROJ, "F64")
+    refused(folder, safetensors.SINGLE, K_PROJ, "F64")
 
 
 def test_pickles_adapters_and_nothing(folder, refused):
-    (folder / hf.SINGLE).unlink()
+    (folder / safetensors.SINGLE).unlink()
     refused(folder, str(folder), "neither model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     refused(folder, "PEFT adapter")
@@ -244,7 +245,7 @@ def test_a_tied_head_may_be_stored_twice_only_if_it_is_the_same(folder, refused)
 def test_shards_that_do_not_match_their_index(tmp_path, refused):
     here = tmp_path / "m"
     hf.save(here, random_params(BASE), BASE, shard_bytes=3000)
-    index = json.loads((here / hf.INDEX).read_text())
+    index = json.loads((here / safetensors.INDEX).read_text())
     file = index["weight_map"][K_PROJ]
     tensors = load_file(here / file)
     save_file({k: v for k, v in tensors.items() if k != K_PROJ}, here / file)
@@ -252,9 +253,9 @@ def test_shards_that_do_not_match_their_index(tmp_path, refused):
     save_file(tensors | {"stray": np.zeros(1, np.float32)}, here / file)
     refused(here, file, "stray")
     (here / file).unlink()
-    refused(here, hf.INDEX, file)
-    (here / hf.INDEX).write_text("[")
-    refused(here, hf.INDEX, "not JSON")
+    refused(here, safetensors.INDEX, file)
+    (here / safetensors.INDEX).write_text("[")
+    refused(here, safetensors.INDEX, "not JSON")
 
 
 def test_no_config_and_no_folder(folder, tmp_path):
@@ -264,7 +265,7 @@ def test_no_config_and_no_folder(folder, tmp_path):
     with pytest.raises(UserError, match="teacher.model = .*no such folder"):
         hf.load(tmp_path / "nowhere", setting="teacher.model")
     with pytest.raises(UserError, match="is a file"):
-        hf.load(folder / hf.SINGLE)
+        hf.load(folder / safetensors.SINGLE)
     with pytest.raises(UserError, match="student.path is empty"):
         hf.read_config("")
 
@@ -334,9 +335,6 @@ def test_tokenizer_chat_template_and_generation_config(folder):
     assert generation["do_sample"] is True and generation["temperature"] == 0.6 and generation["pad_token_id"] == 0
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [2, 7]
     assert hf.end_ids(folder, again) == (2, 7)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template"):
-        hf.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         hf.load_tokenizer(folder)
@@ -429,10 +427,11 @@ import os, sys
 os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
 import jax
 from omniopd_jax import hf, model
+from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-read, true_read = [], hf._read
-hf._read = lambda *a, **k: read.append(true_read(*a, **k)) or read[-1]
+read, true_read = [], safetensors.read
+safetensors.read = lambda *a, **k: read.append(true_read(*a, **k)) or read[-1]
 mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tp": 2})  # fsdp lies across the two processes
 params, cfg = hf.load(sys.argv[3], mesh=mesh)
 print("share", sum(a.size for a in read) / model.num_params(cfg))

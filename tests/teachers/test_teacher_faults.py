@@ -33,9 +33,9 @@ def delivered(server, provider, requests):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_n_is_what_the_servers_log_says_arrived(provider, tmp_path):
     requests = [request(f"s{s}", p, f"<s{s}:{p}> so", n=3, max_tokens=6) for s in range(6) for p in (4, 9, 12)]
-    settings = {"teacher.timeout_s": 0.6, "teacher.max_retries": 3, "teacher.max_concurrency": 12, "teacher.deadline_s": 30.0}
+    settings = {"teacher.timeout_s": 1.5, "teacher.max_retries": 3, "teacher.max_concurrency": 12, "teacher.deadline_s": 30.0}
     with WireServer(
-        extensions=EXTENSIONS[provider], share=0.3, kinds=list(FAULTS), stall_s=1.5, rng=random.Random(3), retry_after_s=0.1
+        extensions=EXTENSIONS[provider], share=0.3, kinds=list(FAULTS), stall_s=3.0, rng=random.Random(3), retry_after_s=0.1
     ) as server:
         c = cfg_for(server.url(provider), provider, tmp_path, **settings)
         results = ask(c, *requests)
@@ -113,10 +113,9 @@ def test_a_text_that_the_service_withheld_is_no_continuation(provider, change, t
 
 
 ODD = {
-    "openai": [{"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": 3}]}, {"choices": {}}, {"usage": "free"},
-               {"usage": {"prompt_tokens": "many"}}, {"usage": {"prompt_tokens": 5, "prompt_tokens_details": [1]}}],
-    "anthropic": [{"content": None}, {"usage": [1]}, {"usage": {"input_tokens": "x"}}],
-    "gemini": [{"candidates": "x"}, {"candidates": [3]}, {"usageMetadata": "x"}],
+    "openai": [{"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": 3}]}, {"choices": {}}],
+    "anthropic": [{"content": None}, {"content": 3}],
+    "gemini": [{"candidates": "x"}, {"candidates": [3]}],
 }  # fmt: skip
 
 

@@ -343,10 +343,12 @@ def test_headers_slow_the_traffic_down(server_of, tmp_path):
     assert asyncio.run(run()) == (10.0, 1500.0)
     assert wire.duration("6m0s") == 360 and wire.duration("20ms") == 0.02 and wire.duration("x") is None
     assert wire.retry_after({"retry-after": "3"}) == 3 and wire.retry_after({"retry-after-ms": "250"}) == 0.25
-    assert (
-        wire.retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-        and wire.retry_after({"retry-after": "soon"}) is None
-    )
+
+
+@pytest.mark.parametrize("said", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "0", "-5", "0.0", "", "1e999", "inf", "nan"])
+def test_a_retry_after_that_asks_for_no_wait_is_none(said):
+    """Then the usual back-off applies: asked again at once, every try would be spent in seconds."""
+    assert wire.retry_after({"retry-after": said}) is None and wire.retry_after({"retry-after-ms": said}) is None
 
 
 def test_a_request_rate_is_kept(server_of, tmp_path):

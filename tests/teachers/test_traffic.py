@@ -10,7 +10,7 @@ from teacher_kit import PROMPT, cfg_for
 from omniopd_jax.teachers import TeacherStopped, traffic, wire
 
 CALL = wire.Call(PROMPT, "so", 1, 8, 1.0, 1.0, 0, "prefill")
-REPLY = wire.Reply((wire.Text("x", "stop"),), tokens_in=10, tokens_out=1)
+REPLY = wire.Reply((wire.Text("x", "stop"),), billed=wire.Billed(10, 1))
 
 
 class Client:
@@ -42,7 +42,7 @@ class Free:
     async def reserve(self, key, n, tokens_in, tokens_out):
         return 1
 
-    def settle(self, call, status, reply=None, **more):
+    def settle(self, call, status, billed=None, **more):
         self.settled.append(status)
         return 0.0
 

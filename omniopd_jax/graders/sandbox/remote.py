@@ -7,8 +7,8 @@ says of another such object.
 
 What remains forgeable: a test that takes a helper from the program (HumanEval/32 calls the `poly` of its own prompt)
 believes that helper, and one that asks no more than truth of a result (`assert f(x)`) is content with any object, as in
-one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot be
-passed over; tests and program share no global state.
+one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot
+be passed over; tests and program share no global state.
 
 Run by path inside the sandbox, and imported by asserts.py: standard library only.
 """
@@ -290,7 +290,8 @@ class Link:
     def result(self, given=(), ends=False):
         """The result of the request under way; `given` are its arguments, changed in place as they were there.
 
-        StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the tests.
+        StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the
+        tests.
         """
         while True:
             message = receive(self.fd)
