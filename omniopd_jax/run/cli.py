@@ -27,7 +27,7 @@ def command() -> None:
 
 
 def run(main) -> None:
-    """Runs `main(argv) -> exit code` under absl; a `UserError` is its message alone, unless --verbosity=1 asks for more."""
+    """Runs `main(argv) -> exit code` under absl; a `UserError` prints its message only, unless --verbosity=1."""
     try:
         app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse)
     except BrokenPipeError:
@@ -54,7 +54,7 @@ def full_disk(error: BaseException) -> str | None:
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
             where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
-            return f"the disk is full{where}: make room and start the same command again; it goes on from the last checkpoint"
+            return f"the disk is full{where}: make room and start the same command again to go on from the last checkpoint"
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -120,15 +120,16 @@ def _config_message(argv, error: Exception) -> str:
         path = recipe.split(":")[0]
         if not os.path.isfile(path):
             return f"--config={recipe}: no such file {path!r}; recipes of the package: {', '.join(recipes.names())}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(recipe.split(":")[0].lstrip("./"))]
+    file = recipe.split(":")[0].lstrip("./")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
     where = f"{recipe}, line {frames[-1].lineno}" if frames else recipe
     words = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
     return f"{where}: {words[:400]}"
 
 
 def setup_jax(compute_dtype: str = "float32") -> None:
-    """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the persistent
-    compilation cache, on unless it is set to ''.
+    """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the
+    persistent compilation cache, which is on unless it is set to ''.
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
@@ -137,7 +138,8 @@ def setup_jax(compute_dtype: str = "float32") -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16
-        jax.config.update("jax_default_matmul_precision", "highest")  # splash's bfloat16 kernel does not compile with it
+        # not with bfloat16: splash's kernel does not compile with it
+        jax.config.update("jax_default_matmul_precision", "highest")
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(os.path.expanduser("~"), ".cache", "omniopd_jax", "xla")

@@ -1,7 +1,7 @@
 """Recipes: where `--config=PATH` is found, and what a recipe may import while it is loaded.
 
-An existing path wins. Otherwise `configs/NAME.py` or `NAME.py` is the recipe of that name that comes with the package: in an
-installed package they are the folder `omniopd_jax/recipes`, in a checkout `configs/`.
+An existing path wins. Otherwise `configs/NAME.py` or `NAME.py` is the recipe of that name that comes with the package:
+in an installed package they are the folder `omniopd_jax/recipes`, in a checkout `configs/`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def names() -> list[str]:
 
 
 def find(path: str) -> str:
-    """The file that `path` means: itself where it exists, else the shipped recipe of that name, else `path` as it is."""
+    """The file that `path` means: itself where it exists, else the shipped recipe of that name, else `path`."""
     if os.path.exists(path):
         return path
     parent, name = os.path.split(path)
@@ -38,9 +38,9 @@ def find(path: str) -> str:
 def importable(path: str):
     """While a recipe is loaded: `import helper` finds files beside it, `from configs import math` the recipes.
 
-    The recipe's folder is searched after the standard library (a recipe may be called `math`) and before installed packages. The
-    name `configs` stands for that folder, ./configs and the shipped recipes, in this order, whatever else has this name.
-    Modules that were imported from the recipe's folder are forgotten afterwards, so that the next recipe reads its own.
+    The recipe's folder is searched after the standard library (a recipe may be called `math`) and before installed
+    packages. The name `configs` stands for that folder, ./configs and the shipped recipes, in this order, whatever else
+    has this name. Modules imported from the recipe's folder are removed again, so that the next recipe reads its own.
     """
     folder = str(pathlib.Path(path).resolve().parent)
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == CONFIGS}
