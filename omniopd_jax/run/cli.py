@@ -54,7 +54,9 @@ def full_disk(error: BaseException) -> str | None:
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
             where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
-            return f"the disk is full{where}: make room and start the same command again to go on from the last checkpoint"
+            return (
+                f"the disk is full{where}: make room and start the same command again to go on from the last checkpoint"
+            )
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -228,7 +228,7 @@ def pieces(decoder, tokens: list[int], limit: int) -> list[str]:
 
     Special tokens add nothing. Stops before the token with which the text would pass `limit` characters.
     """
-    whole = decoder.eligible(tokens)  # position t: decode(y_<t) ends between characters
+    whole = decoder.eligible(tokens, 0)  # position t: decode(y_<t) ends between characters
     out, start, length = [], 0, 0
     for t in range(1, len(tokens) + 1):
         if t < len(tokens) and not whole[t]:
