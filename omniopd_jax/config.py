@@ -5,6 +5,9 @@ key is an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `b
 """
 
 import difflib
+import inspect
+import pathlib
+import re
 
 from ml_collections import ConfigDict
 
@@ -257,9 +260,6 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: docs/config.md is generated from it."""
-    import inspect
-    import re
-
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:
@@ -281,8 +281,6 @@ def markdown() -> str:
 
 def main() -> None:
     """`python -m omniopd_jax.config`: writes docs/config.md in a checkout; prints it where there is none."""
-    import pathlib
-
     page = pathlib.Path(__file__).resolve().parents[1] / "docs" / "config.md"
     if page.parent.is_dir():
         page.write_text(markdown())

@@ -7,8 +7,10 @@ Short on purpose: everything else can be imported.
 from absl import flags
 from ml_collections import config_flags
 
+from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import cli
+from omniopd_jax.parallel import processes
+from omniopd_jax.run import cli, estimate, preflight
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: configs/tiny.py, configs/math.py:no_anchor ...")
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "print calls, tokens, dollars and hours of the teacher, and end")
@@ -21,10 +23,6 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; settings look like --config.num_steps=20")
     if _CONFIG.value is None:
         raise UserError("--config is missing, e.g. --config=configs/tiny.py")
-    from omniopd_jax import objective, train
-    from omniopd_jax.parallel import processes
-    from omniopd_jax.run import estimate, preflight
-
     cfg = _CONFIG.value
     cli.setup_jax(cfg.compute_dtype)
     preflight.validate(cfg)

@@ -43,12 +43,3 @@ def test_modules_files_and_targets_that_it_names_exist():
     assert len(block.strip().splitlines()) <= 15
     for path in re.findall(r"[\w/]+\.py\b|[\w/]+/(?=[\s,])", block):
         assert (ROOT / path).exists() or (ROOT / "omniopd_jax" / path).exists(), path
-
-
-def test_no_file_is_over_500_lines():
-    long = {
-        str(p.relative_to(ROOT)): n
-        for p in [*ROOT.glob("omniopd_jax/**/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/**/*.py")]
-        if (n := len(p.read_text().splitlines())) > 500
-    }
-    assert not long

@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 
-from omniopd_jax import export, graders, hf, model, rollout
+from omniopd_jax import graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
@@ -22,6 +22,7 @@ from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import logging
+from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.teachers.protocol import stable_hash
 
@@ -72,14 +73,14 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     """
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
-        run, step = export.locate(checkpoint)
+        run, step = trained_run.locate(checkpoint)
         if is_run(run):
             if step is None:
                 with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
                     step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
-            trained = export.read(run, step)
+            trained = trained_run.read(run, step)
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"

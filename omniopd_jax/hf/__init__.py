@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from omniopd_jax import model
 from omniopd_jax.errors import UserError, one_of
@@ -160,8 +161,6 @@ def _placed(folder, marker: str):
         if writer:
             shutil.rmtree(work, ignore_errors=True)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices("hf.save")
 
 

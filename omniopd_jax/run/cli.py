@@ -7,8 +7,10 @@ import runpy
 import sys
 import traceback
 
+import jax
 from absl import app, flags, logging
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError, one_of, printable
 from omniopd_jax.run import recipes
 
@@ -110,8 +112,6 @@ def _recipe(argv) -> str:
 
 
 def _config_message(argv, error: Exception) -> str:
-    from omniopd_jax import config
-
     known = config.default()
     for arg in argv:
         flag, _, key = arg.lstrip("-").split("=")[0].partition(".")
@@ -135,8 +135,6 @@ def setup_jax(compute_dtype: str = "float32") -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
-    import jax
-
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16

@@ -5,6 +5,7 @@ config. A tracker that fails is reported once and left out; the run goes on. Key
 environment variables (WANDB_MODE=offline needs neither).
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -149,8 +150,6 @@ def check(names) -> None:
     Raises:
       UserError: before anything is loaded.
     """
-    import importlib.util
-
     for name in names:
         one_of(name, TRACKERS, "log.trackers")
         package = {"tensorboard": "tensorboardX"}.get(name, name)

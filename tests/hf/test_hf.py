@@ -16,6 +16,7 @@ from omniopd_jax import export, hf, model, step
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run import trained
 from omniopd_jax.run.checkpoint import Checkpoints
 
 BASE = model.ModelConfig(
@@ -365,9 +366,9 @@ def test_transformers_opens_the_export_with_equal_logits(family, rope, tmp_path)
 
 
 def test_export_names_a_run_or_one_of_its_steps(tmp_path):
-    assert export.locate(tmp_path) == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints") == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
+    assert trained.locate(tmp_path) == (tmp_path, None)
+    assert trained.locate(tmp_path / "checkpoints") == (tmp_path, None)
+    assert trained.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
 
 
 def test_export_of_a_checkpoint(folder, tmp_path, monkeypatch):
