@@ -190,6 +190,13 @@ class Journal:
             rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
         return max(rows, key=lambda row: row[1])[0] if rows else None
 
+    def report(self, provider: str, model: str, asked: str) -> dict:
+        """The last probe's report on this teacher; {} where there is none."""
+        sql = "select report, time from modes where provider = ? and model = ? and asked = ?"
+        with self.mutex:
+            rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
+        return json.loads(max(rows, key=lambda row: row[1])[0]) if rows else {}
+
     # writing
 
     def put_mode(self, provider: str, model: str, asked: str, mode: str, report: dict) -> None:
