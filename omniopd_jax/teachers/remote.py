@@ -382,7 +382,8 @@ class _Audit:
         t, r = self.teacher, self.request
         while True:
             call = wire.Call(
-                r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode, len(missing)
+                r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode,
+                wanted=len(missing),
             )  # fmt: skip
             try:
                 sent = await t.traffic.send(
