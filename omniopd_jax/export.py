@@ -1,6 +1,7 @@
 """A run's checkpoint as a Hugging Face folder: python -m omniopd_jax.export --checkpoint=runs/tiny --out=FOLDER
 
-A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone.
+A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model card;
+--push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
 `--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
 chat template and generation defaults come from the student that the run started from.
 """
@@ -12,6 +13,7 @@ from absl import flags
 
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import card
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.run import cli
@@ -36,7 +38,7 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
         peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, peft, dtype=dtype)
+        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype)
         return pathlib.Path(out)
     with jax.default_device(_host()):
         params = got.whole()
@@ -63,6 +65,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or RUN/checkpoints/STEP")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_enum("dtype", "bfloat16", hf.SAVE_DTYPES, "of the tensors")
+    flags.DEFINE_string("push_to_hub", None, "OWNER/MODEL: upload the folder to the hub, private unless it is there already")
     flags.DEFINE_bool("adapter", False, "a run with LoRA: write its adapters as a PEFT folder, not the merged model")
 
 
@@ -74,11 +77,16 @@ def main(argv) -> int:
     for name in ("checkpoint", "out"):
         if not given[name].value:
             raise UserError(f"--{name} is missing: python -m omniopd_jax.export --checkpoint=RUN --out=FOLDER")
+    name, source, adapter = (given[flag].value for flag in ("push_to_hub", "checkpoint", "adapter"))
+    if name:
+        card.check(name)
     cli.setup_jax()
-    folder = export(
-        given["checkpoint"].value, given["out"].value, dtype=given["dtype"].value, adapter=given["adapter"].value
-    )
+    folder = export(source, given["out"].value, dtype=given["dtype"].value, adapter=adapter)
+    run, step = locate(source)
+    card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)
     print(f"wrote {folder}", flush=True)
+    if name:
+        print(f"pushed to {card.push(folder, name)}", flush=True)
     return 0
 
 

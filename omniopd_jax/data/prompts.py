@@ -81,6 +81,18 @@ def load(
     return Prompts(kept, duplicates)
 
 
+def with_suffix(data: Prompts, suffix: str) -> Prompts:
+    """The same with `suffix` behind each last message, a blank line between; as they are where it is empty."""
+    if not suffix:
+        return data
+
+    def one(p: Prompt) -> Prompt:
+        last = p.messages[-1]
+        return dataclasses.replace(p, messages=(*p.messages[:-1], last | {"content": f"{last['content']}\n\n{suffix}"}))
+
+    return dataclasses.replace(data, prompts=[one(p) for p in data.prompts])
+
+
 def encode(data: Prompts, template: Template, cfg) -> Prompts:
     """Renders each prompt with its generation prompt and tokenizes it; overlong ones are an error, or dropped and counted.
 

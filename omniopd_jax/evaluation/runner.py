@@ -196,7 +196,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     """
     if jax.process_count() > 1:
         raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
-    loaded = [suites.load(name, limit) for name in benchmarks]
+    loaded = [suites.load(name, limit, cfg.eval.suffix if cfg is not None else "") for name in benchmarks]
     if unsafe:
         loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
     for suite in loaded:

@@ -130,11 +130,12 @@ def save(
                 _for_older_readers(work / "tokenizer_config.json")
 
 
-def save_adapters(folder, adapters: dict, table: dict, config: dict, *, dtype: str = "bfloat16") -> None:
-    """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Whole or not at all, as `save`.
+def save_adapters(folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16") -> None:
+    """Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer. Whole or not at all, as `save`.
 
     Args:
       adapters: the trained tree. table: its `model.Param`s (lora.table). config: lora.peft_config.
+      tokenizer: the base's; None: no tokenizer files.
       dtype: of the tensors: bfloat16 | float16 | float32.
 
     Raises:
@@ -145,6 +146,8 @@ def save_adapters(folder, adapters: dict, table: dict, config: dict, *, dtype: s
         safetensors.write(work, adapters, table, np.dtype(jnp.dtype(dtype)), math.inf, single=ADAPTER)
         if work is not None:
             bounded.write_json(work / "adapter_config.json", config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
 
 
 @contextlib.contextmanager
@@ -163,9 +166,8 @@ def _placed(folder, marker: str):
             work.mkdir(parents=True)
         yield work if writer else None
         if writer:
-            for file in work.rglob("*"):  # whatever the umask and the libraries made of them
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            work.chmod(0o755)
+            for path in (work, *work.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # whoever serves the model may be another user
             _replace(work, folder)
     finally:
         if writer:

@@ -5,10 +5,10 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from omniopd_jax import hf, model
+from omniopd_jax import config, hf, model
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import lora
-from omniopd_jax.run import checkpoint
+from omniopd_jax.run import checkpoint, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +58,22 @@ def locate(source) -> tuple[pathlib.Path, int | None]:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return (path.parent if path.name == "checkpoints" else path), None
+
+
+def recipe(source) -> ConfigDict | None:
+    """The config of the run that `source` (RUN or RUN/checkpoints/STEP) names; None where it is no run.
+
+    Keys that this program no longer knows are left out.
+    """
+    if not source:
+        return None
+    file = locate(source)[0] / "config.json"
+    saved = files.read_json(file, "write it again from the run's recipe") if file.is_file() else {}
+    if "student" not in saved:
+        return None
+    cfg = config.default()
+    known = config.flat(cfg)
+    for key, value in config.flat(ConfigDict(saved)).items():
+        if key in known:
+            cfg.update_from_flattened_dict({key: tuple(value) if isinstance(known[key], tuple) else value})
+    return cfg
