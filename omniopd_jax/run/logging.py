@@ -64,7 +64,8 @@ class Writer:
         if rank == 0:
             for path in sorted(self._folder.glob("*-*.jsonl")):  # of processes that the run no longer has
                 kind, _, number = path.stem.partition("-")
-                if kind in ("audits", "completions") and number.isdigit() and len(number) < 9 and int(number) >= jax.process_count():
+                own = kind in ("audits", "completions") and number.isdigit() and len(number) < 9
+                if own and int(number) >= jax.process_count():
                     cut_after(path, start_step)
         # an evaluation's step counts the updates before it: the one at the checkpoint itself is kept
         names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
