@@ -11,9 +11,10 @@ import pathlib
 import jax
 from absl import flags
 
-from omniopd_jax import hf
+from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import card
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.run import cli
 from omniopd_jax.run.trained import locate, read
@@ -36,15 +37,28 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
-        config = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, config, hf.load_tokenizer(got.student), dtype=dtype)
+        peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype)
         return pathlib.Path(out)
-    params = got.whole()
-    if got.lora.rank:
-        params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    with jax.default_device(_host()):
+        params = got.whole()
+        if got.lora.rank:
+            params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    tokenizer = hf.load_tokenizer(got.student)
+    student = config.default()  # with the keys that a run from before them lacks
+    student.student.update(got.config["student"])
+    end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
+    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
     return pathlib.Path(out)
+
+
+def _host() -> jax.Device:
+    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]
 
 
 def _define_flags() -> None:

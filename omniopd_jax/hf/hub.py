@@ -9,6 +9,7 @@ from pathlib import Path
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded
 
+PACKAGE = Path(__file__).resolve().parents[1]
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
@@ -47,7 +48,8 @@ def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
     name = str(folder)
     if not name:
         raise UserError(f"{setting} is empty: set it to a Hugging Face folder")
-    path = Path(name).expanduser()
+    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
+    path = packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -2,7 +2,7 @@
 
 What differs between them, and how each is met:
 
-- OpenAI itself continues no assistant turn (`instruct`), and its newer models take `max_completion_length` where older
+- OpenAI itself continues no assistant turn (`instruct`), and its newer models take `max_completion_tokens` where older
   servers know only `max_tokens`; reasoning models get `reasoning_effort = "none"` or are refused by the probe.
 - vLLM, SGLang and TGI take `continue_final_message`; DeepSeek and Mistral `"prefix": true`; llama.cpp and LMDeploy
   continue a last assistant turn as it is (`prefill`).
