@@ -92,7 +92,7 @@ class Progress:
     def __init__(self, total: int, start: int, *, terminal: bool | None = None):
         self._status = Status(total, start)
         self._terminal = sys.stdout.isatty() and jax.process_index() == 0 if terminal is None else terminal
-        self._live = None
+        self._live, self._said = None, set()
         if self._terminal:
             from rich.console import Console
             from rich.live import Live
@@ -112,7 +112,8 @@ class Progress:
     def enter(self, name: str) -> None:
         """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has finished."""
         self._status.enter(name)
-        if self._live is None and name and not self._status.values:
+        if self._live is None and name and not self._status.values and name not in self._said:
+            self._said.add(name)
             say(self._status.line())
 
     def step(self, step: int, values: dict) -> None:
