@@ -63,7 +63,7 @@ class Status:
         (first, began), (last, now) = self._finished[0], self._finished[-1]
         return duration((now - began) / (last - first) * (self.total - last)) if last > first else "?"
 
-    def line(self, width: int = 80) -> str:
+    def line(self, width: int = 80, *, phase: bool = True) -> str:
         """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they fit."""
         parts = [f"step {self.done}/{self.total}"]
         if self._finished:
@@ -75,7 +75,7 @@ class Status:
         if self.accuracy is not None:
             parts.append(f"acc {self.accuracy:.1%}")
         figures = [f"{name} {float(self.values[key]):.3g}" for key, name in SHOWN if key in self.values]
-        for part in filter(None, [self.phase, *figures]):
+        for part in filter(None, [self.phase if phase else "", *figures]):
             if len("  ".join([*parts, part])) <= width:
                 parts.append(part)
         return "  ".join(parts)
@@ -120,7 +120,7 @@ class Progress:
         """Shows a finished step (counted from 1) and its main figures."""
         self._status.step(step, values)
         if self._live is None:
-            say(f"{self._status.line(100)}  {values.get('time/step', 0):.1f} s")
+            say(f"{self._status.line(100, phase=False)}  {values.get('time/step', 0):.1f} s")
 
     def accuracy(self, value: float) -> None:
         """Shows what an evaluation during the run came to."""
