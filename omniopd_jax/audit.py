@@ -269,10 +269,15 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
     return Feedback(k_sem_BM, n_BM, audits)
 
 
+def fewest(cfg, asked: int) -> int:
+    """n_min of an audit for which `asked` continuations were asked: the config's, or half of what a budget left of N."""
+    return min_continuations(cfg) if asked >= cfg.audit.num_continuations else min(min_continuations(cfg), -(-asked // 2))
+
+
 def metrics(feedback: Feedback, cfg) -> dict:
     """How the similarities of a step's audits are distributed, and how many audits came too short."""
     own = {  # of this process; quantiles need every process's values
-        "short": sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
+        "short": sum(0 < len(a.similarity) < fewest(cfg, len(a.request.indices)) for a in feedback.audits),
         "similarity": [float(s) for a in feedback.audits for s in a.similarity],
     }
     parts = processes.gather("audits", own)

@@ -13,7 +13,6 @@ import numpy as np
 
 from omniopd_jax import audit, model, objective, rollout, scheduler, vocab
 from omniopd_jax import step as steps
-from omniopd_jax.config import min_continuations
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
@@ -185,18 +184,19 @@ def solutions(
       TeacherStopped, Stopped: in every process, whichever had it.
     """
     n = cfg.num_generations
-    requests = [
-        ContinuationRequest(
-            ids[0], -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length, cfg.teacher.temperature,
-            cfg.teacher.top_p,
+    requests = {
+        p.id: ContinuationRequest(
+            solution_id(p.id), -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length,
+            cfg.teacher.temperature, cfg.teacher.top_p,
         )
-        for ids, p in zip(drawn.sample_ids, drawn.prompts, strict=True)
-    ]  # fmt: skip
-    audits = [audit.Audit(b, 0, r, "", similarity=np.zeros(0)) for b, r in enumerate(requests)]
+        for p in drawn.prompts
+    }  # fmt: skip
+    audits = [audit.Audit(b, 0, r, "", similarity=np.zeros(0)) for b, r in enumerate(requests.values())]
     wait([thread.submit(audit.ask(teacher, audits))], stop)
+    answered = {a.request.sample_id: a for a in audits}
     tokens, finished = [], []
-    for a in audits:
-        got = {c.index: c for c in a.result.continuations}
+    for p in drawn.prompts:
+        got = {c.index: c for c in answered[solution_id(p.id)].result.continuations}
         for g in range(n):
             whole = g in got and got[g].finish == "stop"
             text = student.template.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
@@ -204,8 +204,21 @@ def solutions(
             tokens.append((text + end)[: cfg.max_completion_length])
             finished.append(whole)
     rows = [p for p in drawn.prompts for _ in range(n)]
-    ids = [a.request.sample_id for a in audits for _ in range(n)]
-    return Responses(rows, ids, tokens, np.array(finished)), audits
+    return Responses(rows, [solution_id(p.id) for p in rows], tokens, np.array(finished)), audits
+
+
+def given_solutions(drawn: Drawn, student: Student, cfg) -> Responses:
+    """The prompts file's own solutions in the student's tokens, one per prompt; those over the cap are cut."""
+    tokenizer, end = student.template.tokenizer, student.end_ids[0]
+    texts = tokenizer([p.solution for p in drawn.prompts], add_special_tokens=False)["input_ids"]
+    tokens = [[*text, end][: cfg.max_completion_length] for text in texts]
+    finished_B = np.array([len(text) < cfg.max_completion_length for text in texts])
+    return Responses(drawn.prompts, [solution_id(p.id) for p in drawn.prompts], tokens, finished_B)
+
+
+def solution_id(prompt_id: str) -> str:
+    """Who asks for a whole solution: the prompt alone, so that epochs and methods share what was bought (method.md, 5)."""
+    return f"{stable_hash('solution', prompt_id):016x}"
 
 
 def score(passes: steps.Steps, policy: dict, responses: Responses, student: Student, cfg) -> Scores | None:
@@ -363,7 +376,7 @@ def assemble(
         advantage_B = np.asarray(objective.group_advantage(rewards, cfg.num_generations), np.float32)
     n_min_B = None
     if cfg.audit.num_continuations > N:
-        n_min_B = np.full(len(length_B), min(min_continuations(cfg), -(-N // 2)), np.int32)
+        n_min_B = np.full(len(length_B), audit.fewest(cfg, N), np.int32)
     host = objective.Batch(
         None, None, length_B, group.peak_BM, feedback.k_sem_BM, feedback.n_BM, n_min_B, advantage_B,
         teacher_logp_BT=teacher_logp_BT, width=rows.T, **(stale_fields(group, now, cfg) if now else {}),

@@ -1,6 +1,7 @@
 """A run's checkpoint as a Hugging Face folder: python -m omniopd_jax.export --checkpoint=runs/tiny --out=FOLDER
 
-A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone.
+A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model card;
+--push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
 `--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
 chat template and generation defaults come from the student that the run started from.
 """
@@ -10,8 +11,10 @@ import pathlib
 import jax
 from absl import flags
 
-from omniopd_jax import hf
+from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import card
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.run import cli
 from omniopd_jax.run.trained import locate, read
@@ -34,21 +37,35 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
-        config = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, config, dtype=dtype)
+        peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype)
         return pathlib.Path(out)
-    params = got.whole()
-    if got.lora.rank:
-        params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    with jax.default_device(_host()):
+        params = got.whole()
+        if got.lora.rank:
+            params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    tokenizer = hf.load_tokenizer(got.student)
+    student = config.default()  # with the keys that a run from before them lacks
+    student.student.update(got.config["student"])
+    end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
+    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
     return pathlib.Path(out)
+
+
+def _host() -> jax.Device:
+    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or RUN/checkpoints/STEP")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_enum("dtype", "bfloat16", hf.SAVE_DTYPES, "of the tensors")
+    flags.DEFINE_string("push_to_hub", None, "OWNER/MODEL: upload the folder to the hub, private unless it is there already")
     flags.DEFINE_bool("adapter", False, "a run with LoRA: write its adapters as a PEFT folder, not the merged model")
 
 
@@ -60,11 +77,16 @@ def main(argv) -> int:
     for name in ("checkpoint", "out"):
         if not given[name].value:
             raise UserError(f"--{name} is missing: python -m omniopd_jax.export --checkpoint=RUN --out=FOLDER")
+    name, source, adapter = (given[flag].value for flag in ("push_to_hub", "checkpoint", "adapter"))
+    if name:
+        card.check(name)
     cli.setup_jax()
-    folder = export(
-        given["checkpoint"].value, given["out"].value, dtype=given["dtype"].value, adapter=given["adapter"].value
-    )
+    folder = export(source, given["out"].value, dtype=given["dtype"].value, adapter=adapter)
+    run, step = locate(source)
+    card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)
     print(f"wrote {folder}", flush=True)
+    if name:
+        print(f"pushed to {card.push(folder, name)}", flush=True)
     return 0
 
 

@@ -67,7 +67,10 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
     M, N = experience.allowance(run.teacher, cfg, t)
     if objective.of(cfg).asks == "solutions":
         with phase("teacher_wait"):
-            responses, solved = experience.solutions(run.teacher, run.thread, run.stop, drawn, student, cfg)
+            if run.teacher is None:  # the prompts file has them
+                responses, solved = experience.given_solutions(drawn, student, cfg), []
+            else:
+                responses, solved = experience.solutions(run.teacher, run.thread, run.stop, drawn, student, cfg)
         with phase("score"):
             scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
         return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import audit, config, hf, objective, rollout, similarity, teachers, world
+from omniopd_jax import audit, config, hf, objective, rollout, similarity, step, teachers, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.hf import template
 from omniopd_jax.teachers.local import LocalTeacher
@@ -161,7 +161,8 @@ def both():
     prepared = rollout.prepare(params, cfg)
     out = sample(prepared, cfg, [p.token_ids for p in prompts], 1, range(len(prompts)), end_ids, 40)
     decoder, places = audit.Decoder(tokenizer), []
-    for prompt, (tokens, entropy) in zip(prompts, out, strict=True):
+    entropy_BT = entropies(params, cfg, prompts, out)
+    for prompt, tokens, entropy in zip(prompts, out, entropy_BT, strict=True):
         eligible = decoder.eligible(tokens, CHUNK)
         best = sorted((t for t in range(1, len(tokens) - CHUNK) if eligible[t]), key=lambda t: -entropy[t])
         for t in best[:1]:
@@ -176,14 +177,22 @@ def both():
 
 
 def sample(params, cfg, rows, num_samples, seeds, end_ids, max_new_tokens):
-    """(tokens, entropies) of each completion."""
+    """Tokens of each completion."""
     width = rollout.bucket(max(map(len, rows)))
     out = rollout.sample(
         params, cfg, *rollout.pad_rows(rows, width), rollout.row_keys(jax.random.key(11), list(seeds)),
         max_new_tokens=max_new_tokens, num_samples=num_samples, end_ids=end_ids,
     )  # fmt: skip
-    token_BT, length_B, entropy_BT = jax.device_get((out.token_BT, out.length_B, out.entropy_BT))
-    return [(t[:n].tolist(), h[:n]) for t, n, h in zip(token_BT, length_B, entropy_BT, strict=True)]
+    return [t[:n].tolist() for t, n in zip(*jax.device_get((out.token_BT, out.length_B)), strict=True)]
+
+
+def entropies(params, cfg, prompts, tokens):
+    """entropy_BT of completions, by the scoring pass."""
+    T = max(map(len, tokens))
+    length_B = np.array([len(p.token_ids) for p in prompts], np.int32)
+    token_BL, _ = rollout.pad_rows([[*p.token_ids, *t] for p, t in zip(prompts, tokens)], int(length_B.max()) + T)
+    score = jax.jit(functools.partial(step.score, T=T, model_cfg=cfg, block=256, micro_batches=1))
+    return np.asarray(score(params, token_BL, length_B).entropy_BT)
 
 
 def gap_in_sigmas(both: Both, *, shift: int = 0, temperature: float = 1.0, rounds: int = ROUNDS) -> float:
@@ -194,7 +203,7 @@ def gap_in_sigmas(both: Both, *, shift: int = 0, temperature: float = 1.0, round
     for k, (prompt, tokens, t) in enumerate(both.places):
         rows = [[*prompt.token_ids, *tokens[:t]]]
         drawn = sample(both.prepared, both.cfg, rows, rounds, range(k * rounds, (k + 1) * rounds), both.end_ids, CHUNK)
-        for r, (own, _) in enumerate(drawn):
+        for r, own in enumerate(drawn):
             prefix, chunk = decoder.chunk(tokens[:t] + own, t, CHUNK)
             given = decoder.text(tokens[: t + shift])
             assert shift or given == prefix

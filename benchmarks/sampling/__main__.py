@@ -5,8 +5,8 @@
 
 The same random Qwen3 checkpoint (benchmarks/checkpoint.py) in one process, CPU, float32, all cores; the sides take turns, A B
 A B, after a warm-up that compiles. `generate` samples at temperature 1 without top-k or top-p, eager torch, its default
-cache; it returns tokens only. Ours returns each token's log-prob under the model and under the sampler and the exact
-entropy besides. No end token, so both write all tokens of all rows. One line of docs/results/sampling.jsonl is one case.
+cache; it returns tokens only. Ours returns each token's log-prob under the model and under the sampler
+besides. No end token, so both write all tokens of all rows. One line of docs/results/sampling.jsonl is one case.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from omniopd_jax import graders, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.graders import gym
+from omniopd_jax.graders import code_tests, gym
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 FUNCTION = "Write the whole function, with the imports that it needs, in one ```python block."
@@ -69,7 +69,7 @@ class Source:
     answer: str = "answer"
     id: str | None = "id"
     grader: str = "math"
-    suffix: str = BOXED
+    suffix: str | None = None  # the benchmark's own instruction; None: `eval.suffix`
     read: Callable[[dict], tuple[str, str]] | None = None
     files: tuple[str, ...] = ()  # read as JSON Lines, where the hub's own loader can't
 
@@ -158,11 +158,14 @@ def _livecodebench(row):
     metadata = row["metadata"] if isinstance(row["metadata"], dict) else json.loads(row["metadata"])
     name, starter = metadata["func_name"], row.get("starter_code") or ""
     text = f"{row['question_content']}\n\n{METHOD}\n\n```python\n{starter.rstrip()}\n```"
-    asserts = []
-    for c in cases:
-        arguments = ", ".join(repr(json.loads(line)) for line in c["input"].splitlines() if line.strip())
-        asserts.append(f"assert Solution().{name}({arguments}) == {json.loads(c['output'])!r}")
+    with code_tests.long_integers():
+        asserts = [f"assert Solution().{name}({_arguments(c['input'])}) == {json.loads(c['output'])!r}" for c in cases]
     return text, json.dumps({"asserts": asserts, "prompt": starter})
+
+
+def _arguments(lines: str) -> str:
+    """Arguments, one a line as JSON, as Python."""
+    return ", ".join(repr(json.loads(line)) for line in lines.splitlines() if line.strip())
 
 
 def _cases(cases) -> list[dict]:
@@ -204,28 +207,30 @@ SUITES = {
 EXTRACT = {"math": gym.last_boxed, "reasoning_gym": gym.last_boxed, "world": world.extract_answer, "code": None}
 
 
-def load(name: str, limit: int = 0) -> Suite:
+def load(name: str, limit: int = 0, suffix: str = "") -> Suite:
     """The benchmark of that name (see the module), its first `limit` problems; 0 = all (world: 512, rg: 200).
+
+    `suffix` is put behind each problem (`eval.suffix`), but for programs, whose instruction is part of the benchmark.
 
     Raises:
       UserError: unknown name, unreachable hub, or a row that lacks a field.
     """
     kind, _, rest = name.partition(":")
     if kind == "world":
-        return _world(name, *rest.partition(":")[::2], limit)
+        return _world(name, *rest.partition(":")[::2], limit, suffix)
     if kind == "rg":
-        return _gym(name, *rest.partition(":")[::2], limit)
+        return _gym(name, *rest.partition(":")[::2], limit, suffix)
     known, _, path = name.rpartition("=")
     if path.endswith(ENDINGS):
         rows = _lines(pathlib.Path(path))
         if known:
-            return _suite(known, SUITES[one_of(known, SUITES, "--benchmarks")], rows, limit)
-        return _plain(pathlib.Path(path.removesuffix(".gz")).stem, rows, limit)
+            return _suite(known, SUITES[one_of(known, SUITES, "--benchmarks")], rows, limit, suffix)
+        return _plain(pathlib.Path(path.removesuffix(".gz")).stem, rows, limit, suffix)
     if name not in SUITES:
         forms = "FILE.jsonl, FILE.json, FILE.jsonl.gz, NAME=FILE.jsonl, world:forks:test, rg:gsm_symbolic"
         raise UserError(f"--benchmarks = {name!r} is unknown; choose among: {', '.join(SUITES)}; or {forms}")
     source = SUITES[name]
-    return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit)
+    return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit, suffix)
 
 
 def _hub(name, source):
@@ -284,7 +289,8 @@ def _lines(path: pathlib.Path):
             yield row
 
 
-def _suite(name, source: Source, rows, limit) -> Suite:
+def _suite(name, source: Source, rows, limit, suffix) -> Suite:
+    suffix = suffix if source.suffix is None else source.suffix
     prompts = []
     for number, row in enumerate(rows):
         if limit and number == limit:
@@ -298,11 +304,11 @@ def _suite(name, source: Source, rows, limit) -> Suite:
                 f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}"
             ) from error
         own = row.get(source.id) if source.id else None
-        prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), source.suffix, str(answer)))
+        prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), suffix, str(answer)))
     return _checked(Suite(name, prompts, source.grader, EXTRACT[source.grader]))
 
 
-def _plain(name, rows, limit) -> Suite:
+def _plain(name, rows, limit, suffix) -> Suite:
     """Rows of anybody's file, one grader for all of them."""
     prompts, grader, check = [], None, None
     for number, row in enumerate(rows):
@@ -324,7 +330,7 @@ def _plain(name, rows, limit) -> Suite:
         except UserError as error:
             raise UserError(f"{name}, row {number}: {error}") from error
         own = f"{number:05d}" if row.get("id") is None else str(row["id"])
-        prompts.append(_prompt(own, text, BOXED if grader == "math" else "", answer))
+        prompts.append(_prompt(own, text, suffix, answer))
     return _checked(Suite(name, prompts, grader, EXTRACT[grader or "math"]))
 
 
@@ -336,18 +342,18 @@ def _own_answer(row: dict) -> str:
     return _answer(row)
 
 
-def _world(name, which, split, limit) -> Suite:
+def _world(name, which, split, limit, suffix) -> Suite:
     problems = world.problems(which, split or "test", limit or 512)
-    return Suite(name, [_prompt(p.id, p.prompt, "", p.answer) for p in problems], "world", world.extract_answer)
+    return Suite(name, [_prompt(p.id, p.prompt, suffix, p.answer) for p in problems], "world", world.extract_answer)
 
 
-def _gym(name, which, seed, limit) -> Suite:
+def _gym(name, which, seed, limit, suffix) -> Suite:
     if seed and not seed.isdecimal():
         raise UserError(f"--benchmarks = {name!r}: the seed must be a whole number, as in rg:gsm_symbolic:7")
     seed, size = int(seed or 0), limit or 200
     entries = gym.dataset(which, seed, size)
     ids = [f"{which}:{seed}:{size}:{i}" for i in range(size)]
-    prompts = [_prompt(i, entries[n]["question"], BOXED, i) for n, i in enumerate(ids)]
+    prompts = [_prompt(i, entries[n]["question"], suffix, i) for n, i in enumerate(ids)]
     return Suite(name, prompts, "reasoning_gym", gym.last_boxed)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Prompts:
 
 def load(
     cfg, *, source: str, split: str, path: str, count: int, section: str = "data",
-    check: Callable[[str | None], str | None] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Prompts:  # fmt: skip
     """Reads prompts; duplicates (by the content of their messages) are dropped and counted.
 
@@ -54,17 +55,17 @@ def load(
       path: of the file (`files`).
       count: the first so many; 0 = all (world: 4,096).
       section: of the config, for the messages: whose `path` and `split` these are.
-      check: what a reward or an evaluation asks of an answer: None where it is good, else what is wrong with it, which
-        becomes an error with the row's file and line. None: answers are not asked for.
+      check: of the grader that will read the answers (`Grader.check_answer`): raises a `UserError` for an answer of a form
+        that it can't compare with, which then names the row's file and line. None: answers are not asked for.
 
     Raises:
       UserError: names the file and line, the data set, or the empty set.
     """
     readers = {"world": _world, "jsonl": _file, "hub": _hub}
     seen, kept, duplicates = set(), [], 0
-    for where, prompt in readers[source](cfg, split, path, count, section):
-        if check is not None and (problem := check(prompt.answer)):
-            raise UserError(f"{where}: {problem}")
+    for where, prompt, answer in readers[source](cfg, split, path, count, section):
+        if check is not None:
+            _check_answer(answer, check, where)
         content = json.dumps(prompt.messages, sort_keys=True)
         if content in seen:
             duplicates += 1
@@ -78,6 +79,18 @@ def load(
     if len({p.id for p in kept}) < len(kept):
         raise UserError(f"prompt ids repeat in {_where(cfg, source, split, path)}: each `id` must be unique, or left out")
     return Prompts(kept, duplicates)
+
+
+def with_suffix(data: Prompts, suffix: str) -> Prompts:
+    """The same with `suffix` behind each last message, a blank line between; as they are where it is empty."""
+    if not suffix:
+        return data
+
+    def one(p: Prompt) -> Prompt:
+        last = p.messages[-1]
+        return dataclasses.replace(p, messages=(*p.messages[:-1], last | {"content": f"{last['content']}\n\n{suffix}"}))
+
+    return dataclasses.replace(data, prompts=[one(p) for p in data.prompts])
 
 
 def encode(data: Prompts, template: Template, cfg) -> Prompts:
@@ -109,11 +122,6 @@ def render(template: Template, prompt: Prompt) -> str:
         return template.render(prompt.messages)
     except UserError as error:
         raise UserError(f"prompt {prompt.id!r}: {error}") from None
-
-
-def answered(answer: str | None) -> str | None:
-    """The least that a reward or an evaluation asks of a row, as `load` takes it: that there is an answer."""
-    return None if answer is not None else "no answer; set data.fields.answer to the row's field that holds it"
 
 
 def check_rendering(template: Template | None, data: Prompts) -> None:
@@ -148,14 +156,14 @@ def _world(cfg, split, path, count, section):
     one_of(split, world.SPLITS, f"{section}.split")
     problems = world.problems(name, split, count or 4096)
     for p in problems:
-        yield p.id, Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer)
+        yield p.id, Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer), p.answer
 
 
 def _file(cfg, split, path, count, section):
     if not path:
         raise UserError(f"data.source = 'jsonl' needs {section}.path, a file of rows ({', '.join(files.FORMS)})")
     for where, number, row in files.rows(path, f"{section}.path"):
-        yield where, _prompt(row, cfg.data.fields, where, number)
+        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
 
 
 def _hub(cfg, split, path, count, section):
@@ -165,7 +173,7 @@ def _hub(cfg, split, path, count, section):
     rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     for number, row in enumerate(rows):
         where = f"{cfg.data.name}, row {number}"
-        yield where, _prompt(row, cfg.data.fields, where, number)
+        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
 
 
 def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, advice: str):
@@ -255,6 +263,16 @@ def _message(m) -> dict | None:
     if not isinstance(m.get("role"), str) or not isinstance(content, str):
         return None
     return {k: v for k, v in m.items() if v is not None} | {"content": content}
+
+
+def _check_answer(answer, check: Callable[[Any], None], where: str) -> None:
+    """Asks the grader about an answer as the row has it. Raises `UserError`, which names the row."""
+    if answer is None:
+        raise UserError(f"{where}: no answer; set data.fields.answer to the row's field that holds it")
+    try:
+        check(answer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _answer(value, field: str, where: str) -> str | None:

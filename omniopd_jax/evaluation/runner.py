@@ -71,6 +71,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     Raises:
       UserError: nothing there, or weights that do not fit their config.
     """
+    mesh = sharding.make_mesh(cfg.mesh)
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
         run, step = trained_run.locate(checkpoint)
@@ -80,7 +81,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
                     step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
-            trained = trained_run.read(run, step)
+            trained = trained_run.read(run, step, mesh)
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
@@ -91,7 +92,6 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         logging.say(note)
     longest = cfg.max_prompt_length + cfg.max_completion_length
     check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
-    mesh = sharding.make_mesh(cfg.mesh)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
@@ -196,7 +196,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     """
     if jax.process_count() > 1:
         raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
-    loaded = [suites.load(name, limit) for name in benchmarks]
+    loaded = [suites.load(name, limit, cfg.eval.suffix if cfg is not None else "") for name in benchmarks]
     if unsafe:
         loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
     for suite in loaded:

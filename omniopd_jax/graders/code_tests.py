@@ -17,6 +17,7 @@ import json
 import re
 import symtable
 import sys
+import threading
 
 from omniopd_jax.errors import UserError
 
@@ -119,6 +120,7 @@ def _asserts(tests) -> Tests:
     return Tests((), (), source, entry_point, prompt, names, modules, maybe)
 
 
+_LIMIT = threading.Lock()
 _LOOKED = {}  # digest of assertions -> what `_look` found: tests may be megabytes, and are graded many times
 
 
@@ -128,16 +130,16 @@ def _looked_through(source: str):
         if len(_LOOKED) > 20_000:
             _LOOKED.clear()
         try:
-            _LOOKED[digest] = _look(source)
+            with long_integers():
+                _LOOKED[digest] = _look(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"code tests: 'asserts' can't be read: {type(error).__name__}: {error}") from error
+            raise UserError(f"code tests: 'asserts' can't be read: {type(error).__name__}: {str(error)[:200]}") from error
     return _LOOKED[digest]
 
 
 def _look(source):
     """(names, modules, maybe, whether an entry point is needed) of assertions; raises UserError where none asserts."""
-    with _long_integers():
-        tree = ast.parse(source)
+    tree = ast.parse(source)
     if not any(map(_asserts_something, ast.walk(tree))):
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
@@ -156,14 +158,15 @@ def _look(source):
 
 
 @contextlib.contextmanager
-def _long_integers():
+def long_integers():
     """Lets integers of 50,000 digits be read, as LiveCodeBench's harness does."""
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(50_000)
-    try:
-        yield
-    finally:
-        sys.set_int_max_str_digits(before)
+    with _LIMIT:  # of the whole process
+        before = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(50_000)
+        try:
+            yield
+        finally:
+            sys.set_int_max_str_digits(before)
 
 
 def _asserts_something(node) -> bool:

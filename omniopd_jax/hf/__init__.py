@@ -92,7 +92,7 @@ def load(
 
 def save(
     folder, params: dict, model_cfg: model.ModelConfig, tokenizer=None, *, dtype: str = "bfloat16",
-    shard_bytes: float = 5e9, generation_config: dict | None = None,
+    shard_bytes: float = 5e9, generation_config: dict | None = None, end_ids: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
     """Writes a folder that transformers and vLLM open: safetensors, configs, tokenizer, chat template.
 
@@ -105,29 +105,37 @@ def save(
       tokenizer: a transformers tokenizer; None: no tokenizer files and no token ids.
       dtype: of the tensors: bfloat16 | float16 | float32.
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
-      generation_config: entries of generation_config.json beside the defaults (`do_sample`: true, the token ids).
+      generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
+        empty: none is written.
+      end_ids: every token that ends an answer; empty: as generation_config or else the tokenizer says.
 
     Raises:
       UserError: an unknown dtype, or a folder that holds something else.
     """
     one_of(dtype, SAVE_DTYPES, "dtype")
     ids = {} if tokenizer is None else {k: getattr(tokenizer, k) for k in hf_config.TOKEN_IDS}
-    generation = {"do_sample": True} | ids | (generation_config or {})
-    config = hf_config.config_json(model_cfg, dtype, generation)
+    generation = dict(generation_config or {})
+    if end_ids:
+        ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else sorted(end_ids)
+        generation |= {k: ids[k] for k in ("eos_token_id",) if k in generation}
+    config = hf_config.config_json(model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS})
     with _placed(folder, "config.json") as work:
         safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes)
         if work is not None:
             bounded.write_json(work / "config.json", config)
-            bounded.write_json(work / "generation_config.json", generation)
+            if generation:
+                bounded.write_json(work / "generation_config.json", generation)
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
+                _for_older_readers(work / "tokenizer_config.json")
 
 
-def save_adapters(folder, adapters: dict, table: dict, config: dict, *, dtype: str = "bfloat16") -> None:
-    """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Whole or not at all, as `save`.
+def save_adapters(folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16") -> None:
+    """Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer. Whole or not at all, as `save`.
 
     Args:
       adapters: the trained tree. table: its `model.Param`s (lora.table). config: lora.peft_config.
+      tokenizer: the base's; None: no tokenizer files.
       dtype: of the tensors: bfloat16 | float16 | float32.
 
     Raises:
@@ -138,6 +146,8 @@ def save_adapters(folder, adapters: dict, table: dict, config: dict, *, dtype: s
         safetensors.write(work, adapters, table, np.dtype(jnp.dtype(dtype)), math.inf, single=ADAPTER)
         if work is not None:
             bounded.write_json(work / "adapter_config.json", config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
 
 
 @contextlib.contextmanager
@@ -156,6 +166,8 @@ def _placed(folder, marker: str):
             work.mkdir(parents=True)
         yield work if writer else None
         if writer:
+            for path in (work, *work.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # whoever serves the model may be another user
             _replace(work, folder)
     finally:
         if writer:
@@ -169,6 +181,21 @@ def generation_config(folder, *, setting: str = "student.path") -> dict:
     path = hub.resolve(folder, setting=setting) / "generation_config.json"
     found = bounded.read_json(path) if path.is_file() else {}
     return {k: v for k, v in found.items() if not k.startswith("_") and k != "transformers_version"}
+
+
+def _for_older_readers(path: Path) -> None:
+    """Makes a tokenizer_config.json of transformers 5 readable for transformers 4, which it stays for 5: the class by its
+    name in both, special tokens beside the named ones as the list that 4 knows.
+    """
+    if not path.is_file():
+        return
+    config = bounded.read_json(path)
+    if config.get("tokenizer_class") in (None, "TokenizersBackend", "PythonBackend"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("backend", None)
+    bounded.write_json(path, config)
 
 
 def _replace(work: Path, folder: Path) -> None:

@@ -146,7 +146,7 @@ def check(name: str) -> None:
     """
     import huggingface_hub
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
         raise UserError(f"--push_to_hub={name!r} is no hub name: write OWNER/MODEL")
     if not huggingface_hub.get_token():
         raise UserError("--push_to_hub needs a token with write access: set HF_TOKEN")

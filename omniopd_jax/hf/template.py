@@ -53,6 +53,12 @@ class Template:
         """
         return self._render(tuple(messages), True)
 
+    @property
+    def identity(self) -> str:
+        """A text that differs where the template writes or ends differently: the Jinja text itself where that is all."""
+        more = (self.preamble, *self.stop_strings)
+        return (self.source or "plain") + ("\0" + "\0".join(more) if any(more) else "")
+
     def cut(self, text: str) -> tuple[str, bool]:
         """(the text before the first stop string, whether there was one)."""
         at = min((i for s in self.stop_strings if (i := text.find(s)) >= 0), default=None)

@@ -59,7 +59,14 @@ class Plan:
         kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.model_cfg = model_config(cfg.student.path)
         self.compute = model.Compute(cfg.compute_dtype, cfg.model.remat, kernel, mesh, lora.scale(cfg.lora))
-        self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute)
+        asks, local = objective.of(cfg).asks, cfg.teacher.provider == "local"
+        self.teacher_cfg = model_config(cfg.teacher.model) if local and asks in ("logp", "distribution") else None
+        whole = self.teacher_cfg if asks == "distribution" else None  # laid out on the mesh; else on one device
+        self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute, teacher_cfg=whole)
+        self.teacher = None if whole is None else _laid(
+            jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.table(whole), is_leaf=model.is_param),
+            model.param_shardings(whole, mesh),
+        )  # fmt: skip
         self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
         self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
         self.policy = step.policy(self.state.params, self.reference, self.cfg)
@@ -73,8 +80,14 @@ class Plan:
         return {
             "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
             "reference": local_bytes(self.reference),
-            "cache": local_bytes(self.sampler_state().cache),
+            "cache": local_bytes(self.sampler_state().cache), "teacher": self.teacher_bytes(),
         }  # fmt: skip
+
+    def teacher_bytes(self) -> float:
+        """Of a white-box teacher in process, on the device that holds most of it: float32, whole where it gives log-probs."""
+        if self.teacher_cfg is None:
+            return 0.0
+        return 4.0 * model.num_params(self.teacher_cfg) if self.teacher is None else local_bytes(self.teacher)
 
     def row(self, *shape, dtype=jnp.float32, rows: int = 0):
         """An abstract array with the batch's rows in front, or so many."""
@@ -101,7 +114,8 @@ class Plan:
         return objective.Batch(
             None if packed else tokens, self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
             self.row(M), self.row(M, dtype=i32), advantage_B=self.row() if reward else None,
-            teacher_logp_BT=self.row(self.T) if objective.of(self.cfg).asks == "logp" else None, packed=packed, **stale,
+            teacher_logp_BT=self.row(self.T) if objective.of(self.cfg).asks == "logp" else None, packed=packed,
+            width=self.T, **stale,
         )  # fmt: skip
 
     def sampler_params(self):
@@ -146,17 +160,19 @@ class Plan:
         if name == "score":
             rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
             lowered = self.steps.score_step.lower(self.policy, self.tokens(self.sampled), rows(), self.T)
-            return lowered, 0.0, state + reference - local_bytes(self.policy) + local_bytes(self.sampler_params())
+            beside = state + reference + self.teacher_bytes() - local_bytes(self.policy)
+            return lowered, 0.0, beside + local_bytes(self.sampler_params())
         if name == "update":
-            stats = vocab.TokenStats(self.row(self.T), self.row(self.T))
-            lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, None)
-            return lowered, state, 0.0
+            scored = objective.needs_scores(self.cfg)
+            stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
+            lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
+            return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0
         carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
         scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
             ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
         how = {"cfg": self.model_cfg, "compute": self.compute, "P": self.P}
         lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, **how)
-        return lowered, local_bytes(carry), state + reference
+        return lowered, local_bytes(carry), state + reference + self.teacher_bytes()
 
     def work(self, name: str) -> tuple[float, float]:
         """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full length."""

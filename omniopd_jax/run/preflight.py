@@ -206,9 +206,11 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     for name in graders_of(cfg):
         found.of(graders.shared, name)
     teacher, said = None, ""
-    if own.asks and prompts is not None:
+    given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
+    asks = bool(own.asks) and not given
+    if asks and prompts is not None:
         found.of(check_teachers_files, cfg, prompts)
-    if own.asks and kernel is not None and not found.problems:
+    if asks and kernel is not None and not found.problems:
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None:
         said = found.of(lambda: thread.submit(teacher.check()).result())
@@ -217,6 +219,24 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     found.raise_everywhere()
     check_same_prompts(prompts)
     return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
+
+
+def solutions_given(cfg, prompts: data.Prompts) -> bool:
+    """Whether the prompts bring solutions of their own, so that no teacher is asked.
+
+    Raises:
+      UserError: some do and some do not, or each would be trained on several times.
+    """
+    missing = [p.id for p in prompts.prompts if p.solution is None]
+    if len(missing) == len(prompts):
+        return False
+    if missing:
+        raise UserError(f"{len(missing)} of {len(prompts)} prompts have no `solution`, such as {missing[0]!r}: all or none")
+    if cfg.num_generations > 1:
+        raise UserError(
+            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set it to 1"
+        )
+    return True
 
 
 def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelConfig) -> None:
@@ -276,7 +296,7 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     Raises:
       UserError: what is wrong with a file, a data set or a prompt.
     """
-    rewarded = data.answered if objective.needs_reward(cfg) else None
+    rewarded = graders.shared(cfg.reward.grader).check_answer if objective.needs_reward(cfg) else None
     prompts = data.load(
         cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts, check=rewarded
     )
@@ -284,8 +304,9 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     if cfg.eval.num_prompts:
         held_out = data.load(
             cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval",
-            check=data.answered,
+            check=graders.shared(cfg.eval.grader).check_answer,
         )  # fmt: skip
+        held_out = data.with_suffix(held_out, cfg.eval.suffix)
     if template is None:
         return prompts, held_out
     return data.encode(prompts, template, cfg), held_out and data.encode(held_out, template, cfg)

@@ -12,6 +12,7 @@ from omniopd_jax.teachers.wire import instruct
 
 PREFIX_CHARACTERS = 600  # of a prefix's end: what comes right before a chunk
 ANSWER_CHARACTERS = 400  # of a right answer: a program's tests may be long
+CHARACTER_TOKENS = 4  # at most so many make one character: its bytes in UTF-8
 CONTEXT_TOKENS = 8  # decoded before a piece, for tokenizers whose first token drops its space
 
 
@@ -228,14 +229,13 @@ def pieces(decoder, tokens: list[int], limit: int) -> list[str]:
 
     Special tokens add nothing. Stops before the token with which the text would pass `limit` characters.
     """
-    whole = decoder.eligible(tokens, 0)  # position t: decode(y_<t) ends between characters
     out, start, length = [], 0, 0
     for t in range(1, len(tokens) + 1):
-        if t < len(tokens) and not whole[t]:
-            continue
         context = max(0, start - CONTEXT_TOKENS)
-        before = decoder.text(tokens[context:start])
-        both = decoder.text(tokens[context:t])
+        before, both = decoder.text(tokens[context:start]), decoder.text(tokens[context:t])
+        inside = both.endswith("\ufffd") and t - start < CHARACTER_TOKENS and t < len(tokens)
+        if inside:  # the character may still be completed
+            continue
         piece = both[len(before) :] if both.startswith(before) else decoder.text(tokens[start:t])
         length += len(piece)
         if length > limit:

@@ -134,7 +134,7 @@ class Reports:
         """What the hosts must put together: shares of responses, lengths, speed."""
         run, responses = self._run, got.responses
         here = {
-            "completions/truncated_fraction": float(1 - responses.finished_B.mean()),
+            "completions/truncated_fraction": truncated_fraction(responses),
             "completions/repeated_fraction": float(np.mean([repeated_ngrams(r) for r in responses.tokens])),
         }
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
@@ -151,6 +151,12 @@ class Reports:
         out["perf/padding_fraction"] = 1 - (sum(prompts) + sum(tokens)) / computed
         mesh, chip = run.student.mesh, flops.chip()
         return out | flops.metrics(run.cfg, run.student.model_cfg, run.teacher_cfg, prompts, tokens, own, mesh, chip)
+
+
+def truncated_fraction(responses: experience.Responses) -> float:
+    """Share of the responses that were cut at the cap; rows that never came (a solution that failed) do not count."""
+    there_B = np.array([len(r) > 0 for r in responses.tokens])
+    return float((there_B & ~responses.finished_B).sum() / max(1, there_B.sum()))
 
 
 def cost(teacher: Teacher | None) -> str:

@@ -118,7 +118,7 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.source or ""),
+        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.identity),
     )  # fmt: skip
 
 

@@ -152,7 +152,8 @@ class _Probe:
         began, deadline = now(), now() + min(PATIENCE_S, self.t.deadline_s)
 
         def accept(reply):
-            text = wire.hide_keys(json.dumps(dataclasses.asdict(reply) | {"latency": now() - began}))
+            self.latencies.append(now() - began)
+            text = wire.hide_keys(json.dumps(dataclasses.asdict(reply) | {"latency": self.latencies[-1]}))
             return [(key, WHO, 0, Continuation(0, text, "probe"), None)]
 
         try:
@@ -164,7 +165,6 @@ class _Probe:
                 about = json.dumps({"message": str(e), "status": e.status, "field": e.field, "outcome": e.outcome})
                 self.teacher.journal.put_failure(key, WHO, 0, Failure(0, about))
             raise
-        self.latencies.append(now() - began)
         self.usd += sent.usd
         self.calls += sent.attempts
         return sent.reply

@@ -39,13 +39,16 @@ class Bucket:
     """Lets at most `per_minute` units through a minute, in bursts of a tenth of that; 0 = no limit."""
 
     def __init__(self, per_minute: float = 0.0):
-        self.rate, self.level, self.at, self.until = 0.0, 0.0, now(), float("inf")
+        self.rate, self.burst, self.level, self.at, self.until = 0.0, 1.0, 0.0, now(), float("inf")
         self.turn = asyncio.Lock()  # waiters are served in order
         self.set(per_minute)
 
     def set(self, per_minute: float, until: float = float("inf")) -> None:
         """Changes the limit, up to the time `until`."""
-        self.rate, self.burst, self.until = per_minute / 60.0, max(1.0, per_minute / 10.0), until
+        self.until = until
+        if self.rate == per_minute / 60.0:
+            return
+        self.rate, self.burst = per_minute / 60.0, max(1.0, per_minute / 10.0)
         self.level = min(self.level, self.burst) if self.level else self.burst
 
     async def take(self, units: float) -> None:

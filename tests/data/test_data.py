@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniopd_jax import config, world
+from omniopd_jax import config, graders, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import template
@@ -240,10 +240,13 @@ def test_answers_are_checked_where_they_are_read(tmp_path):
     """By the grader that will read them, with the line: not in step 40, when row 300 is drawn."""
     path = write(tmp_path, {"prompt": "a", "answer": 7}, {"prompt": "b", "answer": None})
     with pytest.raises(UserError, match=r"line 2: no answer; set data\.fields\.answer"):
-        with_fields(path, check=data.answered)
-    seen = []
-    assert len(with_fields(path, check=lambda answer: seen.append(answer))) == 2
-    assert seen == ["7", None]
+        with_fields(path, check=graders.make("math").check_answer)
+    path = write(tmp_path, {"prompt": "a", "answer": 7}, {"prompt": "b", "answer": ["7"]})
+    with pytest.raises(UserError, match="line 2: an answer for the math grader is text or a number; this is list"):
+        with_fields(path, check=graders.make("math").check_answer)
+    assert [p.answer for p in with_fields(path).prompts] == ["7", '["7"]']
+    path = write(tmp_path, {"prompt": "a", "answer": {"asserts": ["assert f(1) == 2"]}})
+    assert len(with_fields(path, check=graders.make("code").check_answer)) == 1
 
 
 def rows_of(folder, name, content: bytes):

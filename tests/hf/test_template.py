@@ -29,7 +29,8 @@ QWEN3 = (  # loops with break, namespaces, generation blocks, tojson, kwargs
     "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{% generation %}{{ m.content }}"
     "{% endgeneration %}{{- '<|im_end|>\n' }}{%- if loop.index0 > 50 %}{%- break %}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}{{ {'a': 'é<'} | tojson if tools else '' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}{{ {'a': 'é<'} | tojson if tools else '' }}"
 )
 
 

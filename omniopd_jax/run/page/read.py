@@ -32,7 +32,7 @@ class Folder:
         config_file = self.path / "config.json"
         if not any(files.values()) and not config_file.is_file():
             raise UserError(f"{path} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir")
-        self.config = _flat(self._object(config_file))
+        self.config = _flat({k: v for k, v in self._object(config_file).items() if k != "digests"})
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
         self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])

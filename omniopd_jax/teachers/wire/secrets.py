@@ -8,7 +8,6 @@ case. What merely looks like a key is hidden too.
 import base64
 import functools
 import html
-import json
 import os
 import re
 import urllib.parse
@@ -62,21 +61,36 @@ def _pattern(values: tuple[str, ...]):
     """Finds every form of these keys, longest first."""
     whole, words = set(), set()
     for value in values:
-        forms = {value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value), json.dumps(value)[1:-1]}
-        forms |= {html.escape(value), value.encode("unicode_escape").decode(), value.encode().hex()}
+        forms = {"".join(map(_spelled, value)), re.escape(value.encode().hex())}
         for before in range(3):  # base64 of a longer text: three places where the key may begin
             raw = value.encode()
             coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
             first, last = -(-before * 8 // 6), (before + len(raw)) * 8 // 6
-            coded = coded[first:last]
-            forms |= {coded, coded.replace("+", "-").replace("/", "_"), urllib.parse.quote(coded, safe="")}
-        for form in forms:
-            (whole if len(form) >= LONG else words).add(re.escape(form))
+            forms.add("".join(map(_spelled, coded[first:last])))
+        (whole if len(value) >= LONG else words).update(forms)
     if not values:
         return None
     parts = sorted(whole, key=len, reverse=True)
-    parts += [rf"(?<![^\W_]){form}(?![^\W_])" for form in sorted(words, key=len, reverse=True)]
+    parts += [rf"(?<![^\W_])(?:{form})(?![^\W_])" for form in sorted(words, key=len, reverse=True)]
     return re.compile("|".join(parts), re.IGNORECASE)
+
+
+def _spelled(char: str) -> str:
+    """A pattern for one character of a key as addresses, JSON and HTML may write it."""
+    if char.isascii() and char.isalnum():
+        return char
+    percent = "".join(f"%(?:25)?{byte:02x}" for byte in char.encode())
+    ways = [
+        re.escape(char),
+        percent,
+        rf"\\+u{ord(char):04x}",
+        rf"\\+x{ord(char):02x}",
+        f"&#0*{ord(char)};",
+        f"&#x0*{ord(char):x};",
+    ]
+    ways += [rf"\\+{re.escape(char)}", re.escape(html.escape(char))]
+    ways += [r"\s+", r"\+"] if char == " " else [r"\-"] if char == "+" else ["_"] if char == "/" else []
+    return f"(?:{'|'.join(ways)})"
 
 
 def api_key(provider: str, *, required: bool) -> str:
