@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 
@@ -98,6 +99,13 @@ def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
     )
     assert rows[2]["anchor/kl_ref_to_student_exact"] > 1e-5
     assert rows[0]["rollout/score_logp_gap"] < 1e-4
+
+
+def test_every_metric_is_in_the_page_of_metrics(run):
+    page = (tiny.REPO / "docs/metrics.md").read_text().splitlines()
+    named = {n for line in page if line.startswith("| `") for n in re.findall(r"`([\w/]+)`", line.split(" | ")[0])}
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        assert set(row) - named == set(), "add these to docs/metrics.md"
 
 
 def test_accuracy_is_measured_before_within_and_after(run):
