@@ -8,6 +8,7 @@ Sums over a block's logits are running sums, relative to the largest logit so fa
 thousand `columns` at a time (model/cpu.py).
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -208,14 +209,14 @@ def _pass(loss_of_block, how: Pass, hidden, head: Head, rows, shared, *, with_gr
     out = loss, _unblocked(stats, count, hidden.shape[:2])
     if not with_grad:
         return out, None
-    dhead = None if dhead is None else head.replace(matrix=dhead.astype(head.matrix.dtype))
+    dhead = None if dhead is None else dataclasses.replace(head, matrix=dhead.astype(head.matrix.dtype))
     return out, (*_unblocked((dh,), count, hidden.shape), dhead)
 
 
 def _head(head, dtype=None) -> Head:
     """A bare head_DV, or a Head; cast before the pass, not once a block."""
     head = head if isinstance(head, Head) else Head(head)
-    return head if dtype is None else head.replace(matrix=head.matrix.astype(dtype))
+    return head if dtype is None else dataclasses.replace(head, matrix=head.matrix.astype(dtype))
 
 
 def _logits(h_XD, head: Head, columns):
