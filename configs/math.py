@@ -48,6 +48,8 @@ def get_config(arg=None):
     c.data.name = "open-r1/DAPO-Math-17k-Processed"
     c.data.fields.answer = "solution"
     c.data.overlong = "drop"
+    c.eval.suffix = r"Please reason step by step, and put your final answer within \boxed{}."  # as the training prompts ask
+    c.eval.grader = "math"
 
     c.teacher.provider = "openai"
     c.teacher.model = "Qwen/Qwen3-32B"

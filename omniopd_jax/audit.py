@@ -4,15 +4,16 @@ The student's chunk is text(y_c) = decode(y_<t+C) with its prefix decode(y_<t) c
 teacher is handed the prompt's messages and that raw prefix, never the audited tokens (method.md, section 2).
 """
 
+import codecs
 import dataclasses
+import os
 
 import numpy as np
 
-from omniopd_jax import teachers
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, together
 
 
 @dataclasses.dataclass
@@ -41,49 +42,167 @@ class Feedback:
 
 
 class Decoder:
-    """Text of token prefixes, special tokens left out; remembers which tokens end inside a UTF-8 character."""
+    """Text of token prefixes, special tokens and what comes from a stop string on left out; and where a chunk may start.
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._partial: dict[int, bool] = {}
+    Byte-level tokenizers write a character as soon as its bytes are there. Tokenizers with byte fallback (Llama 2, Mistral
+    0.1) decode neighbouring bytes at once: where one of them is bad, all turn into replacement marks, the whole characters
+    before it too. A special token writes nothing, and leaves the character before it open.
+    """
+
+    def __init__(self, tokenizer, stop_strings: tuple[str, ...] = ()):
+        self._tokenizer, self._stops = tokenizer, stop_strings
+        self._bytes = _fallback_bytes(tokenizer)  # token -> its byte; empty: a byte-level tokenizer
+        self._space = next((t for t, byte in self._bytes.items() if byte == 0x20), None)
+        self._special = set(tokenizer.all_special_ids)
+        self._lengths: dict[int, int | None] = {}
 
     def text(self, token_ids) -> str:
-        """decode(token_ids), special tokens left out, nothing else changed."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """decode(token_ids), special tokens left out, up to the first stop string, nothing else changed."""
+        text = self._raw(token_ids)
+        found = [i for s in self._stops if (i := text.find(s)) >= 0]
+        return text[: min(found)] if found else text
 
-    def eligible(self, token_ids: list[int]) -> np.ndarray:
-        """bool [len]: position t may start a chunk: its prefix decodes on its own (no UTF-8 character is cut)."""
-        out = np.ones(len(token_ids), bool)
-        start = 0  # the last position whose prefix is known to be whole
-        for t in range(1, len(token_ids)):
-            if not self._ends_inside(token_ids[t - 1]):
-                start = t
-            elif self.text(token_ids[start:t]).endswith("\ufffd"):
-                out[t] = False
-            else:
-                start = t
-        return out
+    def eligible(self, token_ids: list[int], chunk_tokens: int) -> np.ndarray:
+        """bool [len]: a chunk may start at t (method.md, section 2).
+
+        Neither border of the chunk is inside a character: decode(y_<t) and decode(y_<t+C) are right on their own, and the
+        first is a prefix of the second. No more than half of the chunk's text is replacement marks. Positions whose chunk
+        does not fit are judged by the tokens that there are.
+        """
+        T = len(token_ids)
+        end = np.minimum(np.arange(T) + chunk_tokens, T)
+        whole, length, marks = self._fallback_prefixes(token_ids) if self._bytes else self._utf8_prefixes(token_ids)
+        readable = 2 * (marks[end] - marks[:T]) <= length[end] - length[:T]
+        out = whole[:T] & whole[end] & readable & self._stays(token_ids, whole, end)
+        return out & self._before_stop(token_ids) if self._stops else out
 
     def chunk(self, token_ids: list[int], peak: int, chunk_tokens: int) -> tuple[str, str]:
-        """(prefix, chunk): decode(y_<t) and what decode(y_<t+C) adds to it."""
-        prefix = self.text(token_ids[:peak])
-        whole = self.text(token_ids[: peak + chunk_tokens])
-        if not whole.startswith(prefix):
-            raise ValueError(f"decode(y_<t) is no prefix of decode(y_<t+C) at t = {peak}: {prefix[-20:]!r}")
-        return prefix, whole[len(prefix) :]
+        """(prefix, chunk): decode(y_<t) and what decode(y_<t+C) adds to it.
 
-    def _ends_inside(self, token: int) -> bool:
-        if token not in self._partial:
-            text = self.text([token])
-            self._partial[token] = not text or "\ufffd" in text  # a special token leaves the character before it open
-        return self._partial[token]
+        At a position that is not eligible the second may be no continuation of the first: then from where they differ.
+        """
+        prefix, whole = self._raw(token_ids[:peak]), self._raw(token_ids[: peak + chunk_tokens])
+        if self._stops:
+            kept = len(self.text(token_ids))  # a chunk may end within the stop string
+            prefix, whole = prefix[:kept], whole[:kept]
+        same = len(prefix) if whole.startswith(prefix) else len(os.path.commonprefix([prefix, whole]))
+        return prefix, whole[same:]
+
+    def _length(self, token: int) -> int | None:
+        """Characters that a token adds to a text; None where that depends on its neighbours (an open token)."""
+        if token not in self._lengths:
+            one, two = self._raw([token]), self._raw([token, token])  # some leave out the space that begins a text
+            closed = two and "\ufffd" not in one + two and token not in self._bytes
+            self._lengths[token] = len(two) - len(one) if closed else None
+        return self._lengths[token]
+
+    def _utf8_prefixes(self, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each y_<t, [len + 1]: whether it ends at the end of a character; its characters, its replacement marks there."""
+        whole = np.ones(len(token_ids) + 1, bool)
+        length, marks = np.zeros((2, len(token_ids) + 1), np.int64)
+        start = 0  # the last position whose prefix is known to be whole
+        for t, token in enumerate(token_ids, 1):
+            size = self._length(token) if start == t - 1 else None
+            text = self._raw(token_ids[start:t]) if size is None else ""
+            whole[t] = not text.endswith("\ufffd")
+            length[t] = length[start] + (len(text) if size is None else size)
+            marks[t] = marks[start] + text.count("\ufffd")
+            start = t if whole[t] else start
+        return whole, length, marks
+
+    def _fallback_prefixes(self, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of a tokenizer with byte fallback: a run of bytes is all characters, or all marks."""
+        whole = np.ones(len(token_ids) + 1, bool)
+        length, marks = np.zeros((2, len(token_ids) + 1), np.int64)
+        run, at, first = None, 0, True  # the bytes before t, the position where they begin, nothing is written yet
+        for t, token in enumerate(token_ids, 1):
+            length[t], marks[t], whole[t] = length[t - 1], marks[t - 1], whole[t - 1]
+            if token in self._special:
+                continue
+            if token in self._bytes:
+                if run is None:
+                    run, at = _Utf8(), t - 1
+                    stripped = int(first and token == self._space and not self._raw([token]))
+                run.add(self._bytes[token])
+                whole[t] = run.whole
+                length[t] = length[at] + (run.characters - stripped if run.whole else run.bytes)
+                marks[t] = marks[at] + (0 if run.whole else run.bytes)
+            else:
+                run, size = None, self._length(token)
+                text = self._raw([token]) if size is None or first else ""
+                length[t] += len(text) if size is None or first else size
+                marks[t] += text.count("\ufffd")
+                whole[t] = not text.endswith("\ufffd")
+            first = False
+        return whole, length, marks
+
+    def _stays(self, token_ids: list[int], whole: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """bool [len]: y_<end still has the text of y_<t: no bad byte after t turned a character before it into a mark."""
+        T = len(token_ids)
+        out = np.ones(T, bool)
+        if not self._bytes:
+            return out
+        run_end, begun = np.full(T + 1, T), False  # of the run of bytes that t is in; whether a byte of it is before t
+        for t in reversed(range(T)):
+            inside = token_ids[t] in self._bytes or token_ids[t] in self._special
+            run_end[t] = run_end[t + 1] if inside else t
+        for t in range(1, T):
+            before = token_ids[t - 1]
+            begun = before in self._bytes or (begun and before in self._special)
+            out[t] = not begun or whole[min(end[t], run_end[t])]
+        return out
+
+    def _before_stop(self, token_ids: list[int]) -> np.ndarray:
+        """bool [len]: y_<t does not reach into a stop string."""
+        whole = self._raw(token_ids)
+        kept = len(self.text(token_ids))
+        if kept == len(whole):
+            return np.ones(len(token_ids), bool)
+        low, high = 0, len(token_ids)  # the largest prefix that ends before the string
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(self._raw(token_ids[:middle])) <= kept else (low, middle - 1)
+        return np.arange(len(token_ids)) <= low
+
+    def _raw(self, token_ids) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def eligible_positions(decoder: Decoder, tokens: list[list[int]], T: int) -> np.ndarray:
+class _Utf8:
+    """A run of bytes read as UTF-8, one by one. `whole`: they are characters to the last, `characters` of them."""
+
+    def __init__(self):
+        self._reader = codecs.getincrementaldecoder("utf-8")()
+        self.bytes, self.characters, self.whole, self._broken = 0, 0, True, False
+
+    def add(self, byte: int) -> None:
+        """The next byte."""
+        self.bytes += 1
+        if not self._broken:
+            try:
+                self.characters += len(self._reader.decode(bytes([byte])))
+            except UnicodeDecodeError:
+                self._broken = True
+        self.whole = not self._broken and not self._reader.getstate()[0]
+
+
+def _fallback_bytes(tokenizer) -> dict[int, int]:
+    """{token: its byte} where the tokenizer decodes tokens such as <0xE6> as bytes; empty where they are text like others."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = tokenizer.get_vocab()
+    if not all(name in vocab for name in names):
+        return {}
+    sun = [vocab[f"<0x{byte:02X}>"] for byte in "\u65e5".encode()]
+    if "\u65e5" not in tokenizer.decode(sun, clean_up_tokenization_spaces=False):
+        return {}
+    return {vocab[name]: byte for byte, name in enumerate(names)}
+
+
+def eligible_positions(decoder: Decoder, tokens: list[list[int]], T: int, chunk_tokens: int) -> np.ndarray:
     """bool [B, T] from each row's response tokens; False past its end."""
     out = np.zeros((len(tokens), T), bool)
     for b, row in enumerate(tokens):
-        out[b, : len(row)] = decoder.eligible(row)
+        out[b, : len(row)] = decoder.eligible(row, chunk_tokens)
     return out
 
 
@@ -110,7 +229,7 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     return audits
 
 
-async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
+async def ask(teacher: Teacher, audits: list[Audit]) -> None:
     """Sends every audit's request and waits for all answers; results land in the audits.
 
     Raises:
@@ -121,7 +240,7 @@ async def ask(teacher: teachers.Teacher, audits: list[Audit]) -> None:
         audit.result = await teacher.continue_text(audit.request)
         _check_complete(audit)
 
-    await teachers.together(one(a) for a in audits)
+    await together(one(a) for a in audits)
 
 
 def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:
@@ -150,69 +269,23 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
     return Feedback(k_sem_BM, n_BM, audits)
 
 
+def fewest(cfg, asked: int) -> int:
+    """n_min of an audit for which `asked` continuations were asked: the config's, or half of what a budget left of N."""
+    return min_continuations(cfg) if asked >= cfg.audit.num_continuations else min(min_continuations(cfg), -(-asked // 2))
+
+
 def metrics(feedback: Feedback, cfg) -> dict:
-    """Host-side figures of a step's audits: what the teacher cost, how long it took, how the similarities lie."""
-    results = [a.result for a in feedback.audits]
+    """How the similarities of a step's audits are distributed, and how many audits came too short."""
     own = {  # of this process; quantiles need every process's values
-        "usage": dataclasses.astuple(sum((r.usage for r in results), Usage())),
-        "counts": [
-            sum(len(a.request.indices) for a in feedback.audits), sum(r.replayed for r in results),
-            sum(len(r.failures) for r in results),
-            sum(0 < len(a.similarity) < min_continuations(cfg) for a in feedback.audits),
-        ],
+        "short": sum(0 < len(a.similarity) < fewest(cfg, len(a.request.indices)) for a in feedback.audits),
         "similarity": [float(s) for a in feedback.audits for s in a.similarity],
-        "latency": [r.latency_s for r in results],
-    }  # fmt: skip
-    parts = processes.gather("audits", own)
-    usage = sum((Usage(*p["usage"]) for p in parts), Usage())
-    wanted, replayed, failed, short = (sum(p["counts"][i] for p in parts) for i in range(4))
-    similarity = np.array([s for p in parts for s in p["similarity"]])
-    latency = np.array([s for p in parts for s in p["latency"]] or [0.0])
-    out = {
-        "teacher/calls": usage.calls,
-        "teacher/retries": usage.retries,
-        "teacher/failed": failed,
-        "teacher/tokens_in": usage.tokens_in,
-        "teacher/tokens_cached": usage.tokens_cached,
-        "teacher/tokens_out": usage.tokens_out,
-        "teacher/cost_usd": usage.cost_usd,
-        "teacher/cache_hit_rate": replayed / max(wanted, 1),
-        "teacher/latency_p50": float(np.quantile(latency, 0.5)),
-        "teacher/latency_p95": float(np.quantile(latency, 0.95)),
-        "audit/short": short,
     }
+    parts = processes.gather("audits", own)
+    similarity = np.array([s for p in parts for s in p["similarity"]])
+    out = {"audit/short": sum(p["short"] for p in parts)}
     for q in (10, 50, 90):
         out[f"audit/similarity_p{q}"] = float(np.quantile(similarity, q / 100)) if similarity.size else 0.0
     return out
-
-
-def records(feedback: Feedback, step: int, prompts, entropy_BT, targets, limit: int) -> tuple[list[dict], int]:
-    """JSON records for audits.jsonl, and how many were left out; taken evenly over the batch.
-
-    Args:
-      prompts: a data.Prompt a row. entropy_BT: float32, host. targets: objective.ChunkTargets, host arrays.
-      limit: at most so many records.
-    """
-    audits = [a for a in feedback.audits if a.request.peak >= 0]
-    chosen = audits if len(audits) <= limit else [audits[i * len(audits) // limit] for i in range(limit)]
-    out = []
-    for a in chosen:
-        b, m, peak = a.row, a.m, a.request.peak
-        out.append(
-            {
-                "step": step, "prompt_id": prompts[b].id, "sample_id": a.request.sample_id, "peak": peak,
-                "entropy": _round(entropy_BT[b, peak]),
-                "chunk_entropy": [_round(h) for h in entropy_BT[b, peak : peak + min(8, a.request.max_tokens)]],
-                "chunk": a.chunk, "continuations": [c.text for c in a.result.continuations],
-                "failures": [f.error for f in a.result.failures],
-                "similarity": [_round(s) for s in a.similarity], "k_sem": _round(feedback.k_sem_BM[b, m]),
-                "n": int(feedback.n_BM[b, m]), "kept": bool(targets.keep_BM[b, m]),
-                "pi_bar": _round(targets.pi_bar_BM[b, m]), "pi_hat": _round(targets.pi_hat_BM[b, m]),
-                "weight": _round(targets.weight_BM[b, m]), "latency_s": _round(a.result.latency_s),
-                "cost_usd": a.result.usage.cost_usd,
-            }
-        )  # fmt: skip
-    return out, len(audits) - len(chosen)
 
 
 def _check_complete(audit: Audit) -> None:
@@ -237,7 +310,3 @@ def _of_another_prompt(audits: list[Audit], texts: list[list[str]]) -> list[list
             raise UserError("audit.shuffle_texts needs at least two different prompts with an audit in each step")
         out.append(texts[other])
     return out
-
-
-def _round(x) -> float:
-    return round(float(x), 5)

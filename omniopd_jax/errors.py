@@ -1,4 +1,6 @@
-"""The one exception that is the user's to mend."""
+"""The exceptions that are the user's to act on, and how their lines are kept harmless for a terminal."""
+
+import unicodedata
 
 
 class UserError(Exception):
@@ -25,3 +27,16 @@ def one_of(value: str, allowed, where: str) -> str:
     if value not in allowed:
         raise UserError(f"{where} = {value!r} is unknown; choose one of: {', '.join(sorted(map(str, allowed)))}")
     return value
+
+
+def printable(text: str) -> str:
+    """`text` with control, escape and direction characters written out (`\\x1b`); line ends stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _written_out(c) for c in text)
+
+
+def _written_out(char: str) -> str:
+    if unicodedata.category(char).startswith("Z") or char == "\t":
+        return " "
+    return char.encode("unicode_escape").decode()

@@ -2,8 +2,9 @@
 
     python -m omniopd_jax.evaluate --config=configs/math.py --checkpoint=runs/math --benchmarks=math500,aime24 --samples=16
 
-`--checkpoint` is a run (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face folder; without it the recipe's
-`student.path` is evaluated. Benchmarks: suites.py. `--out` (default: RUN_DIR/evaluate of the recipe) gets one JSON line a
+`--checkpoint` is a run (its newest checkpoint; without --config also the recipe), RUN/checkpoints/STEP or a Hugging Face
+folder; without it the recipe's `student.path` is evaluated. Problems are asked as the loop's evaluation asks them:
+`eval.suffix`. Benchmarks: data/benchmarks.py. `--out` (default: RUN_DIR/evaluate of the recipe) gets one JSON line per
 completion, results.json and table.md; the same command goes on where an interrupted one was. One process.
 
 Programs run in a sandbox (graders/code.py). Where the machine gives none, the command refuses before weights are read,
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
-from omniopd_jax.run import cli, logging
+from omniopd_jax.run import cli, logging, trained
 
 
 def _define_flags() -> None:
@@ -40,9 +41,12 @@ def main(argv) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; use --config=RECIPE --benchmarks=NAMES")
     given = flags.FLAGS.flag_values_dict()
-    cfg = given["config"]
+    cfg = given["config"] or trained.recipe(given["checkpoint"])
     if cfg is None or not given["benchmarks"]:
-        raise UserError("--config and --benchmarks are needed, e.g. --config=configs/math.py --benchmarks=math500,aime24")
+        raise UserError(
+            "--benchmarks and --config, or a run as --checkpoint, are needed, e.g. --config=configs/math.py "
+            "--benchmarks=math500,aime24"
+        )
 
     def default(name, value):
         return value if given[name] is None else given[name]
@@ -57,6 +61,7 @@ def main(argv) -> int:
         cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,
         unsafe=given["unsafe"],
     )  # fmt: skip
+    logging.say(f"each problem is followed by eval.suffix = {cfg.eval.suffix!r}" if cfg.eval.suffix else "problems as they are")
     logging.say(f"{scores.table(results)}\n\nwritten to {out}")
     return 0
 

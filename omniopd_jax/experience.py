@@ -10,14 +10,13 @@ import dataclasses
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from omniopd_jax import audit, model, objective, rollout, scheduler, vocab
 from omniopd_jax import step as steps
-from omniopd_jax.config import min_continuations
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
 from omniopd_jax.run.host import AsyncThread, StopFlag
@@ -32,7 +31,7 @@ class Student:
 
     model_cfg: model.ModelConfig
     compute: model.Compute
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     decoder: audit.Decoder
     end_ids: tuple[int, ...]
 
@@ -140,10 +139,10 @@ def allowance(teacher: Teacher | None, cfg, t: int) -> tuple[int, int]:
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
     """
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
-    if not hasattr(teacher, "allowance"):
+    if teacher is None:
         return M, N
     rows = cfg.prompts_per_step * cfg.num_generations // jax.process_count()
-    own = teacher.allowance(cfg.num_steps - t, rows)
+    own = teacher.allowance(cfg.num_steps - t, rows, M, N)
     return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
 
 
@@ -167,6 +166,9 @@ def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) ->
         sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B, out.logp_model_BT)
     )
     tokens = [row[:n].tolist() for row, n in zip(token_BT, length_B, strict=True)]
+    stops = [student.template.stop_row(row) for row in tokens]  # None: no stop string ended it
+    tokens = [row[:n] for row, n in zip(tokens, stops, strict=True)]
+    finished_B = finished_B | np.array([n is not None for n in stops])
     rows = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
     return Responses(rows, ids, tokens, finished_B, logp_BT)
 
@@ -182,26 +184,41 @@ def solutions(
       TeacherStopped, Stopped: in every process, whichever had it.
     """
     n = cfg.num_generations
-    requests = [
-        ContinuationRequest(
-            ids[0], -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length, cfg.teacher.temperature,
-            cfg.teacher.top_p,
+    requests = {
+        p.id: ContinuationRequest(
+            solution_id(p.id), -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length,
+            cfg.teacher.temperature, cfg.teacher.top_p,
         )
-        for ids, p in zip(drawn.sample_ids, drawn.prompts, strict=True)
-    ]  # fmt: skip
-    audits = [audit.Audit(b, 0, r, "", similarity=np.zeros(0)) for b, r in enumerate(requests)]
+        for p in drawn.prompts
+    }  # fmt: skip
+    audits = [audit.Audit(b, 0, r, "", similarity=np.zeros(0)) for b, r in enumerate(requests.values())]
     wait([thread.submit(audit.ask(teacher, audits))], stop)
+    answered = {a.request.sample_id: a for a in audits}
     tokens, finished = [], []
-    for a in audits:
-        got = {c.index: c for c in a.result.continuations}
+    for p in drawn.prompts:
+        got = {c.index: c for c in answered[solution_id(p.id)].result.continuations}
         for g in range(n):
             whole = g in got and got[g].finish == "stop"
-            text = student.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
-            tokens.append((text + [student.end_ids[0]] * whole)[: cfg.max_completion_length])
+            text = student.template.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
+            end = list(student.template.turn_end_ids[:1]) if whole else []
+            tokens.append((text + end)[: cfg.max_completion_length])
             finished.append(whole)
     rows = [p for p in drawn.prompts for _ in range(n)]
-    ids = [a.request.sample_id for a in audits for _ in range(n)]
-    return Responses(rows, ids, tokens, np.array(finished)), audits
+    return Responses(rows, [solution_id(p.id) for p in rows], tokens, np.array(finished)), audits
+
+
+def given_solutions(drawn: Drawn, student: Student, cfg) -> Responses:
+    """The prompts file's own solutions in the student's tokens, one per prompt; those over the cap are cut."""
+    tokenizer, end = student.template.tokenizer, student.end_ids[0]
+    texts = tokenizer([p.solution for p in drawn.prompts], add_special_tokens=False)["input_ids"]
+    tokens = [[*text, end][: cfg.max_completion_length] for text in texts]
+    finished_B = np.array([len(text) < cfg.max_completion_length for text in texts])
+    return Responses(drawn.prompts, [solution_id(p.id) for p in drawn.prompts], tokens, finished_B)
+
+
+def solution_id(prompt_id: str) -> str:
+    """Who asks for a whole solution: the prompt alone, so that epochs and methods share what was bought (method.md, 5)."""
+    return f"{stable_hash('solution', prompt_id):016x}"
 
 
 def score(passes: steps.Steps, policy: dict, responses: Responses, student: Student, cfg) -> Scores | None:
@@ -223,7 +240,7 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
         return np.full((B, cfg.audit.num_chunks), -1, np.int32)
     T = scores.entropy_BT.shape[1]
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
-    eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T)
+    eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T, cfg.audit.chunk_tokens)
     length_B, eligible_BT = sharding.put_rows((length_B, eligible_BT), student.mesh)
     score_BT = scores.stats.entropy_BT
     if cfg.audit.selection == "random":
@@ -359,7 +376,7 @@ def assemble(
         advantage_B = np.asarray(objective.group_advantage(rewards, cfg.num_generations), np.float32)
     n_min_B = None
     if cfg.audit.num_continuations > N:
-        n_min_B = np.full(len(length_B), min(min_continuations(cfg), -(-N // 2)), np.int32)
+        n_min_B = np.full(len(length_B), audit.fewest(cfg, N), np.int32)
     host = objective.Batch(
         None, None, length_B, group.peak_BM, feedback.k_sem_BM, feedback.n_BM, n_min_B, advantage_B,
         teacher_logp_BT=teacher_logp_BT, width=rows.T, **(stale_fields(group, now, cfg) if now else {}),

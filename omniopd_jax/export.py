@@ -1,56 +1,23 @@
 """A run's checkpoint as a Hugging Face folder: python -m omniopd_jax.export --checkpoint=runs/tiny --out=FOLDER
 
-A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone.
+A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model card;
+--push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
 `--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
 chat template and generation defaults come from the student that the run started from.
 """
 
-import dataclasses
 import pathlib
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
-from omniopd_jax import hf, model
+from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import card
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import checkpoint, cli
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds: all parameters or adapters, and of which model; `student` is the run's `student.path`."""
-
-    params: dict
-    table: dict  # their model.Params
-    model_cfg: model.ModelConfig
-    lora: ConfigDict
-    student: str
-
-    def whole(self, mesh=None) -> dict:
-        """The model's parameters on a mesh (None: one device); with LoRA the float32 base with the adapters attached."""
-        params = self.params
-        if mesh is not None:
-            params = jax.device_put(params, model.table_shardings(self.table, mesh))
-        return lora.attach(hf.load(self.student, mesh=mesh)[0], params) if self.lora.rank else params
-
-
-def read(run_dir, step: int | None) -> Trained:
-    """What a run's checkpoint trained; `step` None: the newest.
-
-    Raises:
-      UserError: no such run or step, or a student folder that is gone or holds another model.
-    """
-    params, config = checkpoint.restore_params(run_dir, step)
-    student, settings = config["student"]["path"], lora.settings_of(config)
-    model_cfg = hf.read_config(student)
-    table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
-    if not model.fits(params, table):
-        raise UserError(
-            f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
-        )
-    return Trained(params, table, model_cfg, settings, student)
+from omniopd_jax.run import cli
+from omniopd_jax.run.trained import locate, read
 
 
 def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pathlib.Path:
@@ -70,29 +37,35 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
-        config = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, config, dtype=dtype)
+        peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype)
         return pathlib.Path(out)
-    params = got.whole()
-    if got.lora.rank:
-        params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    with jax.default_device(_host()):
+        params = got.whole()
+        if got.lora.rank:
+            params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
+    tokenizer = hf.load_tokenizer(got.student)
+    student = config.default()  # with the keys that a run from before them lacks
+    student.student.update(got.config["student"])
+    end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, hf.load_tokenizer(got.student), dtype=dtype, generation_config=generation)
+    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
     return pathlib.Path(out)
 
 
-def locate(source) -> tuple[pathlib.Path, int | None]:
-    """(run folder, step or None for the newest) of RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
-    path = pathlib.Path(source).absolute()
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return path.parent.parent, int(path.name)
-    return (path.parent if path.name == "checkpoints" else path), None
+def _host() -> jax.Device:
+    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or RUN/checkpoints/STEP")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_enum("dtype", "bfloat16", hf.SAVE_DTYPES, "of the tensors")
+    flags.DEFINE_string("push_to_hub", None, "OWNER/MODEL: upload the folder to the hub, private unless it is there already")
     flags.DEFINE_bool("adapter", False, "a run with LoRA: write its adapters as a PEFT folder, not the merged model")
 
 
@@ -104,11 +77,16 @@ def main(argv) -> int:
     for name in ("checkpoint", "out"):
         if not given[name].value:
             raise UserError(f"--{name} is missing: python -m omniopd_jax.export --checkpoint=RUN --out=FOLDER")
+    name, source, adapter = (given[flag].value for flag in ("push_to_hub", "checkpoint", "adapter"))
+    if name:
+        card.check(name)
     cli.setup_jax()
-    folder = export(
-        given["checkpoint"].value, given["out"].value, dtype=given["dtype"].value, adapter=given["adapter"].value
-    )
+    folder = export(source, given["out"].value, dtype=given["dtype"].value, adapter=adapter)
+    run, step = locate(source)
+    card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)
     print(f"wrote {folder}", flush=True)
+    if name:
+        print(f"pushed to {card.push(folder, name)}", flush=True)
     return 0
 
 

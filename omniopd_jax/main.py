@@ -1,14 +1,20 @@
-"""The main command: python -m omniopd_jax.main --config=configs/tiny.py [--config.key=value ...]
+"""The main command: python -m omniopd_jax.main --config=configs/tiny.py [--config.key=value ...] [--estimate | --yes]
 
+--estimate prints what the teacher would cost and ends, without weights and without a call.
 Short on purpose: everything else can be imported.
 """
 
+from absl import flags
 from ml_collections import config_flags
 
+from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import cli
+from omniopd_jax.parallel import processes
+from omniopd_jax.run import cli, estimate, preflight
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: configs/tiny.py, configs/math.py:no_anchor ...")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "print calls, tokens, dollars and hours of the teacher, and end")
+_YES = flags.DEFINE_bool("yes", False, "start though the estimate is above budget.confirm_usd and no cap is set")
 
 
 def main(argv) -> int:
@@ -17,13 +23,18 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; settings look like --config.num_steps=20")
     if _CONFIG.value is None:
         raise UserError("--config is missing, e.g. --config=configs/tiny.py")
-    from omniopd_jax import train
-    from omniopd_jax.parallel import processes
-
-    cli.setup_jax(_CONFIG.value.compute_dtype)
+    cfg = _CONFIG.value
+    cli.setup_jax(cfg.compute_dtype)
+    preflight.validate(cfg)
+    asks_teacher = bool(objective.of(cfg).asks)
+    if _ESTIMATE.value:
+        print(estimate.Preview(cfg, asks_teacher).text(), flush=True)
+        return 0
+    if not _YES.value:
+        estimate.confirm(cfg, asks_teacher)
     try:
-        processes.init(_CONFIG.value)
-        return train.train(_CONFIG.value)["exit_code"]
+        processes.init(cfg)
+        return train.train(cfg)["exit_code"]
     except BaseException as error:
         processes.abandon(error)
         raise

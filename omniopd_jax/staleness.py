@@ -51,7 +51,8 @@ class Ahead:
                 entropy_BT=scores.entropy_BT, peak_BM=group.peak_BM, sampled_logp_BT=r.sampled_logp_BT, N=N,
             )  # fmt: skip
         os.replace(path.with_suffix(".tmp"), path)
-        own = sorted(folder.glob(f"*.{jax.process_index()}.npz"), key=lambda f: int(f.name.split(".")[0]))
+        own = [f for f in folder.glob(f"*.{jax.process_index()}.npz") if f.name.split(".")[0].isdigit()]
+        own.sort(key=lambda f: int(f.name.split(".")[0]))
         for old in own[: -keep - 1]:  # one more: the newest checkpoint may not be whole yet
             old.unlink()
 

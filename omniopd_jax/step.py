@@ -142,7 +142,7 @@ def loss_and_grads(
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, replicas.sum_replicas(grads, model_cfg, mesh), _in_place(stats, tokens, T, mesh)
+    return loss, replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh), _in_place(stats, tokens, T, mesh)
 
 
 def policy(params: dict, ref_params: dict, cfg) -> dict:

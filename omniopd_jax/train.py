@@ -42,7 +42,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
         if run.held_out and totals.get("accuracy_before") is None:
             run.stop.doing = "evaluating before the first step"
-            totals["accuracy_before"] = held_out_accuracy(run, state)
+            totals["accuracy_before"] = evaluate(run, state, reports)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
         run.timer.take()
         with run.stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
@@ -50,7 +50,8 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
         run.stop.saved, run.stop.doing = True, "evaluating after the last step"
-        after = held_out_accuracy(run, state) if run.held_out else None
+        after = evaluate(run, state, reports) if run.held_out else None
+        reports.close()
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
         return out
@@ -66,7 +67,10 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
     M, N = experience.allowance(run.teacher, cfg, t)
     if objective.of(cfg).asks == "solutions":
         with phase("teacher_wait"):
-            responses, solved = experience.solutions(run.teacher, run.thread, run.stop, drawn, student, cfg)
+            if run.teacher is None:  # the prompts file has them
+                responses, solved = experience.given_solutions(drawn, student, cfg), []
+            else:
+                responses, solved = experience.solutions(run.teacher, run.thread, run.stop, drawn, student, cfg)
         with phase("score"):
             scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
         return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N
@@ -123,7 +127,7 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
         reports.flush()
         run.ahead.save(cfg.run_dir, int(jax.device_get(state.step)), cfg.checkpoint.keep)
         with run.compiled.expected():
-            checkpoints.save(state, reports.totals, journal=getattr(run.teacher, "journal", None))
+            checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 
     try:
         for t in range(start, cfg.num_steps):
@@ -138,11 +142,11 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
                     reports.flush()
                     jax.block_until_ready(state.step)
             stop.agreed = processes.any_of("stop", stop.requested)
-            done, extra = t + 1 == cfg.num_steps, {}
+            done = t + 1 == cfg.num_steps
             if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
-                extra = {"eval/accuracy": held_out_accuracy(run, state)}
+                evaluate(run, state, reports)
                 stop.agreed = processes.any_of("stop", stop.requested)  # a signal may have come meanwhile
-            reports.add(t, values, targets, got, run.timer.take() | extra)
+            reports.add(t, values, targets, got, run.timer.take())
             if done or stop.agreed or (t + 1) % cfg.checkpoint.every == 0:
                 save()
             run.compiled.step_done(t + 1 - start)
@@ -170,11 +174,13 @@ def ask_again(run: Run, responses: experience.Responses, peak_BM, N: int, first_
     return experience.ask(run.teacher, run.thread, responses, peak_BM, decoder, run.cfg, N, first_row=first_row)
 
 
-def held_out_accuracy(run: Run, state: TrainState) -> float:
-    """Greedy accuracy on the held-out prompts."""
+def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
+    """Greedy answers to the held-out prompts, reported with the number of updates before them; returns the accuracy."""
     student, cfg = run.student, run.cfg
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
-        return evaluation.greedy(
-            run.policy(state), student.model_cfg, run.held_out.prompts, student.tokenizer, student.end_ids,
+        found = evaluation.greedy(
+            run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
             grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, compute=student.compute,
-        ).accuracy  # fmt: skip
+        )  # fmt: skip
+    reports.evaluation(int(jax.device_get(state.step)), found)
+    return found.accuracy

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import aot, model
+from omniopd_jax import model
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import flops
+from omniopd_jax.run import fit, flops, hlo, topologies
 
 GIB = 2.0**30
 LAYERS, ROWS, LENGTH = 4, 128, 8192  # 32 rows a chip: a cache of 4 GiB
@@ -53,7 +53,7 @@ def recipe(student, **more):
 def plan(student):
     """On four fake devices, two of them tensor-parallel."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tp": 2}, jax.devices()[:4])
-    return aot.Plan(recipe(student), mesh)
+    return fit.Plan(recipe(student), mesh)
 
 
 def test_sizes_are_what_a_chip_holds(plan):
@@ -67,7 +67,7 @@ def test_sizes_are_what_a_chip_holds(plan):
 
 def test_sizes_of_a_smaller_reference_and_of_adapters(student, plan):
     def sizes(**more):
-        return aot.Plan(recipe(student, **more), plan.mesh).sizes()
+        return fit.Plan(recipe(student, **more), plan.mesh).sizes()
 
     full = plan.sizes()
     assert sizes(**{"anchor.ref_dtype": "bfloat16"})["reference"] == full["reference"] / 2
@@ -87,14 +87,14 @@ def test_decode_is_lowered_with_what_the_sampler_takes(plan):
     lowered, donated, resident = plan.lower("decode")
     text = lowered.as_text()
     assert f"tensor<{ROWS}x8x{LENGTH}x128xbf16>" in text and "stablehlo.while" in text
-    assert donated == aot.local_bytes(plan.sampler_state()) > plan.sizes()["cache"]
-    assert resident == aot.local_bytes(plan.state) + plan.sizes()["reference"]
+    assert donated == fit.local_bytes(plan.sampler_state()) > plan.sizes()["cache"]
+    assert resident == fit.local_bytes(plan.state) + plan.sizes()["reference"]
 
 
 def test_knobs_come_in_order_and_build_on_each_other(student):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 1}, jax.devices()[:4])
     cfg = recipe(student, **{"model.remat": "none", "micro_batches": 8, "mesh.data": 2})
-    taken = [(what, c.to_dict()) for what, c in aot.knobs(cfg, mesh)]
+    taken = [(what, c.to_dict()) for what, c in fit.knobs(cfg, mesh)]
     assert [what for what, _ in taken] == [
         "model.remat=full", "mesh.data=1, mesh.fsdp=-1", "rollout_groups=2", "rollout_groups=4", "rollout_groups=8",
         "anchor.ref_dtype=bfloat16", "anchor.ref_offload=True", "mesh.tp=2, mesh.fsdp=-1", "mesh.tp=4, mesh.fsdp=-1",
@@ -104,66 +104,66 @@ def test_knobs_come_in_order_and_build_on_each_other(student):
     assert last["anchor"]["ref_offload"] and last["anchor"]["ref_dtype"] == "bfloat16"
     assert cfg.model.remat == "none" and cfg.rollout_groups == 1, "the recipe itself is left alone"
     adapters = recipe(student, **{"lora.rank": 8})
-    assert not any("anchor" in what for what, _ in aot.knobs(adapters, mesh))
+    assert not any("anchor" in what for what, _ in fit.knobs(adapters, mesh))
 
 
 def test_the_heads_size_in_a_loop_is_found(plan):
     def one(dims, loops):
-        return aot.hlo.Collective("all-gather", dims, 4.0 * np.prod(dims), 2, loops, 1)
+        return hlo.Collective("all-gather", dims, 4.0 * np.prod(dims), 2, loops, 1)
 
     V, D = 151_936, 1024
     heads, others = [one((V, D), 1), one((V // 2, D), 2), one((D // 2, V), 1)], [one((32, V), 1), one((D, 3072), 1)]
-    done = [aot.Pass("update", 0.0, collectives=[*heads, one((V, D), 0), *others])]
-    assert [c for _, c in aot.head_in_loops(plan, done)] == heads
+    done = [fit.Pass("update", 0.0, collectives=[*heads, one((V, D), 0), *others])]
+    assert [c for _, c in fit.head_in_loops(plan, done)] == heads
 
 
 def test_the_report_says_what_does_not_fit():
     chip = flops.CHIPS["v5e"]
-    fits = aot.Pass("decode", 1.0, donated=8 * GIB, aliased=8 * GIB, temporaries=0.5 * GIB, peak=9 * GIB, resident=2 * GIB)
-    text = "\n".join(aot.lines(fits, chip, 8 * GIB))
+    fits = fit.Pass("decode", 1.0, donated=8 * GIB, aliased=8 * GIB, temporaries=0.5 * GIB, peak=9 * GIB, resident=2 * GIB)
+    text = "\n".join(fit.lines(fits, chip, 8 * GIB))
     assert "decode  fits" in text and "(69%)" in text and "temporaries are 6.2% of the cache" in text
     assert "donated 8,192.0 MiB, aliased 8,192.0 MiB" in text
     fits.resident = 7 * GIB
-    assert "decode  DOES NOT FIT" in aot.lines(fits, chip, 8 * GIB)[0]
-    assert aot.lines(aot.Pass("update", 1.0, problem="Ran out"), chip, 1.0)[0].startswith("update  DOES NOT FIT: Ran out")
+    assert "decode  DOES NOT FIT" in fit.lines(fits, chip, 8 * GIB)[0]
+    assert fit.lines(fit.Pass("update", 1.0, problem="Ran out"), chip, 1.0)[0].startswith("update  DOES NOT FIT: Ran out")
 
 
 def test_known_models_need_no_hub():
-    assert model.num_params(aot.model_config("Qwen/Qwen3-1.7B")) == 1_720_574_976
-    assert model.num_params(aot.model_config("Qwen/Qwen3-32B")) == 32_762_123_264
+    assert model.num_params(topologies.model_config("Qwen/Qwen3-1.7B")) == 1_720_574_976
+    assert model.num_params(topologies.model_config("Qwen/Qwen3-32B")) == 32_762_123_264
     with pytest.raises(UserError, match="student.path"):
-        aot.model_config("nobody/nothing")
+        topologies.model_config("nobody/nothing")
 
 
 @pytest.mark.parametrize(("topology", "install"), [("v5e:2x2", "requirements-tpu.txt"), ("H100:8", r"jax\[cuda13\]")])
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, topology, install):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=install):
-        aot.devices(topology)
+        topologies.devices(topology)
 
 
 @pytest.mark.parametrize("topology", ["H100", "H100:", "H100:0", "H200:2x", "A100:2x2x2"])
 def test_gpus_are_counted_by_node(topology):
     with pytest.raises(UserError, match="H100:2x8 for two nodes of eight"):
-        aot.devices(topology)
+        topologies.devices(topology)
 
 
 def test_an_unknown_chip_is_one_line(student):
     with pytest.raises(UserError, match="B300.*A100, H100, H200"):
-        aot.check(recipe(student), "B300:8")
+        fit.check(recipe(student), "B300:8")
 
 
 @pytest.mark.gpu
 def test_gpus_that_are_not_there(student):
     """Eight H100: everything fits, cuDNN attends, the layers' gathers are in loops and the head's are not."""
     said = []
-    plan, done, fits = aot.check(recipe(student, micro_batches=4), "H100:8", say=said.append)
+    plan, done, fits = fit.check(recipe(student, micro_batches=4), "H100:8", say=said.append)
     passes = {p.name: p for p in done}
     assert fits and plan.mesh.size == 8 and plan.compute.attention == "cudnn"
     assert passes["decode"].temporaries <= 0.1 * plan.sizes()["cache"]
     assert passes["update"].aliased >= passes["update"].donated > 0
     assert any(c.loops for c in passes["update"].collectives) and not any("warning" in line for line in said)
-    assert len({d.process_index for d in aot.devices("H200:2x8")}) == 2
+    assert len({d.process_index for d in topologies.devices("H200:2x8")}) == 2
 
 
 # --- the TPU compiler itself ------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_gpus_that_are_not_there(student):
 def compiled(student):
     """(what was said, plan, {name: Pass}, fits) of the whole recipe on four chips."""
     said = []
-    plan, done, fits = aot.check(recipe(student), "v5e:2x2", say=said.append)
+    plan, done, fits = fit.check(recipe(student), "v5e:2x2", say=said.append)
     print("\n".join(said))
     return said, plan, {p.name: p for p in done}, fits
 
@@ -181,9 +181,9 @@ def compiled(student):
 @pytest.mark.aot
 def test_a_recipe_fits_and_every_pass_is_reported(compiled):
     said, plan, passes, fits = compiled
-    assert fits and set(passes) == set(aot.PASSES) and not any(p.problem for p in passes.values())
+    assert fits and set(passes) == set(fit.PASSES) and not any(p.problem for p in passes.values())
     assert all(0 < p.total < 16 * GIB and p.compute_s > 0 for p in passes.values())
-    assert passes["update"].arguments >= aot.local_bytes(plan.state) + plan.sizes()["reference"]
+    assert passes["update"].arguments >= fit.local_bytes(plan.state) + plan.sizes()["reference"]
     assert not any("warning" in line for line in said)
 
 
@@ -207,7 +207,7 @@ def test_no_collective_of_the_heads_size_runs_in_a_loop(compiled):
     _, plan, passes, _ = compiled
     head = 151_936 * 1024 * 2  # bytes in bfloat16
     update = passes["update"].collectives
-    assert not aot.head_in_loops(plan, list(passes.values()))
+    assert not fit.head_in_loops(plan, list(passes.values()))
     assert max(c.bytes for c in update if not c.loops) >= head, "outside of loops it is gathered"
     assert any(c.loops for c in update), "the layers' own are in loops"
     assert max(c.bytes for p in passes.values() for c in p.collectives if c.loops) < head / 4
@@ -217,16 +217,16 @@ def test_no_collective_of_the_heads_size_runs_in_a_loop(compiled):
 @pytest.mark.parametrize("topology, count", [("v6e:2x2", 4), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8), ("v5e:16x16", 256)])
 def test_other_slices(student, topology, count):
     """Two JAX devices a chip of tpu7x. The largest is only asked for its devices."""
-    assert len(aot.devices(topology)) == count
+    assert len(topologies.devices(topology)) == count
     if count < 256:
-        _, (decode,), fits = aot.check(recipe(student, micro_batches=16), topology, ["decode"], say=lambda _: None)
+        _, (decode,), fits = fit.check(recipe(student, micro_batches=16), topology, ["decode"], say=lambda _: None)
         assert fits and 0 < decode.temporaries < decode.total
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("topology, tp", [("v5p:4x4x4", 4), ("v5p:4x4x4", 2), ("v5e:4x4", 4), ("v5e:8x8", 8)])
 def test_tensor_parallel_groups_stay_on_a_host(topology, tp):
-    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tp": tp}, aot.devices(topology))
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tp": tp}, topologies.devices(topology))
     hosts = [{d.process_index for d in group} for group in mesh.devices.reshape(-1, tp)]
     per_host = max(sum(d.process_index == h for d in mesh.devices.flat) for h in {min(h) for h in hosts})
     assert tp > per_host or all(len(h) == 1 for h in hosts)
@@ -236,7 +236,7 @@ def test_tensor_parallel_groups_stay_on_a_host(topology, tp):
 @pytest.mark.aot
 def test_a_reference_in_host_memory_is_no_argument_of_the_chip(compiled, student):
     """The peak may rise: the compiler plans its temporaries otherwise (docs/results/aot.md), which `--suggest` finds out."""
-    plan, (update,), fits = aot.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
+    plan, (update,), fits = fit.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
     assert fits and plan.sizes()["reference"] == STAYS
     gone = compiled[1].sizes()["reference"] - STAYS
     assert gone > 0.2 * compiled[1].sizes()["reference"]
@@ -246,9 +246,9 @@ def test_a_reference_in_host_memory_is_no_argument_of_the_chip(compiled, student
 @pytest.mark.aot
 def test_an_unknown_slice_is_one_line():
     with pytest.raises(UserError, match="v9"):
-        aot.devices("v9:2x2")
+        topologies.devices("v9:2x2")
     with pytest.raises(UserError, match="v5e:3x5"):
-        aot.devices("v5e:3x5")
+        topologies.devices("v5e:3x5")
 
 
 @pytest.mark.aot
@@ -259,6 +259,6 @@ def test_what_does_not_fit_ends_with_3_and_a_suggestion(student):
         tiny.PYTHON, "-m", "omniopd_jax.aot", *tiny.arguments(values), "--topology=v5e:2x2", "--passes=decode", "--suggest",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tiny.REPO, env=tiny.environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == aot.NOT_FIT, done.stderr[-2000:]
+    assert done.returncode == fit.NOT_FIT, done.stderr[-2000:]
     assert "decode  DOES NOT FIT" in done.stdout
     assert "suggest: it fits with --config.rollout_groups=2" in done.stdout

@@ -11,6 +11,7 @@ import tiny
 
 from omniopd_jax import audit, config, hf, objective, rollout, similarity, step, teachers, world
 from omniopd_jax.data import prompts as data
+from omniopd_jax.hf import template
 from omniopd_jax.teachers.local import LocalTeacher
 from omniopd_jax.teachers.simulated import SimulatedTeacher
 
@@ -154,18 +155,19 @@ def both():
     params, cfg = hf.load(folder)
     tokenizer = hf.load_tokenizer(folder)
     c = config.default()
-    prompts = data.encode(data.load(c, source="world", split="train", path="", count=24), tokenizer, c).prompts
+    chat = template.make(tokenizer)
+    prompts = data.encode(data.load(c, source="world", split="train", path="", count=24), chat, c).prompts
     end_ids = hf.end_ids(folder, tokenizer)
     prepared = rollout.prepare(params, cfg)
     out = sample(prepared, cfg, [p.token_ids for p in prompts], 1, range(len(prompts)), end_ids, 40)
     decoder, places = audit.Decoder(tokenizer), []
     entropy_BT = entropies(params, cfg, prompts, out)
     for prompt, tokens, entropy in zip(prompts, out, entropy_BT, strict=True):
-        eligible = decoder.eligible(tokens)
+        eligible = decoder.eligible(tokens, CHUNK)
         best = sorted((t for t in range(1, len(tokens) - CHUNK) if eligible[t]), key=lambda t: -entropy[t])
         for t in best[:1]:
             # The teacher reads text: a place counts where that text becomes the student's own tokens again.
-            text = data.render(tokenizer, prompt.messages) + decoder.text(tokens[:t])
+            text = chat.render(prompt.messages) + decoder.text(tokens[:t])
             again = tokenizer(text, add_special_tokens=False)["input_ids"]
             if entropy[t] > 0.4 and again == [*prompt.token_ids, *tokens[:t]]:
                 places.append((entropy[t], prompt, tokens, t))
@@ -195,7 +197,7 @@ def entropies(params, cfg, prompts, tokens):
 
 def gap_in_sigmas(both: Both, *, shift: int = 0, temperature: float = 1.0, rounds: int = ROUNDS) -> float:
     """(mean phi(student, z) - mean phi(z, z')) in standard errors, over independent rounds at fixed positions."""
-    teacher = LocalTeacher(both.params, both.cfg, both.tokenizer, end_ids=both.end_ids, foreign_tokenizer=False)
+    teacher = LocalTeacher(both.params, both.cfg, template.make(both.tokenizer), end_ids=both.end_ids, foreign_tokenizer=False)
     decoder = audit.Decoder(both.tokenizer)
     audits = []
     for k, (prompt, tokens, t) in enumerate(both.places):
@@ -241,4 +243,5 @@ def test_a_teacher_of_another_temperature_is_caught(both):
 
 
 def test_the_small_world_is_the_one_that_the_places_come_from(both):
-    assert {p.extra["fork"] for p, _, _ in both.places} <= set(world.FORKS)
+    forks = {p.id: p.fork for p in world.problems("forks", "train", 24)}
+    assert {forks[p.id] for p, _, _ in both.places} <= set(world.FORKS)

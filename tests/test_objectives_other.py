@@ -1,7 +1,6 @@
 """sft, opd, opd_exact, grpo, constant and the task reward, against NumPy float64 written loop by loop."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -278,11 +277,12 @@ def test_a_teacher_without_log_probs_is_refused_at_the_start(make_cfg, name, pro
         teachers.make(settings(make_cfg, name, **{"teacher.provider": provider}))
 
 
-@pytest.mark.parametrize("name,method", [("local", "score_tokens"), ("openai", "score")])
-def test_the_teachers_said_to_score_tokens_do(name, method):
-    assert name in teachers.WHITE_BOX["opd"]
-    module = importlib.import_module(teachers.TEACHERS[name].__module__)
-    assert any(hasattr(c, method) for c in vars(module).values() if isinstance(c, type))
+@pytest.mark.parametrize("name", ["anthropic", "gemini", "simulated"])
+def test_what_a_teacher_gives_beside_text_is_written_at_its_name(make_cfg, name):
+    assert {n for n, p in teachers.TEACHERS.items() if p.white_box} == {"local", "openai"}
+    c = settings(make_cfg, "omniopd", **{"teacher.provider": name})
+    with pytest.raises(UserError, match=f"token log-probs.*'{name}'"):
+        teachers.make(c, teachers.LOGP)
 
 
 # --- grpo -----------------------------------------------------------------------------------------------------------

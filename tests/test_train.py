@@ -16,7 +16,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, logging, preflight
+from omniopd_jax.run import checkpoint, logging, preflight, terminal
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -102,9 +102,14 @@ def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
 
 def test_accuracy_is_measured_before_within_and_after(run):
     folder, summary, _ = run
-    assert [("eval/accuracy" in r) for r in tiny.lines(folder / "metrics.jsonl")] == [False, True, False]
-    assert 0 <= summary["accuracy_before"] <= 1
-    assert 0 <= summary["accuracy_after"] <= 1
+    assert [("eval/accuracy" in r) for r in tiny.lines(folder / "metrics.jsonl")] == [True, True, True]
+    first, second, last = tiny.lines(folder / "metrics.jsonl")
+    assert [r["eval/updates"] for r in (first, second, last)] == [0, 2, 3]
+    assert first["eval/accuracy"] == first["eval/accuracy_before"] == summary["accuracy_before"]
+    assert last["eval/accuracy"] == summary["accuracy_after"]
+    answers = tiny.lines(folder / "evaluations.jsonl")
+    assert {a["step"] for a in answers} == {0, 2, 3} and len(answers) == 3 * 8
+    assert np.mean([a["correct"] for a in answers if a["step"] == 3]) == summary["accuracy_after"]
 
 
 def test_the_phases_account_for_the_steps_time(run):
@@ -145,7 +150,9 @@ def test_audits_are_logged_with_all_that_they_were_made_of(run):
 
 def test_the_resolved_config_lies_beside_the_run(run):
     folder, _, c = run
-    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(c.to_dict()))
+    written = json.loads((folder / "config.json").read_text())
+    assert {"the training prompts", "the student's folder (student.path)"} <= written.pop("digests").keys()
+    assert written == json.loads(json.dumps(c.to_dict()))
 
 
 def test_the_summary_is_written_and_adds_up(run):
@@ -427,11 +434,11 @@ def test_half_a_surrogate_pair_in_a_continuation_can_be_logged(tmp_path):
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    progress = logging.Progress(3, 0, terminal=False)
+    progress = terminal.Progress(3, 0, terminal=False)
     progress.step(1, {"loss": 0.25, "entropy": 1.5, "time/step": 2.0})
     progress.close()
     out = capsys.readouterr().out
-    assert out == "step 1/3  loss 0.25  H 1.5  2.0 s\n"
+    assert out == "step 1/3  left ?  loss 0.25  H 1.5  2.0 s\n"
 
 
 def test_repeated_ngrams():
@@ -452,6 +459,7 @@ def test_the_phase_timer_adds_up():
 def test_a_config_of_a_run_is_a_valid_recipe(run):
     """What lies beside a run can be loaded back, key by key."""
     saved = json.loads((run[0] / "config.json").read_text())
+    assert saved.pop("digests")
     c = config.default()
     c.update(saved)
     preflight.validate(c)

@@ -29,11 +29,11 @@ STEPS = 14
 
 def run(mode: str, seed: int) -> dict:
     """One run in a folder of its own, gone afterwards; returns its result line."""
-    from benchmarks import emulated
+    from benchmarks.emulated import __main__ as emulated
     from configs import tiny
     from omniopd_jax import teachers, train
 
-    teachers.TEACHERS["emulated"] = "benchmarks.emulated"
+    teachers.TEACHERS["emulated"] = teachers.Provider(emulated.make)
     cfg = tiny.get_config()
     cfg.update_from_flattened_dict(
         {

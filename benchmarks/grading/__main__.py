@@ -1,10 +1,11 @@
-"""How fast the graders are: ordinary programs graded a second in the sandbox, and math answers compared a second.
+"""How fast the graders are: ordinary programs graded per second in the sandbox, and math answers compared per second.
 
     python -m benchmarks.grading [--programs 1000] [--workers 2] [--pairs 400]
 
-Each program runs in namespaces of its own; half are graded on stdin and stdout, half by assert tests in a second process.
-Prints a line for each kind with the rate, the CPU time of a program (all its processes) and how many passed: all but the
-tenth that is made to fail. The bar is 20 programs a second on 2 cores; the load average says who else used them.
+Each program runs in a box of its own; half are graded on stdin and stdout, half by assert tests in a second process.
+Prints one line per kind with the rate, the CPU time of a program (all its processes) and how many passed: all but the
+tenth that is made to fail. The bars are 20 programs and 200 math answers per second on 2 cores; the load average says
+who else used them.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import resource
 import time
 
 from omniopd_jax import graders
+from omniopd_jax.graders import sandbox
 
-PAIRS = pathlib.Path(__file__).parents[1] / "tests/fixtures/math_pairs.jsonl"
+TESTS = pathlib.Path(__file__).parents[2] / "tests/graders"
 BODIES = (
     "total = 0\nfor i in range(n):\n    total += i * i\n",
     "seen, a, b = set(), 0, 1\nwhile len(seen) < n:\n    seen.add(a)\n    a, b = b, a + b\ntotal = sum(seen)\n",
@@ -42,10 +44,10 @@ def programs(count, by_asserts):
     return out
 
 
-def grade_programs(batch, workers):
+def grade_programs(batch, workers, isolation):
     """Whether each passed, with the start and the end of the grader."""
-    with graders.make("code", workers=workers) as code:
-        return [verdict.passed for verdict in code.grade_batch(batch)]
+    with graders.make("code", workers=workers, isolation=isolation) as code:
+        return [verdict.passed for verdict in code.grade_all(*zip(*batch))]
 
 
 def cpu_seconds():
@@ -61,32 +63,31 @@ def report(name, count, act, passed_of):
     seconds = time.perf_counter() - start
     used = 1000 * (cpu_seconds() - cpu) / count
     print(
-        f"{name:24} {count:5} in {seconds:6.1f} s = {count / seconds:6.1f} a second; {used:5.1f} ms of CPU each; "
+        f"{name:24} {count:5} in {seconds:6.1f} s = {count / seconds:6.1f} per second; {used:5.1f} ms of CPU each; "
         f"passed {passed}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
         flush=True,
     )
 
 
 def main():
-    """Runs the three measurements."""
+    """Runs the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=400)
     args = parser.parse_args()
     half = args.programs // 2
-    for name, by_asserts in (("programs, stdin", False), ("programs, asserts", True)):
-        report(name, half, lambda a=by_asserts: grade_programs(programs(half, a), args.workers), sum)
-    pairs = [json.loads(line) for line in PAIRS.open()][: args.pairs]
-    math = graders.make("math", workers=args.workers)
-    math.grade_batch([("1", "1")] * args.workers)  # the imports
-
-    def grade_texts():
-        told = math.grade_batch([(pair["text"], pair["answer"]) for pair in pairs])
-        math.close()
-        return told
-
-    report("math pairs and imports", len(pairs), grade_texts, sum)
+    for isolation in sandbox.ISOLATIONS if sandbox.bwrap() else ("namespaces",):
+        for kind, by_asserts in (("stdin", False), ("asserts", True)):
+            batch = programs(half, by_asserts)
+            report(f"{kind}, {isolation}", half, lambda b=batch, i=isolation: grade_programs(b, args.workers, i), sum)
+    pairs = [json.loads(line) for line in (TESTS / "fixtures/math_pairs.jsonl").open()][: args.pairs]
+    boxed = [json.loads(line) for line in (TESTS / "cases/boxed.jsonl").open()]
+    boxed = [(case[key], case["answer"]) for case in boxed for key in ("solution", "perturbed")]
+    with graders.make("math", workers=args.workers) as math:
+        report("math, start", 1, lambda: math.grade_all(["1"], ["2"]), sum)
+        for name, batch in (("math, hard pairs", [(p["text"], p["answer"]) for p in pairs]), ("math, boxed", boxed)):
+            report(name, len(batch), lambda b=batch: math.grade_all(*zip(*b)), sum)
 
 
 if __name__ == "__main__":

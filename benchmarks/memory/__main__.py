@@ -24,13 +24,12 @@ GROUPS = 2  # half of the rows is decoded at a time: the cache of all does not f
 def measure(path: str, topology: str, name: str) -> dict:
     """Compiles one pass; returns its line."""
     from configs import math
-    from omniopd_jax import aot
-    from omniopd_jax.run import flops
+    from omniopd_jax.run import fit, flops
 
     cfg = math.get_config()
     cfg.student.path, cfg.rollout_groups = path, GROUPS
     said = []
-    plan, (done,), fits = aot.check(cfg, topology, (name,), say=said.append)
+    plan, (done,), fits = fit.check(cfg, topology, (name,), say=said.append)
     chip = flops.CHIPS[topology.split(":")[0]]
     return {
         "model": path, "topology": topology, "pass": name, "devices": plan.mesh.size, "mesh": dict(plan.mesh.shape),

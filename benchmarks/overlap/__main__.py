@@ -35,6 +35,7 @@ import numpy as np
 
 from omniopd_jax import audit, config, experience, hf, model, objective, rollout, similarity, step, teachers, train, vocab
 from omniopd_jax.data import prompts as data
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import host, logging, setup
 from omniopd_jax.run.state import TrainState
@@ -158,9 +159,10 @@ def fake_run(cfg, client) -> setup.Run:
     tokenizer = hf.load_tokenizer(cfg.student.path)
     prompts = data.load(cfg, source="world", split="train", path="", count=cfg.data.num_prompts)
     mesh = sharding.make_mesh(cfg.mesh)
-    student = experience.Student(None, model.Compute(mesh=mesh), tokenizer, audit.Decoder(tokenizer), ())
+    template = of_student(cfg, tokenizer)
+    student = experience.Student(None, model.Compute(mesh=mesh), template, audit.Decoder(tokenizer), ())
     return setup.Run(
-        cfg, student, data.encode(prompts, tokenizer, cfg), None, RemoteTeacher(cfg, client), similarity.make(cfg), None, None,
+        cfg, student, data.encode(prompts, template, cfg), None, RemoteTeacher(cfg, client), similarity.make(cfg), None, None,
         None, None, host.AsyncThread(), host.StopFlag(), [0], Ahead(), logging.PhaseTimer(), None, None,
     )  # fmt: skip
 
@@ -168,7 +170,7 @@ def fake_run(cfg, client) -> setup.Run:
 def canned(student, drawn, cfg) -> experience.Responses:
     """Full-length responses, all alike: who asks differs by the sample id."""
     T, rows = cfg.max_completion_length, len(drawn.prompts) * cfg.num_generations
-    ids = (student.tokenizer("She adds 3 and 4 apples to nine pears. ")["input_ids"] * T)[:T]
+    ids = (student.template.tokenizer("She adds 3 and 4 apples to nine pears. ")["input_ids"] * T)[:T]
     prompts = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
     return experience.Responses(prompts, sum(drawn.sample_ids, []), [ids] * rows, np.ones(rows, bool))
 

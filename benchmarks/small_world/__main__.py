@@ -51,15 +51,15 @@ def run(cfg, method: str) -> dict:
     started = time.time()
     try:
         out = train.train(cfg)
-        steps = [json.loads(s) for s in (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+        steps = [json.loads(s) for s in (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().split("\n") if s]
     finally:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
     curve, tokens, spent = [], [], [0, 0]
     sampled = 0 if cfg.objective.name == "sft" else cfg.prompts_per_step * cfg.num_generations
     for s in steps:
         spent = [spent[0] + round(s["completions/mean_length"] * sampled), spent[1] + s["teacher/tokens_out"]]
-        if "eval/accuracy" in s or s is steps[-1]:
-            curve.append([s["step"] + 1, round(s.get("eval/accuracy", out["accuracy_after"]), 4)])
+        if s.get("eval/updates"):
+            curve.append([s["eval/updates"], round(s["eval/accuracy"], 4)])
             tokens.append(spent)
     return {
         "method": method, "world": cfg.data.name, "seed": cfg.seed, "overrides": (METHODS | ABLATIONS)[method],

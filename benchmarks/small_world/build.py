@@ -23,6 +23,7 @@ from omniopd_jax import config, graders, hf, model, objective, rollout, step, wo
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import one_of
 from omniopd_jax.evaluation import sampling
+from omniopd_jax.hf import template
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import cli, logging
 
@@ -73,7 +74,8 @@ def sft_config(role: Role, steps: int) -> FrozenConfigDict:
 
 def encode_corpus(tokenizer, pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(prompt, solution) texts -> token_BL, prompt_length_B, length_B, the end token included."""
-    prompts = [data.render(tokenizer, [{"role": "user", "content": p}]) for p, _ in pairs]
+    chat = template.make(tokenizer)
+    prompts = [chat.render([{"role": "user", "content": p}]) for p, _ in pairs]
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     ends = tokenizer([s + tokenizer.eos_token for _, s in pairs], add_special_tokens=False)["input_ids"]
     rows = [a + b for a, b in zip(ids, ends, strict=True)]
@@ -129,9 +131,10 @@ def greedy_accuracy(params, model_cfg, tokenizer, world_name: str, split="test",
     c = config.default()
     c.data.name, c.max_prompt_length = world_name, 64
     loaded = data.load(c, source="world", split=split, path="", count=count)
-    prompts = data.encode(loaded, tokenizer, c).prompts
+    chat = template.make(tokenizer)
+    prompts = data.encode(loaded, chat, c).prompts
     return sampling.greedy(
-        params, model_cfg, prompts, tokenizer, (tokenizer.eos_token_id,), grader=graders.shared("world"),
+        params, model_cfg, prompts, chat, (tokenizer.eos_token_id,), grader=graders.shared("world"),
         max_new_tokens=COMPLETION,
     ).accuracy
 

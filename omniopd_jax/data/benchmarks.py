@@ -3,31 +3,42 @@
 A benchmark is one line in SUITES and, where its rows are not plain `problem` and `answer`, one function here. Names and
 fields were read off public code that uses them; the hub itself was out of reach here, so no set has been downloaded.
 
-What `load` takes: a name of SUITES; NAME=FILE.jsonl, local rows with the benchmark's own fields; FILE.jsonl, rows with
-`problem` (or `prompt`, `question`), `answer`, and optional `id` and `grader` (default: math); world:WORLD:SPLIT, the small
-world; rg:DATASET[:SEED], a procedural set of reasoning-gym.
+What `load` takes: a name of SUITES; NAME=FILE, local rows with the benchmark's own fields or the names that other
+copies of it use; FILE, rows with a problem and an answer (PROBLEM, ANSWER), and optional `id`, `choices` and `grader`
+(default: math); world:WORLD:SPLIT, the small world; rg:DATASET[:SEED], a procedural set of reasoning-gym. A FILE ends
+in .jsonl or .json, perhaps with .gz.
 """
 
 import base64
 import dataclasses
+import gzip
 import io
 import json
 import pathlib
 import pickle
+import re
+import string
 import zlib
 from collections.abc import Callable
 
-from omniopd_jax import world
+from omniopd_jax import graders, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.graders import gym
+from omniopd_jax.graders import code_tests, gym
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 FUNCTION = "Write the whole function, with the imports that it needs, in one ```python block."
 STDIN = "Write a Python program that reads stdin and writes stdout, in one ```python block."
 METHOD = "Complete the class, with the imports that it needs, in one ```python block:"
 LIVECODEBENCH = [f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6)]  # the releases; the set's loading script no longer runs
+
+
+PROBLEM = ("problem", "question", "prompt", "Problem", "Question", "query", "text")  # in the order of preference
+ANSWER = ("answer", "final_answer", "Answer", "expected_answer", "ground_truth", "gold", "target")
+CHOICES = ("choices", "options", "Choices", "Options")
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_LETTERED = re.compile(r"\s*\(?[A-Z][).:]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,46 +69,108 @@ class Source:
     answer: str = "answer"
     id: str | None = "id"
     grader: str = "math"
-    suffix: str = BOXED
+    suffix: str | None = None  # the benchmark's own instruction; None: `eval.suffix`
     read: Callable[[dict], tuple[str, str]] | None = None
     files: tuple[str, ...] = ()  # read as JSON Lines, where the hub's own loader can't
 
 
+def _field(row: dict, *names: str):
+    """The first of these fields that a row has; raises KeyError where it has none."""
+    found = next((row[name] for name in names if row.get(name) is not None), None)
+    if found is None:
+        raise KeyError(" or ".join(map(repr, names)))
+    return found
+
+
+def _problem(row: dict, *first: str) -> str:
+    """A row's problem, with its choices where it has any."""
+    text = str(_field(row, *first, *PROBLEM))
+    choices = _choices(row)
+    lines = [c if _LETTERED.match(c) else f"({letter}) {c}" for letter, c in choices.items()]
+    return "\n".join([text.strip(), "", *lines]) if lines and not all(c in text for c in choices.values()) else text
+
+
+def _choices(row: dict) -> dict[str, str]:
+    """letter -> choice of a row; {} where it has none."""
+    choices = next((row[name] for name in CHOICES if row.get(name)), None)
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # {"label": [...], "text": [...]}
+        return dict(zip(map(str, choices.get("label") or string.ascii_uppercase), map(str, choices["text"])))
+    if isinstance(choices, dict):
+        return {str(k): str(v) for k, v in choices.items()}
+    if isinstance(choices, list):
+        return dict(zip(string.ascii_uppercase, map(str, choices)))
+    if choices is not None:
+        raise ValueError(f"choices must be a list or an object, not {type(choices).__name__}")
+    return {}
+
+
+def _answer(row: dict, *first: str) -> str:
+    """A row's answer: text, a number, a list of them, the number of a choice, or what a solution boxes."""
+    try:
+        answer = _field(row, *first, *ANSWER)
+    except KeyError:
+        answer = gym.last_boxed(str(row.get("solution") or ""))
+        if answer is None:
+            raise
+    if isinstance(answer, int) and not isinstance(answer, bool) and (choices := _choices(row)):
+        return list(choices)[answer]
+    if isinstance(answer, list):
+        return ", ".join(map(str, answer))
+    if isinstance(answer, (bool, dict)):
+        raise ValueError(f"an answer is text or a number, not {json.dumps(answer):.60}")
+    return answer if isinstance(answer, str) else json.dumps(answer)
+
+
 def _gsm8k(row):
-    return row["question"], row["answer"].split("####")[-1].strip().replace(",", "")
+    return _problem(row, "question"), _answer(row).split("####")[-1].strip().replace(",", "")
 
 
 def _olympiad(row):
     """`final_answer` is a list with one string, which may hold several answers."""
-    answer = row["final_answer"]
     context = (row.get("context") or "").strip()
-    return f"{context}\n{row['question']}".strip(), answer if isinstance(answer, str) else ", ".join(answer)
+    return f"{context}\n{_problem(row, 'question')}".strip(), _answer(row, "final_answer")
 
 
 def _humaneval(row):
     text = f"Complete this function:\n\n```python\n{row['prompt'].rstrip()}\n```"
-    return text, json.dumps({"asserts": row["test"], "entry_point": row["entry_point"]})
+    return text, json.dumps({"asserts": row["test"], "entry_point": row["entry_point"], "prompt": row["prompt"]})
 
 
 def _mbpp(row):
+    """The sanitized set, and the original one, with `text` and code that sets the tests up."""
     tests = "\n".join(row["test_list"])
-    text = f"{row['prompt']}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```"
-    return text, json.dumps({"asserts": list(row.get("test_imports") or []) + list(row["test_list"])})
+    text = f"{_field(row, 'prompt', 'text')}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```"
+    before = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    answer = {"asserts": [part for part in before if part.strip()] + list(row["test_list"])}
+    headers = re.findall(r"(?m)^def[ \t]+(\w+)[ \t]*\([^()]*\)[^:\n]*:", row.get("code") or "")
+    header = next((h for h in headers if re.search(rf"\b{h}\s*\(", tests)), None)
+    if header:  # so that a body alone has a function to be the body of
+        answer["prompt"] = re.search(rf"(?m)^def[ \t]+{header}[ \t]*\([^()]*\)[^:\n]*:", row["code"])[0] + "\n"
+    return text, json.dumps(answer)
 
 
 def _livecodebench(row):
     """Standard input, or calls of a method of `Solution`: arguments one a line, as JSON."""
-    cases = json.loads(row["public_test_cases"]) + _private(row["private_test_cases"])
+    cases = _cases(row["public_test_cases"]) + _cases(row.get("private_test_cases") or "[]")
     if cases[0]["testtype"] == "stdin":
         tests = [{"stdin": c["input"], "stdout": c["output"]} for c in cases]
         return f"{row['question_content']}\n\n{STDIN}", json.dumps(tests)
-    name = json.loads(row["metadata"])["func_name"]
-    text = f"{row['question_content']}\n\n{METHOD}\n\n```python\n{row['starter_code'].rstrip()}\n```"
-    asserts = []
-    for c in cases:
-        arguments = ", ".join(repr(json.loads(line)) for line in c["input"].splitlines() if line.strip())
-        asserts.append(f"assert Solution().{name}({arguments}) == {json.loads(c['output'])!r}")
-    return text, json.dumps({"asserts": asserts})
+    metadata = row["metadata"] if isinstance(row["metadata"], dict) else json.loads(row["metadata"])
+    name, starter = metadata["func_name"], row.get("starter_code") or ""
+    text = f"{row['question_content']}\n\n{METHOD}\n\n```python\n{starter.rstrip()}\n```"
+    with code_tests.long_integers():
+        asserts = [f"assert Solution().{name}({_arguments(c['input'])}) == {json.loads(c['output'])!r}" for c in cases]
+    return text, json.dumps({"asserts": asserts, "prompt": starter})
+
+
+def _arguments(lines: str) -> str:
+    """Arguments, one a line as JSON, as Python."""
+    return ", ".join(repr(json.loads(line)) for line in lines.splitlines() if line.strip())
+
+
+def _cases(cases) -> list[dict]:
+    """Test cases as a list, or as text in either of the set's forms."""
+    return cases if isinstance(cases, list) else _private(cases)
 
 
 def _private(text: str) -> list[dict]:
@@ -134,28 +207,30 @@ SUITES = {
 EXTRACT = {"math": gym.last_boxed, "reasoning_gym": gym.last_boxed, "world": world.extract_answer, "code": None}
 
 
-def load(name: str, limit: int = 0) -> Suite:
+def load(name: str, limit: int = 0, suffix: str = "") -> Suite:
     """The benchmark of that name (see the module), its first `limit` problems; 0 = all (world: 512, rg: 200).
+
+    `suffix` is put behind each problem (`eval.suffix`), but for programs, whose instruction is part of the benchmark.
 
     Raises:
       UserError: unknown name, unreachable hub, or a row that lacks a field.
     """
     kind, _, rest = name.partition(":")
     if kind == "world":
-        return _world(name, *rest.partition(":")[::2], limit)
+        return _world(name, *rest.partition(":")[::2], limit, suffix)
     if kind == "rg":
-        return _gym(name, *rest.partition(":")[::2], limit)
+        return _gym(name, *rest.partition(":")[::2], limit, suffix)
     known, _, path = name.rpartition("=")
-    if path.endswith((".jsonl", ".json")):
+    if path.endswith(ENDINGS):
         rows = _lines(pathlib.Path(path))
         if known:
-            return _suite(known, SUITES[one_of(known, SUITES, "--benchmarks")], rows, limit)
-        return _plain(pathlib.Path(path).stem, rows, limit)
+            return _suite(known, SUITES[one_of(known, SUITES, "--benchmarks")], rows, limit, suffix)
+        return _plain(pathlib.Path(path.removesuffix(".gz")).stem, rows, limit, suffix)
     if name not in SUITES:
-        forms = "FILE.jsonl, NAME=FILE.jsonl, world:forks:test, rg:gsm_symbolic"
+        forms = "FILE.jsonl, FILE.json, FILE.jsonl.gz, NAME=FILE.jsonl, world:forks:test, rg:gsm_symbolic"
         raise UserError(f"--benchmarks = {name!r} is unknown; choose among: {', '.join(SUITES)}; or {forms}")
     source = SUITES[name]
-    return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit)
+    return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit, suffix)
 
 
 def _hub(name, source):
@@ -180,65 +255,105 @@ def _hub_files(name, source):
 
 
 def _lines(path: pathlib.Path):
-    """Objects of a JSON Lines file."""
+    """Objects of a file: one per line, or a .json file's one list, perhaps under `data`, `rows` or `examples`."""
     if not path.is_file():
         raise UserError(f"--benchmarks: {path} is not a file")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+    if path.name.removesuffix(".gz").endswith(".json"):
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            whole = None  # JSON Lines by another name
+        if isinstance(whole, dict):
+            whole = next(
+                (whole[k] for k in ("data", "rows", "examples", "test") if isinstance(whole.get(k), list)), [whole]
+            )
+        if whole is not None:
+            for number, row in enumerate(whole if isinstance(whole, list) else [whole]):
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object")
+                    raise UserError(f"{path}, entry {number}: not a JSON object")
                 yield row
+            return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
+            yield row
 
 
-def _suite(name, source: Source, rows, limit) -> Suite:
+def _suite(name, source: Source, rows, limit, suffix) -> Suite:
+    suffix = suffix if source.suffix is None else source.suffix
     prompts = []
     for number, row in enumerate(rows):
         if limit and number == limit:
             break
         try:
-            text, answer = source.read(row) if source.read else (row[source.problem], row[source.answer])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}") from error
+            text, answer = (
+                source.read(row) if source.read else (_problem(row, source.problem), _answer(row, source.answer))
+            )
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}"
+            ) from error
         own = row.get(source.id) if source.id else None
-        prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), source.suffix, str(answer)))
+        prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), suffix, str(answer)))
     return _checked(Suite(name, prompts, source.grader, EXTRACT[source.grader]))
 
 
-def _plain(name, rows, limit) -> Suite:
+def _plain(name, rows, limit, suffix) -> Suite:
     """Rows of anybody's file, one grader for all of them."""
-    prompts, grader = [], None
+    prompts, grader, check = [], None, None
     for number, row in enumerate(rows):
         if limit and number == limit:
             break
-        text = next((row[k] for k in ("problem", "prompt", "question") if isinstance(row.get(k), str)), None)
-        if text is None or row.get("answer") is None:
-            raise UserError(f"{name}, row {number}: needs `problem` (`prompt`, `question`) and `answer`; it has {sorted(row)}")
+        try:
+            text, answer = _problem(row), _own_answer(row)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(
+                f"{name}, row {number}: {error}: needs `problem` ({', '.join(PROBLEM[1:])}) and `answer` "
+                f"({', '.join(ANSWER[1:])}); it has {sorted(row)}"
+            ) from error
         if grader not in (None, row.get("grader", "math")):
             raise UserError(f"{name}, row {number}: grader {row.get('grader', 'math')!r} after {grader!r}: one a file")
         grader = one_of(row.get("grader", "math"), EXTRACT, f"{name}, row {number}: grader")
-        answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"])
+        try:
+            check = check or graders.make(grader).check_answer
+            check(answer)
+        except UserError as error:
+            raise UserError(f"{name}, row {number}: {error}") from error
         own = f"{number:05d}" if row.get("id") is None else str(row["id"])
-        prompts.append(_prompt(own, text, BOXED if grader == "math" else "", answer))
+        prompts.append(_prompt(own, text, suffix, answer))
     return _checked(Suite(name, prompts, grader, EXTRACT[grader or "math"]))
 
 
-def _world(name, which, split, limit) -> Suite:
+def _own_answer(row: dict) -> str:
+    """The answer of a row of anybody's file; tests of a program stay an object, as JSON."""
+    if row.get("grader", "math") in ("code", "code_unsafe"):
+        answer = _field(row, "answer", "tests")
+        return answer if isinstance(answer, str) else json.dumps(answer)
+    return _answer(row)
+
+
+def _world(name, which, split, limit, suffix) -> Suite:
     problems = world.problems(which, split or "test", limit or 512)
-    return Suite(name, [_prompt(p.id, p.prompt, "", p.answer) for p in problems], "world", world.extract_answer)
+    return Suite(name, [_prompt(p.id, p.prompt, suffix, p.answer) for p in problems], "world", world.extract_answer)
 
 
-def _gym(name, which, seed, limit) -> Suite:
+def _gym(name, which, seed, limit, suffix) -> Suite:
     if seed and not seed.isdecimal():
         raise UserError(f"--benchmarks = {name!r}: the seed must be a whole number, as in rg:gsm_symbolic:7")
     seed, size = int(seed or 0), limit or 200
     entries = gym.dataset(which, seed, size)
     ids = [f"{which}:{seed}:{size}:{i}" for i in range(size)]
-    prompts = [_prompt(i, entries[n]["question"], BOXED, i) for n, i in enumerate(ids)]
+    prompts = [_prompt(i, entries[n]["question"], suffix, i) for n, i in enumerate(ids)]
     return Suite(name, prompts, "reasoning_gym", gym.last_boxed)
 
 

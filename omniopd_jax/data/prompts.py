@@ -1,24 +1,32 @@
-"""Prompts: from a JSONL file, a hub data set or the small world; and their order, a pure function of seed and step."""
+"""Prompts: from a file, a hub data set or the small world; and their order, a pure function of seed and step."""
 
 import dataclasses
 import json
-import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from omniopd_jax import world
+from omniopd_jax.data import files
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf import hub
+from omniopd_jax.hf.template import Template
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}  # ShareGPT's
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt. `messages` are chat messages; `token_ids` the rendered prompt, empty before `encode`."""
+    """One prompt. `messages` are chat messages; `token_ids` the rendered prompt, empty before `encode`.
+
+    `answer` is what a grader compares with, an object or a list as its JSON; `solution` a worked one, which `sft` reads.
+    """
 
     id: str
     messages: tuple[dict, ...]
     answer: str | None = None
-    extra: dict = dataclasses.field(default_factory=dict)
+    solution: str | None = None
     token_ids: tuple[int, ...] = ()
 
 
@@ -34,23 +42,30 @@ class Prompts:
         return len(self.prompts)
 
 
-def load(cfg, *, source: str, split: str, path: str, count: int, section: str = "data") -> Prompts:
+def load(
+    cfg, *, source: str, split: str, path: str, count: int, section: str = "data",
+    check: Callable[[Any], None] | None = None,
+) -> Prompts:  # fmt: skip
     """Reads prompts; duplicates (by the content of their messages) are dropped and counted.
 
     Args:
       cfg: for `data.name` and `data.fields`.
       source: world | jsonl | hub.
       split: of the world or the hub data set.
-      path: of the JSONL file.
+      path: of the file (`files`).
       count: the first so many; 0 = all (world: 4,096).
       section: of the config, for the messages: whose `path` and `split` these are.
+      check: of the grader that will read the answers (`Grader.check_answer`): raises a `UserError` for an answer of a form
+        that it can't compare with, which then names the row's file and line. None: answers are not asked for.
 
     Raises:
       UserError: names the file and line, the data set, or the empty set.
     """
-    readers = {"world": _world, "jsonl": _jsonl, "hub": _hub}
+    readers = {"world": _world, "jsonl": _file, "hub": _hub}
     seen, kept, duplicates = set(), [], 0
-    for prompt in readers[source](cfg, split, path, count, section):
+    for where, prompt, answer in readers[source](cfg, split, path, count, section):
+        if check is not None:
+            _check_answer(answer, check, where)
         content = json.dumps(prompt.messages, sort_keys=True)
         if content in seen:
             duplicates += 1
@@ -66,14 +81,27 @@ def load(cfg, *, source: str, split: str, path: str, count: int, section: str = 
     return Prompts(kept, duplicates)
 
 
-def encode(data: Prompts, tokenizer, cfg) -> Prompts:
+def with_suffix(data: Prompts, suffix: str) -> Prompts:
+    """The same with `suffix` behind each last message, a blank line between; as they are where it is empty."""
+    if not suffix:
+        return data
+
+    def one(p: Prompt) -> Prompt:
+        last = p.messages[-1]
+        return dataclasses.replace(p, messages=(*p.messages[:-1], last | {"content": f"{last['content']}\n\n{suffix}"}))
+
+    return dataclasses.replace(data, prompts=[one(p) for p in data.prompts])
+
+
+def encode(data: Prompts, template: Template, cfg) -> Prompts:
     """Renders each prompt with its generation prompt and tokenizes it; overlong ones are an error, or dropped and counted.
 
     Raises:
-      UserError: a prompt longer than `max_prompt_length` under `data.overlong = error`, or none left.
+      UserError: a prompt that the template refuses, one longer than `max_prompt_length` under `data.overlong = error`, or
+        none left.
     """
-    texts = [render(tokenizer, p.messages, cfg.student.chat_template_kwargs) for p in data.prompts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = [render(template, prompt) for prompt in data.prompts]
+    ids = template.tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept = []
     for prompt, token_ids in zip(data.prompts, ids, strict=True):
         if len(token_ids) <= cfg.max_prompt_length:
@@ -88,10 +116,23 @@ def encode(data: Prompts, tokenizer, cfg) -> Prompts:
     return Prompts(kept, data.duplicates, len(ids) - len(kept))
 
 
-def render(tokenizer, messages, chat_template_kwargs=None) -> str:
-    """The prompt as text, with the tokenizer's chat template and its generation prompt."""
-    kwargs = dict(chat_template_kwargs or {})
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+def render(template: Template, prompt: Prompt) -> str:
+    """The prompt's text. Raises `UserError`, which names the prompt, where the template refuses it."""
+    try:
+        return template.render(prompt.messages)
+    except UserError as error:
+        raise UserError(f"prompt {prompt.id!r}: {error}") from None
+
+
+def check_rendering(template: Template | None, data: Prompts) -> None:
+    """Renders one prompt of each sequence of roles, before a model is loaded for it. None: messages go out as they are.
+
+    Raises:
+      UserError: the template refuses one of them.
+    """
+    kinds = {tuple(m["role"] for m in p.messages): p for p in data.prompts} if template is not None else {}
+    for prompt in kinds.values():
+        render(template, prompt)
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
@@ -109,45 +150,30 @@ def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
 
 
 def _world(cfg, split, path, count, section):
+    if path:
+        raise UserError(f"{section}.path = {path!r} is not read under data.source = 'world': set data.source = 'jsonl'")
     name = one_of(cfg.data.name or "forks", world.WORLDS, "data.name")
     one_of(split, world.SPLITS, f"{section}.split")
     problems = world.problems(name, split, count or 4096)
     for p in problems:
-        yield Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer, {"fork": p.fork})
+        yield p.id, Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer), p.answer
 
 
-def _jsonl(cfg, split, path, count, section):
+def _file(cfg, split, path, count, section):
     if not path:
-        raise UserError(f"data.source = 'jsonl' needs {section}.path, a file with one JSON object a line")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"{section}.path = {path!r} is not a file")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: not a JSON object ({error})") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected an object with `prompt`, found {type(record).__name__}")
-            yield _prompt(record, where, f"{number:06d}")
+        raise UserError(f"data.source = 'jsonl' needs {section}.path, a file of rows ({', '.join(files.FORMS)})")
+    for where, number, row in files.rows(path, f"{section}.path"):
+        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
 
 
 def _hub(cfg, split, path, count, section):
     if not cfg.data.name:
         raise UserError("data.source = 'hub' needs data.name, e.g. 'open-r1/DAPO-Math-17k-Processed'")
     advice = "check the name and the network, or set data.source = 'jsonl' and data.path"
-    rows = load_hub(cfg.data.name, split, setting="data.name", advice=advice)
-    fields = cfg.data.fields
-    if fields.prompt not in rows.column_names:
-        raise UserError(f"data.fields.prompt = {fields.prompt!r} is no column of {cfg.data.name}; it has: {rows.column_names}")
+    rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     for number, row in enumerate(rows):
-        mapped = {k: v for k, v in row.items() if k not in (fields.prompt, fields.answer, fields.id)}
-        mapped |= {ours: row[column] for ours, column in fields.items() if column in row}
-        yield _prompt(mapped, f"{cfg.data.name}, row {number}", f"{number:06d}")
+        where = f"{cfg.data.name}, row {number}"
+        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
 
 
 def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, advice: str):
@@ -173,26 +199,95 @@ def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, 
         ) from error
 
 
-def _prompt(record: dict, where: str, default_id: str) -> Prompt:
-    """A record with `prompt` (a string, or messages), optional `answer` and `id`; the rest is kept as extra."""
-    prompt = record.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    good = isinstance(prompt, list) and prompt and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    )  # fmt: skip
-    if not good or not any(m["content"].strip() for m in prompt):
-        raise UserError(f"{where}: `prompt` must be a non-empty string or a list of messages with `role` and `content`")
+def _prompt(row: dict, fields, where: str, number: int) -> Prompt:
+    """The prompt of a row; `fields` say which of the row's own fields are its prompt, answer, solution and id."""
+    messages = _messages(_field(row, fields.prompt), row, fields.prompt, where)
+    # a worked solution only where that column is not said to be the answer
+    solution = _field(row, fields.solution) if fields.solution != fields.answer else None
+    if solution is not None and not isinstance(solution, str):
+        raise UserError(f"{where}: `{fields.solution}` is no text; set data.fields.solution to another field, or to ''")
+    answer, name = _answer(_field(row, fields.answer), fields.answer, where), _field(row, fields.id)
     try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
+        json.dumps([messages, answer, solution, str(name)], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: holds half a surrogate pair, which is no text ({error.reason})") from error
-    answer = record.get("answer")
-    extra = {k: v for k, v in record.items() if k not in ("prompt", "answer", "id")}
-    name = record.get("id")
-    return Prompt(
-        default_id if name is None else str(name), tuple(prompt), None if answer is None else str(answer), extra
-    )
+    except (TypeError, RecursionError) as error:
+        raise UserError(f"{where}: `{fields.prompt}` holds what is no JSON, or is nested too deep") from error
+    return Prompt(f"{number:06d}" if name is None else str(name), messages, answer, solution)
+
+
+def _field(row: dict, name: str):
+    """A field by its name, or by a path of names with dots between; None where there is none."""
+    if name in row or "." not in name:
+        return row.get(name) if name else None
+    for part in name.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def _messages(prompt, row: dict, field: str, where: str) -> tuple[dict, ...]:
+    """The row's prompt as chat messages, each a role and a text, the last of them not the assistant's.
+
+    Raises:
+      UserError: it is none of the forms that are known; names the row's own fields where `field` is not among them.
+    """
+    if prompt is None and field not in row:
+        hint = f"; set data.fields.prompt to the one that holds the prompt (it is {field!r})" if row else ""
+        raise UserError(f"{where}: no field `{field}`; the row's fields: {', '.join(map(str, row))[:150] or 'none'}{hint}")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = [_message(m) for m in prompt] if isinstance(prompt, list) else []
+    if not messages or None in messages or not any(m["content"].strip() for m in messages):
+        raise UserError(
+            f"{where}: `{field}` must be a non-empty string or a list of messages with `role` and `content`, a text"
+        )
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: `{field}` ends in the assistant's answer, which the student would have to go on from; leave that "
+            "message out (its text may be the row's `solution`)"
+        )
+    return tuple(messages)
+
+
+def _message(m) -> dict | None:
+    """One message with its content as text: parts that are all text are joined; ShareGPT's names are translated."""
+    if not isinstance(m, dict):
+        return None
+    if "from" in m and "role" not in m:
+        m = {"role": ROLES.get(m["from"], m["from"]) if isinstance(m["from"], str) else None, "content": m.get("value")}
+    content = m.get("content")
+    if isinstance(content, list) and content:
+        parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None
+                 for p in content]  # fmt: skip
+        content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
+    if not isinstance(m.get("role"), str) or not isinstance(content, str):
+        return None
+    return {k: v for k, v in m.items() if v is not None} | {"content": content}
+
+
+def _check_answer(answer, check: Callable[[Any], None], where: str) -> None:
+    """Asks the grader about an answer as the row has it. Raises `UserError`, which names the row."""
+    if answer is None:
+        raise UserError(f"{where}: no answer; set data.fields.answer to the row's field that holds it")
+    try:
+        check(answer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _answer(value, field: str, where: str) -> str | None:
+    """An answer as text: a number as it is written, an object or a list as its JSON.
+
+    Raises:
+      UserError: true or false, or an object around the answer, which no grader would look into.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        raise UserError(f"{where}: `{field}` = {json.dumps(value)} is no answer; write it as a text")
+    if isinstance(value, dict) and "ground_truth" in value:
+        raise UserError(f"{where}: `{field}` is an object around the answer; set data.fields.answer = '{field}.ground_truth'")
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
 
 
 def _where(cfg, source: str, split: str, path: str) -> str:

@@ -10,17 +10,19 @@ import re
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from omniopd_jax import export, graders, hf, model, rollout
+from omniopd_jax import graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import scores
 from omniopd_jax.evaluation.sampling import repeated_ngrams
+from omniopd_jax.hf.template import Template, of_student
+from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import logging
+from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.teachers.protocol import stable_hash
 
@@ -32,7 +34,7 @@ class Student:
     params: dict
     model_cfg: model.ModelConfig
     compute: model.Compute
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     end_ids: tuple[int, ...]
     source: str
 
@@ -69,20 +71,27 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     Raises:
       UserError: nothing there, or weights that do not fit their config.
     """
+    mesh = sharding.make_mesh(cfg.mesh)
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
-        run, step = export.locate(checkpoint)
+        run, step = trained_run.locate(checkpoint)
         if is_run(run):
             if step is None:
                 with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
                     step = checkpoints.latest()
             if step is None:
                 raise UserError(f"--checkpoint = {checkpoint!r}: the run has no checkpoint yet")
-            trained = export.read(run, step)
+            trained = trained_run.read(run, step, mesh)
             folder, source = trained.student, f"{run}/checkpoints/{step}"
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
-    mesh = sharding.make_mesh(cfg.mesh)
+    tokenizer = hf.load_tokenizer(folder, setting=setting)
+    template = of_student(cfg, tokenizer)
+    end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
+    if note:
+        logging.say(note)
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
@@ -90,9 +99,8 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh))
     scale = None if trained is None else lora.scale(trained.lora)
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
-    tokenizer = hf.load_tokenizer(folder, setting=setting)
     params = rollout.prepare(params, model_cfg, compute=compute)
-    return Student(params, model_cfg, compute, tokenizer, hf.end_ids(folder, tokenizer, setting=setting), source)
+    return Student(params, model_cfg, compute, template, end_ids, source)
 
 
 def is_run(folder: pathlib.Path) -> bool:
@@ -141,16 +149,15 @@ def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: i
         compute=student.compute,
     )  # fmt: skip
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-    tokens = [token_BT[b, : length_B[b]].tolist() for b in range(len(prompts) * n)]
-    texts = [student.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    grades = grader.grade_all(texts, [p.answer for p in prompts for _ in range(n)])
+    read = [student.template.read(token_BT[b, : length_B[b]].tolist()) for b in range(len(prompts) * n)]
+    grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
     return [
         {
-            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] else "length",
-            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": len(tokens[b]),
-            "repeated": repeated_ngrams(tokens[b]),
+            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
+            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": length,
+            "repeated": repeated_ngrams(token_BT[b, :length].tolist()),
         }
-        for b, text in enumerate(texts)
+        for b, (text, length, stopped) in enumerate(read)
     ]  # fmt: skip
 
 
@@ -189,7 +196,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     """
     if jax.process_count() > 1:
         raise UserError("omniopd_jax.evaluate runs in one process: start it on one host")
-    loaded = [suites.load(name, limit) for name in benchmarks]
+    loaded = [suites.load(name, limit, cfg.eval.suffix if cfg is not None else "") for name in benchmarks]
     if unsafe:
         loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
     for suite in loaded:
@@ -200,7 +207,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     student = load_student(cfg, checkpoint)
     cfg = cfg.copy_and_resolve_references()
     cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
-    encoded = [data.encode(data.Prompts(s.prompts), student.tokenizer, cfg).prompts for s in loaded]
+    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg).prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 from omniopd_jax import model, rollout
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 
 
@@ -26,14 +27,14 @@ class Evaluation:
 
 
 def greedy(
-    params, model_cfg, prompts: list[Prompt], tokenizer, end_ids, *, grader: Grader, max_new_tokens: int, rows=256,
+    params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader: Grader, max_new_tokens: int, rows=256,
     compute: model.Compute | None = None,
 ) -> Evaluation:  # fmt: skip
     """Greedy answers, graded.
 
     Args:
       params: the model's parameters, stacked or as `rollout.prepare` returns them.
-      prompts: encoded, each with an answer.
+      prompts: encoded, each with an answer. template: what rendered them; its stop strings end an answer too.
       rows: prompts a batch; the last batch is filled up, so that there is one shape. Each process of the mesh
         answers and grades its slice of every batch.
       compute: None: float32 on the default device.
@@ -62,11 +63,11 @@ def greedy(
         )  # fmt: skip
         arrays = [sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B)]
         answers = [tokens[:n].tolist() for _, tokens, n in zip(part, *arrays[:2])]
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-        grades = grader.grade_all(texts, [p.answer for p in part])
+        read = [template.read(tokens) for tokens in answers]
+        grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in part])
         answers = [
-            [text, bool(grade), len(tokens), bool(done), repeated_ngrams(tokens)]
-            for text, grade, tokens, done in zip(texts, grades, answers, arrays[2])
+            [text, bool(grade), n, bool(done) or stopped, repeated_ngrams(tokens[:n])]
+            for (text, n, stopped), grade, tokens, done in zip(read, grades, answers, arrays[2])
         ]
         batches.append(answers)
     parts = [batches] if count == 1 else processes.gather("evaluation", batches)

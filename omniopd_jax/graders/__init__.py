@@ -1,9 +1,9 @@
 """Graders: rules that say whether a response is right. A new one is a module with a `make`, and one line in GRADERS.
 
-    with graders.make("math") as grader:
-        grader.check_answer("1/2")
-        grader.grade(r"so it is \\boxed{0.5}", "1/2")             # True
-        grader.grade_all([response, response], ["1/2", "1/3"])    # in parallel
+with graders.make("math") as grader:
+    grader.check_answer("1/2")
+    grader.grade(r"so it is \\boxed{0.5}", "1/2")             # True
+    grader.grade_all([response, response], ["1/2", "1/3"])    # in parallel
 """
 
 import functools

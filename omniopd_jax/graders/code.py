@@ -1,12 +1,13 @@
-"""Code grader: takes the program out of a response and runs it against its tests in the sandbox (sandbox.py and jail/).
+"""Code grader: takes the program out of a response and runs it against its tests in the sandbox (sandbox/).
 
 The expected output never enters the sandbox, and the assert tests run in another process than the program, so that a
 program passes by answering right and not by printing, exiting, patching or comparing equal to everything. What a
 program can still do: see the inputs of its own calls, and lie through a helper that the tests take from it by name.
 Programs have the standard library alone. The hash seed is fixed, so that two gradings agree.
 
-Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's imports
-and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the latter.
+Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's
+imports and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the
+latter.
 """
 
 import contextlib
@@ -47,9 +48,11 @@ class Verdict:
 class CodeGrader:
     """Grades Python programs, each in a sandbox of its own. Safe to share between threads."""
 
-    def __init__(self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False):
+    def __init__(
+        self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None
+    ):
         self.workers = workers or os.cpu_count() or 1
-        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
+        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe, isolation=isolation)
 
     def grade(self, text: str, answer: str | dict | list) -> Verdict:
         """Runs the program in `text` against the tests `answer`.
@@ -121,8 +124,8 @@ class CodeGrader:
         self.close()
 
 
-def make(*, workers: int | None = None, unsafe: bool = False, **limits) -> CodeGrader:
-    """A CodeGrader; `limits` are the fields of `Limits`.
+def make(*, workers: int | None = None, unsafe: bool = False, isolation: str | None = None, **limits) -> CodeGrader:
+    """A CodeGrader; `limits` are the fields of `Limits`, `isolation` is "bubblewrap", "namespaces" or None for what works.
 
     Raises:
       UserError: an unknown or impossible limit.
@@ -131,7 +134,7 @@ def make(*, workers: int | None = None, unsafe: bool = False, **limits) -> CodeG
     for name in limits:
         if name not in known:
             raise UserError(f"code grader setting {name!r} is unknown; choose among: {', '.join(sorted(known))}")
-    return CodeGrader(limits=Limits(**limits), workers=workers, unsafe=unsafe)
+    return CodeGrader(limits=Limits(**limits), workers=workers, unsafe=unsafe, isolation=isolation)
 
 
 def _difference(got: str, expected: str) -> str:

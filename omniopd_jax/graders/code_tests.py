@@ -17,13 +17,17 @@ import json
 import re
 import symtable
 import sys
+import threading
 
 from omniopd_jax.errors import UserError
 
 FORMS = 'code tests need "stdin" and "stdout", or "asserts"'
 
 # What LiveCodeBench's own harness puts before a program: programs of its kind rely on these names.
-STARS = ["string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"]
+STARS = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -116,6 +120,7 @@ def _asserts(tests) -> Tests:
     return Tests((), (), source, entry_point, prompt, names, modules, maybe)
 
 
+_LIMIT = threading.Lock()
 _LOOKED = {}  # digest of assertions -> what `_look` found: tests may be megabytes, and are graded many times
 
 
@@ -125,21 +130,23 @@ def _looked_through(source: str):
         if len(_LOOKED) > 20_000:
             _LOOKED.clear()
         try:
-            _LOOKED[digest] = _look(source)
+            with long_integers():
+                _LOOKED[digest] = _look(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"code tests: 'asserts' can't be read: {type(error).__name__}: {error}") from error
+            raise UserError(f"code tests: 'asserts' can't be read: {type(error).__name__}: {str(error)[:200]}") from error
     return _LOOKED[digest]
 
 
 def _look(source):
     """(names, modules, maybe, whether an entry point is needed) of assertions; raises UserError where none asserts."""
-    with _long_integers():
-        tree = ast.parse(source)
+    tree = ast.parse(source)
     if not any(map(_asserts_something, ast.walk(tree))):
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     called = {n.func.id for n in calls}
-    dotted = {n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)} - called
+    dotted = {
+        n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    } - called
     names = sorted(_free_names(source) - set(dir(builtins)))
     inner = {id(n): sum(isinstance(m, ast.Call) for m in ast.walk(n)) for n in calls if hasattr(builtins, n.func.id)}
     calls = [n for n in calls if id(n) in inner]
@@ -151,14 +158,15 @@ def _look(source):
 
 
 @contextlib.contextmanager
-def _long_integers():
+def long_integers():
     """Lets integers of 50,000 digits be read, as LiveCodeBench's harness does."""
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(50_000)
-    try:
-        yield
-    finally:
-        sys.set_int_max_str_digits(before)
+    with _LIMIT:  # of the whole process
+        before = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(50_000)
+        try:
+            yield
+        finally:
+            sys.set_int_max_str_digits(before)
 
 
 def _asserts_something(node) -> bool:
@@ -199,5 +207,5 @@ def preamble(*sources: str) -> str:
     """What of LiveCodeBench's preamble these programs can notice: the imports of the names in them."""
     words = set().union(*(_WORD.findall(source) for source in sources))
     lines = {table[word] for table in [_preamble()] for word in words & table.keys()} - {""}
-    lines = sorted(lines, key=lambda line: line.startswith("import "))  # `datetime` is the module in the end
+    lines = sorted(lines, key=lambda line: (line.startswith("import "), line))  # `datetime` is the module in the end
     return "\n".join([*lines, "__import__('sys').setrecursionlimit(50000)"])

@@ -65,7 +65,8 @@ class GymGrader:
         parts = answer.split(":") if isinstance(answer, str) else []
         if len(parts) != 4 or not all(part.isdecimal() for part in parts[1:]) or int(parts[3]) >= int(parts[2]):
             raise UserError(
-                f"an answer for reasoning_gym names a problem as DATASET:SEED:SIZE:INDEX, INDEX below SIZE; this is {answer!r:.80}"
+                "an answer for reasoning_gym names a problem as DATASET:SEED:SIZE:INDEX, INDEX below SIZE; "
+                f"this is {answer!r:.80}"
             )
 
     def check_machine(self) -> None:

@@ -15,6 +15,11 @@ _READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|/dev/stdin|\bfilein
 _WRITES = re.compile(r"\bprint\s*\(|\bstdout\b|\bos\.write\b")
 _CODE = re.compile(r"^(?:from\s+[\w.]+\s+import\b|import\s+\w|def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w)", re.MULTILINE)
 
+_LAST = re.compile(
+    r"[ \t]+\S|[)\]}]|(?:import|from|def|class|if|for|while|print)\b.*[:)\w]$|\w[\w.\[\]]*[ \t]*[-+*/]?=|\w[\w.]*\(.*\)$"
+)
+_TAGS = re.compile(r"(?m)^[ \t]*(?:\[BEGIN\]|\[DONE\]|</?(?:answer|code|solution|program)>)[ \t]*$\n?")
+
 
 def after_thinking(text: str) -> str:
     """What follows the last </think>; the whole text where nothing does."""
@@ -65,7 +70,9 @@ def _source(lines) -> str:
 def defines(source: str, name: str) -> bool:
     """Whether a line at the left edge of `source` defines `name`."""
     name = re.escape(name)
-    return bool(re.search(rf"(?m)^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", source))
+    return bool(
+        re.search(rf"(?m)^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", source)
+    )
 
 
 def extract_program(text: str, asked: tuple[str, ...] = ()) -> str:
@@ -75,7 +82,7 @@ def extract_program(text: str, asked: tuple[str, ...] = ()) -> str:
       text: the response, or a program alone.
       asked: names that the program is to define; () for one that reads stdin.
     """
-    text = after_thinking(text)
+    text = _TAGS.sub("", after_thinking(text))
     choices = [b for b in blocks(text) if b[0] in PYTHON or not b[0]]
     if not choices or any(defines(text.partition("```")[0].partition("~~~")[0], name) for name in asked):
         return text  # no block, or the code starts before the first fence, which is within the program
@@ -108,6 +115,11 @@ def candidates(text: str, asked: tuple[str, ...] = (), prompt: str = "") -> list
     at = _CODE.search(program)
     if at and at.start():  # prose before a program without a fence
         out.append(program[at.start() :])
+    if at:  # prose after it
+        lines = program[at.start() :].splitlines()
+        while lines and not _LAST.match(lines[-1]):
+            lines.pop()
+        out.append("\n".join(lines) + "\n")
     return list(dict.fromkeys(out))
 
 

@@ -1,38 +1,37 @@
-"""config.json <-> ModelConfig, strictly: what is not known here is refused by name, never approximated."""
+"""config.json <-> ModelConfig, strictly: what changes the computation and is not known here is refused by name, never
+approximated; what changes nothing (names, versions, token ids, fields that are null or at "off") is passed over (`fields`).
+"""
 
 import dataclasses
+import math
 from typing import Any
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import fields
 from omniopd_jax.model import ModelConfig
 
-ARCHITECTURES = {  # config.json's name -> our family, which is also its model_type
+ARCHITECTURES = {  # config.json's name -> our family; the first of a family is what an export is called
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",  # without its sliding window the same computation, tensor for tensor
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+MODEL_TYPES = {"qwen3": ("qwen3",), "qwen2": ("qwen2",), "llama": ("llama", "mistral"), "qwen3_moe": ("qwen3_moe",)}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-IGNORED = (  # cannot change what the model computes: bookkeeping, token ids, sampling defaults, training-only terms
-    *TOKEN_IDS, "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "initializer_range", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
-    "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "chunk_size_feed_forward",
-    "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "pretraining_tp", "do_sample",
-    "temperature", "top_p", "top_k", "max_length", "repetition_penalty", "unsloth_fixed", "unsloth_version",
-    "max_window_layers", "sliding_window", "layer_types",  # inert without use_sliding_window; layer_types is checked
-)  # fmt: skip
-MOE_IGNORED = ("output_router_logits", "router_aux_loss_coef")
+LONGEST = 300  # characters of an error here
+MOST = 2**31 - 1  # of any size
 ONLY = {  # implemented for these values alone
-    "hidden_act": ("silu",),
-    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish", None),
+    "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "use_mrope": (False, None),
-    "decoder_sparse_step": (1,),
+    "decoder_sparse_step": (1, None),
     "mlp_only_layers": ([], None),
     "partial_rotary_factor": (1, None),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
     "per_layer_config": (None, {}),
 }
 ROPE = {  # rope_type -> (keys it must have, keys it may have)
@@ -74,8 +73,23 @@ def model_config(config_json: dict, where: str) -> ModelConfig:
       where: its path, for the errors.
 
     Raises:
-      UserError: an unknown architecture or field, a missing one, or a value that the decoder does not implement.
+      UserError: an unknown architecture or field, a missing one, or a value that the decoder does not implement; one
+        line of at most `LONGEST` characters.
     """
+    try:
+        return _model_config(config_json, where)
+    except UserError as e:
+        raise UserError(_short(str(e), where)) from None
+
+
+def _short(message: str, where: str) -> str:
+    """The message in at most `LONGEST` characters: of a long path its end, of long words their beginning."""
+    if len(message) > LONGEST and len(where) > 100:
+        message = message.replace(where, f"...{where[-97:]}", 1)
+    return message if len(message) <= LONGEST else message[: LONGEST - 3] + "..."
+
+
+def _model_config(config_json: dict, where: str) -> ModelConfig:
     left = dict(config_json)
     family = _family(left, where)
     moe = family == "qwen3_moe"
@@ -88,8 +102,8 @@ def model_config(config_json: dict, where: str) -> ModelConfig:
 
     def size(key: str, default: Any = _REQUIRED) -> int:
         value = take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{where}: {key} = {value!r} is not a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST:
+            raise UserError(f"{where}: {key} = {_shown(value)} is not a positive whole number that a model could have")
         return value
 
     D, Q = size("hidden_size"), size("num_attention_heads")
@@ -99,13 +113,14 @@ def model_config(config_json: dict, where: str) -> ModelConfig:
         raise UserError(f"{where}: attention_bias = {asked_bias} is not implemented: Qwen2's q, k, v have biases")
     for key, allowed in ONLY.items():
         if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
-            raise UserError(f"{where}: {key} = {value!r} is not implemented; only {_either(allowed)} is")
-    if any(kind != "full_attention" for kind in left.get("layer_types") or ()):
-        raise UserError(f"{where}: layer_types = {left['layer_types']!r} is not implemented; only full_attention is")
+            raise UserError(f"{where}: {key} = {_shown(value)} is not implemented; only {_either(allowed)} is")
+    kinds = left.pop("layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{where}: layer_types = {_shown(kinds)} is not implemented; only full_attention is")
     positions = size("max_position_embeddings")
     theta, scaling = _rope(left, positions, where)
-    if family == "llama" and left.get("sliding_window") is not None:
-        raise UserError(f"{where}: sliding_window = {left['sliding_window']} is not implemented for Llama")
+    if family == "llama" and (window := left.pop("sliding_window", None)) is not None:
+        raise UserError(f"{where}: sliding_window = {_shown(window)} is not implemented; only null is")
     cfg = ModelConfig(
         family=family,
         vocab_size=size("vocab_size"),
@@ -125,11 +140,11 @@ def model_config(config_json: dict, where: str) -> ModelConfig:
         max_positions=positions,
         **(_experts(left, take, size, where) if moe else {}),
     )
-    unknown = sorted(k for k in left if k not in IGNORED and not (moe and k in MOE_IGNORED))
+    unknown = sorted(k for k, v in left.items() if not fields.inert(k, v, family))
     if unknown:
-        hint = "; quantised weights are not read" if "quantization_config" in unknown else ""
-        more = f" (and {len(unknown) - 1} more: {', '.join(unknown[1:4])})" if len(unknown) > 1 else ""
-        raise UserError(f"{where}: unknown field {unknown[0]} = {left[unknown[0]]!r} for {family}{hint}{more}")
+        reason = fields.REASONS.get(unknown[0], "")
+        more = f" (and {len(unknown) - 1} more: {', '.join(k[:40] for k in unknown[1:4])})" if len(unknown) > 1 else ""
+        raise UserError(f"{where}: unknown field {unknown[0][:60]} = {_shown(left[unknown[0]])} for {family}{reason}{more}")
     _check(cfg, where)
     return cfg
 
@@ -186,46 +201,52 @@ def config_json(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
 
 
 def _family(left: dict, where: str) -> str:
-    kind = left.pop("model_type", None)
-    names = left.pop("architectures", None)
+    kind, names = left.pop("model_type", None), left.pop("architectures", None)
     if not names:
-        names = [name for name, family in ARCHITECTURES.items() if family == kind]
+        names = [name for name, family in ARCHITECTURES.items() if kind in MODEL_TYPES[family]][:1]
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{where}: architecture {name or kind!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+        said = _shown(name or kind)
+        known = f"known: {', '.join(ARCHITECTURES)}"
+        reason = fields.ARCHITECTURES.get(name if isinstance(name, str) else "") or fields.ARCHITECTURES.get(str(kind))
+        raise UserError(f"{where}: architecture {said} is " + (f"not implemented: {reason}" if reason else f"unknown; {known}"))
     family = ARCHITECTURES[name]
-    if kind not in (None, family):
-        raise UserError(f"{where}: model_type = {kind!r} does not belong to {name}")
+    if name == "MistralForCausalLM":  # transformers' defaults for a field that is left out are a window, and 8 heads
+        for key in ("sliding_window", "num_key_value_heads"):
+            if key not in left:
+                raise UserError(f"{where}: {key} is missing, and Mistral's default for it is not implemented; write it out")
+    if kind is not None and kind not in MODEL_TYPES[family]:
+        raise UserError(f"{where}: model_type = {_shown(kind)} does not belong to {name}")
     return family
 
 
 def _rope(left: dict, positions: int, where: str) -> tuple[float, tuple]:
     """(rope_theta, scaling items) of rope_parameters (transformers 5) or rope_theta and rope_scaling (older)."""
-    top = left.pop("rope_theta", None)
+    top = _number(left.pop("rope_theta", None), f"{where}: rope_theta")
     found = []
     for key in ("rope_parameters", "rope_scaling"):
         entry = left.pop(key, None)
         if not entry:
             continue
         if not isinstance(entry, dict):
-            raise UserError(f"{where}: {key} = {entry!r} is not an object")
+            raise UserError(f"{where}: {key} = {_shown(entry)} is not an object")
         found.append(_rope_entry(dict(entry), top, positions, f"{where}: {key}"))
     if len(set(found)) > 1:
-        raise UserError(f"{where}: rope_parameters and rope_scaling disagree: {found[0]} and {found[1]}")
+        raise UserError(f"{where}: rope_parameters and rope_scaling disagree: {_shown(found[0])} and {_shown(found[1])}")
     return found[0] if found else (float(top or 10_000.0), ())
 
 
 def _rope_entry(entry: dict, top, positions: int, where: str) -> tuple[float, tuple]:
-    theta = entry.pop("rope_theta", None) or top or 10_000.0
+    theta = _number(entry.pop("rope_theta", None), f"{where}: rope_theta") or top or 10_000.0
     if top is not None and float(theta) != float(top):
         raise UserError(f"{where}: rope_theta = {theta} disagrees with the field of that name, {top}")
-    kinds = {entry.pop(k) for k in ("rope_type", "type") if k in entry} or {"default"}
-    kind = kinds.pop()
-    if kinds or kind not in ROPE:
-        raise UserError(f"{where}: rope_type = {kind!r} is not implemented; known: {', '.join(ROPE)}")
+    kinds = [v for k in ("rope_type", "type") if (v := entry.pop(k, None)) is not None] or ["default"]
+    kind = next((k for k in kinds if not isinstance(k, str) or k not in ROPE or k != kinds[0]), kinds[0])
+    if not isinstance(kind, str) or kind not in ROPE or kind != kinds[0]:
+        raise UserError(f"{where}: rope_type = {_shown(kind)} is not implemented; known: {', '.join(ROPE)}")
     if (part := entry.pop("partial_rotary_factor", None)) not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor = {part} is not implemented; only 1 is")
-    entry = {k: v for k, v in entry.items() if v is not None}
+    entry = {k: v for k, v in entry.items() if v is not None and not k.startswith("_")}
     must, may = ROPE[kind]
     if "original_max_position_embeddings" in must:
         entry.setdefault("original_max_position_embeddings", positions)
@@ -234,9 +255,9 @@ def _rope_entry(entry: dict, top, positions: int, where: str) -> tuple[float, tu
             raise UserError(f"{where}: {key} is missing for rope_type {kind!r}")
     for key, value in entry.items():
         if key not in must + may:
-            raise UserError(f"{where}: unknown field {key} = {value!r} for rope_type {kind!r}")
-        if not isinstance(value, (int, float)):
-            raise UserError(f"{where}: {key} = {value!r} is not a number")
+            raise UserError(f"{where}: unknown field {key[:60]} = {_shown(value)} for rope_type {kind!r}")
+        if key != "truncate":
+            _number(value, f"{where}: {key}")
     return float(theta), () if kind == "default" else tuple(sorted((entry | {"rope_type": kind}).items()))
 
 
@@ -255,12 +276,13 @@ def _experts(left: dict, take, size, where: str) -> dict:
 
 def _check(cfg: ModelConfig, where: str) -> None:
     """Types, and sizes against each other."""
+    named = {"norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "normalize_experts": "norm_topk_prob"}
     for f in dataclasses.fields(ModelConfig):
-        value = getattr(cfg, f.name)
+        value, what = getattr(cfg, f.name), f"{where}: {named.get(f.name, f.name)}"
         if f.type is bool and not isinstance(value, bool):
-            raise UserError(f"{where}: {f.name} = {value!r} is not true or false")
-        if f.type is float and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-            raise UserError(f"{where}: {f.name} = {value!r} is not a positive number")
+            raise UserError(f"{what} = {_shown(value)} is not true or false")
+        if f.type is float:
+            _number(value, what)
     if cfg.num_heads % cfg.num_kv_heads:
         raise UserError(
             f"{where}: {cfg.num_heads} attention heads are no multiple of {cfg.num_kv_heads} key/value heads"
@@ -269,6 +291,23 @@ def _check(cfg: ModelConfig, where: str) -> None:
         raise UserError(f"{where}: head_dim = {cfg.head_dim} is not even, which RoPE needs")
     if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
         raise UserError(f"{where}: num_experts_per_tok = {cfg.experts_per_token} of num_experts = {cfg.num_experts}")
+
+
+def _number(value, what: str):
+    """A positive, finite number, or None as it is."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{what} = {_shown(value)} is not a positive number")
+    return value
+
+
+def _shown(value) -> str:
+    """A value as an error shows it: one line, not too long."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
+        return "a number of more than 60 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _either(values) -> str:

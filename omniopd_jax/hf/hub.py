@@ -1,7 +1,16 @@
-"""The hub, asked once: where it does not answer within seconds, libraries are kept from retrying for a minute."""
+"""Hugging Face names: a local folder, or the hub, asked once: where it does not answer within seconds, libraries are kept
+from retrying for a minute.
+"""
 
 import contextlib
 import sys
+from pathlib import Path
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.hf import bounded
+
+PACKAGE = Path(__file__).resolve().parents[1]
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
 @contextlib.contextmanager
@@ -28,3 +37,31 @@ def offline_unless_reachable(name: str, repo_type: str):
     finally:
         for m, value in zip(modules, before, strict=True):
             m.HF_HUB_OFFLINE = value
+
+
+def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
+    """The local folder of a path or hub name; a hub name is downloaded once (`files`: glob patterns).
+
+    Raises:
+      UserError: no such folder, or a hub that cannot be reached (within seconds) and no cached copy.
+    """
+    name = str(folder)
+    if not name:
+        raise UserError(f"{setting} is empty: set it to a Hugging Face folder")
+    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
+    path = packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{setting} = {name!r} is a file; give the folder that holds config.json and model.safetensors")
+    if name.count("/") > 1 or name[0] in "/.~" or name.endswith("/"):
+        raise UserError(f"{setting} = {name!r}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), etag_timeout=5))
+    except Exception as e:  # the client's own, httpx's and the file system's errors alike
+        raise UserError(
+            f"{setting} = {name!r} is no folder here, and as a hub name it cannot be had ({bounded.line(e)}); "
+            f"set {setting} to a local folder"
+        ) from e

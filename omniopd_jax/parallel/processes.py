@@ -15,6 +15,9 @@ import sys
 import traceback
 import zlib
 
+import jax
+from jax.experimental import multihost_utils
+
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 
 EXPLICIT = ("OMNIOPD_COORDINATOR", "OMNIOPD_NUM_PROCESSES", "OMNIOPD_PROCESS_ID")
@@ -34,8 +37,6 @@ def init(cfg) -> None:
     Raises:
       UserError: only some of the explicit three, or values that are no numbers.
     """
-    import jax
-
     d = cfg.distributed
     _settings.update(barrier_s=d.barrier_s, limit_s=d.limit_s)
     arguments = explicit(os.environ)
@@ -46,8 +47,6 @@ def init(cfg) -> None:
         **(arguments or {}), initialization_timeout=int(d.start_s), heartbeat_timeout_seconds=int(d.heartbeat_s),
         shutdown_timeout_seconds=int(d.start_s),
     )  # fmt: skip
-    from jax.experimental import multihost_utils
-
     if jax.default_backend() == "cpu":
         # Process 0 alone fills the compile cache. A program from it beside one compiled now may order its collectives
         # otherwise (XLA's CPU schedule depends on the cores it is given), and then each waits in another one for ever.
@@ -86,8 +85,6 @@ def gather(name: str, value) -> list:
     Raises:
       TimeoutError: after `distributed.limit_s`; names who is missing.
     """
-    import jax
-
     count, rank = jax.process_count(), jax.process_index()
     if count == 1:
         return [value]
@@ -131,8 +128,6 @@ def together(name: str, function):
     Raises:
       UserError: this process's own, or one of its class that says which process had it.
     """
-    import jax
-
     if jax.process_count() == 1:
         return function()
     value, error = None, None
@@ -153,8 +148,6 @@ def together(name: str, function):
 
 def disks(folder) -> list[int]:
     """For each process the lowest rank that sees the same `folder`: equal numbers share a disk."""
-    import jax
-
     if jax.process_count() == 1:
         return [0]
     folder = pathlib.Path(folder)
@@ -174,8 +167,6 @@ def abandon(error: BaseException) -> None:
 
     Returns only where there is one process: an ordinary exit would wait at the service for processes that wait for us.
     """
-    import jax
-
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     code = 1
@@ -207,8 +198,6 @@ def _get(client, key: str, name: str, missing, key_of=None) -> bytes:
         text = f"waited {waited:.0f} s at {name!r} for process(es) {', '.join(map(str, absent))}"
         if waited >= _settings["limit_s"]:
             raise TimeoutError(f"{text}: distributed.limit_s = {_settings['limit_s']:.0f} s is over")
-        import jax
-
         print(f"process {jax.process_index()} {text}", file=sys.stderr, flush=True)
 
 

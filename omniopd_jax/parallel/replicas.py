@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from omniopd_jax import model
 from omniopd_jax.parallel import sharding
 
 MATRICES = {"embed": ("tp", None), "head": (None, "tp")}  # mesh axes of a copy
@@ -34,11 +33,10 @@ def replicate(params: dict, mesh, dtype=None) -> dict:
     return out
 
 
-def sum_replicas(grads: dict, model_cfg: model.ModelConfig, mesh) -> dict:
-    """Gradients of replicated parameters -> of the parameters: the copies' sum, laid out as the parameter is."""
+def sum_replicas(grads: dict, where: dict, mesh) -> dict:
+    """Gradients of replicated parameters -> of the parameters: the copies' sum, laid out as `where` says."""
     if mesh.size == 1:
         return grads
-    where = model.param_shardings(model_cfg, mesh)
     out = dict(grads)
     for name in MATRICES:
         if name in grads:

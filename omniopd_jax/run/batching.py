@@ -44,8 +44,8 @@ def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg) -> Rows:
 
 
 def longest(rows) -> int:
-    """Tokens of the longest row of all processes."""
-    return sharding.global_max(max(map(len, rows)))
+    """Tokens of the longest row of all processes; at least 1, also where every solution of a step failed."""
+    return max(1, sharding.global_max(max(map(len, rows))))
 
 
 def prompt_width(prompt_ids) -> int:

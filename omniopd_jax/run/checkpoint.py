@@ -7,7 +7,6 @@ does not is moved aside, and the one before it is taken.
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import sys
@@ -15,10 +14,12 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
+from omniopd_jax.run import files
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.teachers import journal as journals
 from omniopd_jax.teachers.protocol import stable_hash
@@ -38,11 +39,11 @@ def restore_journal(cfg) -> list[int]:
     folder = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
     disks = processes.disks(folder) if jax.process_count() > 1 else [0]
     snapshots = pathlib.Path(cfg.run_dir) / JOURNALS
-    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit()] if snapshots.is_dir() else []
+    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit() and f.is_dir()] if snapshots.is_dir() else []
     newest = processes.first("newest journal", max(steps, default=None))
     if newest is not None:
         owners = sorted(set(disks))
-        for i, part in enumerate(sorted((snapshots / str(newest)).iterdir())):
+        for i, part in enumerate(sorted(f for f in (snapshots / str(newest)).iterdir() if f.is_dir() and f.name.isdigit())):
             if owners[i % len(owners)] == jax.process_index():
                 journals.restore(part, folder)
         processes.barrier("journal restored")
@@ -184,7 +185,7 @@ class Checkpoints:
         if rank == 0:
             kept = {str(s) for s in self._manager.all_steps()} | {str(step)}
             for old in self._journals.iterdir():
-                if old.name not in kept:
+                if old.name.isdigit() and old.is_dir() and old.name not in kept:
                     shutil.rmtree(old)
 
     def wait(self) -> None:
@@ -197,8 +198,18 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
-    """The parameters of a run's checkpoint and its resolved config, for export and evaluation: (params, config dict).
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a run's checkpoint holds of parameters, none read: `shapes` is their tree, `config` the run's resolved config."""
+
+    folder: pathlib.Path
+    step: int
+    shapes: dict
+    config: dict
+
+
+def saved_params(run_dir, step: int | None = None) -> Saved:
+    """Looks into a run's checkpoint; `step` None: the newest.
 
     Raises:
       UserError: no run or no checkpoint there.
@@ -208,20 +219,42 @@ def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.json")
     with contextlib.closing(Checkpoints.reader(run_dir)) as checkpoints:
-        return _params_of(checkpoints, step), json.loads(config_file.read_text())
+        steps = sorted(checkpoints._manager.all_steps())
+        step = checkpoints.latest() if step is None else step
+        if step is None or step not in steps:
+            raise UserError(f"{checkpoints._folder} has no step {step}; it has {steps}")
+        folder = checkpoints._folder / str(step) / "state"
+    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree["params"]
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree, is_leaf=lambda a: hasattr(a, "shape"))
+    return Saved(folder, step, shapes, files.read_json(config_file, "write it again from the run's recipe"))
 
 
-def _params_of(checkpoints: Checkpoints, step: int | None) -> dict:
-    step = checkpoints.latest() if step is None else step
-    if step is None or step not in checkpoints._manager.all_steps():
-        raise UserError(f"{checkpoints._folder} has no step {step}; it has {sorted(checkpoints._manager.all_steps())}")
-    saved = ocp.StandardCheckpointer().metadata(checkpoints._folder / str(step) / "state").item_metadata.tree
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh it was saved from
-    like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved, is_leaf=lambda a: hasattr(a, "shape")
-    )
-    got = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-    return got["state"]["params"]
+def read_params(saved: Saved, shardings: dict | None = None) -> dict:
+    """The parameters alone: neither of the optimizer's moments is read.
+
+    Args:
+      shardings: a tree like `saved.shapes`: each device gets its part. None: numpy arrays on this host.
+
+    Raises:
+      UserError: files that can't be read.
+    """
+    if shardings is None:
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.shapes)
+    else:
+        how = jax.tree.map(lambda _, where: ocp.ArrayRestoreArgs(sharding=where), saved.shapes, shardings)
+    args = ocp.args.PyTreeRestore(item={"params": saved.shapes}, restore_args={"params": how}, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(saved.folder, args=args)["params"]
+    except Exception as error:  # files in any state: whatever Orbax and TensorStore make of them
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"checkpoint {saved.step} in {saved.folder.parent.parent} can't be read: {reason}") from error
+
+
+def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
+    """(the parameters of a run's checkpoint on this host, its resolved config). Raises `UserError` as `saved_params`."""
+    saved = saved_params(run_dir, step)
+    return read_params(saved), saved.config
 
 
 def fingerprint(state: TrainState) -> int:

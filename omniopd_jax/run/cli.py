@@ -1,16 +1,35 @@
 """What the commands share: flag errors as one line, logging, JAX's process-wide settings."""
 
+import contextlib
+import errno
 import os
+import runpy
 import sys
 import traceback
 
+import jax
 from absl import app, flags, logging
 
-from omniopd_jax.errors import UserError
+from omniopd_jax import config
+from omniopd_jax.errors import UserError, one_of, printable
+from omniopd_jax.run import recipes
+
+COMMANDS = ("main", "evaluate", "export", "aot", "report", "config")
+
+
+def command() -> None:
+    """The console script `omniopd COMMAND ...`: the same as `python -m omniopd_jax.COMMAND ...`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    try:
+        one_of(name, COMMANDS, "omniopd's command")
+    except UserError as error:
+        sys.exit(_tell(error))
+    sys.argv[:2] = [f"omniopd {name}"]
+    runpy.run_module(f"omniopd_jax.{name}", run_name="__main__", alter_sys=True)
 
 
 def run(main) -> None:
-    """Runs `main(argv) -> exit code` under absl; a `UserError` is its message alone, unless --verbosity=1 asks for more."""
+    """Runs `main(argv) -> exit code` under absl; a `UserError` prints its message only, unless --verbosity=1."""
     try:
         app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse)
     except BrokenPipeError:
@@ -22,20 +41,42 @@ def _guarded(main, argv) -> int:
         return main(argv) or 0
     except UserError as error:
         return _tell(error)
+    except Exception as error:
+        if (line := full_disk(error)) is None:
+            raise
+        return _tell(UserError(line))
+
+
+def full_disk(error: BaseException) -> str | None:
+    """One line where a full disk is at the root of an error, whoever wrapped it; else None."""
+    seen = error
+    for _ in range(16):
+        if seen is None:
+            return None
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
+            where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
+            return (
+                f"the disk is full{where}: make room and start the same command again to go on from the last checkpoint"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _tell(error: UserError) -> int:
     if logging.get_verbosity() >= 1:
         traceback.print_exc()
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return error.exit_code
 
 
 def _parse(argv):
     """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
+    argv, recipe = _with_recipe_found(argv)
     try:
-        rest = flags.FLAGS(argv)
+        with recipes.importable(recipe) if recipe else contextlib.nullcontext():
+            rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             _ = flags.FLAGS["config"].value.keys()  # a recipe that failed to load says so only when it is touched
         return rest
@@ -52,13 +93,25 @@ def _parse(argv):
         sys.exit(_tell(UserError(_config_message(argv, error))))
 
 
+def _with_recipe_found(argv) -> tuple[list[str], str]:
+    """(argv with the recipe's path as `recipes.find` has it, that path; '' where no recipe is given)."""
+    argv = list(argv)
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag not in ("-config", "--config") or (not equals and i + 1 == len(argv)):
+            continue
+        path, colon, variants = (value if equals else argv[i + 1]).partition(":")
+        path = recipes.find(path)
+        argv[i : i + 1 if equals else i + 2] = [f"--config={path}{colon}{variants}"]
+        return argv, path
+    return argv, ""
+
+
 def _recipe(argv) -> str:
     return next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), "the recipe")
 
 
 def _config_message(argv, error: Exception) -> str:
-    from omniopd_jax import config
-
     known = config.default()
     for arg in argv:
         flag, _, key = arg.lstrip("-").split("=")[0].partition(".")
@@ -68,25 +121,25 @@ def _config_message(argv, error: Exception) -> str:
     if isinstance(error, OSError):
         path = recipe.split(":")[0]
         if not os.path.isfile(path):
-            return f"--config={recipe}: no such file {path!r}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(recipe.split(":")[0].lstrip("./"))]
+            return f"--config={recipe}: no such file {path!r}; recipes of the package: {', '.join(recipes.names())}"
+    file = recipe.split(":")[0].lstrip("./")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
     where = f"{recipe}, line {frames[-1].lineno}" if frames else recipe
     words = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
     return f"{where}: {words[:400]}"
 
 
 def setup_jax(compute_dtype: str = "float32") -> None:
-    """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the persistent
-    compilation cache, on unless it is set to ''.
+    """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the
+    persistent compilation cache, which is on unless it is set to ''.
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
-    import jax
-
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16
-        jax.config.update("jax_default_matmul_precision", "highest")  # splash's bfloat16 kernel does not compile with it
+        # not with bfloat16: splash's kernel does not compile with it
+        jax.config.update("jax_default_matmul_precision", "highest")
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(os.path.expanduser("~"), ".cache", "omniopd_jax", "xla")

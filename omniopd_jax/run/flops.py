@@ -117,7 +117,8 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     lengths = [p + n for p, n in zip(prompts, responses)]
     out = {}
     work = {
-        "rollout": forward(model_cfg, prompts, [0]) + 2.0 * sum(matmul_params(model_cfg)) * tokens,
+        # a prompt is prefilled once for all its generations
+        "rollout": forward(model_cfg, prompts[:: cfg.num_generations], [0]) + 2.0 * sum(matmul_params(model_cfg)) * tokens,
         "score": forward(model_cfg, lengths, responses),
         "update": update(
             model_cfg, lengths, responses, anchored=bool(cfg.anchor.kl_coef), teacher=teacher_cfg,
@@ -138,7 +139,7 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     if spent := seconds.get("time/rollout"):
         tp = mesh.shape["tp"]
         moved = decode_bytes(
-            model_cfg, prompts, responses, rows_together=max(1, len(responses) * tp // devices),
+            model_cfg, prompts, responses, rows_together=max(1, len(responses) * tp // (devices * cfg.rollout_groups)),
             itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
         )  # fmt: skip
         out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth

@@ -1,6 +1,7 @@
 """What surrounds the loop on the host: an asyncio thread for the teacher, and signals that ask for a clean end."""
 
 import asyncio
+import atexit
 import contextlib
 import os
 import pathlib
@@ -33,6 +34,7 @@ class AsyncThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teachers", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # wherever the process ends: nothing is destroyed while it is pending
 
     def submit(self, coroutine):
         """Starts a coroutine; returns its concurrent Future."""
@@ -50,7 +52,10 @@ class AsyncThread:
         self.submit(cancel()).result(timeout=30)
 
     def close(self) -> None:
-        """Stops the loop and its thread."""
+        """Cancels what is under way, then stops the loop and its thread; once is enough."""
+        atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
         self.cancel_all()
         self.submit(self._loop.shutdown_asyncgens()).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import host, logging
+from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers.protocol import stable_hash
+from omniopd_jax.teachers.wire import secrets
 
 DIGESTS = "digests"  # beside the settings, in config.json
 HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, how fast, where, and what is written
@@ -18,7 +19,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "rollout_groups", "packing.", "vocab_block", "model.remat", "anchor.ref_offload", "teacher.base_url",
     "teacher.max_concurrency", "teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.timeout_s",
     "teacher.deadline_s", "teacher.max_retries", "teacher.prefix_order", "teacher.replay", "teacher.journal",
-    "teacher.price_",
+    "teacher.price_", "teacher.key_over_http",
 )  # fmt: skip
 SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
 
@@ -77,20 +78,14 @@ def read(file: pathlib.Path) -> dict | None:
     """
     if not file.is_file():
         return None
-    try:
-        saved = json.loads(file.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(
-            f"{file} is damaged ({str(error)[:80]}): remove it to go on from the checkpoint with the settings given now"
-        ) from error
-    return saved
+    return files.read_json(file, "remove it to go on from the checkpoint with the settings given now")
 
 
 def as_json(cfg: ConfigDict) -> str:
     """The resolved config as a run's config.json holds it."""
-    return json.dumps(cfg.to_dict(), indent=1, default=str)
+    values = cfg.to_dict()
+    values["teacher"]["base_url"] = secrets.public_url(values["teacher"]["base_url"])  # its path may hold a key
+    return secrets.hide_keys(json.dumps(values, indent=1, default=str))
 
 
 def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:

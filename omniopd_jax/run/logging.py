@@ -1,4 +1,4 @@
-"""What the person sees: metrics.jsonl, audits.jsonl, TensorBoard, a live progress display, time by phase."""
+"""A run's files: JSON lines and trackers; time by phase. What a person sees at the terminal: terminal.py."""
 
 import contextlib
 import json
@@ -8,12 +8,17 @@ import time
 
 import jax
 
+from omniopd_jax.run.host import write_whole
+from omniopd_jax.run.terminal import say
+from omniopd_jax.run.trackers import Trackers
+
 
 class PhaseTimer:
-    """Seconds by phase of the current step, and over the run."""
+    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its end."""
 
     def __init__(self):
         self.total: dict[str, float] = {}
+        self.entered = lambda name: None
         self._step: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -21,10 +26,12 @@ class PhaseTimer:
     def phase(self, name: str):
         """Adds the block's wall time to `name`."""
         start = time.perf_counter()
+        self.entered(name)
         try:
             with jax.profiler.TraceAnnotation(name):
                 yield
         finally:
+            self.entered("")
             self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
@@ -41,77 +48,115 @@ class PhaseTimer:
 
 
 class Writer:
-    """Appends JSON lines (and TensorBoard scalars) under a run's folder; on resume, lines past the checkpoint are cut.
+    """Appends JSON lines under a run's folder and hands them to the trackers; on resume, later steps' lines are cut.
 
-    Process 0 writes metrics.jsonl and TensorBoard; each process its own audits: audits.jsonl, audits-1.jsonl, ...
+    Process 0 writes metrics.jsonl and evaluations.jsonl and has the trackers; each process its own audits and whole
+    responses: audits.jsonl, audits-1.jsonl, ..., completions.jsonl, ...
+
+    Args:
+      start_step: the run's next step.
+      tensorboard, trackers: which trackers there are. config: {dotted key: value}, for them.
     """
 
-    def __init__(self, run_dir, *, start_step: int, tensorboard: bool, rank: int | None = None):
-        rank = _rank() if rank is None else rank
-        self._folder = pathlib.Path(run_dir)
-        self._audits = f"audits-{rank}.jsonl" if rank else "audits.jsonl"
-        self._files = {}
-        if rank == 0:  # of processes that the run no longer has
-            for path in sorted(self._folder.glob("audits-*.jsonl")):
-                if int(path.stem.split("-")[1]) >= jax.process_count():
+    def __init__(self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None):
+        rank = jax.process_index() if rank is None else rank
+        self._folder, self._files, self._suffix = pathlib.Path(run_dir), {}, f"-{rank}" if rank else ""
+        if rank == 0:
+            for path in sorted(self._folder.glob("*-*.jsonl")):  # of processes that the run no longer has
+                kind, _, number = path.stem.partition("-")
+                if kind in ("audits", "completions") and number.isdigit() and len(number) < 9 and int(number) >= jax.process_count():
                     cut_after(path, start_step)
-        for name in (self._audits,) if rank else ("metrics.jsonl", self._audits):
-            cut_after(self._folder / name, start_step)
+        # an evaluation's step counts the updates before it: the one at the checkpoint itself is kept
+        names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
+        names |= {} if rank else {"metrics": start_step, "evaluations": start_step + 1}
+        for name, first in names.items():
+            path = self._folder / f"{name}.jsonl"
+            cut_after(path, first)
             # half a surrogate pair, which a teacher may send, becomes the escape that JSON knows
-            self._files[name] = (self._folder / name).open("a", encoding="utf-8", errors="backslashreplace")
-        self._board = None
-        if tensorboard and rank == 0:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step or None)
+            self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
+        wanted = dict.fromkeys([*(["tensorboard"] if tensorboard else []), *trackers]) if rank == 0 else ()
+        self._trackers = Trackers(wanted, self._folder, config or {}, start_step, say)
 
     def metrics(self, step: int, values: dict) -> None:
-        """One line a step, flushed."""
-        if "metrics.jsonl" not in self._files:
+        """One line, flushed."""
+        if "metrics" in self._files:
+            values = {k: _number(v) for k, v in values.items()}
+            self._write("metrics", [{"step": step} | values])
+            self._trackers.metrics(step, values)
+
+    def amend(self, step: int, values: dict) -> None:
+        """Adds values to the last line, if that is `step`'s."""
+        rows = self.rows() if "metrics" in self._files else []
+        if not rows or rows[-1]["step"] != step:
             return
-        self._line("metrics.jsonl", {"step": step} | {k: _number(v) for k, v in values.items()})
-        if self._board:
-            for key, value in values.items():
-                self._board.add_scalar(key, float(value), step)
+        values = {k: _number(v) for k, v in values.items()}
+        path = self._folder / "metrics.jsonl"
+        self._files["metrics"].close()
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in [*rows[:-1], rows[-1] | values]))
+        self._files["metrics"] = path.open("a", encoding="utf-8")
+        self._trackers.metrics(step, values)
+
+    def rows(self) -> list[dict]:
+        """The lines of metrics.jsonl so far; of a run that was resumed, those of its earlier steps."""
+        path = self._folder / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]
 
     def audits(self, records: list[dict]) -> None:
         """One line a finished audit."""
-        for record in records:
-            self._line(self._audits, record)
+        self._table("audits", records, self._suffix)
+
+    def completions(self, records: list[dict]) -> None:
+        """One line a whole response."""
+        self._table("completions", records, self._suffix)
+
+    def evaluations(self, records: list[dict]) -> None:
+        """One line an answer of an evaluation; from process 0."""
+        if "evaluations" in self._files:
+            self._table("evaluations", records, "")
 
     def close(self) -> None:
         """Flushes and closes everything."""
         for file in self._files.values():
             file.close()
-        if self._board:
-            self._board.close()
+        self._trackers.close()
 
-    def _line(self, name: str, record: dict) -> None:
+    def _table(self, kind: str, records: list[dict], suffix: str) -> None:
+        if records:
+            self._write(kind + suffix, records)
+            self._trackers.table(kind, records[0]["step"], records)
+
+    def _write(self, name: str, records: list[dict]) -> None:
         file = self._files[name]
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         file.flush()
 
 
 def cut_after(path: pathlib.Path, start_step: int) -> None:
-    """Drops the lines of steps that a resumed run will write again, and a last line that was cut off."""
-    if not path.exists():
+    """Drops the lines of steps that a resumed run will write again, and lines that are no record of a step: cut off, or
+    written by someone else. How many those were is said."""
+    if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # not splitlines: a text may hold other line ends
-        try:
-            if json.loads(line)["step"] < start_step:
-                kept.append(line + b"\n")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
+    temporary, foreign = path.with_suffix(".tmp"), 0
+    with path.open("rb") as file, temporary.open("wb") as kept:
+        for line in file:
+            step = step_of(line)
+            foreign += step is None and bool(line.strip())
+            if step is not None and step < start_step:
+                kept.write(line.rstrip(b"\n") + b"\n")
     temporary.replace(path)
+    if foreign:
+        said = f"{path}: {foreign} lines were cut off or are no record of a step; they are left out"
+        print(said, file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal, from process 0."""
-    if _rank() == 0:
-        print(text, flush=True)
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl or audits.jsonl; None where it is no record of one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def total(parts: list[dict], disks: list[int]) -> dict:
@@ -133,56 +178,6 @@ def total(parts: list[dict], disks: list[int]) -> dict:
         else:
             out[key] = sum(values)
     return out
-
-
-def _rank() -> int:
-    return jax.process_index()
-
-
-class Progress:
-    """A live bar in a terminal (rich), plain lines elsewhere."""
-
-    def __init__(self, total: int, start: int, *, terminal: bool | None = None):
-        self._terminal = sys.stdout.isatty() and _rank() == 0 if terminal is None else terminal
-        self._total = total
-        self._bar = None
-        if self._terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-            )
-            self._task = self._bar.add_task("", total=total, completed=start)
-            self._bar.start()
-
-    def step(self, step: int, values: dict) -> None:
-        """Shows a finished step (counted from 1) and its main figures."""
-        keys = (
-            ("loss", "loss"), ("entropy", "H"), ("audit/pi_hat_mean", "pi_hat"), ("anchor/kl_ref_to_student_exact", "KL"),
-            ("completions/mean_length", "len"), ("teacher/cost_usd_total", "$"),
-        )  # fmt: skip
-        shown = [(name, values[key]) for key, name in keys if key in values and (name != "$" or values[key])]
-        text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown)
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        else:
-            say(f"step {step}/{self._total}  {text}  {values.get('time/step', 0):.1f} s")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        (self._bar.console.print if self._bar else say)(text)
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        if self._bar:
-            self._bar.stop()
-
-
-def table(rows: list[tuple[str, str]], title: str) -> str:
-    """Two columns of text under a title, for the end of a run."""
-    wide = max(len(a) for a, _ in rows)
-    lines = [title, "-" * max(len(title), wide + 2 + max(len(b) for _, b in rows))]
-    return "\n".join(lines + [f"{a:<{wide}}  {b}" for a, b in rows])
 
 
 def _number(value):

@@ -8,14 +8,15 @@ import dataclasses
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.hf.template import Template, check_teacher, of_student
+from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import profiling
+from omniopd_jax.run import logging, profiling, trackers
 from omniopd_jax.run.host import AsyncThread
 
 LEAST = {  # dotted key -> the smallest value that it may have
@@ -25,10 +26,12 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
     "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
-    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.hedge_s": 0, "teacher.requests_per_minute": 0,
+    "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
-    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0,
+    "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
+    "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
+NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}  # Objective.asks -> a teacher's ability; else text
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -61,6 +64,7 @@ def validate(c: ConfigDict) -> None:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
+    trackers.check(c.log.trackers)
     _check_data(c)
     _check_sizes(c)
     _check_audits(c)
@@ -142,12 +146,13 @@ def _check_lora(c: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What the checks have read on the way; `teacher_said` is the teacher's one line, empty without one."""
+    """What the checks have read on the way. `end_ids` end a response; `teacher_said` is the teacher's one line, "" without."""
 
     attention: str
     model_cfg: model.ModelConfig
     trained: dict
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    end_ids: tuple[int, ...]
     prompts: data.Prompts
     held_out: data.Prompts | None
     similarity: similarity.Similarity
@@ -192,22 +197,59 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=jax.default_backend()
     )
     model_cfg = found.of(hf.read_config, cfg.student.path)
-    trained = tokenizer = None
+    trained, template, end_ids = None, None, ()
     if model_cfg is not None:
         trained = found.of(step.trained, model_cfg, cfg)
-        tokenizer = found.of(hf.load_tokenizer, cfg.student.path)
-    prompts, held_out = found.of(load_prompts, cfg, tokenizer) or (None, None)
+        template, end_ids = found.of(check_student, cfg, model_cfg) or (None, ())
+    prompts, held_out = found.of(load_prompts, cfg, template) or (None, None)
     phi = found.of(similarity.make, cfg)
     for name in graders_of(cfg):
         found.of(graders.shared, name)
     teacher, said = None, ""
-    if own.asks and kernel is not None:
-        teacher = found.of(teachers.make, cfg)
+    given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
+    asks = bool(own.asks) and not given
+    if asks and prompts is not None:
+        found.of(check_teachers_files, cfg, prompts)
+    if asks and kernel is not None and not found.problems:
+        teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None:
         said = found.of(lambda: thread.submit(teacher.check()).result())
+    if teacher is not None and own.asks == "distribution" and model_cfg is not None:
+        found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     found.raise_everywhere()
     check_same_prompts(prompts)
-    return Checked(kernel, model_cfg, trained, tokenizer, prompts, held_out, phi, teacher, said)
+    return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
+
+
+def solutions_given(cfg, prompts: data.Prompts) -> bool:
+    """Whether the prompts bring solutions of their own, so that no teacher is asked.
+
+    Raises:
+      UserError: some do and some do not, or each would be trained on several times.
+    """
+    missing = [p.id for p in prompts.prompts if p.solution is None]
+    if len(missing) == len(prompts):
+        return False
+    if missing:
+        raise UserError(f"{len(missing)} of {len(prompts)} prompts have no `solution`, such as {missing[0]!r}: all or none")
+    if cfg.num_generations > 1:
+        raise UserError(
+            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set it to 1"
+        )
+    return True
+
+
+def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelConfig) -> None:
+    """A divergence over the whole vocabulary needs as many rows in both: one tokenizer is padded to several sizes.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"objective.name = {cfg.objective.name!r} compares whole distributions: student.path has {student.vocab_size:,} "
+            f"rows of vocabulary, teacher.model {teacher.vocab_size:,}; take objective.name = 'opd'"
+        )
 
 
 def graders_of(cfg) -> list[str]:
@@ -215,27 +257,59 @@ def graders_of(cfg) -> list[str]:
     return [cfg.reward.grader] * objective.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
 
 
-def load_prompts(cfg, tokenizer) -> tuple[data.Prompts, data.Prompts | None]:
-    """(training prompts, held-out prompts or None), rendered and tokenized where there is a tokenizer.
+def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[int, ...]]:
+    """The student's template and the tokens that end its answers, from its small files alone.
+
+    Raises:
+      UserError: a tokenizer or a template that does not go with the model or the run's lengths, or no end of an answer.
+    """
+    tokenizer = hf.load_tokenizer(cfg.student.path)
+    check_fits(tokenizer, model_cfg, cfg.max_prompt_length + cfg.max_completion_length)
+    template = of_student(cfg, tokenizer)
+    end_ids, note = template.end_ids(hf.end_ids(cfg.student.path, tokenizer))
+    if not end_ids and not template.stop_strings:
+        raise UserError(
+            f"{cfg.student.path} names no end token (eos_token_id) and there are no student.stop_strings: no answer would end"
+        )
+    if note:
+        logging.say(note)
+    return template, end_ids
+
+
+def check_teachers_files(cfg, prompts: data.Prompts) -> None:
+    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions.
+
+    Raises:
+      UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
+    """
+    template = check_teacher(cfg)
+    data.check_rendering(template, prompts)
+    if cfg.teacher.provider == "local" and template is not None:
+        model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
+        longest = cfg.max_prompt_length + cfg.max_completion_length
+        check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
+
+
+def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
+    """(training prompts, held-out prompts or None), rendered and tokenized where there is a template.
 
     Raises:
       UserError: what is wrong with a file, a data set or a prompt.
     """
-    prompts = data.load(cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts)
+    rewarded = graders.shared(cfg.reward.grader).check_answer if objective.needs_reward(cfg) else None
+    prompts = data.load(
+        cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts, check=rewarded
+    )
     held_out = None
     if cfg.eval.num_prompts:
         held_out = data.load(
-            cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval"
-        )
-        missing = next((p.id for p in held_out.prompts if p.answer is None), None)
-        if missing is not None:
-            raise UserError(
-                f"eval.num_prompts = {cfg.eval.num_prompts} needs an `answer` a prompt; prompt {missing!r} of "
-                f"{cfg.eval.path or cfg.data.name or 'the world'} has none"
-            )
-    if tokenizer is None:
+            cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval",
+            check=graders.shared(cfg.eval.grader).check_answer,
+        )  # fmt: skip
+        held_out = data.with_suffix(held_out, cfg.eval.suffix)
+    if template is None:
         return prompts, held_out
-    return data.encode(prompts, tokenizer, cfg), held_out and data.encode(held_out, tokenizer, cfg)
+    return data.encode(prompts, template, cfg), held_out and data.encode(held_out, template, cfg)
 
 
 def check_same_prompts(prompts: data.Prompts) -> None:

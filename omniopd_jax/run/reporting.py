@@ -1,4 +1,4 @@
-"""What a run says of its steps: the lines of metrics.jsonl and audits.jsonl, the progress display, the end table."""
+"""What a run says of its steps: metrics, records of texts, health warnings, the progress display, the end table."""
 
 import json
 import pathlib
@@ -6,12 +6,14 @@ import pathlib
 import jax
 import numpy as np
 
-from omniopd_jax import audit, experience
-from omniopd_jax.evaluation.sampling import repeated_ngrams
+from omniopd_jax import audit, config, experience, graders, objective
+from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import flops, host, logging
+from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
+from omniopd_jax.teachers.protocol import Counts, Teacher
 
+PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
 
 
@@ -25,21 +27,50 @@ class Reports:
 
     def __init__(self, run: Run, totals: dict, start: int):
         self.totals = totals
-        self._run, self._pending = run, None
-        self._writer = logging.Writer(run.cfg.run_dir, start_step=start, tensorboard=run.cfg.log.tensorboard)
-        self._progress = logging.Progress(run.cfg.num_steps, start)
+        self._run, self._pending, self._next = run, None, {}
+        cfg, flat = run.cfg, config.flat(run.cfg)
+        log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
+        self._writer = logging.Writer(cfg.run_dir, start_step=start, **log)
+        self._health = health.Watch(flat, self._writer.rows())
+        self._price = estimate.price_state(cfg, bool(objective.of(cfg).asks))
+        self._progress = terminal.Progress(cfg.num_steps, start)
+        run.timer.entered = self._progress.enter
 
     def __enter__(self) -> "Reports":
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.close()
+        self.close()
         self._writer.close()
 
+    def close(self) -> None:
+        """Ends the display: what is said from here on has the terminal for itself."""
+        self._run.timer.entered = lambda name: None
+        self._progress.close()
+
     def add(self, t: int, values: dict, targets, got: experience.Experience, own: dict) -> None:
-        """Takes step t's device metrics; `own` are the host's: times, an evaluation."""
-        service = self._run.teacher.metrics() if hasattr(self._run.teacher, "metrics") else {}
-        self._pending = (t, values, targets, got, own, service)
+        """Takes step t's device metrics; `own` are the host's: times."""
+        teacher = self._run.teacher
+        service = Counts().take() | (teacher.metrics() if teacher else {})
+        self._pending = (t, values, targets, got, own | self._next, service)
+        self._next = {}
+
+    def evaluation(self, updates: int, found: Evaluation) -> None:
+        """Takes an evaluation after so many updates: for the line of the step that is added next, which has made them.
+
+        Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow. The
+        last evaluation is made when its step is written and saved, and is added to that line.
+        """
+        answers, left_out = records.evaluation_records(found, self._run.held_out.prompts, updates, self._run.cfg)
+        values = {"eval/accuracy": found.accuracy, "eval/updates": updates, "eval/log_left_out": left_out}
+        if not updates:
+            values["eval/accuracy_before"] = found.accuracy
+        if updates and updates == self._run.cfg.num_steps:
+            self._writer.amend(updates - 1, values)
+        else:
+            self._next |= values
+        self._writer.evaluations(answers)
+        self._progress.accuracy(found.accuracy)
 
     def flush(self) -> None:
         """Writes the step that waits, if one does."""
@@ -64,23 +95,46 @@ class Reports:
         for key, seconds in own.items():
             if key.startswith("time/"):
                 totals[key] = totals.get(key, 0.0) + seconds
-        records, left_out = [], 0
-        if targets is not None:
-            limit = -(-cfg.audit.log_per_step // jax.process_count())
-            targets = jax.tree.map(sharding.local_rows, targets)
-            entropy_BT = got.scores.entropy_BT
-            records, left_out = audit.records(got.feedback, t, got.responses.prompts, entropy_BT, targets, limit)
         values |= asked | own | {"teacher/cost_usd_total": asked.get("teacher/cost_usd_total", totals["teacher/cost_usd"])}
+        if self._price in (estimate.KNOWN, estimate.UNKNOWN):
+            values["teacher/price_known"] = int(self._price == estimate.KNOWN)
+        audits, completions, left_out = self._records(t, targets, got)
         values |= self._of_all_hosts(got, left_out, own)
+        found, new = self._health.step({"step": t} | values, audits, completions)
+        values |= health.metrics(found)
         self._writer.metrics(t, values)
-        self._writer.audits(records)
+        self._writer.audits(audits)
+        self._writer.completions(completions)
         self._progress.step(t + 1, values)
+        for finding in new:
+            self._progress.say(finding.line())
 
-    def _of_all_hosts(self, got: experience.Experience, left_out: int, own: dict) -> dict:
+    def _records(self, t: int, targets, got: experience.Experience) -> tuple[list[dict], list[dict], dict]:
+        """This process's part of the step's audits and whole responses, and how many of each were left out."""
+        run, log = self._run, self._run.cfg.log
+        share = jax.process_count()
+        targets = None if targets is None else jax.tree.map(sharding.local_rows, targets)
+        peak_BM = sharding.local_rows(got.batch.peak_BM)
+        step = records.Step(t, run.cfg, got.responses, got.scores, peak_BM, got.feedback, targets)
+        limits = (-(-run.cfg.audit.log_per_step // share), -(-log.completions_per_step // share))
+        audits, rows, *left = records.choose(got.feedback, len(got.responses.tokens), *limits)
+        audits = audits if targets is not None else []
+        wanted = run.held_out is not None and run.cfg.eval.grader not in PROGRAMS
+        grade_all = graders.shared(run.cfg.eval.grader).grade_all if wanted else None
+        shown, decoder = sorted({*rows, *(a.row for a in audits)}), run.student.decoder
+        graded = records.grades(got.responses, got.rewards, grade_all, decoder, shown)
+        by_chance = records.chance(run.similarity, audits, log.chance_pairs // share)
+        return (
+            records.audit_records(step, audits, by_chance=by_chance, graded=graded),
+            records.completion_records(step, rows, decoder, graded=graded),
+            {"audit/log_left_out": left[0], "completions/log_left_out": left[1]},
+        )
+
+    def _of_all_hosts(self, got: experience.Experience, left_out: dict, own: dict) -> dict:
         """What the hosts must put together: shares of responses, lengths, speed."""
         run, responses = self._run, got.responses
         here = {
-            "completions/truncated_fraction": float(1 - responses.finished_B.mean()),
+            "completions/truncated_fraction": truncated_fraction(responses),
             "completions/repeated_fraction": float(np.mean([repeated_ngrams(r) for r in responses.tokens])),
         }
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
@@ -90,7 +144,7 @@ class Reports:
         lengths = [[len(p.token_ids) for p in responses.prompts], list(map(len, responses.tokens))]
         parts = processes.gather("host metrics", [here, left_out, *lengths])  # every process has as many rows
         out = {k: float(np.mean([part[0][k] for part in parts])) for k in here}
-        out["audit/log_left_out"] = sum(part[1] for part in parts)
+        out |= {key: sum(part[1][key] for part in parts) for key in left_out}
         prompts, tokens = (sum((part[i] for part in parts), []) for i in (2, 3))
         self.totals["student_tokens"] = self.totals.get("student_tokens", 0) + sum(tokens)
         computed = got.batch.token_BL.size if got.batch.packed is None else got.batch.packed.token_RL.size
@@ -99,23 +153,41 @@ class Reports:
         return out | flops.metrics(run.cfg, run.student.model_cfg, run.teacher_cfg, prompts, tokens, own, mesh, chip)
 
 
+def truncated_fraction(responses: experience.Responses) -> float:
+    """Share of the responses that were cut at the cap; rows that never came (a solution that failed) do not count."""
+    there_B = np.array([len(r) > 0 for r in responses.tokens])
+    return float((there_B & ~responses.finished_B).sum() / max(1, there_B.sum()))
+
+
+def cost(teacher: Teacher | None) -> str:
+    """What the run has cost over all its starts, for the table at its end."""
+    spent = teacher.spent() if teacher else None
+    if spent is None:
+        return "none"
+    return f"${spent.usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
+
+
 def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
     before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
+    if run.teacher and (spent := run.teacher.spent()):  # the journal's: also what was paid between a checkpoint and a crash
+        out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
     rows = [("steps", str(step))]
     if before is not None and after is not None:
         gain = f"{100 * (after - before):+.1f} points"
         rows += [("accuracy before", f"{before:.1%}"), ("accuracy after", f"{after:.1%}  ({gain})")]
     rows += [
-        ("teacher calls", f"{totals.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
+        ("teacher calls", f"{out.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
+        ("  a call is", "one request; it may bring several continuations"),
         ("teacher tokens in / out", f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}"),
-        ("teacher cost", f"${totals.get('teacher/cost_usd', 0):.2f}"),
+        ("teacher cost", cost(run.teacher)),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
-    logging.say(logging.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
+    terminal.say(terminal.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
+    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}")
     if jax.process_index() == 0:
         host.write_whole(pathlib.Path(run.cfg.run_dir) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out

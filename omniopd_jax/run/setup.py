@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from omniopd_jax import audit, hf, model, objective, step
+from omniopd_jax import audit, hf, model, objective, step, teachers
 from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
@@ -21,7 +21,6 @@ from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
 from omniopd_jax.staleness import Ahead
-from omniopd_jax.teachers import Teacher
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
@@ -45,7 +44,7 @@ class Run:
     student: Student
     prompts: Prompts
     held_out: Prompts | None
-    teacher: Teacher | None
+    teacher: teachers.Teacher | None
     similarity: Similarity
     steps: step.Steps
     reference: dict | None
@@ -77,7 +76,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -88,13 +87,12 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(teacher: Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
-    if hasattr(teacher, "budget"):
-        teacher.budget.divide(hosts)
-    if getattr(teacher, "report", None):
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.estimate().table()}")
+    teacher.divide_budget(hosts)
+    if teacher.report:
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
@@ -108,18 +106,19 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     if objective.of(cfg).asks == "distribution":
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
-    prompts, tokenizer = checked.prompts, checked.tokenizer
+    prompts, template = checked.prompts, checked.template
     logging.say(
         f"student: {model_cfg.family}, {model.num_params(model_cfg) / 1e6:.2f} M parameters, "
         f"{model.count(checked.trained) / 1e6:.2f} M of them trained; attention {compute.attention}; "
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
-    student = Student(model_cfg, compute, tokenizer, audit.Decoder(tokenizer), hf.end_ids(cfg.student.path, tokenizer))
+    decoder = audit.Decoder(template.tokenizer, template.stop_strings)
+    student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(
         cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
         teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, tokenizer.chat_template),
+        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.identity),
     )  # fmt: skip
 
 
@@ -131,13 +130,13 @@ def load_reference(cfg, model_cfg: model.ModelConfig, mesh) -> dict | None:
     return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, shardings=where)[0]
 
 
-def load_white_box(cfg, teacher: Teacher, mesh) -> tuple[dict, model.ModelConfig]:
+def load_white_box(cfg, teacher: teachers.Teacher, mesh) -> tuple[dict, model.ModelConfig]:
     """The parameters of a teacher in process, laid out on the mesh, and its config.
 
     Raises:
       UserError: the teacher is no local one, or has another tokenizer.
     """
-    if not hasattr(teacher, "params") or teacher.foreign_tokenizer:
+    if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
         raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
     return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 

@@ -1,13 +1,20 @@
 """Teachers: text in, text out (protocol.py); here the registry of providers, and `make`."""
 
+import dataclasses
+from collections.abc import Callable
+
 from omniopd_jax.errors import TeacherStopped, UserError, one_of
 from omniopd_jax.teachers import local, probe, simulated
 from omniopd_jax.teachers.protocol import (
-    WHITE_BOX,
+    DISTRIBUTION,
+    LOGP,
+    TEXT,
     Continuation,
     ContinuationRequest,
     ContinuationResult,
+    Counts,
     Failure,
+    PaidTeacher,
     Teacher,
     Usage,
     sample_id,
@@ -17,34 +24,57 @@ from omniopd_jax.teachers.protocol import (
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 __all__ = [
-    "TEACHERS", "WHITE_BOX", "Continuation", "ContinuationRequest", "ContinuationResult", "Failure", "Teacher",
-    "TeacherStopped", "Usage", "make", "probe_report", "sample_id", "stable_hash", "together",
+    "DISTRIBUTION", "LOGP", "TEACHERS", "TEXT", "Continuation", "ContinuationRequest", "ContinuationResult", "Counts",
+    "Failure", "PaidTeacher", "Provider", "Teacher", "TeacherStopped", "Usage", "make", "probe_report", "sample_id",
+    "stable_hash", "together",
 ]  # fmt: skip
-TEACHERS = {  # provider -> make(cfg); their SDKs are imported when a client connects
-    "local": local.make,
-    "simulated": simulated.make,
-    "openai": openai.make,
-    "anthropic": anthropic.make,
-    "gemini": gemini.make,
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """How a kind of teacher is made, and what it can give beside text (of `openai`'s servers: vLLM and SGLang).
+
+    `make` takes the config; where `white_box` names something, also `needs`, what it will be asked for.
+    """
+
+    make: Callable[..., Teacher]
+    white_box: frozenset[str] = frozenset()
+
+
+TEACHERS = {  # their SDKs are imported when a client connects
+    "local": Provider(local.make, frozenset({LOGP, DISTRIBUTION})),
+    "simulated": Provider(simulated.make),
+    "openai": Provider(openai.make, frozenset({LOGP})),
+    "anthropic": Provider(anthropic.make),
+    "gemini": Provider(gemini.make),
 }
+_NEEDS = {"opd": LOGP, "opd_exact": DISTRIBUTION}  # for callers of `make` who have no objective's record at hand
 
 
-def make(cfg) -> Teacher:
-    """The teacher that `cfg.teacher.provider` names, built by its module's `make(cfg)`.
+def make(cfg, needs: str | None = None) -> Teacher:
+    """The teacher that `cfg.teacher.provider` names.
+
+    Args:
+      cfg: the recipe.
+      needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what `cfg.objective.name` is known to.
 
     Raises:
-      UserError: unknown provider, one that gives no log-probs to an objective that wants them, or whatever the provider
-        finds wrong with its settings.
+      UserError: unknown provider, one that does not give what is needed, or whatever the provider finds wrong with its
+        settings.
     """
+    needs = needs or _NEEDS.get(cfg.objective.name, TEXT)
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
-    able = WHITE_BOX.get(cfg.objective.name)
-    if able and cfg.teacher.provider not in able:
+    provider = TEACHERS[cfg.teacher.provider]
+    if needs == TEXT:
+        return provider.make(cfg)
+    if needs not in provider.white_box:
+        able = ", ".join(name for name, p in TEACHERS.items() if needs in p.white_box)
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher's token log-probs, which teacher.provider = "
-            f"{cfg.teacher.provider!r} does not give; set one of: {', '.join(able)}"
+            f"{cfg.teacher.provider!r} does not give; set one of: {able}"
         )
-    teacher = TEACHERS[cfg.teacher.provider](cfg)
-    if able and teacher.foreign_tokenizer:
+    teacher = provider.make(cfg, needs)
+    if teacher.foreign_tokenizer:
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer"
             + ("" if cfg.teacher.provider == "local" else ": set teacher.tokenizer to student.path, where it is the same")
@@ -61,7 +91,7 @@ async def probe_report(cfg) -> probe.ProbeReport:
     teacher = make(cfg)
     try:
         await teacher.check()
-        if getattr(teacher, "report", None) is None:
+        if teacher.report is None:
             raise UserError(f"teacher.provider = {cfg.teacher.provider!r} has no probe")
         return teacher.report
     finally:

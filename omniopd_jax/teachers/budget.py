@@ -7,6 +7,7 @@ zero.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 
@@ -14,6 +15,7 @@ from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers.journal import Journal, Totals
 
 PROBE_TOKENS = 16  # what the probe asks for in each call
+OTHERS_S = 0.2  # how often the calls of other processes are looked at, where they hold the room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Price:
     cached: float = 0.0
     output: float = 0.0
     written: float = 0.0
+    known: bool = True  # False: no table has the model, and the config names no price: its cost is not 0, it is unknown
 
     def cost(self, tokens_in: int, tokens_cached: int, tokens_out: int, tokens_written: int = 0) -> float:
         """Dollars; `tokens_in` holds the cached and the written ones."""
@@ -78,6 +81,8 @@ def price(cfg, *, self_hosted: bool) -> Price:
             f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {t.model!r}, which no table has: set "
             "teacher.price_input and teacher.price_output (USD per million tokens; 0 for a server of your own)"
         )
+    if not (self_hosted or known or {"input", "output"} <= given.keys()):
+        given["known"] = False
     if "input" in given:
         scale = t.price_input / base.input if base.input else 1.0
         given["written"] = base.written * scale if base.written else t.price_input
@@ -102,7 +107,15 @@ class Budget:
         """Gives this process its part of the caps, where the run's hosts keep their journals on disks of their own.
 
         Processes that share a folder share the caps by themselves.
+
+        Raises:
+          UserError: a cap is smaller than the number of hosts.
         """
+        for name in ("calls", "tokens"):
+            if 0 < getattr(self.caps, name) < hosts:
+                raise UserError(
+                    f"budget.{name} = {getattr(self.caps, name)} is less than 1 for each of the run's {hosts} hosts"
+                )
         self.caps = Totals(self.caps.calls // hosts, self.caps.tokens // hosts, self.caps.usd / hosts)
 
     def bind(self) -> None:
@@ -112,7 +125,7 @@ class Budget:
     async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
         """Takes the upper bound of a call off the budget and returns the call's id.
 
-        Where the caps leave no room, waits while calls in flight may give some of theirs back.
+        Where the caps leave no room, waits while calls in flight, of any process of this host, may give some of theirs back.
 
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
@@ -124,33 +137,50 @@ class Budget:
             if isinstance(call, int):
                 self.in_flight += 1
                 return call
-            if not self.in_flight:
-                spent = self.journal.totals()
-                raise TeacherStopped(
-                    f"budget.{call} = {getattr(self.caps, call)} is used up ({spent.calls} calls, {spent.tokens} "
-                    f"tokens, {spent.usd:.4f} USD spent): raise it and start again to go on from the checkpoint"
-                )
+            if not self.in_flight and not self.journal.in_flight():
+                raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
             self.settled.clear()
-            await self.settled.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.settled.wait(), OTHERS_S)
 
-    def settle(self, call: int, status: str, reply=None, *, latency=0.0, error="", results=()) -> float:
+    def _used_up(self, cap: str, wanted: Totals) -> str:
+        """What the caps were spent on, in one line."""
+        spent, unknown = self.journal.totals(), self.journal.unknown()
+        held = ""
+        if unknown.calls:
+            held = f", {unknown.usd:.4f} of them reserved for {unknown.calls} calls whose cost is not known"
+        return (
+            f"budget.{cap} = {getattr(self.caps, cap)} is used up ({spent.calls} calls, {spent.tokens} tokens, "
+            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): raise it "
+            "and start again to go on from the checkpoint"
+        )
+
+    def settle(self, call: int, status: str, billed=None, *, latency=0.0, error="", results=()) -> float:
         """Puts what was billed in the reservation's place, writes the results down, and returns the dollars.
 
-        An answer that does not say what it used stays spent in full.
+        An answer that does not say what it used, or says more than it could, stays spent in full.
+
+        Args:
+          call: from `reserve`.
+          status: see `Journal.settle`.
+          billed: wire.Billed, or None.
+          latency: seconds.
+          error: what went wrong.
+          results: the journal rows that the answer brought.
         """
         usage = None
-        if reply is not None and reply.tokens_in:
-            usd = self.price.cost(reply.tokens_in, reply.tokens_cached, reply.tokens_out, reply.tokens_written)
-            usage = (reply.tokens_in, reply.tokens_cached, reply.tokens_out, usd)
+        if billed is not None:
+            usd = self.price.cost(billed.tokens_in, billed.tokens_cached, billed.tokens_out, billed.tokens_written)
+            usage = (billed.tokens_in, billed.tokens_cached, billed.tokens_out, usd)
         try:
-            billed = self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
+            counted = self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
         finally:
             self.in_flight -= 1
             self.settled.set()
-        if reply is not None:
-            self.spent_here += billed
+        if status == "ok":
+            self.spent_here += counted
             self.arrived += len(results)
-        return billed.usd
+        return counted.usd
 
     def left(self) -> dict[str, float]:
         """What each cap still allows; inf where there is none."""
@@ -192,6 +222,7 @@ class Estimate:
     tokens_out: tuple[float, float, float]
     usd: tuple[float, float, float]
     hours: tuple[float, float, float]
+    price_known: bool = True
 
     def table(self) -> str:
         """Plain text, one row a quantity."""
@@ -203,7 +234,8 @@ class Estimate:
             ("usd", ",.2f"),
             ("hours", ",.2f"),
         ):
-            rows.append((name, *(format(value, form) for value in getattr(self, name))))
+            unknown = name == "usd" and not self.price_known
+            rows.append((name, *("unknown" if unknown else format(value, form) for value in getattr(self, name))))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
 
@@ -241,7 +273,21 @@ def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float]
         hours = [max(h, c / t.requests_per_minute / 60) for h, c in zip(hours, calls)]
     if t.tokens_per_minute:
         hours = [max(h, (i + o) / t.tokens_per_minute / 60) for h, i, o in zip(hours, tokens_in, tokens_out)]
-    return Estimate(calls, tokens_in, tokens_out, usd, tuple(hours))
+    return Estimate(calls, tokens_in, tokens_out, usd, tuple(hours), price.known)
+
+
+def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
+    """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will end; ''."""
+    for name, low in (("usd", least.usd[0]), ("tokens", least.tokens_in[0] + least.tokens_out[0]), ("calls", least.calls[0])):
+        if steps and left[name] < low and not (name == "usd" and not least.price_known):
+            form = ".2f" if name == "usd" else ",.0f"
+            last = cfg.num_steps - steps + math.floor(steps * left[name] / low)
+            then = "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            return (
+                f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} at the "
+                f"least: {then}, at about step {last} of {cfg.num_steps}"
+            )
+    return ""
 
 
 SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high

@@ -1,26 +1,28 @@
 """The journal: what was asked of a paid teacher, what came back, and what it cost. Caching, exact resume, replay, data
 set.
 
-One SQLite file (WAL) a process, in one folder on local disk; all files of the folder are read. A continuation is found
-by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings, mode and prompt
+One SQLite file (WAL) a host, `journal.sqlite` in a folder on local disk; all processes of the host write to it. A continuation
+is found by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings, mode and prompt
 version) and by who asked (sample id, peak, index: method.md, section 5), so that samples stay fresh within a run. A
 result is written before it is used, and so are final failures and missed deadlines: a replay has the same n. Before a
 call goes out it is written down with the most that it can cost; a call that never reported back (kill -9, a lost
-answer) stays spent.
+answer) stays spent. Each text carries a checksum: one that changed on disk is refused by name.
 
-Safe under threads, processes and kill -9: every event is one transaction. A file that is corrupt, not a journal, or of
-another schema is refused, never repaired.
+Safe under threads, processes and kill -9: every event is one transaction, begun `immediate`. Other journals in the folder (of
+earlier versions, one file a process; of another host, restored from a checkpoint) are read, and imported once, before the
+first write. A file that is corrupt, not a journal, or of another schema is refused, never repaired.
 
     python -m omniopd_jax.teachers.journal export FOLDER OUT.jsonl
+    python -m omniopd_jax.teachers.journal forget FOLDER SAMPLE_ID PEAK
 """
 
 import contextlib
 import dataclasses
-import datetime
-import fcntl
+import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import sqlite3
@@ -33,19 +35,26 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
 APPLICATION_ID = 0x4F4D4F50  # "OMOP": tells our files from other people's
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ = (1, 2)  # schemas that are read and imported
+NAME = "journal.sqlite"
 SCHEMA = """
+create table meta (id text not null);
 create table requests (key blob primary key, about text not null, messages blob not null, prefix blob not null);
 create table continuations (
   key blob not null, sample_id text not null, peak integer not null, idx integer not null,
-  text text, finish text, error text, raw text, call integer, time real not null,
+  text text, finish text, error text, raw text, call integer, time real not null, sum blob not null,
   primary key (key, sample_id, peak, idx)) without rowid;
 create table calls (
-  id integer primary key, key blob, n integer not null, status text not null, time real not null, latency real,
-  tokens_in integer, tokens_cached integer, tokens_out integer, usd real, max_tokens integer, max_usd real, error text);
+  id integer primary key, writer integer, run text, key blob, n integer not null, status text not null, time real not null,
+  latency real, tokens_in integer, tokens_cached integer, tokens_out integer, usd real, max_tokens integer, max_usd real,
+  error text);
+create index asked on calls (writer) where status = 'asked';
 create table totals (calls integer not null, tokens integer not null, usd real not null);
 create table modes (provider text, model text, asked text, mode text, report text, time real,
   primary key (provider, model, asked));
+create table writers (id integer primary key, pid integer not null, started text not null);
+create table imported (name text primary key, time real not null);
 insert into totals values (0, 0, 0.0);
 """
 
@@ -63,35 +72,53 @@ class Totals:
 
 
 class Journal:
-    """Reads every journal file of a folder and writes one of its own, made at the first write.
+    """The journal of a folder; its file is made at the first write.
+
+    Args:
+      folder: where it is.
+      run: the run that writes, for `spent`.
 
     Raises:
       UserError: a file of the folder is corrupt, not a journal, or of another schema; the folder cannot be written.
     """
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder, run: str = ""):
+        self.folder, self.run = pathlib.Path(folder), run
+        self.path = self.folder / NAME
         self.mutex = threading.RLock()
-        self.own = None
-        self.own_path = None
-        self.others = {}  # path -> connection
-        self._rescan(check=True)
+        self.own = self.writer = None  # the connection that writes, and this process's row in `writers`
+        self.others = {}  # path -> read-only connection: files that are not imported (yet)
+        for path in sorted(self.folder.glob("*.sqlite")) if self.folder.is_dir() else []:
+            self.others[path] = _open_checked(path)
+        if self.path in self.others:
+            done = {name for (name,) in self.others[self.path].execute("select name from imported")}
+            for path in [p for p, c in self.others.items() if p != self.path and _identity(p, c) in done]:
+                self.others.pop(path).close()
 
     # reading
 
     def get(self, key: bytes, sample_id: str, peak: int, indices) -> dict[int, Continuation | Failure]:
-        """What is known of the wanted continuations, by index; own file first, then the newest."""
-        found, sql = (
-            {},
-            ("select idx, text, finish, error from continuations where key = ? and sample_id = ? and peak = ?"),
-        )
-        wanted = set(indices)
+        """What is known of the wanted continuations, by index.
+
+        Raises:
+          UserError: one of them is not what was written.
+        """
+        found, wanted = {}, set(indices)
         with self.mutex:
-            for connection in self._connections():
-                for index, text, finish, error in connection.execute(sql, (key, sample_id, peak)):
-                    if index in wanted and index not in found:
-                        known = error is None
-                        found[index] = Continuation(index, text, finish) if known else Failure(index, error)
+            for path, connection in self._named():
+                sums = "sum" if _version(connection) > 1 else "null"
+                sql = f"select idx, text, finish, error, raw, {sums} from continuations "
+                sql += "where key = ? and sample_id = ? and peak = ?"
+                for index, text, finish, error, raw, checksum in connection.execute(sql, (key, sample_id, peak)):
+                    if index not in wanted or index in found:
+                        continue
+                    if checksum is not None and checksum != _checksum(key, sample_id, peak, index, text, finish, error, raw):
+                        raise UserError(
+                            f"{path}: text {index} of sample {sample_id} at peak {peak} is not the one that was written "
+                            "(its checksum differs): restore the file from a checkpoint's journal_snapshots, or buy the text "
+                            f"again after: python -m omniopd_jax.teachers.journal forget {self.folder} {sample_id} {peak}"
+                        )
+                    found[index] = Continuation(index, text, finish) if error is None else Failure(index, error)
                 if len(found) == len(wanted):
                     break
         return found
@@ -104,9 +131,47 @@ class Journal:
     def totals(self) -> Totals:
         """Spent so far by every process that writes to this folder."""
         with self.mutex:
-            self._rescan()
+            self._look_again()
             rows = (c.execute("select calls, tokens, usd from totals").fetchone() for c in self._connections())
             return sum((Totals(*row) for row in rows), Totals())
+
+    def spent(self, run: str = "") -> Totals:
+        """What this run (or `run`) spent, calls of unknown outcome at their upper bound.
+
+        Calls of journals from before runs were told apart count for every run.
+        """
+        sql = (
+            "select count(*), coalesce(sum(coalesce(tokens_in + tokens_out, max_tokens)), 0), "
+            "coalesce(sum(coalesce(usd, max_usd)), 0) from calls where status != 'unsent'"
+        )
+        with self.mutex:
+            self._look_again()
+            rows = []
+            for _, c in self._named():
+                mine = " and (run = ? or run is null)" if _version(c) > 1 else ""
+                rows.append(c.execute(sql + mine, (run or self.run,) if mine else ()).fetchone())
+            return sum((Totals(*row) for row in rows), Totals())
+
+    def unknown(self) -> Totals:
+        """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or unstated."""
+        sql = (
+            "select count(*), coalesce(sum(max_tokens), 0), coalesce(sum(max_usd), 0) from calls "
+            "where usd is null and status != 'unsent'"
+        )
+        with self.mutex:
+            self._look_again()
+            return sum((Totals(*c.execute(sql).fetchone()) for c in self._connections()), Totals())
+
+    def in_flight(self) -> int:
+        """Calls that are out, of all processes of this host that still live."""
+        with self.mutex:
+            if self.own is None:
+                return 0
+            rows = self.own.execute(
+                "select w.pid, w.started, count(*) from calls c join writers w on w.id = c.writer "
+                "where c.status = 'asked' group by w.id"
+            ).fetchall()
+        return sum(count for pid, started, count in rows if _started(pid) == started)
 
     def position(self) -> dict[str, dict[str, int]]:
         """How far each file has got, for a checkpoint's metadata: {file: {calls, continuations}}."""
@@ -147,19 +212,17 @@ class Journal:
         Returns:
           The call's id; or, where a cap would be overshot, the cap's name: `usd`, `tokens` or `calls`.
         """
-        with self.mutex, self._folder_lock():
-            after = self.totals() + Totals(1, max_tokens, max_usd)
+        with self._write() as c:
+            after = Totals(*c.execute("select calls, tokens, usd from totals").fetchone()) + Totals(1, max_tokens, max_usd)
             for name in ("usd", "tokens", "calls"):
                 cap = getattr(caps, name)
                 if cap and getattr(after, name) > cap + 1e-12:
                     return name
-            with self._write() as c:
-                row = (key, n, "asked", time.time(), max_tokens, max_usd)
-                cursor = c.execute(
-                    "insert into calls (key, n, status, time, max_tokens, max_usd) values (?, ?, ?, ?, ?, ?)", row
-                )
-                c.execute("update totals set calls = calls + 1, tokens = tokens + ?, usd = usd + ?", (max_tokens, max_usd))
-                return cursor.lastrowid
+            row = (self.writer, self.run, key, n, "asked", time.time(), max_tokens, max_usd)
+            columns = "writer, run, key, n, status, time, max_tokens, max_usd"
+            cursor = c.execute(f"insert into calls ({columns}) values (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            c.execute("update totals set calls = calls + 1, tokens = tokens + ?, usd = usd + ?", (max_tokens, max_usd))
+            return cursor.lastrowid
 
     def settle(self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()) -> Totals:
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
@@ -168,7 +231,8 @@ class Journal:
           call: id from `ask`.
           status: `ok` (usage is billed), `rejected` (nothing is, but the call counts), `unsent` (nothing happened),
             `unknown` (stays spent in full).
-          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None: the answer did not say, it stays spent in full.
+          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did not say,
+            it stays spent in full.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
@@ -178,6 +242,8 @@ class Journal:
         """
         with self._write() as c:
             held = c.execute("select max_tokens, max_usd from calls where id = ?", (call,)).fetchone()
+            if usage and (usage[0] + usage[2] > held[0] or usage[3] > held[1] + 1e-12):
+                usage = None  # more than the call could use: no answer is believed that far
             billed = Totals(1, *held)
             if status in ("rejected", "unsent") or usage:
                 tokens_in, cached, tokens_out, usd = usage or (0, 0, 0, 0.0)
@@ -189,23 +255,19 @@ class Journal:
                 row = (tokens_in, cached, tokens_out, usd, call)
                 c.execute("update calls set tokens_in=?, tokens_cached=?, tokens_out=?, usd=? where id=?", row)
             c.execute("update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call))
-            for key, sample_id, peak, continuation, raw in results:
-                self._insert(c, key, sample_id, peak, continuation, raw, call)
+            for key, sample_id, peak, k, raw in results:
+                _insert(c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time())
         return billed
-
-    def put(self, key: bytes, sample_id: str, peak: int, continuation: Continuation, raw: str | None = None) -> None:
-        """Writes one continuation; `raw` is what the teacher wrote where rules have cut it."""
-        with self._write() as c:
-            self._insert(c, key, sample_id, peak, continuation, raw, None)
 
     def put_failure(self, key: bytes, sample_id: str, peak: int, failure: Failure) -> None:
         """Writes a failure that is final: a replay fails there too, and n is the same."""
         with self._write() as c:
-            row = (key, sample_id, peak, failure.index, failure.error, time.time())
-            c.execute(
-                "insert or replace into continuations (key, sample_id, peak, idx, error, time) values (?,?,?,?,?,?)",
-                row,
-            )
+            _insert(c, key, sample_id, peak, failure.index, None, None, failure.error, None, None, time.time())
+
+    def forget(self, sample_id: str, peak: int) -> int:
+        """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that were."""
+        with self._write() as c:
+            return c.execute("delete from continuations where sample_id = ? and peak = ?", (sample_id, peak)).rowcount
 
     def copy_to(self, folder) -> None:
         """Copies every file of the journal into `folder`, each a consistent snapshot, for a checkpoint.
@@ -215,7 +277,7 @@ class Journal:
         """
         folder = pathlib.Path(folder)
         with self.mutex:
-            self._rescan()
+            self._look_again()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for path, connection in self._named():
@@ -256,43 +318,25 @@ class Journal:
         with self.mutex:
             for connection in self._connections():
                 connection.close()
-            self.own, self.others = None, {}
+            self.own, self.writer, self.others = None, None, {}
 
     # inside
 
-    def _insert(self, c, key, sample_id, peak, continuation, raw, call):
-        row = (key, sample_id, peak, continuation.index, continuation.text, continuation.finish, raw, call, time.time())
-        c.execute(
-            "insert or replace into continuations (key, sample_id, peak, idx, text, finish, raw, call, time) "
-            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            row,
-        )
-
     def _named(self):
-        named = sorted(self.others.items(), key=lambda item: item[0].name, reverse=True)
-        return ([(self.own_path, self.own)] if self.own else []) + named
+        named = sorted(self.others.items(), key=lambda item: (item[0] == self.path, item[0].name), reverse=True)
+        return ([(self.path, self.own)] if self.own else []) + named
 
     def _connections(self):
         return [connection for _, connection in self._named()]
 
-    def _rescan(self, *, check: bool = False):
-        """Opens the files that other processes have made since; at start-up every one is checked."""
-        names = sorted(self.folder.glob("*.sqlite")) if self.folder.is_dir() else []
-        for path in names:
-            if path != self.own_path and path not in self.others:
-                self.others[path] = _open_checked(path, quick_check=check)
-
-    @contextlib.contextmanager
-    def _folder_lock(self):
-        """Held while caps are compared and a call is written, so that processes cannot overshoot together."""
-        self._own()
-        with open(self.folder / ".lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def _look_again(self):
+        """Opens the journal's file for reading where another process has made it since."""
+        if self.own is None and self.path not in self.others and self.path.is_file():
+            self.others[self.path] = _open_checked(self.path)
 
     @contextlib.contextmanager
     def _write(self):
-        """One transaction on the process's own file."""
+        """One transaction on the journal's file."""
         with self.mutex:
             connection = self._own()
             try:
@@ -303,37 +347,115 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("rollback")
                 raise UserError(
-                    f"the teacher's journal {self.own_path} cannot be written: {e}; nothing more is asked"
+                    f"the teacher's journal {self.path} cannot be written: {e}; nothing more is asked until it can, and what "
+                    "it holds is kept"
                 ) from None
             except BaseException:
                 connection.execute("rollback")
                 raise
 
     def _own(self):
-        """The connection of this process's own file: made under a hidden name, so that no half-made one is seen."""
+        """The connection that writes. Made under a hidden name, so that no half-made file is seen; imports the others."""
         if self.own is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-                path = self.folder / f"{now}-{os.getpid()}-{secrets.token_hex(3)}.sqlite"
-                part = self.folder / f".{path.name}.part"
-                with contextlib.closing(sqlite3.connect(part)) as new:
-                    new.executescript(
-                        f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}"
-                    )
-                os.replace(part, path)
-                own = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
+                if not self.path.exists():
+                    _create(self.path)
+                if self.path not in self.others:
+                    self.others[self.path] = _open_checked(self.path)
+                self.others.pop(self.path).close()
+                own = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=60.0)
                 own.execute("pragma journal_mode = wal")
                 own.execute(
                     "pragma synchronous = normal"
                 )  # a killed process loses nothing; a power cut may lose the last calls
+                own.execute("begin immediate")
+                for path, other in list(self.others.items()):
+                    _import(own, other, _identity(path, other))
+                me = (os.getpid(), _started(os.getpid()))
+                self.writer = own.execute("insert into writers (pid, started) values (?, ?)", me).lastrowid
+                own.execute("commit")
             except (OSError, sqlite3.Error) as e:
                 raise UserError(f"teacher.journal = {str(self.folder)!r} cannot be written: {e}") from None
-            self.own, self.own_path = own, path
+            for connection in self.others.values():
+                connection.close()
+            self.own, self.others = own, {}
         return self.own
 
 
-def _open_checked(path: pathlib.Path, *, quick_check: bool):
+def _create(path: pathlib.Path) -> None:
+    """An empty journal at `path`, unless another process is quicker."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
+    try:
+        with contextlib.closing(sqlite3.connect(part)) as new:
+            new.executescript(f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}")
+            new.execute("insert into meta values (?)", (secrets.token_hex(8),))
+            new.commit()
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _insert(c, key, sample_id, peak, index, text, finish, error, raw, call, when):
+    checksum = _checksum(key, sample_id, peak, index, text, finish, error, raw)
+    row = (key, sample_id, peak, index, text, finish, error, raw, call, when, checksum)
+    c.execute("insert or replace into continuations values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _checksum(*parts) -> bytes:
+    """Of a stored text and all that it is found by."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _import(own, other, name: str) -> None:
+    """Takes over everything that another journal holds, once; where both have a text, the newer one is kept."""
+    if own.execute("select 1 from imported where name = ?", (name,)).fetchone():
+        return
+    own.executemany("insert or ignore into requests values (?, ?, ?, ?)", other.execute("select * from requests"))
+    texts = "select key, sample_id, peak, idx, text, finish, error, raw, time from continuations"
+    for key, sample_id, peak, index, text, finish, error, raw, when in other.execute(texts):
+        where = (key, sample_id, peak, index)
+        sql = "select time from continuations where key = ? and sample_id = ? and peak = ? and idx = ?"
+        here = own.execute(sql, where).fetchone()
+        if here is None or here[0] < when:
+            _insert(own, *where, text, finish, error, raw, None, when)
+    columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
+    marks = ", ".join("?" * 12)
+    own.executemany(f"insert into calls ({columns}) values ({marks})", other.execute(f"select {columns} from calls"))
+    spent = other.execute("select calls, tokens, usd from totals").fetchone()
+    own.execute("update totals set calls = calls + ?, tokens = tokens + ?, usd = usd + ?", spent)
+    for row in other.execute("select provider, model, asked, mode, report, time from modes").fetchall():
+        here = own.execute("select time from modes where provider = ? and model = ? and asked = ?", row[:3]).fetchone()
+        if here is None or here[0] < row[5]:
+            own.execute("insert or replace into modes values (?, ?, ?, ?, ?, ?)", row)
+    own.execute("insert into imported values (?, ?)", (name, time.time()))
+
+
+def _version(connection) -> int:
+    return connection.execute("pragma user_version").fetchone()[0]
+
+
+def _identity(path: pathlib.Path, connection) -> str:
+    """What a journal is known by, wherever it was copied to: its own id, in the first schema its file's name."""
+    return path.name if _version(connection) == 1 else connection.execute("select id from meta").fetchone()[0]
+
+
+def _started(pid: int) -> str:
+    """When a process began, '' where there is none: a number may be given to another process later."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return ""
+        return "running"
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
+
+
+def _open_checked(path: pathlib.Path):
     """A read-only connection. Raises `UserError` where the file is not a sound journal of this schema."""
     advice = "move it out of the folder, or set teacher.journal to another one"
     try:
@@ -349,10 +471,10 @@ def _open_checked(path: pathlib.Path, *, quick_check: bool):
         if made_by != APPLICATION_ID:
             connection.close()
             raise UserError(f"{path} is not a teacher's journal; {advice}")
-        if version != SCHEMA_VERSION:
+        if version not in READ:
             connection.close()
             raise UserError(f"{path} is a journal of schema {version}, this version reads {SCHEMA_VERSION}; {advice}")
-        if quick_check and (said := connection.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+        if (said := connection.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
             connection.close()
             raise UserError(f"{path} is corrupt ({said}); {advice}, or restore it from a checkpoint's copy")
         return connection
@@ -365,28 +487,43 @@ def restore(snapshot, folder) -> int:
 
     Returns:
       How many were copied.
+
+    Raises:
+      UserError: a file of the snapshot is no sound journal.
     """
     snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(snapshot.glob("*.sqlite")):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / f".{path.name}.part")
-            os.replace(folder / f".{path.name}.part", folder / path.name)
+        target = folder / path.name
+        if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
+            with contextlib.closing(_open_checked(path)) as there, contextlib.closing(_open_checked(target)) as here:
+                name = _identity(path, there)
+                known = (
+                    name == _identity(target, here) or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
+                )
+            target = target if known else folder / f"{name}.sqlite"
+        if not target.exists():
+            part = folder / f".{target.name}.part"
+            shutil.copyfile(path, part)
+            os.replace(part, target)
             copied += 1
     return copied
 
 
 def main(args) -> int:
-    """`export FOLDER OUT.jsonl`."""
-    if len(args) != 3 or args[0] != "export":
-        print(__doc__.splitlines()[-1].strip(), file=sys.stderr)
+    """`export FOLDER OUT.jsonl`, `forget FOLDER SAMPLE_ID PEAK`."""
+    known = {"export": 3, "forget": 4}
+    if not args or known.get(args[0]) != len(args) or (args[0] == "forget" and not re.fullmatch(r"-?\d{1,9}", args[3])):
+        print("\n".join(line.strip() for line in __doc__.splitlines()[-2:]), file=sys.stderr)
         return 2
     try:
         if not pathlib.Path(args[1]).is_dir():
             raise UserError(f"{args[1]} is no folder")
-        journal = Journal(args[1])
-        with contextlib.closing(journal):
-            print(f"{journal.export_jsonl(args[2])} continuations -> {args[2]}")
+        with contextlib.closing(Journal(args[1])) as journal:
+            if args[0] == "export":
+                print(f"{journal.export_jsonl(args[2])} continuations -> {args[2]}")
+            else:
+                print(f"{journal.forget(args[2], int(args[3]))} texts forgotten")
     except UserError as e:
         print(e, file=sys.stderr)
         return e.exit_code

@@ -13,10 +13,20 @@ import jax
 import numpy as np
 
 from omniopd_jax import hf, model, rollout, step
-from omniopd_jax.data.prompts import render
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import Template, of_teacher
 from omniopd_jax.model import attention
-from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Usage
+from omniopd_jax.teachers.protocol import (
+    DISTRIBUTION,
+    LOGP,
+    TEXT,
+    Continuation,
+    ContinuationRequest,
+    ContinuationResult,
+    Counts,
+    Teacher,
+    Usage,
+)
 
 MAX_ROWS = 1024  # continuations sampled at once
 CPU_ROWS = 256  # on a CPU, whose caches hold no more: 1.3 times as fast
@@ -30,19 +40,22 @@ def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
     )
 
 
-class LocalTeacher:
-    """See the module. `foreign_tokenizer` says whether its vocabulary differs from the student's."""
+class LocalTeacher(Teacher):
+    """See the module. `foreign_tokenizer` says whether its vocabulary differs from the student's.
 
-    def __init__(
-        self, params, model_cfg, tokenizer, *, end_ids, foreign_tokenizer: bool, chat_template_kwargs=None, compute=None
-    ):
-        self.params, self.model_cfg = params, model_cfg  # for the white-box baselines only
+    The weights are held once: as the sampler wants them from the first request for text on, else as they were given, which
+    is what scoring takes.
+    """
+
+    white_box = frozenset({LOGP, DISTRIBUTION})
+
+    def __init__(self, params, model_cfg, template: Template, *, end_ids, foreign_tokenizer: bool, compute=None):
+        self._params, self._prepared = params, None
+        self.model_cfg = self._cfg = model_cfg
         self._compute = compute or model.Compute()
-        self._params = rollout.prepare(params, model_cfg, compute=self._compute)
-        self._cfg = model_cfg
-        self._tokenizer = tokenizer
+        self._template, self._tokenizer = template, template.tokenizer
         self._end_ids = end_ids
-        self._kwargs = chat_template_kwargs
+        self._counts = Counts()
         self._scoring: list[tuple[list[int], list[int], asyncio.Future]] = []
         self._waiting: list[tuple[ContinuationRequest, asyncio.Future, float]] = []
         self.foreign_tokenizer = foreign_tokenizer
@@ -76,7 +89,10 @@ class LocalTeacher:
         """
         if self.foreign_tokenizer:
             raise UserError("objective.name = 'opd' needs a teacher with the student's tokenizer")
+        if self._params is None:
+            raise UserError("a local teacher that has sampled text holds the sampler's weights alone: make one for scores")
         future = asyncio.get_running_loop().create_future()
+        since = time.perf_counter()
         self._scoring.append((list(prompt_ids), list(token_ids), future))
         if len(self._scoring) == 1:
             await asyncio.sleep(0)
@@ -88,11 +104,18 @@ class LocalTeacher:
                 for *_, waiting in batch:
                     if not waiting.done():
                         waiting.set_exception(error)
-        return await future
+        logp = await future
+        usage = Usage(calls=1, tokens_in=len(prompt_ids) + len(token_ids))
+        self._counts.add(ContinuationResult((), (), usage, time.perf_counter() - since))
+        return logp
+
+    def metrics(self) -> dict[str, float]:
+        """Requests, tokens and seconds since the last call."""
+        return self._counts.take()
 
     async def close(self) -> None:
         """Drops the parameters."""
-        self._params = self.params = None
+        self._params = self._prepared = None
 
     def _score(self, batch) -> None:
         for start in range(0, len(batch), SCORE_ROWS):
@@ -102,7 +125,7 @@ class LocalTeacher:
             rows = [p + r for p, r, _ in part] + [[0]] * (SCORE_ROWS - len(part))
             token_BL, _ = rollout.pad_rows(rows, P + T)
             length_B = np.array([len(p) for p, _, _ in part] + [1] * (SCORE_ROWS - len(part)), np.int32)
-            stats = _score(self.params, *jax.device_put((token_BL, length_B)), T, self._cfg, self._compute)
+            stats = _score(self._params, *jax.device_put((token_BL, length_B)), T, self._cfg, self._compute)
             logp_BT = jax.device_get(stats.logp_BT)
             for (_, response, future), logp in zip(part, logp_BT):
                 future.set_result(logp[: len(response)])
@@ -113,7 +136,7 @@ class LocalTeacher:
             r = item[0]
             groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
         for (n, max_tokens, temperature, top_p), items in groups.items():
-            texts = [render(self._tokenizer, r.messages, self._kwargs) + r.prefix for r, _, _ in items]
+            texts = [self._template.render(r.messages) + r.prefix for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
@@ -125,7 +148,7 @@ class LocalTeacher:
                     usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=tokens_out)
                     result = ContinuationResult(continuations, (), usage, time.perf_counter() - since)
                     if not future.done():
-                        future.set_result(result)
+                        future.set_result(self._counts.add(result))
 
     def _sample(self, ids, requests, n: int, max_tokens: int, temperature: float, top_p: float):
         """Continuations and tokens written of each request; rows are padded to a bucket so that shapes stay few."""
@@ -133,8 +156,10 @@ class LocalTeacher:
         rows = rollout.bucket(len(ids), 8)
         seeds = [r.seed(i) for r in requests for i in r.indices] + [0] * ((rows - len(ids)) * n)
         prompt_BP, length_B = rollout.pad_rows(list(ids) + [[0]] * (rows - len(ids)), width)
+        if self._prepared is None:
+            self._prepared, self._params = rollout.prepare(self._params, self._cfg, compute=self._compute), None
         out = rollout.sample(
-            self._params, self._cfg, *jax.device_put((prompt_BP, length_B)), rollout.row_keys(_base_key(), seeds),
+            self._prepared, self._cfg, *jax.device_put((prompt_BP, length_B)), rollout.row_keys(_base_key(), seeds),
             max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, num_samples=n, end_ids=self._end_ids,
             compute=self._compute,
         )  # fmt: skip
@@ -143,11 +168,11 @@ class LocalTeacher:
         for b, (prefix, request) in enumerate(zip(ids, requests, strict=True)):
             own = slice(b * n, (b + 1) * n)
             tails = [list(map(int, t[:k])) for t, k in zip(token_BT[own], length_B[own], strict=True)]
-            finish = np.where(finished_B[own], "stop", "length")
+            texts = [self._template.cut(self._tail_text(prefix, tail)) for tail in tails]
             answers.append(
                 tuple(
-                    Continuation(i, self._tail_text(prefix, tail), str(f))
-                    for i, tail, f in zip(request.indices, tails, finish, strict=True)
+                    Continuation(i, text, "stop" if ended or stopped else "length")
+                    for i, (text, stopped), ended in zip(request.indices, texts, finished_B[own], strict=True)
                 )
             )
             tokens_out.append(sum(map(len, tails)))
@@ -164,8 +189,8 @@ def _base_key():
     return jax.random.key(jax.device_put(np.uint32(0x7EAC4E5)))
 
 
-def make(cfg) -> LocalTeacher:
-    """Loads `teacher.model`, a Hugging Face folder.
+def make(cfg, needs: str = TEXT) -> LocalTeacher:
+    """Loads `teacher.model`, a Hugging Face folder; its weights only where it will be asked (`needs`).
 
     Raises:
       UserError: no folder given, or one that can't be loaded.
@@ -174,11 +199,14 @@ def make(cfg) -> LocalTeacher:
         raise UserError("teacher.provider = 'local' needs teacher.model, a Hugging Face folder")
     tokenizer = hf.load_tokenizer(cfg.teacher.model, setting="teacher.model")
     student = hf.load_tokenizer(cfg.student.path)
-    params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
+    template = of_teacher(cfg, tokenizer)
+    end_ids, _ = template.end_ids(hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"))
+    if needs == DISTRIBUTION:  # the loop lays the weights out on its own mesh
+        params, model_cfg = None, hf.read_config(cfg.teacher.model, setting="teacher.model")
+    else:
+        params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
     backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=jax.default_backend())
     return LocalTeacher(
-        params, model_cfg, tokenizer, end_ids=hf.end_ids(cfg.teacher.model, tokenizer, setting="teacher.model"),
-        foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
-        chat_template_kwargs=cfg.teacher.chat_template_kwargs,
+        params, model_cfg, template, end_ids=end_ids, foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
         compute=model.Compute(cfg.compute_dtype, attention=backend),
     )  # fmt: skip

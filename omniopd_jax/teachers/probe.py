@@ -7,20 +7,25 @@ over) stops the run here with what to change.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import statistics
 import time
 
 from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.run import host
 from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
+from omniopd_jax.teachers.protocol import Continuation, Failure
+from omniopd_jax.teachers.traffic import now
 from omniopd_jax.teachers.wire import instruct, scoring
 
 COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
 PREFIX = "one two three four five six seven"
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
+WHO = "probe"  # who asks, in the journal
 PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
 
 
@@ -69,8 +74,11 @@ class _Probe:
         slow = max(self.latencies)
         latency = (statistics.median(self.latencies), slow)
         usd = self.usd / max(1, self.calls)
-        self._row("one call", f"{latency[0]:.2f} s (slowest {slow:.2f} s), {usd:.6f} USD for {PROBE_TOKENS} tokens")
-        self._row("probe", f"{self.calls} calls, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
+        price = f"{usd:.6f} USD" if self.teacher.price.known else "price unknown"
+        self._row("one call", f"{latency[0]:.2f} s (slowest {slow:.2f} s), {price} for {PROBE_TOKENS} tokens")
+        replayed = len(self.latencies) - self.calls
+        kept = f", {replayed} answers from the journal" if replayed > 0 else ""
+        self._row("probe", f"{self.calls} calls{kept}, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
         report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls)
         self._save(report)
         return report
@@ -84,7 +92,7 @@ class _Probe:
         )
         path = pathlib.Path(self.teacher.cfg.run_dir) / "teacher_probe.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        host.write_whole(path, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
     def _where(self):
         return f"the teacher {self.client.model!r} at {wire.scrub(self.client.url)}"
@@ -97,7 +105,7 @@ class _Probe:
                 raise UserError(self._refusal(e)) from None
             if e.outcome != "rejected":
                 raise UserError(
-                    f"{self._where()} is not reachable ({e}): start it, or mend teacher.base_url, network or proxy"
+                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or proxy"
                 ) from None
             said = str(e)
         self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
@@ -112,37 +120,78 @@ class _Probe:
     async def _ask(self, messages, prefix, mode, *, n=1, seed=1) -> wire.Reply:
         """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
         while True:
-            call = wire.Call(
-                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode, None
-            )
+            call = wire.Call(messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode)
             try:
-                sent = await self._send(call)
+                reply = await self._send(call)
             except wire.CallError as e:
                 if self.client.learn(e, call):
                     n = n if self.client.seen.takes_n else 1
                     continue
                 raise
-            if sent.reply.tokens_hidden or any("<think>" in text.text for text in sent.reply.texts):
+            if reply.tokens_hidden or any("<think>" in text.text for text in reply.texts):
                 if self.client.silence():
                     continue
                 raise UserError(
-                    f"{self._where()} spends its tokens on hidden reasoning ({sent.reply.tokens_hidden} of "
-                    f"{sent.reply.tokens_out}) and it cannot be switched off: choose a model that does not, or set "
+                    f"{self._where()} spends its tokens on hidden reasoning ({reply.tokens_hidden} of "
+                    f"{reply.stated.tokens_out}) and it cannot be switched off: choose a model that does not, or set "
                     "teacher.chat_template_kwargs.enable_thinking = False where the server takes it"
                 )
-            return sent.reply
+            return reply
 
-    async def _send(self, call):
-        """One exchange through the run's own traffic. Raises `CallError`; `UserError` where no call can work."""
-        deadline = time.monotonic() + min(PATIENCE_S, self.t.deadline_s)
+    async def _send(self, call) -> wire.Reply:
+        """One question: from the journal, where this teacher has been asked it before, else through the run's own traffic.
+
+        Raises:
+          CallError: refused, or not answered. A refusal is kept in the journal too.
+          UserError: no call can work.
+        """
+        key = self._key(call)
+        known = self.teacher.journal.get(key, WHO, 0, (0,)) if self.t.replay != "off" else {}
+        if known:
+            return self._replayed(known[0], call)
+        began, deadline = now(), now() + min(PATIENCE_S, self.t.deadline_s)
+
+        def accept(reply):
+            self.latencies.append(now() - began)
+            text = wire.hide_keys(json.dumps(dataclasses.asdict(reply) | {"latency": self.latencies[-1]}))
+            return [(key, WHO, 0, Continuation(0, text, "probe"), None)]
+
         try:
-            sent = await self.teacher.traffic.send(call, b"probe", deadline=deadline, accept=lambda _: [], patient=False)
+            sent = await self.teacher.traffic.send(call, key, deadline=deadline, accept=accept, patient=False)
         except TeacherStopped as e:
             raise UserError(f"{self._where()}: {e}") from None
-        self.latencies.append(self.teacher.traffic.latencies[-1])
+        except wire.CallError as e:
+            if e.kind == "refused" and e.status in (400, 422):
+                about = json.dumps({"message": str(e), "status": e.status, "field": e.field, "outcome": e.outcome})
+                self.teacher.journal.put_failure(key, WHO, 0, Failure(0, about))
+            raise
         self.usd += sent.usd
         self.calls += sent.attempts
-        return sent
+        return sent.reply
+
+    def _key(self, call) -> bytes:
+        """What a question is found by: all that decides how it goes out and who answers."""
+        about = [self.t.provider, self.client.model, self.client.url, self.t.tokenizer, self.t.chat_template_kwargs.to_dict()]
+        about += [sorted(self.client.seen.dropped), sorted(self.client.extra), wire.VERSION, instruct.VERSION, scoring.VERSION]
+        content = json.dumps(["probe", *about, dataclasses.asdict(call)], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+    def _replayed(self, known, call) -> wire.Reply:
+        """An answer as the journal has it. Raises `CallError` where it was a refusal."""
+        if isinstance(known, Failure):
+            about = json.loads(known.error)
+            raise wire.CallError(
+                about["message"], "refused", status=about["status"], field=about["field"], outcome=about["outcome"]
+            )
+        kept = json.loads(known.text)
+        self.latencies.append(kept["latency"])
+        reply = wire.Reply(
+            tuple(wire.Text(**t) for t in kept["texts"]), tuple(kept["logp"]),
+            wire.Billed(**kept["billed"]) if kept["billed"] else None, kept["tokens_hidden"], model=kept["model"],
+        )  # fmt: skip
+        if isinstance(call, wire.Call):
+            self.client.seen.answered(call, len(reply.texts))
+        return reply
 
     async def _score(self) -> str:
         """The first way that gives log-probs of a prompt's tokens, for a teacher that scores (`opd`)."""
@@ -152,7 +201,7 @@ class _Probe:
         )
         for way in scoring.WAYS:
             try:
-                reply = (await self._send(wire.ScoreCall(prompt, answer, way))).reply
+                reply = await self._send(wire.ScoreCall(prompt, answer, way))
             except wire.CallError as e:
                 if e.outcome != "rejected":
                     raise UserError(f"{self._where()} does not answer: {e}") from None
@@ -210,8 +259,6 @@ class _Probe:
                 self._row(f"continues by {mode}", f"refused: {e}")
                 return f"refused: {e}"
             seen.append(verdict(reply.texts[0].text, mode))
-            if self.client.seen.takes_n and len(reply.texts) == 1:
-                self.client.seen.takes_n = False
         best = next(v for v in ("continues", "restarts", "unclear") if v in seen)
         self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
         return best
@@ -236,7 +283,7 @@ class _Probe:
         )
         seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
         self._row("seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken")
-        most = max(-(-reply.tokens_out // len(reply.texts)) for reply in (first, again, other))
+        most = max(-(-reply.stated.tokens_out // len(reply.texts)) for reply in (first, again, other))
         self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
         self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
         self._row("hidden reasoning", "none")

@@ -10,12 +10,11 @@ import dataclasses
 import hashlib
 from typing import Any, Protocol
 
-from omniopd_jax.errors import TeacherStopped
+import numpy as np
 
-WHITE_BOX = {  # objective -> the providers that can serve it
-    "opd": ("local", "openai"),  # those with `score_tokens`; of the OpenAI-compatible servers vLLM and SGLang (scoring.py)
-    "opd_exact": ("local",),  # needs the teacher's whole distribution
-}
+from omniopd_jax.errors import TeacherStopped, UserError
+
+TEXT, LOGP, DISTRIBUTION = "text", "logp", "distribution"  # what an objective may need of a teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +91,98 @@ class ContinuationResult:
     replayed: int = 0
 
 
-class Teacher(Protocol):
-    """What the loop needs of a teacher. Optional: `async score_tokens(...)`, for the white-box baseline."""
+class Counts:
+    """What a teacher did since the last `take`: the one owner of the `teacher/*` metrics of calls, tokens and time."""
 
-    foreign_tokenizer: bool  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
+    def __init__(self):
+        self.usage, self.wanted, self.replayed, self.failed, self.latencies = Usage(), 0, 0, 0, []
+
+    def add(self, result: ContinuationResult) -> ContinuationResult:
+        """Counts one answered request; returns it."""
+        self.usage += result.usage
+        self.wanted += len(result.continuations) + len(result.failures)
+        self.replayed += result.replayed
+        self.failed += len(result.failures)
+        self.latencies.append(result.latency_s)
+        return result
+
+    def take(self) -> dict[str, float]:
+        """The metrics, and starts over. `cache_hit_rate` is the provider's cached share of the input tokens,
+        `replayed_fraction` the journal's share of the texts that were wanted; latencies are of whole requests."""
+        usage, latency = self.usage, np.array(self.latencies or [0.0])
+        out = {
+            "teacher/calls": usage.calls,
+            "teacher/retries": usage.retries,
+            "teacher/failed": self.failed,
+            "teacher/tokens_in": usage.tokens_in,
+            "teacher/tokens_cached": usage.tokens_cached,
+            "teacher/tokens_out": usage.tokens_out,
+            "teacher/cost_usd": usage.cost_usd,
+            "teacher/cache_hit_rate": usage.tokens_cached / max(usage.tokens_in, 1),
+            "teacher/replayed_fraction": self.replayed / max(self.wanted, 1),
+            "teacher/latency_p50": float(np.quantile(latency, 0.5)),
+            "teacher/latency_p95": float(np.quantile(latency, 0.95)),
+        }
+        self.__init__()
+        return out
+
+
+class Teacher(Protocol):
+    """What the loop needs of a teacher. Those who subclass it write `continue_text` alone: the rest costs nothing and does
+    nothing, as of a teacher in process.
+    """
+
+    foreign_tokenizer: bool = False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
+    white_box: frozenset[str] = frozenset()  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
+    model_cfg: Any = None  # of its weights, where it gives its DISTRIBUTION
+    report: Any = None  # probe.ProbeReport, once `check` has probed it
+    journal: Any = None  # journal.Journal: what was bought and what it cost
 
     async def check(self) -> str:
         """Returns one line on what answered, in seconds, or raises `UserError` saying what to set."""
+        return f"teacher: {type(self).__name__}"
 
     async def continue_text(self, request: ContinuationRequest) -> ContinuationResult:
         """Answers a request. Raises only `TeacherStopped`; a call that fails is a `Failure`."""
+        raise NotImplementedError
+
+    async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
+        """The log-prob of each of `token_ids` after `prompt_ids`; float32 [len(token_ids)], nats. For LOGP alone."""
+        raise UserError(f"{type(self).__name__} gives no log-probs of given tokens")
 
     async def close(self) -> None:
         """Frees connections and files."""
+
+    def metrics(self) -> dict[str, float]:
+        """`Counts.take()` of what it did since the last call; empty for a teacher that does not count."""
+        return {}
+
+    def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
+        """(M, N) that its budget allows the next step of `rows` responses; without a budget what the config asks for."""
+        return num_chunks, num_continuations
+
+    def spent(self) -> Any:
+        """journal.Totals that this run has spent, over all its starts, unknown outcomes included; None: nothing is counted."""
+        return None
+
+    def divide_budget(self, hosts: int) -> None:
+        """Takes this process's part of the caps, where the run's `hosts` keep journals on disks of their own."""
+
+
+class PaidTeacher(Teacher, Protocol):
+    """A teacher whose calls cost money: journaled before use, capped before they go out, forecast before the first one."""
+
+    journal: Any  # journal.Journal
+    budget: Any  # budget.Budget
+    price: Any  # budget.Price
+
+    def estimate(self, steps: int | None = None) -> Any:
+        """budget.Estimate of what is still to come: calls, tokens, dollars and hours, each with a range."""
+        raise NotImplementedError
+
+    def forecast(self, steps: int | None = None) -> str:
+        """The estimate as a table, with a warning where the budget will not last."""
+        raise NotImplementedError
 
 
 async def together(coroutines) -> list:

@@ -1,10 +1,10 @@
 """A teacher behind a service: the journal first, then the wire, in the mode that the probe chose."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import pathlib
-import time
 import weakref
 
 import numpy as np
@@ -14,15 +14,18 @@ from omniopd_jax.teachers import budget as money
 from omniopd_jax.teachers import probe, wire
 from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.protocol import (
-    WHITE_BOX,
+    LOGP,
+    TEXT,
     Continuation,
     ContinuationRequest,
     ContinuationResult,
+    Counts,
     Failure,
+    PaidTeacher,
     Usage,
     together,
 )
-from omniopd_jax.teachers.traffic import Traffic
+from omniopd_jax.teachers.traffic import Traffic, now
 from omniopd_jax.teachers.wire import instruct, scoring
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
@@ -30,17 +33,14 @@ SCORE = "score"  # who asks for log-probs: they depend on the tokens alone
 MAX_FAILED = 20  # calls in a row, over all requests: the service is gone
 
 
-class RemoteTeacher:
-    """Composes a provider's client with traffic, budget and journal (the protocol of `teachers.Teacher`).
-
-    Beyond the protocol, for the loop: `report` (the probe's, after `check`), `estimate(steps)`, `allowance(...)`,
-    `metrics()`, `journal.copy_to(folder)` and `journal.position()`.
+class RemoteTeacher(PaidTeacher):
+    """Composes a provider's client with traffic, budget and journal.
 
     Raises:
       UserError: a missing key or price, a bad address, an unsound journal.
     """
 
-    def __init__(self, cfg, client):
+    def __init__(self, cfg, client, needs: str = TEXT):
         t = cfg.teacher
         if not t.model:
             raise UserError(f"teacher.model is empty: name the model of teacher.provider = {t.provider!r}")
@@ -51,20 +51,20 @@ class RemoteTeacher:
         folder = pathlib.Path(t.journal or pathlib.Path(cfg.run_dir) / "journal")
         if self.replay == "only" and not folder.is_dir():
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
-        self.journal = Journal(folder)
+        self.journal = Journal(folder, str(pathlib.Path(cfg.run_dir).absolute()))
         self.budget = money.Budget(cfg, self.journal, self.price)
         self.traffic = Traffic(cfg, client, self.budget)
         # known to be the student's own only where both are named; else continuations are trimmed by characters
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
-        self.scores = cfg.objective.name in WHITE_BOX  # asked for log-probs in the place of text: the mode is a way of scoring
+        self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring
         self.mode = None if t.continuation == "auto" or self.scores else t.continuation
-        self.report = None
         self.loop = None
         self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
+        self.running = set()  # tasks that have calls out
         self.refused = 0
         self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
-        self.window = {"usage": Usage(), "failed": 0, "replayed": 0}
+        self.counts = Counts()
 
     # the protocol
 
@@ -83,7 +83,7 @@ class RemoteTeacher:
 
     async def continue_text(self, request: ContinuationRequest) -> ContinuationResult:
         """Answers from the journal where `replay` allows it, and asks the rest. Raises only `TeacherStopped`."""
-        start = time.monotonic()
+        start = now()
         try:
             mode = await self._mode()
             key, about = self._key(request, mode)
@@ -99,16 +99,16 @@ class RemoteTeacher:
                     f"{mode!r}); set teacher.replay = 'prefer' to ask for what is missing"
                 )
             if missing:
-                fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
+                with self._under_way():
+                    fresh, usage = await _Audit(self, request, mode, key).run(missing, about)
                 known |= fresh
-        except UserError as e:
-            raise self._stop(e) from None
+        except Exception as e:
+            raise self._stop(e) from e.__cause__
         entries = [known[i] for i in request.indices]
         failures = tuple(e for e in entries if isinstance(e, Failure))
         replayed = len(request.indices) - len(missing)
-        self._count(usage, replayed, len(failures))
         continuations = tuple(e for e in entries if isinstance(e, Continuation))
-        return ContinuationResult(continuations, failures, usage, time.monotonic() - start, replayed)
+        return self.counts.add(ContinuationResult(continuations, failures, usage, now() - start, replayed))
 
     async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
         """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32 [len(token_ids)], nats.
@@ -120,6 +120,7 @@ class RemoteTeacher:
         """
         if not len(token_ids):
             return np.zeros(0, np.float32)
+        start = now()
         try:
             key, about = scoring.key(self.cfg, self.client.model, prompt_ids, token_ids)
             text, usage = self._known_score(key), Usage()
@@ -130,14 +131,20 @@ class RemoteTeacher:
                 )
             replayed = int(text is not None)
             if text is None:
-                text, usage = await self._score(key, about, messages, prompt_ids, token_ids)
-        except UserError as e:
-            raise self._stop(e) from None
-        self._count(usage, replayed, 0)
+                with self._under_way():
+                    text, usage = await self._score(key, about, messages, prompt_ids, token_ids)
+        except Exception as e:
+            raise self._stop(e) from e.__cause__
+        score = Continuation(0, text, SCORE)
+        self.counts.add(ContinuationResult((score,), (), usage, now() - start, replayed))
         return np.array(json.loads(text), np.float32)
 
     async def close(self) -> None:
-        """Closes connections and the journal."""
+        """Ends what is under way, which stays spent, then closes connections and the journal."""
+        mine = [task for task in self.running if task.get_loop() is asyncio.get_running_loop()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
         await self.client.close()
         self.journal.close()
 
@@ -145,26 +152,26 @@ class RemoteTeacher:
 
     def metrics(self) -> dict[str, float]:
         """`teacher/*` since the last time this was called; `cost_usd_total` counts all that the journal has seen."""
-        window, self.window = self.window, {"usage": Usage(), "failed": 0, "replayed": 0}
-        latencies, self.traffic.latencies = sorted(self.traffic.latencies), []
-        usage = window["usage"]
-
-        def quantile(q):
-            return latencies[min(len(latencies) - 1, int(q * len(latencies)))] if latencies else 0.0
-
-        return {
-            "teacher/calls": usage.calls,
-            "teacher/retries": usage.retries,
-            "teacher/failed": window["failed"],
-            "teacher/replayed": window["replayed"],
-            "teacher/latency_p50": quantile(0.5),
-            "teacher/latency_p95": quantile(0.95),
-            "teacher/tokens_in": usage.tokens_in,
-            "teacher/tokens_out": usage.tokens_out,
-            "teacher/cost_usd": usage.cost_usd,
+        return self.counts.take() | {
             "teacher/cost_usd_total": self.journal.totals().usd,
-            "teacher/cache_hit_rate": usage.tokens_cached / usage.tokens_in if usage.tokens_in else 0.0,
+            "teacher/price_known": int(self.price.known),
         }
+
+    def forecast(self, steps: int | None = None) -> str:
+        """`estimate` as a table, and a warning where the budget will not last; plain text."""
+        estimate = self.estimate(steps)
+        steps = self.cfg.num_steps if steps is None else steps
+        warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
+        if not self.price.known:
+            warning = "\n".join(filter(None, (
+                f"the price of {self.client.model!r} is not known, and with it what the run costs: set teacher.price_input and "
+                "teacher.price_output (USD per million tokens)", warning,
+            )))  # fmt: skip
+        return estimate.table() + (f"\n{warning}" if warning else "")
+
+    def spent(self):
+        """See `Teacher.spent`."""
+        return self.journal.spent()
 
     def estimate(self, steps: int | None = None) -> money.Estimate:
         """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`."""
@@ -172,12 +179,25 @@ class RemoteTeacher:
         takes_n = bool(self.client.seen.takes_n)
         return money.estimate(self.cfg, self.price, takes_n=takes_n, latency_s=latency, steps=steps)
 
-    def allowance(self, steps_left: int, rows: int) -> tuple[int, int]:
+    def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) for the next step: see `Budget.allowance`."""
-        a = self.cfg.audit
-        return self.budget.allowance(steps_left, rows, a.num_chunks, a.num_continuations)
+        return self.budget.allowance(steps_left, rows, num_chunks, num_continuations)
+
+    def divide_budget(self, hosts: int) -> None:
+        """See `Budget.divide`."""
+        self.budget.divide(hosts)
 
     # inside
+
+    @contextlib.contextmanager
+    def _under_way(self):
+        """Around what has calls out: `close` ends it."""
+        task = asyncio.current_task()
+        self.running.add(task)
+        try:
+            yield
+        finally:
+            self.running.discard(task)
 
     def refuse(self, error) -> None:
         """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
@@ -217,15 +237,14 @@ class RemoteTeacher:
         return self.mode
 
     def _stop(self, error) -> TeacherStopped:
-        """What ends the run; whoever still waits for a turn finds it and does not try."""
+        """What ends the run, after a checkpoint; whoever still waits for a turn finds it and does not try."""
         stop = error if isinstance(error, TeacherStopped) else TeacherStopped(str(error))
+        if not isinstance(error, UserError):
+            what = f"the teacher {self.client.model!r} failed in a way that is not foreseen ({type(error).__name__}: {error})"
+            stop = TeacherStopped(wire.scrub(" ".join(what.split())[:400]))
+            stop.__cause__ = error  # for --verbosity=1
         self.stopped = self.stopped or stop
         return stop
-
-    def _count(self, usage, replayed, failed):
-        self.window["usage"] += usage
-        self.window["failed"] += failed
-        self.window["replayed"] += replayed
 
     def _known_score(self, key) -> str | None:
         found = self.journal.get(key, SCORE, 0, (0,)) if self.replay != "off" else {}
@@ -235,15 +254,15 @@ class RemoteTeacher:
         """Asks for a score; returns it as the journal holds it, JSON, and what was billed."""
         await self._mode()
         same = self.asking.setdefault(key, asyncio.Lock())  # two responses may be the same, to the last token
-        async with same, self.traffic.order.turn(key.hex(), 0) as (lane, _):
+        async with same, self.traffic.order.turn(key.hex(), 0):
             if self.stopped:
                 raise TeacherStopped(str(self.stopped))
             if (text := self._known_score(key)) is not None:
                 return text, Usage()
             sent = [int(i) for i in (*prompt_ids, *token_ids)]
             self.journal.describe(key, about, messages, json.dumps(sent))
-            first, deadline = len(prompt_ids), time.monotonic() + self.cfg.teacher.deadline_s
-            call = wire.ScoreCall(tuple(sent[:first]), tuple(sent[first:]), self.mode, lane)
+            first, deadline = len(prompt_ids), now() + self.cfg.teacher.deadline_s
+            call = wire.ScoreCall(tuple(sent[:first]), tuple(sent[first:]), self.mode)
             rows = []
 
             def accept(reply):
@@ -257,9 +276,7 @@ class RemoteTeacher:
                     f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: {e}; "
                     "objective.name = 'opd' can leave no answer out: start again to go on from the checkpoint"
                 ) from None
-            reply = sent.reply
-            usage = Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
-            return rows[-1][3].text, usage
+            return rows[-1][3].text, _usage(sent)
 
     def _key(self, request, mode) -> tuple[bytes, dict]:
         """(hash of what is asked, what it says in words)."""
@@ -273,10 +290,18 @@ class RemoteTeacher:
             "top_p": request.top_p,
             "chat_template_kwargs": t.chat_template_kwargs.to_dict(),
             "tokenizer": t.tokenizer if mode == "completion" else "",
+            **_own_format(t),
             "version": f"{wire.VERSION}.{instruct.VERSION if mode == 'instruct' else 0}",
         }
         content = json.dumps([about, list(request.messages), request.prefix], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest(), about
+
+
+def _own_format(t) -> dict:
+    """What identifies a prompt's format beside the tokenizer's own template; {} where that is it."""
+    given = {"template": t.template, "preamble": t.preamble, "stop_strings": list(t.stop_strings)}
+    default = {"template": "chat", "preamble": "", "stop_strings": []}
+    return {k: v for k, v in given.items() if v != default[k]}
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:
@@ -285,6 +310,12 @@ def _same_tokenizer(teacher: str, student: str) -> bool:
         return bool(teacher)
     files = [pathlib.Path(path) / "tokenizer.json" for path in (teacher, student)]
     return bool(student) and all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
+def _usage(sent) -> Usage:
+    """What a call that was answered counts as."""
+    b = sent.reply.stated
+    return Usage(sent.attempts, sent.attempts - 1, b.tokens_in, b.tokens_cached, b.tokens_out, sent.usd)
 
 
 class _Audit:
@@ -300,17 +331,17 @@ class _Audit:
     async def run(self, missing, about) -> tuple[dict, Usage]:
         """Asks for the missing indices; returns what became of each, and what was billed."""
         client, traffic = self.teacher.client, self.teacher.traffic
-        async with traffic.order.turn(self.request.sample_id, self.request.peak) as (lane, answered):
+        async with traffic.order.turn(self.request.sample_id, self.request.peak) as answered:
             if self.teacher.stopped:
                 raise TeacherStopped(str(self.teacher.stopped))
             self.teacher.journal.describe(self.key, about, self.request.messages, self.request.prefix)
-            begun = time.monotonic()
+            begun = now()
             deadline = begun + self.teacher.cfg.teacher.deadline_s
-            await self._ask(missing if client.seen.takes_n else missing[:1], missing, lane, deadline)
+            await self._ask(missing if client.seen.takes_n else missing[:1], missing, deadline)
             answered()  # the provider's cache is filled: the next prefix may go, and the rest of this one side by side
             while todo := tuple(i for i in missing if i not in self.found):
                 if client.seen.takes_n:
-                    await self._ask(todo, missing, None, deadline)
+                    await self._ask(todo, missing, deadline)
                 else:
                     await self._side_by_side(todo, missing, deadline)
         self._finish(begun)
@@ -318,22 +349,14 @@ class _Audit:
 
     async def _side_by_side(self, todo, missing, deadline):
         """One call an index; a stop waits for the others, whose texts are paid for."""
-        await together(self._ask((i,), missing, None, deadline) for i in todo)
+        await together(self._ask((i,), missing, deadline) for i in todo)
 
-    async def _ask(self, group, missing, lane, deadline):
+    async def _ask(self, group, missing, deadline):
         """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""
         t, r = self.teacher, self.request
         while True:
             call = wire.Call(
-                r.messages,
-                r.prefix,
-                len(group),
-                r.max_tokens,
-                r.temperature,
-                r.top_p,
-                r.seed(group[0]),
-                self.mode,
-                lane,
+                r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode
             )
             try:
                 sent = await t.traffic.send(
@@ -353,9 +376,7 @@ class _Audit:
                 return
         reply = sent.reply
         t.refused = 0
-        self.usage += Usage(sent.attempts, sent.attempts - 1, reply.tokens_in, reply.tokens_cached, reply.tokens_out, sent.usd)
-        if len(reply.texts) == 1 < len(group):
-            t.client.seen.takes_n = False  # the server ignores n: one a call from here on
+        self.usage += _usage(sent)
         self.found |= {row[3].index: row[3] for row in sent.rows}
         for index, item in zip(group, reply.texts):
             self.found.setdefault(index, Failure(index, self._why_not(item, reply)))
@@ -364,8 +385,8 @@ class _Audit:
         """Journal rows of the texts that are continuations."""
         rows, r = [], self.request
         for index, item in zip(group, reply.texts):
-            text = wire.clean(item.text[: self.max_chars])
-            if item.finish == "withheld":
+            text = wire.hide_keys(wire.clean(item.text[: self.max_chars]))
+            if item.finish in ("withheld", "failed"):
                 continue
             kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
             if kept is None or (not kept and item.finish == "length"):
@@ -376,7 +397,9 @@ class _Audit:
 
     def _why_not(self, item, reply) -> str:
         if item.finish == "withheld":
-            return "withheld by the service (a filter, a refusal or an abort)"
+            return wire.scrub(f"withheld by the service ({item.why[:100]})")
+        if item.finish == "failed" and not reply.tokens_hidden:
+            return wire.scrub(item.why[:100])
         if reply.tokens_hidden:
             return f"empty: {reply.tokens_hidden} tokens went into hidden reasoning; switch the teacher's thinking off"
         return "no continuation: empty at the length limit, or the answer was started over"
@@ -388,7 +411,7 @@ class _Audit:
         nothing_since = traffic.last_success < begun
         if failures and nothing_since and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
             raise TeacherStopped(
-                f"the teacher {self.teacher.client.model!r} has not answered for {time.monotonic() - begun:.0f} s "
+                f"the teacher {self.teacher.client.model!r} has not answered for {now() - begun:.0f} s "
                 f"({traffic.failed_in_a_row} calls in a row; the last: {failures[-1].error}); "
                 "start again to go on from the checkpoint once it is back"
             )

@@ -7,10 +7,18 @@ import pathlib
 import numpy as np
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers.protocol import Continuation, ContinuationRequest, ContinuationResult, Failure, Usage
+from omniopd_jax.teachers.protocol import (
+    Continuation,
+    ContinuationRequest,
+    ContinuationResult,
+    Counts,
+    Failure,
+    Teacher,
+    Usage,
+)
 
 
-class SimulatedTeacher:
+class SimulatedTeacher(Teacher):
     """Draws each continuation independently from `texts` with `probs`, by the request's own seed.
 
     Args:
@@ -19,11 +27,10 @@ class SimulatedTeacher:
       fails: (request, index) -> bool: which continuations never arrive.
     """
 
-    foreign_tokenizer = False
-
     def __init__(self, texts, probs=None, *, latency=None, fails=None):
         self._distribution = texts if callable(texts) else lambda request: (texts, probs)
         self._latency = latency
+        self._counts = Counts()
         self._fails = fails or (lambda request, index: False)
 
     async def check(self) -> str:
@@ -37,15 +44,17 @@ class SimulatedTeacher:
         texts, probs = self._distribution(request)
         good = [i for i in request.indices if not self._fails(request, i)]
         drawn = [np.random.default_rng(request.seed(i)).choice(len(texts), p=probs) for i in good]
-        return ContinuationResult(
+        result = ContinuationResult(
             tuple(Continuation(i, texts[k], "length") for i, k in zip(good, drawn, strict=True)),
             tuple(Failure(i, "simulated failure") for i in request.indices if i not in good),
             Usage(calls=len(request.indices), tokens_out=sum(len(texts[k].split()) for k in drawn)),
             seconds,
         )
+        return self._counts.add(result)
 
-    async def close(self) -> None:
-        """Nothing to free."""
+    def metrics(self) -> dict[str, float]:
+        """Requests, words and seconds since the last call."""
+        return self._counts.take()
 
 
 def make(cfg) -> SimulatedTeacher:

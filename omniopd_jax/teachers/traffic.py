@@ -1,20 +1,28 @@
 """Traffic: how many calls are in flight, how fast they go out, in which order, and when to ask again.
 
-Everything here belongs to one event loop. Hedging (`teacher.hedge_s`: a second call where the first is slow, the first
-answer counts) is off by default: it pays twice.
+Everything here belongs to one event loop, and goes by its clock.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import random
-import time
+import sys
 
-from omniopd_jax.errors import TeacherStopped
+from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
+TWICE_MORE = 2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+SILENT_S, SILENT_AGAIN_S = 10.0, 30.0  # when a service that does not answer is reported, and how often after that
+HEED_S = 60.0  # how long a limit holds that a header named, unless another answer names it again
+
+
+def now() -> float:
+    """The running event loop's clock, in seconds."""
+    return asyncio.get_running_loop().time()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,50 +39,50 @@ class Bucket:
     """Lets at most `per_minute` units through a minute, in bursts of a tenth of that; 0 = no limit."""
 
     def __init__(self, per_minute: float = 0.0):
-        self.rate, self.level, self.at = 0.0, 0.0, time.monotonic()
+        self.rate, self.burst, self.level, self.at, self.until = 0.0, 1.0, 0.0, now(), float("inf")
         self.turn = asyncio.Lock()  # waiters are served in order
         self.set(per_minute)
 
-    def set(self, per_minute: float) -> None:
-        """Changes the limit."""
+    def set(self, per_minute: float, until: float = float("inf")) -> None:
+        """Changes the limit, up to the time `until`."""
+        self.until = until
+        if self.rate == per_minute / 60.0:
+            return
         self.rate, self.burst = per_minute / 60.0, max(1.0, per_minute / 10.0)
         self.level = min(self.level, self.burst) if self.level else self.burst
 
     async def take(self, units: float) -> None:
         """Waits until `units` may pass; more than a burst counts as a burst."""
-        if not self.rate:
-            return
-        units = min(units, self.burst)
         async with self.turn:
-            while True:
-                now = time.monotonic()
-                self.level, self.at = min(self.burst, self.level + (now - self.at) * self.rate), now
-                if self.level >= units:
-                    self.level -= units
+            while self.rate and now() < self.until:
+                least = min(units, self.burst)
+                time = now()
+                self.level, self.at = min(self.burst, self.level + (time - self.at) * self.rate), time
+                if self.level >= least:
+                    self.level -= least
                     return
-                await asyncio.sleep((units - self.level) / self.rate)
+                await asyncio.sleep(min((least - self.level) / self.rate, max(0.0, self.until - time)))
 
 
 class Order:
     """Which request goes next: so many responses at a time, and each one's prefixes in ascending order.
 
-    A response's later prefix is let through when the one before has its first answer, so that it finds the cache
-    filled. Requests of one response that are started together are put in order; each response holds one lane
-    (connection).
+    A response's later prefix is let through when the one before has its first answer, so that it finds the provider's
+    cache filled. Requests of one response that are started together are put in order.
     """
 
     def __init__(self, responses: int, *, ascending: bool):
         self.ascending = ascending
-        self.lanes = list(range(responses - 1, -1, -1))
-        self.queue = []  # futures of responses that wait for a lane
+        self.free = responses
+        self.queue = []  # futures of responses that wait for a place
         self.waiting = {}  # sample id -> {ticket: event}
-        self.lane = {}  # sample id -> lane, or a future of it
+        self.place = {}  # sample id -> future, done when it has its place
         self.users = {}  # sample id -> requests that wait or run
         self.count = 0
 
     @contextlib.asynccontextmanager
     async def turn(self, sample_id: str, peak: int):
-        """Waits for the request's turn; yields (lane, answered). Call `answered()` when the first answer is there."""
+        """Waits for the request's turn; yields `answered`, to be called when the first answer is there."""
         self.count += 1
         ticket, go = (peak, self.count), asyncio.Event()
         waiting = self.waiting.setdefault(sample_id, {})
@@ -91,40 +99,40 @@ class Order:
         self.users[sample_id] = self.users.get(sample_id, 0) + 1
         try:
             await asyncio.sleep(0)  # the response's other requests, started in the same breath, take their tickets
-            lane = await self._lane(sample_id)
+            await self._admitted(sample_id)
             if self.ascending:
                 if min(waiting) == ticket:
                     go.set()
                 await go.wait()
-            yield (lane if self.ascending else None), answered
+            yield answered
         finally:
             answered()
             self._leave(sample_id)
 
-    async def _lane(self, sample_id):
-        if sample_id not in self.lane:
-            loop = asyncio.get_running_loop()
-            self.lane[sample_id] = loop.create_future()
-            if self.lanes:
-                self.lane[sample_id].set_result(self.lanes.pop())
+    async def _admitted(self, sample_id):
+        if sample_id not in self.place:
+            self.place[sample_id] = asyncio.get_running_loop().create_future()
+            if self.free:
+                self.free -= 1
+                self.place[sample_id].set_result(None)
             else:
-                self.queue.append((sample_id, self.lane[sample_id]))
-        return await asyncio.shield(self.lane[sample_id])
+                self.queue.append(self.place[sample_id])
+        await asyncio.shield(self.place[sample_id])
 
     def _leave(self, sample_id):
         self.users[sample_id] -= 1
         if self.users[sample_id]:
             return
         del self.users[sample_id], self.waiting[sample_id]
-        future = self.lane.pop(sample_id, None)
-        if future is None:
+        place = self.place.pop(sample_id, None)
+        if place is None:
             return
-        if not future.done():
-            self.queue = [item for item in self.queue if item[1] is not future]
+        if not place.done():
+            self.queue.remove(place)
         elif self.queue:
-            self.queue.pop(0)[1].set_result(future.result())
+            self.queue.pop(0).set_result(None)
         else:
-            self.lanes.append(future.result())
+            self.free += 1
 
 
 class Traffic:
@@ -134,14 +142,13 @@ class Traffic:
         t = cfg.teacher
         self.client, self.budget = client, budget
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
-        self.hedge_s = t.hedge_s
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
         self.jitter = random.Random()  # not the run's seed: processes must not retry in step
         self.calls = self.retries = 0
         self.failed_in_a_row = 0
-        self.latencies = []
         self.last_success = float("-inf")
+        self.report = report
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
@@ -149,15 +156,21 @@ class Traffic:
         self.order = Order(self.max_concurrency, ascending=self.ascending)
         self.requests, self.tokens = Bucket(self.requests_per_minute), Bucket(self.tokens_per_minute)
         self.not_before = 0.0
+        self.waiting, self.watch, self.since = {}, None, now()
         self.budget.bind()
 
     async def send(self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
+        """`_send`, and a word on the terminal where it takes long."""
+        with self._waiting(deadline):
+            return await self._send(call, key, deadline=deadline, accept=accept, patient=patient)
+
+    async def _send(self, call, key, *, deadline, accept, patient) -> Sent:
         """One call until it is answered, refused, or out of retries or time.
 
         Args:
           call: what to ask.
           key: the journal's key of the request.
-          deadline: `time.monotonic()` after which nothing more is tried.
+          deadline: the loop's time (`now()`) after which nothing more is tried.
           accept: turns the `Reply` into journal rows, before they are used.
           patient: False gives up at once where nothing listens, and after two retries: for the probe.
 
@@ -165,20 +178,23 @@ class Traffic:
           CallError: refused, or still failing; its `attempts` says how often it was sent.
           TeacherStopped: nothing more can be asked.
         """
-        tries = answered = 0
+        tries = answered = refused = 0
         while True:
             try:
-                reply, rows, usd, extra = await self._hedged(call, key, deadline, accept)
-                return Sent(reply, rows, usd, tries + 1 + extra)
+                reply, rows, usd = await self._once(call, key, deadline, accept)
+                return Sent(reply, rows, usd, tries + 1)
             except CallError as e:
                 error = e
             self.failed_in_a_row += error.kind == "retry"
             # an unreachable server costs nothing and may come back: only the deadline ends that
             tries, answered = tries + 1, answered + (error.outcome != "unsent")
             error.attempts = tries
-            if error.kind == "stop":
+            again = False
+            if (error.kind == "stop" or error.status == 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
+                refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
+            elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
-            if error.kind != "retry" or (not patient and (error.outcome == "unsent" or tries > 2)):
+            if (error.kind != "retry" and not again) or (not patient and (error.outcome == "unsent" or tries > 2)):
                 raise error
             if answered > self.max_retries:
                 raise error
@@ -186,7 +202,7 @@ class Traffic:
             wait = self.jitter.uniform(0, ceiling)  # full jitter
             if error.retry_after is not None:
                 wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
-            if time.monotonic() + wait >= deadline:
+            if now() + wait >= deadline:
                 missed = CallError(
                     f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status, late=True
                 )
@@ -195,60 +211,18 @@ class Traffic:
             self.retries += 1
             await asyncio.sleep(wait)
 
-    async def _hedged(self, call, key, deadline, accept):
-        """`_once`; and once more beside it, where it has been out for `hedge_s` without an answer.
-
-        Only the first answer becomes journal rows; the other call is cancelled and stays spent.
-
-        Returns:
-          (reply, rows, dollars, calls beyond the first).
-        """
-        if not self.hedge_s:
-            return *await self._once(call, key, deadline, accept), 0
-        taken = []
-
-        def first(reply):  # called in one breath with the write: two answers never both count
-            if taken:
-                raise CallError("another answer came first", "retry", outcome="unknown")
-            taken.append(reply)
-            return accept(reply)
-
-        begun = asyncio.Event()
-        tasks = [asyncio.ensure_future(self._once(call, key, deadline, first, begun))]
-        try:
-            await asyncio.wait([tasks[0], waiter := asyncio.ensure_future(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
-            await asyncio.wait(tasks, timeout=self.hedge_s)
-            if not tasks[0].done():
-                beside = dataclasses.replace(call, lane=None)  # the lane's one connection is taken
-                tasks.append(asyncio.ensure_future(self._once(beside, key, deadline, first)))
-            pending, errors = set(tasks), []
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if not (error := task.exception()):
-                        return *task.result(), len(tasks) - 1
-                    errors.append(error)
-            raise next((e for e in errors if not isinstance(e, CallError)), errors[0])
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _once(self, call, key, deadline, accept, begun=None):
-        """One exchange, with everything that belongs around it; `begun` is set when it goes out."""
+    async def _once(self, call, key, deadline, accept):
+        """One exchange, with everything that belongs around it."""
         id_ = None
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()) as limit:
+            async with asyncio.timeout_at(deadline) as limit:
                 async with self.slots:
-                    while (pause := self.not_before - time.monotonic()) > 0:
+                    while (pause := self.not_before - now()) > 0:
                         await asyncio.sleep(pause)
                     tokens_in, tokens_out = call.max_input_tokens(), call.n * call.max_tokens
                     await self.requests.take(1)
                     await self.tokens.take(tokens_in / 4 + tokens_out)
                     id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)
-                    if begun:
-                        begun.set()
                     return await self._exchange(id_, call, accept)
         except TimeoutError:
             if not limit.expired():
@@ -258,40 +232,86 @@ class Traffic:
     async def _exchange(self, id_, call, accept):
         """The call itself, settled whatever comes of it."""
         self.calls += 1
-        start, settled = time.monotonic(), False
+        start, settled = now(), False
         try:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     reply = await (self.client.score(call) if isinstance(call, ScoreCall) else self.client.call(call))
+            except (CallError, UserError):
+                raise
             except TimeoutError:
                 raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
-            latency = time.monotonic() - start
+            except Exception as e:  # whatever an answer set off: this call's failure, not the run's
+                raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
+            latency = now() - start
             rows = accept(reply)
             settled = True
-            usd = self.budget.settle(id_, "ok", reply, latency=latency, results=rows)
-            self.latencies.append(latency)
-            self.last_success, self.failed_in_a_row = time.monotonic(), 0
+            usd = self.budget.settle(id_, "ok", reply.billed, latency=latency, results=rows)
+            self.last_success, self.failed_in_a_row = now(), 0
             self._heed(reply.limits)
             return reply, rows, usd
         except CallError as e:
             settled = True
-            self.budget.settle(id_, e.outcome, latency=time.monotonic() - start, error=str(e))
+            self.budget.settle(id_, e.outcome, latency=now() - start, error=str(e))
             raise
         finally:
             if not settled:  # cancelled: a deadline, or the run ends; it may have been billed
-                self.budget.settle(id_, "unknown", latency=time.monotonic() - start, error="cancelled")
+                self.budget.settle(id_, "unknown", latency=now() - start, error="cancelled")
 
     def _heed(self, limits: Limits) -> None:
-        """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left."""
-        if limits.requests_per_minute and not self.requests_per_minute:
-            self.requests_per_minute = limits.requests_per_minute
-            self.requests.set(limits.requests_per_minute)
-        if limits.tokens_per_minute and not self.tokens_per_minute:
-            self.tokens_per_minute = limits.tokens_per_minute
-            self.tokens.set(limits.tokens_per_minute)
+        """Takes over what the headers say: the rates where the config names none, and a pause where nothing is left.
+
+        What one answer says is replaced by the next one that says something, and lapses where none does.
+        """
+        for bucket, configured, named in (
+            (self.requests, self.requests_per_minute, limits.requests_per_minute),
+            (self.tokens, self.tokens_per_minute, limits.tokens_per_minute),
+        ):
+            if named and not configured:
+                bucket.set(named, until=now() + HEED_S)
+        left = [n for n in (limits.requests_left, limits.tokens_left) if n is not None]
+        if left and min(left) > 0:
+            self.not_before = 0.0
         for left, reset in (
             (limits.requests_left, limits.requests_reset_s),
             (limits.tokens_left, limits.tokens_reset_s),
         ):
             if left == 0 and reset:
-                self.not_before = max(self.not_before, time.monotonic() + min(reset, 120.0))
+                self.not_before = max(self.not_before, now() + min(reset, HEED_S))
+
+    @contextlib.contextmanager
+    def _waiting(self, deadline: float):
+        """Counts a call as waiting; while any does, a silent service is reported."""
+        ticket = object()
+        self.waiting[ticket] = deadline
+        if self.watch is None or self.watch.done():
+            self.since = now()
+            self.watch = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            yield
+        finally:
+            del self.waiting[ticket]
+            if not self.waiting and self.watch:
+                self.watch.cancel()
+                self.watch = None
+
+    async def _watch(self):
+        """Says on the terminal that nothing comes: after SILENT_S, then every SILENT_AGAIN_S."""
+        said = 0.0
+        while True:
+            quiet_since = max(self.since, self.last_success, said)
+            due = quiet_since + (SILENT_AGAIN_S if said and said == quiet_since else SILENT_S)
+            if now() < due:
+                await asyncio.sleep(due - now())
+                continue
+            said = now()
+            silent = said - max(self.since, self.last_success)
+            self.report(
+                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls wait, "
+                f"the first is given up in {max(0.0, min(self.waiting.values()) - said):.0f} s"
+            )
+
+
+def report(line: str) -> None:
+    """A line for the person at the terminal; a progress display keeps it above itself."""
+    print(wire.scrub(line), file=sys.stderr, flush=True)

@@ -120,12 +120,14 @@ ANSWERS = {"amc23": "2.0", "gsm8k": "1001"}
 def test_a_benchmark_reads_its_own_fields_from_a_local_file(tmp_path, name):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[name]) + "\n")
-    suite = benchmarks.load(f"{name}={path}")
+    suite = benchmarks.load(f"{name}={path}", suffix=benchmarks.BOXED)
     (prompt,) = suite.prompts
     assert (suite.name, suite.grader) == (name, benchmarks.SUITES[name].grader)
     if suite.grader == "math":
         assert prompt.answer == ANSWERS.get(name, "2")
-        assert prompt.messages[0]["content"].endswith(benchmarks.BOXED)
+        assert prompt.messages[0]["content"].endswith(f"\n\n{benchmarks.BOXED}")
+        (plain,) = benchmarks.load(f"{name}={path}").prompts
+        assert prompt.messages[0]["content"] == f"{plain.messages[0]['content'].strip()}\n\n{benchmarks.BOXED}"
     else:
         assert "```python" in prompt.messages[0]["content"]
         assert json.loads(prompt.answer)["asserts"]

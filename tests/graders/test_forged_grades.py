@@ -1,8 +1,8 @@
 """Programs that try to be graded right without being right: none is, wherever the checkout is stored.
 
 cases/forged.jsonl has one program per line, each with a mechanism of its own; where a line has no tests, the task is to
-square a number. {jail}, {checkout}, {prefix}, {python} stand for the folders of the judge's files, of the checkout and of
-the Python installation, and for the name of its executable.
+square a number. {jail}, {checkout}, {prefix}, {python} stand for the folders of the judge's files, of the checkout and
+of the Python installation, and for the name of its executable.
 """
 
 import json
@@ -18,6 +18,7 @@ import pytest
 
 from omniopd_jax import graders
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders import sandbox
 
 REPO = pathlib.Path(__file__).parents[2]
 FORGED = [json.loads(line) for line in (pathlib.Path(__file__).parent / "cases/forged.jsonl").open()]
@@ -25,19 +26,27 @@ SQUARE = {"asserts": "assert f(3) == 9 and f(5) == 25", "entry_point": "f"}
 GRADE = """
 import json, sys
 from omniopd_jax import graders
-with graders.make("code", cpu_seconds=2, wall_seconds=3, workers=3, memory_mb=512) as grader:
+limits = {"cpu_seconds": 2, "wall_seconds": 3, "memory_mb": 512}
+with graders.make("code", workers=3, isolation=sys.argv[2], **limits) as grader:
     pairs = [(p["program"], p["tests"]) for p in json.load(open(sys.argv[1]))]
     right = grader.grade("def f(x):\\n    return x * x", {"asserts": "assert f(3) == 9"})
     print(json.dumps([str(right.reason)] + [[v.passed, v.reason, v.detail] for v in grader.grade_all(*zip(*pairs))]))
 """
 
 
-def grade_from(checkout: pathlib.Path, cases) -> dict:
+def grade_from(checkout: pathlib.Path, cases, isolation: str = "namespaces") -> dict:
     """name -> (passed, reason, detail) of every case, graded by a copy of the package stored in `checkout`."""
-    shutil.copytree(REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(
+        REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    shutil.copytree(
+        REPO / "omniopd_jax/world",
+        checkout / "omniopd_jax/world",
+        ignore=shutil.ignore_patterns("*.pyc", "checkpoints"),
+    )
     for name in ("__init__.py", "errors.py"):
         shutil.copy(REPO / "omniopd_jax" / name, checkout / "omniopd_jax" / name)
-    jail = next(p for p in (checkout / "omniopd_jax/graders/jail", checkout / "omniopd_jax/graders/sandbox") if p.is_dir())
+    jail = checkout / "omniopd_jax/graders/sandbox"
     fill = {
         "{jail}": str(jail), "{checkout}": str(checkout), "{prefix}": sys.base_prefix,
         "{python}": f"python{sys.version_info.major}.{sys.version_info.minor}",
@@ -53,7 +62,7 @@ def grade_from(checkout: pathlib.Path, cases) -> dict:
     for path in [*checkout.rglob("*"), checkout]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     done = subprocess.run(
-        [sys.executable, "-c", GRADE, str(orders)], env=os.environ | {"PYTHONPATH": str(checkout)}, cwd="/",
+        [sys.executable, "-c", GRADE, str(orders), isolation], env=os.environ | {"PYTHONPATH": str(checkout)}, cwd="/",
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -83,22 +92,36 @@ def test_the_list_is_long_and_each_mechanism_its_own():
     assert len({case["mechanism"] for case in FORGED}) == len({case["name"] for case in FORGED}) == len(FORGED) > 40
 
 
+needs_bwrap = pytest.mark.skipif(not sandbox.bwrap(), reason="bubblewrap is not installed")
+BOXES = ["namespaces", pytest.param("bubblewrap", marks=needs_bwrap)]
+PLANTED = [case for case in FORGED if "plant" in case["name"]]
+
+
+def forged(told):
+    """The cases that were graded right."""
+    return {name: v for name, v in told.items() if v[0] or v[1] == "ok"}
+
+
 def test_no_grade_is_forged_from_a_temporary_folder(folder):
-    told = grade_from(folder("/tmp"), FORGED)
-    assert not {name: v for name, v in told.items() if v[0] or v[1] == "ok"}
+    assert not forged(grade_from(folder("/tmp"), FORGED))
 
 
 @pytest.mark.parametrize("parent", ["/dev/shm", "/var/tmp", "~"])
 def test_no_planted_module_is_imported_from_elsewhere(folder, parent):
-    told = grade_from(folder(os.path.expanduser(parent)), [case for case in FORGED if "plant" in case["name"]])
-    assert len(told) > 15 and not {name: v for name, v in told.items() if v[0] or v[1] == "ok"}
+    told = grade_from(folder(os.path.expanduser(parent)), PLANTED)
+    assert len(told) > 15 and not forged(told)
+
+
+@needs_bwrap
+def test_no_planted_module_is_imported_by_a_judge_in_bubblewrap(folder):
+    assert not forged(grade_from(folder("/tmp"), PLANTED, "bubblewrap"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parent", ["/dev/shm", "/var/tmp", "~", "/opt"])
-def test_no_grade_is_forged_from_elsewhere(folder, parent):
-    told = grade_from(folder(os.path.expanduser(parent)), FORGED)
-    assert not {name: v for name, v in told.items() if v[0] or v[1] == "ok"}
+@pytest.mark.parametrize("isolation", BOXES)
+@pytest.mark.parametrize("parent", ["/tmp", "/dev/shm", "/var/tmp", "~", "/opt"])
+def test_no_grade_is_forged_from_elsewhere(folder, parent, isolation):
+    assert not forged(grade_from(folder(os.path.expanduser(parent)), FORGED, isolation))
 
 
 READY = b'{"ready": true}\n'
@@ -146,7 +169,7 @@ class Taken:
 
 @pytest.mark.parametrize("name", ODD_ANSWERS)
 def test_an_odd_answer_is_an_error_of_that_program(monkeypatch, name):
-    grader = graders.make("code", wall_seconds=1, total_seconds=1)
+    grader = graders.make("code", wall_seconds=1, total_seconds=1, isolation="namespaces")
     Taken(monkeypatch, grader, lambda: [ODD_ANSWERS[name]])
     for tests in (SQUARE, {"stdin": ["", ""], "stdout": ["", ""]}):
         verdict = grader.grade("", tests)
@@ -154,24 +177,29 @@ def test_an_odd_answer_is_an_error_of_that_program(monkeypatch, name):
 
 
 def test_an_endless_answer_is_given_up(monkeypatch):
-    grader = graders.make("code", output_kb=64)
+    grader = graders.make("code", output_kb=64, isolation="namespaces")
     taken = Taken(monkeypatch, grader, lambda: iter([READY] + [b"x" * 65536] * 1000))
     assert not grader.grade("", SQUARE)
     assert taken.sent < 4 << 20
 
 
 def test_a_refusal_before_the_start_is_the_users_to_know(monkeypatch):
-    grader = graders.make("code")
+    grader = graders.make("code", isolation="namespaces")
     Taken(monkeypatch, grader, lambda: [b'{"refused": "no namespaces"}\n'])
     with pytest.raises(UserError, match="no namespaces"):
         grader.grade("", SQUARE)
 
 
 def test_the_judge_sees_no_file_of_the_program():
-    program = "import os\nfor d in '/work', '/tmp', '/dev/shm':\n    open(d + '/x', 'w').close()\ndef f(x):\n    return x\n"
-    look = "import os, sys\nassert f(1) == 1\nfor d in '/work', '/tmp', '/dev/shm':\n    assert os.listdir(d) == [], d\n"
+    program = (
+        "import os\nfor d in '/work', '/tmp', '/dev/shm':\n    open(d + '/x', 'w').close()\ndef f(x):\n    return x\n"
+    )
+    look = (
+        "import os, sys\nassert f(1) == 1\nfor d in '/work', '/tmp', '/dev/shm':\n    assert os.listdir(d) == [], d\n"
+    )
     look += "for path in sys.path + [p for m in sys.modules.values() for p in getattr(m, '__path__', None) or ()]:\n"
     look += "    assert path.startswith('/python/lib'), path\n    assert 'packages' not in path, path\n"
-    with graders.make("code") as grader:
-        verdict = grader.grade(program, {"asserts": look})
-    assert verdict, verdict
+    for isolation in sandbox.ISOLATIONS if sandbox.bwrap() else ("namespaces",):
+        with graders.make("code", isolation=isolation) as grader:
+            verdict = grader.grade(program, {"asserts": look})
+        assert verdict, verdict

@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import hf_fixtures
 import jax
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from omniopd_jax import export, hf, model, step
+from omniopd_jax import config, export, hf, model, step
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 
 BASE = model.ModelConfig(
@@ -56,7 +61,7 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def edit(folder, change, file=hf.SINGLE):
+def edit(folder, change, file=safetensors.SINGLE):
     """Rewrites a safetensors file with `change(tensors)` applied."""
     tensors = load_file(folder / file)
     change(tensors)
@@ -88,7 +93,7 @@ def test_load_export_load_is_bit_exact(family, dtype, tmp_path):
 
 def test_the_layout_is_the_tables(folder):
     """One tensor by hand: rows of q_proj are head-major, and the leaf is [layer, D, N, H]."""
-    raw = load_file(folder / hf.SINGLE)
+    raw = load_file(folder / safetensors.SINGLE)
     params, cfg = hf.load(folder)
     q = raw["model.layers.1.self_attn.q_proj.weight"]
     N, H = cfg.num_heads, cfg.head_dim
@@ -103,7 +108,7 @@ def test_shards_with_an_index(family, tmp_path):
     cfg = FAMILIES[family]
     hf.save(tmp_path / "one", random_params(cfg), cfg)
     hf.save(tmp_path / "many", random_params(cfg), cfg, shard_bytes=3000)
-    index = json.loads((tmp_path / "many" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / safetensors.INDEX).read_text())
     files = sorted(f.name for f in (tmp_path / "many").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -116,8 +121,8 @@ def test_a_mesh_reads_each_part_once_and_holds_the_same(family, tmp_path, monkey
     cfg = FAMILIES[family]
     hf.save(tmp_path / "m", random_params(cfg), cfg)
     whole, _ = hf.load(tmp_path / "m")
-    read, true_read = [], hf._read
-    monkeypatch.setattr(hf, "_read", lambda *a, **k: read.append(true_read(*a, **k)) or read[-1])
+    read, true_read = [], safetensors.read
+    monkeypatch.setattr(safetensors, "read", lambda *a, **k: read.append(true_read(*a, **k)) or read[-1])
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 2})
     with jax.transfer_guard("disallow"):
         params, _ = hf.load(tmp_path / "m", mesh=mesh)
@@ -153,7 +158,7 @@ def refused(monkeypatch):
     """refused(folder, *patterns): loading is a UserError of one line that matches all, before any tensor was read."""
 
     def check(folder, *patterns):
-        monkeypatch.setattr(hf, "_read", lambda *a, **k: pytest.fail("a tensor was read"))
+        monkeypatch.setattr(safetensors, "read", lambda *a, **k: pytest.fail("a tensor was read"))
         with pytest.raises(UserError) as error:
             hf.load(folder)
         assert "\n" not in str(error.value)
@@ -173,12 +178,12 @@ def test_a_missing_tensor(folder, refused):
 
 def test_an_extra_tensor(folder, refused):
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.extra.bias": np.zeros(3, np.float32)}))
-    refused(folder, hf.SINGLE, "model.layers.0.self_attn.extra.bias", "no parameter")
+    refused(folder, safetensors.SINGLE, "model.layers.0.self_attn.extra.bias", "no parameter")
 
 
 def test_a_tensor_of_the_wrong_shape(folder, refused):
     edit(folder, lambda t: t.update({K_PROJ: t[K_PROJ].T.copy()[:, :8]}))
-    refused(folder, hf.SINGLE, K_PROJ, "[16, 8]", "[16, 16]")
+    refused(folder, safetensors.SINGLE, K_PROJ, "[16, 8]", "[16, 16]")
 
 
 def test_a_layer_too_many_in_the_config(folder, refused):
@@ -193,36 +198,36 @@ def test_a_layer_too_few_in_the_config(folder, refused):
 
 @pytest.mark.parametrize("keep", [0.9, 0.3])
 def test_a_truncated_file(folder, refused, keep):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content[: int(len(content) * keep)])
-    refused(folder, str(folder / hf.SINGLE), "truncated", "tensor model.")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content[: int(len(content) * keep)])
+    refused(folder, str(folder / safetensors.SINGLE), "truncated", "tensor model.")
 
 
 def test_a_file_cut_inside_its_header(folder, refused):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content[:100])
-    refused(folder, str(folder / hf.SINGLE), "truncated")
-    (folder / hf.SINGLE).write_bytes(b"")
-    refused(folder, str(folder / hf.SINGLE), "truncated")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content[:100])
+    refused(folder, str(folder / safetensors.SINGLE), "truncated")
+    (folder / safetensors.SINGLE).write_bytes(b"")
+    refused(folder, str(folder / safetensors.SINGLE), "truncated")
 
 
 def test_garbage_and_a_changed_header(folder, refused):
-    content = (folder / hf.SINGLE).read_bytes()
-    (folder / hf.SINGLE).write_bytes(content.replace(b'"F32"', b'"F16"', 1))
-    refused(folder, hf.SINGLE, "do not fit")
-    (folder / hf.SINGLE).write_bytes(content + b"tail")
-    refused(folder, hf.SINGLE, "4 bytes after")
-    (folder / hf.SINGLE).write_bytes(b"\x08" + 7 * b"\0" + b"not json")
-    refused(folder, hf.SINGLE, "header cannot be read")
+    content = (folder / safetensors.SINGLE).read_bytes()
+    (folder / safetensors.SINGLE).write_bytes(content.replace(b'"F32"', b'"F16"', 1))
+    refused(folder, safetensors.SINGLE, "do not fit")
+    (folder / safetensors.SINGLE).write_bytes(content + b"tail")
+    refused(folder, safetensors.SINGLE, "4 bytes after")
+    (folder / safetensors.SINGLE).write_bytes(b"\x08" + 7 * b"\0" + b"not json")
+    refused(folder, safetensors.SINGLE, "header cannot be read")
 
 
 def test_a_number_format_that_is_not_read(folder, refused):
     edit(folder, lambda t: t.update({K_PROJ: t[K_PROJ].astype(np.float64)}))
-    refused(folder, hf.SINGLE, K_PROJ, "F64")
+    refused(folder, safetensors.SINGLE, K_PROJ, "F64")
 
 
 def test_pickles_adapters_and_nothing(folder, refused):
-    (folder / hf.SINGLE).unlink()
+    (folder / safetensors.SINGLE).unlink()
     refused(folder, str(folder), "neither model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     refused(folder, "PEFT adapter")
@@ -244,7 +249,7 @@ def test_a_tied_head_may_be_stored_twice_only_if_it_is_the_same(folder, refused)
 def test_shards_that_do_not_match_their_index(tmp_path, refused):
     here = tmp_path / "m"
     hf.save(here, random_params(BASE), BASE, shard_bytes=3000)
-    index = json.loads((here / hf.INDEX).read_text())
+    index = json.loads((here / safetensors.INDEX).read_text())
     file = index["weight_map"][K_PROJ]
     tensors = load_file(here / file)
     save_file({k: v for k, v in tensors.items() if k != K_PROJ}, here / file)
@@ -252,9 +257,9 @@ def test_shards_that_do_not_match_their_index(tmp_path, refused):
     save_file(tensors | {"stray": np.zeros(1, np.float32)}, here / file)
     refused(here, file, "stray")
     (here / file).unlink()
-    refused(here, hf.INDEX, file)
-    (here / hf.INDEX).write_text("[")
-    refused(here, hf.INDEX, "not JSON")
+    refused(here, safetensors.INDEX, file)
+    (here / safetensors.INDEX).write_text("[")
+    refused(here, safetensors.INDEX, "not JSON")
 
 
 def test_no_config_and_no_folder(folder, tmp_path):
@@ -264,7 +269,7 @@ def test_no_config_and_no_folder(folder, tmp_path):
     with pytest.raises(UserError, match="teacher.model = .*no such folder"):
         hf.load(tmp_path / "nowhere", setting="teacher.model")
     with pytest.raises(UserError, match="is a file"):
-        hf.load(folder / hf.SINGLE)
+        hf.load(folder / safetensors.SINGLE)
     with pytest.raises(UserError, match="student.path is empty"):
         hf.read_config("")
 
@@ -331,12 +336,9 @@ def test_tokenizer_chat_template_and_generation_config(folder):
     assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
     assert again("The answer").input_ids == tokenizer("The answer").input_ids
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["do_sample"] is True and generation["temperature"] == 0.6 and generation["pad_token_id"] == 0
+    assert generation == {"temperature": 0.6, "eos_token_id": [2, 7]}, "nothing is added"
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [2, 7]
     assert hf.end_ids(folder, again) == (2, 7)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template"):
-        hf.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         hf.load_tokenizer(folder)
@@ -367,29 +369,85 @@ def test_transformers_opens_the_export_with_equal_logits(family, rope, tmp_path)
 
 
 def test_export_names_a_run_or_one_of_its_steps(tmp_path):
-    assert export.locate(tmp_path) == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints") == (tmp_path, None)
-    assert export.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
+    assert trained_run.locate(tmp_path) == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints") == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
 
 
-def test_export_of_a_checkpoint(folder, tmp_path, monkeypatch):
-    trained = random_params(BASE, seed=3)
-    hf.save(folder, random_params(BASE), BASE, hf_fixtures.tokenizer(), generation_config={"temperature": 0.6})
-    given = []
+def run_of(folder, trained, tmp_path, **student):
+    """A run directory with one checkpoint, of the student in `folder`."""
+    checkpoints = Checkpoints(tmp_path / "run", keep=5)
+    state = step.new_state(trained, FrozenConfigDict(config.default()), jax.random.key(0))
+    checkpoints.save(state.replace(step=jax.numpy.int32(7)), {})
+    checkpoints.close()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"student": {"path": str(folder)} | student}))
+    return tmp_path / "run"
 
-    def restore_params(run_dir, step):
-        given.append((run_dir, step))
-        return trained, {"student": {"path": str(folder)}}
 
-    monkeypatch.setattr(export.checkpoint, "restore_params", restore_params)
-    out = export.export(tmp_path / "run" / "checkpoints" / "7", tmp_path / "out", dtype="float32")
-    assert given == [(tmp_path / "run", 7)]
-    assert same_bits(jax.tree.map(np.asarray, hf.load(out)[0]), trained)
-    assert hf.load_tokenizer(out).chat_template == hf_fixtures.tokenizer().chat_template
-    assert hf.generation_config(out)["temperature"] == 0.6
-    trained.pop("final_norm")
+def test_export_of_a_checkpoint(folder, tmp_path):
+    """A student whose template ends a turn with a token that its own files do not name, and no generation_config."""
+    tokenizer = hf_fixtures.tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    hf.save(folder, random_params(BASE), BASE, tokenizer)
+    trained = jax.tree.map(jax.numpy.asarray, random_params(BASE, seed=3))
+    run = run_of(folder, trained, tmp_path)
+    umask = os.umask(0o077)
+    try:
+        out = export.export(run / "checkpoints" / "7", tmp_path / "out", dtype="float32")
+    finally:
+        os.umask(umask)
+    assert same_bits(hf.load(out)[0], trained)
+    assert {oct(f.stat().st_mode)[-3:] for f in out.iterdir()} == {"644"} and oct(out.stat().st_mode)[-3:] == "755"
+    assert not (out / "generation_config.json").exists()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [0, 2]
+    assert hf.end_ids(out, hf.load_tokenizer(out)) == (0, 2)
+    again = hf.load_tokenizer(out)
+    assert again.chat_template == tokenizer.chat_template and "<|extra|>" in again.all_special_tokens
+    assert again("a<|extra|>b").input_ids == tokenizer("a<|extra|>b").input_ids
+    written = json.loads((out / "tokenizer_config.json").read_text())  # as transformers 4 reads it
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and written["additional_special_tokens"] == ["<|extra|>"]
+    assert not {"extra_special_tokens", "backend"} & written.keys()
+    wider = dataclasses.replace(BASE, hidden_size=32)
+    hf.save(folder, random_params(wider), wider, tokenizer)
     with pytest.raises(UserError, match="not trained from the model in"):
-        export.export(tmp_path / "run", tmp_path / "out2")
+        export.export(run, tmp_path / "out2")
+
+
+def test_generation_defaults_are_the_students_with_every_end_token(folder, tmp_path):
+    generation = {"temperature": 0.6, "eos_token_id": 0}
+    hf.save(folder, random_params(BASE), BASE, hf_fixtures.tokenizer(), generation_config=generation)
+    run = run_of(folder, random_params(BASE), tmp_path, template="plain")
+    out = export.export(run, tmp_path / "out")
+    assert hf.generation_config(out) == {"temperature": 0.6, "eos_token_id": [0, 2]}
+
+
+def test_reading_a_checkpoint_reads_its_parameters_alone(tmp_path):
+    """On the host as numpy, or each device its part; of the bytes a third, for the rest are the optimizer's moments."""
+    rng = np.random.default_rng(0)
+    cfg = dataclasses.replace(BASE, vocab_size=20_000, hidden_size=64)
+    trained = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param)
+    state = step.new_state(jax.tree.map(jax.numpy.asarray, trained), FrozenConfigDict(config.default()), jax.random.key(0))
+    noise = jax.tree.map(lambda a: jax.numpy.asarray(rng.standard_normal(a.shape).astype(a.dtype)), state.opt_state)
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run, keep=1)
+    checkpoints.save(state.replace(opt_state=noise, step=jax.numpy.int32(1)), {})
+    checkpoints.close()
+    hf.save(tmp_path / "m", trained, cfg)
+    (run / "config.json").write_text(json.dumps({"student": {"path": str(tmp_path / "m")}}))
+
+    def read_bytes():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read_bytes()
+    got = trained_run.read(run, None)
+    assert read_bytes() - before < 1.5 * 4 * model.num_params(cfg)
+    assert all(type(a) is np.ndarray for a in jax.tree.leaves(got.params)) and same_bits(got.whole(), trained)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tp": 2})
+    params = trained_run.read(run, 1, mesh).whole(mesh)
+    assert same_bits(params, trained)
+    wanted = model.param_shardings(cfg, mesh)
+    assert all(a.sharding == s for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(wanted)))
 
 
 def test_the_export_command_on_a_run_of_two_checkpoints(folder, tmp_path, params, model_cfg, make_cfg):
@@ -429,10 +487,11 @@ import os, sys
 os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
 import jax
 from omniopd_jax import hf, model
+from omniopd_jax.hf import safetensors
 from omniopd_jax.parallel import sharding
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-read, true_read = [], hf._read
-hf._read = lambda *a, **k: read.append(true_read(*a, **k)) or read[-1]
+read, true_read = [], safetensors.read
+safetensors.read = lambda *a, **k: read.append(true_read(*a, **k)) or read[-1]
 mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tp": 2})  # fsdp lies across the two processes
 params, cfg = hf.load(sys.argv[3], mesh=mesh)
 print("share", sum(a.size for a in read) / model.num_params(cfg))

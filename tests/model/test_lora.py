@@ -16,7 +16,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, preflight
+from omniopd_jax.run import checkpoint, preflight, trained
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -273,7 +273,7 @@ def test_evaluation_and_merged_export_answer_alike(folders, whole):
 
 
 def test_a_run_without_adapters_has_none_to_export(folders, whole, monkeypatch):
-    read = export.read(whole, None)
+    read = trained.read(whole, None)
     monkeypatch.setattr(export, "read", lambda *_: dataclasses.replace(read, lora=config.default().lora))
     with pytest.raises(UserError, match="was trained without LoRA"):
         export.export(whole, folders[0] / "none", adapter=True)
@@ -302,7 +302,7 @@ def test_peft_opens_the_adapters_and_transformers_the_merged_model(folders, whol
         export.export(whole, folder / "merged_2", dtype="float32"), dtype=torch.float32
     ).eval()
     token = np.random.default_rng(0).integers(0, 300, (2, 20))
-    got = export.read(whole, None)
+    got = trained.read(whole, None)
     bare, cfg = hf.load(base)
     compute = model.Compute(lora_scale=lora.scale(got.lora))
     p = jax.jit(lambda p: model.logits(p, cfg, model.hidden(p, cfg, jnp.asarray(token), compute=compute)))(got.whole())

@@ -108,15 +108,26 @@ CASES = {  # name -> (arguments, what the line must hold)
         lambda f: base(f, **{"reward.grader": "taste", "objective.name": "grpo"}),
         ["reward.grader", "'taste'", "world"],
     ),
+    "no grader for answers from a file": (
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}), ["eval.grader", "empty", "math"],
+    ),
+    "a file beside the small world": (
+        lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}), ["data.path", "good.jsonl", "data.source = 'jsonl'"],
+    ),
+    "grpo with one generation": (
+        lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}), ["num_generations = 1", "2 or more"],
+    ),
     "broken line 7": (lambda f: jsonl(f, "broken.jsonl"), ["broken.jsonl", "line 7"]),
     "empty prompt set": (lambda f: jsonl(f, "empty.jsonl"), ["empty.jsonl", "no prompts"]),
     "missing prompt file": (lambda f: jsonl(f, "nowhere.jsonl"), ["data.path", "nowhere.jsonl"]),
     "missing held-out file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl"}),
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl", "eval.grader": "math"}),
         ["eval.path", "/nowhere.jsonl"],
     ),
     "held-out prompts without answers": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl")}),
+        lambda f: jsonl(
+            f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl"), "eval.grader": "math"}
+        ),
         ["answer", "good.jsonl"],
     ),
     "prompt too long": (
@@ -225,9 +236,10 @@ def test_every_recipe_and_variant_loads_and_is_valid(path, variant):
     preflight.validate(c)
     assert config.flat(c).keys() == config.flat(config.default()).keys()
     if variant:
+        assert c.run_dir == f"{recipe(path).get_config().run_dir}-{variant}", "another run has a folder of its own"
         plain = config.flat(recipe(path).get_config())
         changed = {k for k, v in config.flat(c).items() if plain[k] != v}
-        assert changed == set(recipe(path).VARIANTS[variant]), (
+        assert changed - {"run_dir"} == set(recipe(path).VARIANTS[variant]), (
             "a variant changes what it says, and nothing that was so already"
         )
 

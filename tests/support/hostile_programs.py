@@ -1,9 +1,10 @@
 """Programs that attack the sandbox. Each prints `held` where it was stopped and `through` where it was not, or is ended.
 
 ESCAPES: name -> (program, reasons that count as held). `ok` means that the program itself found the door shut and
-printed `held`; so a program with a mistake in it does not pass for a shut door. {canary}, {port}, {marker}, {folder} are
+printed `held`; so a program with a mistake in it does not pass for a shut door. {canary}, {port}, {marker}, {folder}
+are
 filled in by the test: a world-readable host file, a listening TCP port, a mark for command lines, a host folder.
-FAKES: name -> program that tries to pass `assert f(3) == 9 and f(5) == 25` without squaring.
+Programs that forge a grade are in tests/graders/cases/forged.jsonl.
 """
 
 ATTEMPT = """
@@ -18,6 +19,7 @@ def attempt(act, *expected):
 
 CTYPES = """
 import ctypes, os
+x86 = os.uname().machine == "x86_64"
 libc = ctypes.CDLL(None, use_errno=True)
 def system_call(*numbers):
     result = libc.syscall(*numbers)
@@ -27,14 +29,17 @@ def system_call(*numbers):
 """
 
 
+PIPES = "import os\nr, w = os.pipe()\nr2, w2 = os.pipe()\n"
+
+
 def tries(expression, before="import os, socket, signal, resource", errors="OSError"):
     """A program that is held if `expression` raises."""
     return f"{ATTEMPT}\n{before}\nattempt(lambda: {expression}, {errors})\n"
 
 
-def calls(expression):
+def calls(expression, before=""):
     """A program that is held if `expression`, over raw system calls, fails."""
-    return tries(expression, CTYPES)
+    return tries(expression, before + CTYPES)
 
 
 SHUT, TIME, MEMORY, OUTPUT = {"ok"}, {"timeout"}, {"memory"}, {"output"}
@@ -207,6 +212,44 @@ ESCAPES = {
     "become_root": (tries("os.setresuid(0, 0, 0)"), SHUT),
     "core_dump": ("import os\nos.abort()\n", {"error"}),
     "null_pointer": ("import ctypes\nctypes.string_at(0)\n", {"error"}),
+    # memory that no limit of a process counts, and what else of the kernel no program needs
+    "vmsplice": (calls("system_call(278 if x86 else 75, 1, None, 0, 0)"), SHUT),
+    "splice": (tries("(os.write(w, b'x'), os.splice(r, w2, 1))", PIPES), SHUT),
+    "tee": (calls("(os.write(w, b'x'), system_call(276 if x86 else 77, r, w2, 1, 2))", PIPES), SHUT),
+    "aio_slots": (calls("system_call(206 if x86 else 0, 128, ctypes.byref(ctypes.c_ulong(0)))"), SHUT),
+    "shared_anonymous_memory": (tries("mmap.mmap(-1, 1 << 20)", "import mmap"), SHUT),
+    "shared_zero_memory": (tries("mmap.mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)", "import mmap, os"), SHUT),
+    "huge_pages_pool": (calls("system_call(9 if x86 else 222, None, 1 << 21, 3, 0x40022, -1, 0)"), SHUT),
+    "huge_pages_on": (calls("libc.prctl(41, 0, 0, 0, 0) and system_call(-1)"), SHUT),
+    "huge_pages": (CTYPES + "print('held' if libc.prctl(42, 0, 0, 0, 0) == 1 else 'through')\n", SHUT),
+    "larger_pipes": (tries("fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)", "import fcntl, os"), SHUT),
+    "larger_queues": (tries("socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)"), SHUT),
+    "larger_receive_queues": (
+        tries("socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)"), SHUT),
+    "descriptors_in_flight": (
+        tries("a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))])",
+              "import array, socket\na, b = socket.socketpair()"), SHUT),
+    "unix_sockets": (tries("socket.socket(socket.AF_UNIX).bind('s')"), SHUT),
+    "extended_attributes": (tries("(open('f', 'w').close(), os.setxattr('f', 'user.x', b'v' * 60000))"), SHUT),
+    "inotify": (calls("libc.inotify_init1(0) >= 0 or system_call(-1)"), SHUT),
+    "landlock": (calls("system_call(444, None, 0, 1)"), SHUT),
+    "seccomp_filter": (calls("system_call(317 if x86 else 277, 2, 0, None)"), SHUT),
+    "clone3_namespace": (
+        calls("os._exit(0) if system_call(435, ctypes.create_string_buffer(bytes([0, 0, 0, 0x10]) + bytes(84)), 88) == 0 "
+              "else 1"), SHUT),
+    "mountinfo": (tries("open('/proc/self/mountinfo').read()"), SHUT),
+    "mounts": (tries("open('/proc/self/mounts').read()"), SHUT),
+    "listmount": (calls("system_call(458, ctypes.create_string_buffer(bytes([24]) + bytes(7) + b'\\xff' * 8 + bytes(8)), "
+                        "ctypes.create_string_buffer(800), 100, 0)"), SHUT),
+    "host_paths_in_maps": (
+        "import sys\ntry:\n    text = open('/proc/self/maps').read()\nexcept OSError:\n    text = ''\n"
+        "print('through' if '/root' in text or '/home' in text else 'held')\n", SHUT),
+    "files_of_the_judge": (tries("open('/files/outer.py', 'a')"), SHUT),
+    "sockets_hold_memory": (
+        "import os, socket\nheld, pairs = 0, []\ntry:\n    while True:\n        a, b = socket.socketpair()\n"
+        "        pairs += [a, b]\n        a.setblocking(False)\n        try:\n            while True:\n"
+        "                held += a.send(b'x' * 65536)\n        except BlockingIOError:\n            pass\n"
+        "except OSError:\n    print('held' if held < 16 << 20 else held)\n", SHUT),
     # exits
     "exit_code": ("print('held')\nimport sys\nsys.exit(3)\n", {"error"}),
     "quit_early": ("import os\nos._exit(0)\n", {"wrong_answer"}),
@@ -216,73 +259,4 @@ ESCAPES = {
     "broken_text": ("import sys\nsys.stdout.buffer.write(bytes(range(256)))\n", {"wrong_answer"}),
     "null_in_source": ("print('held')\0", {"error"}),
     "surrogate_in_source": ("print('\ud800')", {"error", "wrong_answer"}),
-}  # fmt: skip
-
-ALWAYS_EQUAL = """
-class Same:
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    def __bool__(self): return True
-    def __hash__(self): return 9
-"""
-
-FAKES = {
-    "exit_early": "import os\nos._exit(0)\n",
-    "exit_in_call": "import os\ndef f(x):\n    os._exit(0)\n",
-    "system_exit": "import sys\ndef f(x):\n    sys.exit(0)\n",
-    "always_equal": ALWAYS_EQUAL + "def f(x):\n    return Same()\n",
-    "always_equal_integer": ALWAYS_EQUAL + "class I(Same, int): pass\ndef f(x):\n    return I(7)\n",
-    "always_equal_list": ALWAYS_EQUAL + "class L(Same, list): pass\ndef f(x):\n    return L()\n",
-    "patched_builtins": (
-        "import builtins\nbuiltins.AssertionError = type('Quiet', (Exception,), {})\nbuiltins.all = lambda *a: True\n"
-        "builtins.print = lambda *a: None\ndef f(x):\n    return 7\n"),
-    "patched_modules": (
-        "import sys, json\njson.dumps = lambda *a, **k: '{\"value\": 9}'\nsys.modules['ast'] = None\n"
-        "def f(x):\n    return 7\n"),
-    "patched_server": (
-        "import sys\nmain = sys.modules['__main__']\nmain.encode = lambda v, keep: {'value': 'ok'}\n"
-        "main.describe = lambda e: ['ok', '']\ndef f(x):\n    return 7\n"),
-    "frames": (
-        "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        frame.f_globals['passed'] = True\n"
-        "        for k, v in list(frame.f_locals.items()):\n            if 'assert' in str(v):\n"
-        "                return eval(str(v).split('==')[1])\n        frame = frame.f_back\n    return 7\n"),
-    "garbage_search": (
-        "import gc, re\nseek = re.compile(r'f\\(3\\) =[=] 9').search\ndef f(x):\n    for o in gc.get_objects():\n"
-        "        if isinstance(o, (dict, list, tuple)) and seek(repr(o)[:10000]):\n"
-        "            return x * x\n    return 7\n"),
-    "search_memory": (
-        "import re\nseek = re.compile(rb'f\\(3\\) =[=] 9').search\ndef f(x):\n    for line in open('/proc/self/maps'):\n"
-        "        a, b = (int(v, 16) for v in line.split()[0].split('-'))\n        try:\n"
-        "            m = open('/proc/self/mem', 'rb')\n            m.seek(a)\n            if seek(m.read(b - a)):\n"
-        "                return x * x\n        except (OSError, OverflowError, ValueError, MemoryError):\n            pass\n"
-        "    return 7\n"),
-    "write_verdict": (
-        "import os\nfor fd in range(1, 64):\n    try:\n        os.write(fd, b'{\"reason\": \"ok\", \"detail\": \"\"}\\n')\n"
-        "    except OSError:\n        pass\nos._exit(0)\n"),
-    "answer_in_advance": (
-        "import os\nfor body in (b'{\"value\": null}', b'{\"value\": true}', b'{\"reason\": \"ok\"}', b'{\"value\": 1}') * 9:\n"
-        "    os.write(3, len(body).to_bytes(8, 'big') + body)\ndef f(x):\n    return 7\n"),
-    "huge_frame": "import os\nos.write(3, b'\\xff' * 64)\ndef f(x):\n    return 9\n",
-    "deep_frame": "import os\nb = b'[' * 10 ** 6\nos.write(3, len(b).to_bytes(8, 'big') + b)\ndef f(x):\n    return 9\n",
-    "odd_frame": "import os\nb = b'{\"value\": {\"set\": [[1]]}}'\nos.write(3, len(b).to_bytes(8, 'big') + b)\n",
-    "no_such_tag": "import os\nb = b'{\"value\": {\"eval\": \"1\"}}'\nos.write(3, (len(b).to_bytes(8, 'big') + b) * 3)\n",
-    "raise_something": "def f(x):\n    raise BaseException('ok')\n",
-    "raise_stop_iteration": "def f(x):\n    raise StopIteration\n",
-    "odd_exception": (
-        "class E(Exception):\n    def __str__(self): raise SystemExit(0)\ndef f(x):\n    raise E\n"),
-    "at_exit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x):\n    return 7\n",
-    "close_line": "import os\nos.close(3)\ndef f(x):\n    return 9\n",
-    "kill_judge": "import os\nfor s in (9, 15):\n    try:\n        os.kill(-1, s)\n    except OSError:\n        pass\n",
-    "thread_floods_line": (
-        "import os, threading\nb = b'{\"value\": 9}'\ndef flood():\n    while True:\n"
-        "        os.write(3, len(b).to_bytes(8, 'big') + b)\nthreading.Thread(target=flood, daemon=True).start()\n"
-        "def f(x):\n    return 7\n"),
-    "define_check": "def check(*a):\n    pass\ndef f(x):\n    return 7\n",
-    "always_true_callable": ALWAYS_EQUAL + "f = Same\n",
-    "lazy_infinite": "def f(x):\n    return iter(int, 1)\n",
-    "hang_in_call": "def f(x):\n    while True:\n        pass\n",
-    "hang_at_load": "import time\ntime.sleep(1000)\n",
-    "huge_result": "def f(x):\n    return 'x' * (80 << 20)\n",
-    "cyclic_result": "def f(x):\n    a = []\n    a.append(a)\n    return a\n",
-    "fork_in_call": "import os\ndef f(x):\n    os.fork()\n    return 7\n",
 }  # fmt: skip

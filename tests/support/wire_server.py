@@ -64,7 +64,7 @@ class WireServer:
         self.rng = random.Random(0)
         self.retry_after_s, self.stall_s, self.delay_s = 0.2, 30.0, 0.0
         self.headers = {}  # sent with every answer
-        self.mangle = None  # the body of a 200 answer -> what goes out in its place
+        self.mangle = None  # the body of a 200 answer -> what goes out in its place: an object, bytes, (status, headers, bytes)
         self.max_context = None  # characters; longer requests get the provider's own 400
         self.log, self.lock, self.log_file = [], threading.Lock(), None
         self.in_flight = self.most_in_flight = 0
@@ -235,8 +235,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         answer = protocol.answer(asked, texts, usage)
         if asked.get("score"):
             answer["choices"] = [protocol.scored(owner, asked)]
-        answer = json.dumps(owner.mangle(answer) if owner.mangle else answer).encode()
+        answer = owner.mangle(answer) if owner.mangle else answer
         self.entry["usage"] = usage
+        if isinstance(answer, tuple):
+            return self._answer(answer[0], answer[2], answer[1])
+        answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         if fault == "truncated":
             return self._answer(200, answer[: len(answer) // 2])
         if fault == "cut":

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from omniopd_jax import config, hf, model, rollout, teachers
-from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import template
 from omniopd_jax.teachers import ContinuationRequest
 from omniopd_jax.teachers.local import LocalTeacher
 
@@ -120,7 +120,7 @@ def test_usage_counts_the_rendered_prompt(teacher):
     tok = tiny.tokenizer()
     (got,) = ask(teacher, request(prefix="The sum"))
     assert got.usage.tokens_in == len(
-        tok(data.render(tok, MESSAGES[0]) + "The sum", add_special_tokens=False)["input_ids"]
+        tok(template.make(tok).render(MESSAGES[0]) + "The sum", add_special_tokens=False)["input_ids"]
     )
 
 
@@ -132,7 +132,7 @@ def script(tok, text: str, *, end: bool):
 
     The layers write nothing, so the next token depends on the last one alone: `text` must not repeat a token.
     """
-    prompt = tok(data.render(tok, MESSAGES[0]), add_special_tokens=False)["input_ids"]
+    prompt = tok(template.make(tok).render(MESSAGES[0]), add_special_tokens=False)["input_ids"]
     chain = [prompt[-1], *tok(text, add_special_tokens=False)["input_ids"], *([tok.eos_token_id] if end else [])]
     assert len(set(chain)) == len(chain), "a token repeats"
     V = len(tok)
@@ -144,7 +144,7 @@ def script(tok, text: str, *, end: bool):
     for a, b in zip(chain, chain[1:]):
         table[a, b] = 60.0
     params |= {"embed": jax.numpy.eye(V), "head": jax.numpy.asarray(table) / V**0.5}
-    return LocalTeacher(params, cfg, tok, end_ids=(tok.eos_token_id,), foreign_tokenizer=False), len(chain) - 1
+    return LocalTeacher(params, cfg, template.make(tok), end_ids=(tok.eos_token_id,), foreign_tokenizer=False), len(chain) - 1
 
 
 @pytest.mark.parametrize("text", [" so7", "so 7", "\tx y", "é 日😀", " a\t"], ids=repr)
@@ -251,9 +251,9 @@ def test_continuations_follow_the_models_own_distribution():
     """First tokens of 4,000 continuations against the softmax of the model's logits (chi-square by hand, 4 sigma)."""
     tok = tiny.tokenizer()
     params, cfg = tiny.random_model(len(tok), 5, sharpness=60.0)
-    teacher = LocalTeacher(params, cfg, tok, end_ids=(), foreign_tokenizer=False)
+    teacher = LocalTeacher(params, cfg, template.make(tok), end_ids=(), foreign_tokenizer=False)
     got = ask(teacher, *(request(f"s{i}", n=100, max_tokens=1) for i in range(40)))
-    ids = tok(data.render(tok, MESSAGES[0]) + "The sum", add_special_tokens=False)["input_ids"]
+    ids = tok(template.make(tok).render(MESSAGES[0]) + "The sum", add_special_tokens=False)["input_ids"]
     token_BL = np.array([ids], np.int32)
     p_V = np.asarray(jax.nn.softmax(model.logits(params, cfg, model.hidden(params, cfg, token_BL))[0, -1]), np.float64)
     text_p = {}

@@ -91,9 +91,9 @@ asyncio.run(run())
 
 
 def test_processes_that_share_a_folder_share_the_cap(tmp_path):
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     with WireServer(delay_s=0.02) as server:
-        code = WORKER.format(tests=str(here), repo=str(here.parent), url=server.url("openai"), folder=str(tmp_path))
+        code = WORKER.format(tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(tmp_path))
         workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
         assert [w.wait(timeout=60) for w in workers] == [0, 0]
         assert len(server.calls()) == 40
@@ -167,10 +167,10 @@ def test_the_allowance(way, expect, tmp_path):
 
         async def run():
             async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
-                before = teacher.allowance(2, 2)
+                before = teacher.allowance(2, 2, 10, 10)
                 for i in range(10):
                     await teacher.continue_text(request(f"s{i}", n=2))
-                return before, teacher.allowance(2, 2)
+                return before, teacher.allowance(2, 2, 10, 10)
 
         before, after = asyncio.run(run())
     assert before == (10, 10)  # nothing is known yet

@@ -10,8 +10,7 @@ import pytest
 from teacher_kit import EXTENSIONS, ask, cfg_for, request, teacher_of, texts
 from wire_server import FAULTS, LANGUAGE, WireServer
 
-from omniopd_jax.teachers import Continuation, TeacherStopped
-from omniopd_jax.teachers.journal import Journal
+from omniopd_jax.teachers import TeacherStopped
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -34,9 +33,9 @@ def delivered(server, provider, requests):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_n_is_what_the_servers_log_says_arrived(provider, tmp_path):
     requests = [request(f"s{s}", p, f"<s{s}:{p}> so", n=3, max_tokens=6) for s in range(6) for p in (4, 9, 12)]
-    settings = {"teacher.timeout_s": 0.6, "teacher.max_retries": 3, "teacher.max_concurrency": 12, "teacher.deadline_s": 30.0}
+    settings = {"teacher.timeout_s": 1.5, "teacher.max_retries": 3, "teacher.max_concurrency": 12, "teacher.deadline_s": 30.0}
     with WireServer(
-        extensions=EXTENSIONS[provider], share=0.3, kinds=list(FAULTS), stall_s=1.5, rng=random.Random(3), retry_after_s=0.1
+        extensions=EXTENSIONS[provider], share=0.3, kinds=list(FAULTS), stall_s=3.0, rng=random.Random(3), retry_after_s=0.1
     ) as server:
         c = cfg_for(server.url(provider), provider, tmp_path, **settings)
         results = ask(c, *requests)
@@ -114,10 +113,9 @@ def test_a_text_that_the_service_withheld_is_no_continuation(provider, change, t
 
 
 ODD = {
-    "openai": [{"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": 3}]}, {"choices": {}}, {"usage": "free"},
-               {"usage": {"prompt_tokens": "many"}}, {"usage": {"prompt_tokens": 5, "prompt_tokens_details": [1]}}],
-    "anthropic": [{"content": None}, {"usage": [1]}, {"usage": {"input_tokens": "x"}}],
-    "gemini": [{"candidates": "x"}, {"candidates": [3]}, {"usageMetadata": "x"}],
+    "openai": [{"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": 3}]}, {"choices": {}}],
+    "anthropic": [{"content": None}, {"content": 3}],
+    "gemini": [{"candidates": "x"}, {"candidates": [3]}],
 }  # fmt: skip
 
 
@@ -163,32 +161,6 @@ def test_a_prefix_longer_than_the_teachers_context_costs_its_audit_and_no_more(p
 def test_a_context_too_short_for_everything_stops_the_run(tmp_path):
     with WireServer(max_context=5) as server, pytest.raises(TeacherStopped, match="context is too short"):
         ask(cfg_for(server.url("openai"), "openai", tmp_path), *(request(f"s{i}") for i in range(20)))
-
-
-def test_hedging_takes_the_first_answer_and_pays_for_both(tmp_path):
-    prices = {"teacher.price_input": 1.0, "teacher.price_output": 1.0}
-    with WireServer(faults=["stall"], stall_s=3.0) as server:
-        c = cfg_for(server.url("openai"), "openai", tmp_path, **prices | {"teacher.hedge_s": 0.3, "teacher.timeout_s": 10.0})
-        start = time.monotonic()
-        [result, other] = ask(c, request(), request("s1"))
-        assert time.monotonic() - start < 2.5
-        assert len(result.continuations) == len(other.continuations) == 4
-        assert len(server.calls()) == 3 and result.usage.calls + other.usage.calls == 3
-    kept = Journal(tmp_path / "journal")
-    totals = kept.totals()
-    kept.close()
-    assert totals.calls == 3 and totals.usd > result.usage.cost_usd + other.usage.cost_usd + 0.001  # the lost one in full
-
-
-def test_two_answers_of_a_hedged_call_never_both_count(tmp_path):
-    """All answers take as long as the hedge waits: both arrive together, and what is used is what the journal holds."""
-    with WireServer(delay_s=0.2, speak=lambda c, m, seed, i: f" {time.monotonic_ns()}") as server:
-        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.hedge_s": 0.01, "teacher.max_concurrency": 16})
-        first = ask(c, *(request(f"s{i}") for i in range(8)))
-        calls = len(server.calls())
-        again = ask(c, *(request(f"s{i}") for i in range(8)))
-        assert 8 < calls == len(server.calls())
-    assert [texts(r) for r in first] == [texts(r) for r in again]
 
 
 def test_a_deadline_missed_once_lowers_n_and_is_remembered(tmp_path):
@@ -273,7 +245,7 @@ def test_gone_and_back(tmp_path):
         server.stop()
 
 
-def test_metrics(tmp_path):
+def test_metrics_are_of_the_calls_since_they_were_last_taken(tmp_path):
     with WireServer(faults=["500"]) as server:
 
         async def run():
@@ -283,7 +255,7 @@ def test_metrics(tmp_path):
                 return teacher.metrics(), teacher.metrics()
 
         first, second = asyncio.run(run())
-    assert first["teacher/calls"] == 2 and first["teacher/retries"] == 1 and first["teacher/replayed"] == 4
-    assert first["teacher/latency_p95"] >= first["teacher/latency_p50"] > 0 and first["teacher/cache_hit_rate"] > 0
+    assert first["teacher/calls"] == 2 and first["teacher/retries"] == 1
+    assert first["teacher/replayed_fraction"] == 0.5 and 0.4 < first["teacher/cache_hit_rate"] <= 0.5
+    assert first["teacher/latency_p95"] >= first["teacher/latency_p50"] > 0
     assert second["teacher/calls"] == 0
-    assert isinstance(Continuation(0, "", "stop"), Continuation)

@@ -1,5 +1,6 @@
 """The journal: nothing paid for is lost or paid twice, whatever kills the process."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,11 +22,17 @@ from omniopd_jax.teachers import Continuation, Failure, TeacherStopped, journal
 from omniopd_jax.teachers.journal import Journal, Totals
 
 
+def buy(j, who, peak, continuation):
+    """A call that brings one text."""
+    call = j.ask(b"k" * 16, 1, 10, 0.5, Totals())
+    j.settle(call, "ok", usage=(4, 1, 2, 0.25), results=[(b"k" * 16, who, peak, continuation, None)])
+
+
 def fill(folder, name="a", n=3):
     j = Journal(folder)
     j.describe(b"k" * 16, {"model": "m"}, [{"role": "user", "content": "x"}], "so")
     for i in range(n):
-        j.put(b"k" * 16, name, 3, Continuation(i, f"text {i} \u00e9\n", "stop"))
+        buy(j, name, 3, Continuation(i, f"text {i} \u00e9\n", "stop"))
     j.put_failure(b"k" * 16, name, 3, Failure(n, "deadline"))
     j.close()
 
@@ -40,8 +47,10 @@ def test_what_is_put_is_got(tmp_path):
     for key, who, peak in ((b"x" * 16, "a", 3), (b"k" * 16, "c", 3), (b"k" * 16, "a", 4)):
         assert j.get(key, who, peak, range(6)) == {}
     assert j.count() == 8 and sum(p["continuations"] for p in j.position().values()) == 8
-    assert len(list(tmp_path.glob("*.sqlite"))) == 2  # reading makes no file
+    assert [p.name for p in tmp_path.glob("*.sqlite")] == ["journal.sqlite"]  # one a host
     j.close()
+    Journal(tmp_path / "none").close()
+    assert not (tmp_path / "none").exists()  # reading makes no file
 
 
 def test_samples_are_fresh_by_who_asks_and_shared_by_the_same(tmp_path):
@@ -182,12 +191,12 @@ print(json.dumps([texts(r) for r in out]), flush=True)
 
 @pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     rng = random.Random(5)
     with WireServer(delay_s=0.05, honours_n=False) as server:
 
         def run(folder):
-            code = RUN.format(tests=str(here), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
+            code = RUN.format(tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
             return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
         whole = run(tmp_path / "whole")
@@ -213,10 +222,11 @@ def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
         time.sleep(0.2)
         calls = server.calls()[mark:]
     j = Journal(tmp_path / "killed" / "journal")
-    states = dict(row for c in j._connections() for row in c.execute("select status, count(*) from calls group by 1"))
     totals = j.totals()
-    lost = [s for c in j._connections() for (s,) in c.execute("select status from calls") if s == "asked"]
     j.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "killed" / "journal" / journal.NAME)) as db:
+        states = dict(db.execute("select status, count(*) from calls group by 1").fetchall())
+        lost = [s for (s,) in db.execute("select status from calls where status = 'asked'")]
     paid_twice = sum(len(e["texts"]) for e in calls) - sum(len(r) for r in expected)
     assert kills >= wanted - 1 and 0 <= paid_twice <= len(lost) <= kills * 4, (kills, paid_twice, states)
     assert len(calls) <= totals.calls <= len(calls) + len(lost)  # in flight stays spent
@@ -228,7 +238,7 @@ def test_export(tmp_path):
         ask(c, request("a", n=2), request("b", n=2))
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "omniopd_jax.teachers.journal", "export", str(tmp_path / "journal"), str(out)]
-    repo = str(pathlib.Path(__file__).parent.parent)
+    repo = str(pathlib.Path(__file__).parents[2])
     done = subprocess.run(command, capture_output=True, text=True, cwd=repo)
     assert done.returncode == 0 and "4 continuations" in done.stdout, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -242,4 +252,136 @@ def test_export(tmp_path):
 def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        Journal(tmp_path / "file" / "j").put(b"k", "a", 0, Continuation(0, "", "stop"))
+        buy(Journal(tmp_path / "file" / "j"), "a", 0, Continuation(0, "", "stop"))
+
+
+# what the disk does to it
+
+
+def change(folder, sql, *values):
+    with contextlib.closing(sqlite3.connect(folder / journal.NAME)) as db:
+        db.execute(sql, values)
+        db.commit()
+
+
+@pytest.mark.parametrize(
+    "column,value", [("text", "text 2 e"), ("text", None), ("finish", "length"), ("error", "x"), ("raw", "r")]
+)
+def test_a_text_that_changed_on_disk_is_refused_by_name(column, value, tmp_path):
+    fill(tmp_path)
+    change(tmp_path, f"update continuations set {column} = ? where idx = 1", value)
+    j = Journal(tmp_path)
+    assert j.get(b"k" * 16, "a", 3, [0])[0].text == "text 0 \u00e9\n"
+    with pytest.raises(UserError, match="journal.sqlite: text 1 of sample a at peak 3"):
+        j.get(b"k" * 16, "a", 3, range(3))
+    j.close()
+    assert journal.main(["forget", str(tmp_path), "a", "3"]) == 0  # as the line says
+    j = Journal(tmp_path)
+    assert j.get(b"k" * 16, "a", 3, range(3)) == {} and j.totals().calls == 3
+    j.close()
+
+
+def test_a_changed_text_stops_the_run_with_its_state(tmp_path):
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        ask(c, request("a"))
+        change(tmp_path / "journal", "update continuations set text = 'no' where idx = 2")
+        with pytest.raises(TeacherStopped, match="text 2 of sample a"):
+            ask(c, request("a"))
+
+
+OLD_SCHEMA = """
+create table requests (key blob primary key, about text not null, messages blob not null, prefix blob not null);
+create table continuations (
+  key blob not null, sample_id text not null, peak integer not null, idx integer not null,
+  text text, finish text, error text, raw text, call integer, time real not null,
+  primary key (key, sample_id, peak, idx)) without rowid;
+create table calls (
+  id integer primary key, key blob, n integer not null, status text not null, time real not null, latency real,
+  tokens_in integer, tokens_cached integer, tokens_out integer, usd real, max_tokens integer, max_usd real, error text);
+create table totals (calls integer not null, tokens integer not null, usd real not null);
+create table modes (provider text, model text, asked text, mode text, report text, time real,
+  primary key (provider, model, asked));
+"""
+
+
+def old_file(folder, name, who, *, usd):
+    """A journal of the first schema: one file a process, no checksums; one call of known cost and one that was lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(folder / name)) as db:
+        db.executescript(f"pragma application_id = {journal.APPLICATION_ID}; pragma user_version = 1; {OLD_SCHEMA}")
+        db.execute("insert into totals values (2, 30, ?)", (2 * usd,))
+        for status, billed in (("ok", usd), ("asked", None)):
+            tokens = (10, 0, 5) if billed else (None,) * 3
+            row = (b"k" * 16, 1, status, 1.0, *tokens, billed, 15, usd)
+            db.execute(
+                "insert into calls (key, n, status, time, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd) "
+                "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
+            )  # fmt: skip
+        for i in range(3):
+            db.execute(
+                "insert into continuations (key, sample_id, peak, idx, text, finish, time) values (?, ?, 3, ?, ?, 'stop', 1.0)",
+                (b"k" * 16, who, i, f"old {i}"),
+            )
+        db.execute("insert into modes values ('openai', 'm', 'auto', 'prefill', '{}', 1.0)")
+        db.commit()
+
+
+def test_journals_of_the_first_schema_are_read_and_imported_once(tmp_path):
+    old_file(tmp_path, "20260101T000000.000000-1-aaaaaa.sqlite", "a", usd=0.25)
+    old_file(tmp_path, "20260102T000000.000000-2-bbbbbb.sqlite", "b", usd=0.5)
+    want = {i: Continuation(i, f"old {i}", "stop") for i in range(3)}
+    for _ in range(3):  # read before any write, then imported, then again
+        j = Journal(tmp_path)
+        assert j.get(b"k" * 16, "a", 3, range(3)) == j.get(b"k" * 16, "b", 3, range(3)) == want
+        assert j.totals() == Totals(4, 60, 1.5) and j.unknown() == Totals(2, 30, 0.75) and j.spent() == Totals(4, 60, 1.5)
+        assert j.mode("openai", "m", "auto") == "prefill"
+        j.put_mode("openai", "n", "auto", "prefix", {})
+        assert j.totals() == Totals(4, 60, 1.5) and j.count() == 6
+        j.close()
+    assert len(list(tmp_path.glob("2026*.sqlite"))) == 2  # left where they are
+    j = Journal(tmp_path)
+    assert isinstance(j.ask(b"k" * 16, 1, 10, 0.5, Totals(usd=2.0)), int)
+    assert j.ask(b"k" * 16, 1, 10, 0.1, Totals(usd=2.0)) == "usd"
+    j.close()
+
+
+def test_another_hosts_snapshot_is_imported_beside_the_one_that_is_there(tmp_path):
+    fill(tmp_path / "here", "a")
+    fill(tmp_path / "there", "b")
+    for host in ("here", "there"):
+        j = Journal(tmp_path / host)
+        j.copy_to(tmp_path / f"copy of {host}")
+        j.close()
+    for _ in range(2):
+        assert journal.restore(tmp_path / "copy of here", tmp_path / "here") == 0
+        journal.restore(tmp_path / "copy of there", tmp_path / "here")
+        j = Journal(tmp_path / "here")
+        assert j.count() == 8 and j.totals() == Totals(6, 36, 1.5)
+        j.put_mode("openai", "m", "auto", "prefix", {})
+        j.close()
+
+
+def test_the_probes_questions_are_paid_once_over_many_starts(tmp_path):
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "auto"})
+        _, first = check(c)
+        calls = len(server.calls())
+        for _ in range(3):
+            _, again = check(c)
+            assert again.mode == first.mode and again.latency_s == first.latency_s
+        assert len(server.calls()) == calls and "answers from the journal" in again.table()
+        c.teacher.replay = "off"
+        check(c)
+        assert len(server.calls()) == 2 * calls
+
+
+def test_a_probe_that_met_refusals_is_paid_once_too(tmp_path):
+    with WireServer(extensions={"prefix"}, refuses={"seed"}) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "auto"})
+        _, first = check(c)
+        calls = len(server.calls())
+        _, again = check(c)
+        assert len(server.calls()) == calls and again.mode == first.mode == "prefix"
+        [result] = ask(c, request())
+        assert len(result.continuations) == 4

@@ -1,288 +1,37 @@
 """What the providers share: one call and its reply, what an error means, secrets, HTTP clients.
 
-A provider's client (`openai_api`, `anthropic_api`, `gemini_api`) turns a `Call` into one HTTP exchange and either
-returns a `Reply` or raises a `CallError`, which says whether asking again can help and whether it may have been
-billed. Retries, limits, money and memory are not its business: `traffic`, `budget`, `journal`.
+A provider's client (`openai`, `anthropic`, `gemini`) turns a `Call` into one HTTP exchange and either returns a `Reply` or
+raises a `CallError`, which says whether asking again can help and whether it may have been billed. Retries, limits, money and
+memory are not its business: `traffic`, `budget`, `journal`. Every answer is read by `read`, bounded and checked by `http`.
 """
 
-import contextlib
-import dataclasses
-import datetime
-import email.utils
 import os
-import re
-import time
-import urllib.parse
 
-from omniopd_jax.errors import UserError
+from omniopd_jax.teachers.wire import http, read, secrets
+from omniopd_jax.teachers.wire.calls import Billed, Call, CallError, Limits, Reply, ScoreCall, Text, text_of
+from omniopd_jax.teachers.wire.http import (
+    Connection,
+    duration,
+    exchange,
+    from_exception,
+    from_status,
+    limits,
+    named_field,
+    retry_after,
+)
+from omniopd_jax.teachers.wire.read import as_promised, malformed
+from omniopd_jax.teachers.wire.secrets import KEYS, api_key, base_url, check_key_may_go, hide_keys, scrub
 
+__all__ = [
+    "KEYS", "MODES", "VERSION", "Billed", "Call", "CallError", "Connection", "Learner", "Limits", "Reply",
+    "ScoreCall", "Text", "after_prefix", "api_key", "as_promised", "bare", "base_url", "check_key_may_go", "clean",
+    "duration", "exchange", "from_exception", "from_status", "hide_keys", "http", "limits", "malformed", "named_field", "read",
+    "retry_after", "scrub", "secrets", "text_of",
+]  # fmt: skip
 MODES = ("completion", "prefill", "continue_final_message", "prefix", "instruct")
 VERSION = 1  # of how a mode is put on the wire: part of every journal key
-KEYS = {
-    "openai": ("OPENAI_API_KEY",),
-    "anthropic": ("ANTHROPIC_API_KEY",),
-    "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
-}
-TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic and Gemini say that a request does not fit
-    r"context[ _-]?(?:length|size|window)|maximum context|(?:prompt|input|request)s? (?:is|are) too (?:long|large)|"
-    r"longer than the model|exceeds? the maximum number of tokens|input token count|must have less than \d+ tokens|"
-    r"max_model_len|max_new_tokens`? must be <=",
-    re.IGNORECASE,
-)
-FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking")
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names.
-
-    `lane` picks the connection that a response's prefixes share (None: any).
-    """
-
-    messages: tuple
-    prefix: str
-    n: int
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    mode: str
-    lane: int | None = None
-
-    def max_input_tokens(self) -> int:
-        """An upper bound: no tokenizer makes more tokens than bytes; 1,024 more for templates and our instruction."""
-        return 1024 + sum(64 + len(text_of(m).encode()) for m in self.messages) + len(self.prefix.encode())
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreCall:
-    """One exchange that writes next to nothing: the log-probs of `token_ids` after `prompt_ids`, in the student's tokens."""
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    way: str  # how the server is asked: one of scoring.WAYS
-    lane: int | None = None
-    n: int = 1
-    max_tokens: int = 1  # servers refuse 0
-
-    def max_input_tokens(self) -> int:
-        """An upper bound: the ids themselves, and a start token that a server may add."""
-        return len(self.prompt_ids) + len(self.token_ids) + 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """One text that came back; `finish` is `stop`, `length`, or `withheld` where the provider kept (part of) it back."""
-
-    text: str
-    finish: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the response headers say of rate limits; None where they say nothing. Seconds until the reset."""
-
-    requests_per_minute: int | None = None
-    requests_left: int | None = None
-    requests_reset_s: float | None = None
-    tokens_per_minute: int | None = None
-    tokens_left: int | None = None
-    tokens_reset_s: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What one exchange brought. `tokens_in` holds the cached and the cache-writing ones; `tokens_out` the hidden.
-
-    `tokens_in` is 0 where the answer says nothing of its usage. `logp` is what a `ScoreCall` asked for.
-    """
-
-    texts: tuple[Text, ...]
-    logp: tuple[float, ...] = ()
-    tokens_in: int = 0
-    tokens_cached: int = 0
-    tokens_written: int = 0
-    tokens_out: int = 0
-    tokens_hidden: int = 0
-    limits: Limits = Limits()
-
-
-class CallError(Exception):
-    """A call that brought nothing usable.
-
-    Attributes:
-      kind: `retry` (asking again may help), `refused` (this request never will), `stop` (no request will).
-      outcome: `unsent`, `rejected` (answered with an error, not billed) or `unknown` (may have been billed).
-      status: HTTP status, or None.
-      retry_after: seconds that the server asked to wait, or None.
-      field: the request field that the server named, `context` where the request is too long for the model, or ''.
-      late: the deadline was missed.
-      attempts: how often the call was sent.
-    """
-
-    def __init__(self, message, kind, *, outcome="rejected", status=None, retry_after=None, field="", late=False):
-        super().__init__(scrub(" ".join(str(message).split()))[:400])
-        self.kind, self.outcome, self.status, self.retry_after, self.field = kind, outcome, status, retry_after, field
-        self.late, self.attempts = late, 1
-
-
-def text_of(message) -> str:
-    """The text of one chat message, whose content may be a string or a list of text parts."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def scrub(text: str) -> str:
-    """`text` without any API key: the values in the environment, and whatever looks like one."""
-    for name in sum(KEYS.values(), ()):
-        if len(value := os.environ.get(name, "")) >= 8:
-            text = text.replace(value, "***")
-    text = re.sub(r"(?i)\b(sk-[\w-]{6}|AIza)[\w-]{6,}", "***", text)
-    text = re.sub(r"(?i)(bearer\s+|(?:api[-_]?key|x-goog-api-key)['\"]?\s*[:=]\s*['\"]?)[\w.~+/-]{6,}", r"\1***", text)
-    return re.sub(r"//[^/\s@]+@", "//***@", text)
-
-
-def api_key(provider: str, *, required: bool) -> str:
-    """The provider's key from the environment, or 'none' where none is set and none is required.
-
-    Raises:
-      UserError: required and not set.
-    """
-    names = KEYS[provider]
-    for name in names:
-        if value := os.environ.get(name, "").strip():
-            return value
-    if required:
-        raise UserError(
-            f"teacher.provider = {provider!r} needs a key: set {' or '.join(names)} in the environment "
-            "(a server of your own needs none: set teacher.base_url), or teacher.replay = 'only' to replay a journal"
-        )
-    return "none"
-
-
-def check_url(url: str) -> str:
-    """`url` without a trailing slash. Raises `UserError` where it is not an http(s) address or carries a password."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"teacher.base_url = {scrub(url)!r} is not an address like http://127.0.0.1:8000/v1")
-    if parts.username or parts.password:
-        raise UserError("teacher.base_url must not carry a password or a key: put it in the environment")
-    if parts.query or parts.fragment:
-        raise UserError(f"teacher.base_url = {scrub(url.split('?')[0])!r} must end with the path: no '?...', no '#...'")
-    return url.rstrip("/")
-
-
-def base_url(cfg, provider: str, variable: str, official: str, path: str) -> str:
-    """Where calls go: the config, the SDK's environment variable, or the service; with or without its path, as the SDK
-    wants.
-
-    Raises:
-      UserError: not an address.
-    """
-    url = check_url(cfg.teacher.base_url or os.environ.get(variable, "") or official)
-    if provider == "openai":
-        return url if urllib.parse.urlsplit(url).path else url + path
-    return url.removesuffix(path).removesuffix("/v1").rstrip("/")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether `url` is on this machine: no proxy belongs in between."""
-    return (urllib.parse.urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
-
-
-class Connections:
-    """HTTP clients for one event loop: one pool for all, and one single connection a lane.
-
-    A lane's connection carries the prefixes of one response one after the other, so that a server behind a
-    connection-wise balancer sees them where it cached the last one.
-    """
-
-    def __init__(self, url: str, timeout_s: float, max_connections: int):
-        self.url, self.timeout_s, self.max_connections = url, timeout_s, max_connections
-        self.clients = {}
-
-    def client(self, lane: int | None):
-        """The httpx2 client of a lane, or the pool; made on first use. Proxies of the environment are honoured."""
-        if lane not in self.clients:
-            import httpx2
-
-            size = self.max_connections if lane is None else 1
-            tls = self.url.startswith("https:")  # without it, reading the certificates would be most of the set-up time
-            self.clients[lane] = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s), pool=None),
-                limits=httpx2.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=60.0),
-                trust_env=not is_loopback(self.url),
-                verify=tls,
-                follow_redirects=tls,
-            )
-        return self.clients[lane]
-
-    async def close(self):
-        """Closes them all."""
-        clients, self.clients = self.clients, {}
-        for client in clients.values():
-            with contextlib.suppress(RuntimeError):  # its event loop is closed, and the connections with it
-                await client.aclose()
-
-
-def from_status(status: int, message: str, headers, *, field: str = "") -> CallError:
-    """What an HTTP error status means: whether to ask again, and after how long."""
-    text = f"HTTP {status}: {message}"
-    low = message.lower()
-    if status in (401, 403):
-        return CallError(text, "stop", status=status)
-    if status == 402 or (status == 429 and ("insufficient_quota" in low or "billing" in low)):
-        return CallError(text, "stop", status=status)
-    if status == 429 and "request too large" in low:  # more tokens than a whole minute allows
-        return CallError(text, "refused", status=status, field="context")
-    if status in (408, 409, 425, 429) or status >= 500 and status not in (501, 505):
-        return CallError(text, "retry", status=status, retry_after=retry_after(headers))
-    if TOO_LONG.search(message):
-        return CallError(text, "refused", status=status, field="context")
-    return CallError(text, "refused", status=status, field=field or named_field(message))
-
-
-def from_exception(exc: BaseException) -> CallError:
-    """What a failure below HTTP means: nothing sent, or an outcome that nobody knows."""
-    import httpx2
-
-    chain, seen = [], exc
-    while seen is not None and len(chain) < 8:
-        chain.append(seen)
-        seen = seen.__cause__ or seen.__context__
-    cause = next((e for e in chain if isinstance(e, httpx2.TransportError)), exc)
-    detail = f"{type(cause).__name__}: {cause}"
-    if isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)):
-        return CallError(detail, "retry", outcome="unsent")
-    if isinstance(cause, (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.ProxyError)):
-        return CallError(detail, "stop", outcome="unsent")
-    return CallError(detail, "retry", outcome="unknown")
-
-
-def json_object(response) -> dict:
-    """The body of a 200 answer. Raises `CallError` (`retry`, outcome unknown) where it is not a JSON object."""
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        kind = response.headers.get("content-type", "no content type")
-        raise CallError(f"HTTP 200 with a body that is no JSON object ({kind})", "retry", outcome="unknown")
-    return body
-
-
-def malformed(what: str) -> CallError:
-    """A 200 answer whose JSON lacks what the protocol promises."""
-    return CallError(f"HTTP 200 whose JSON has no {what}", "retry", outcome="unknown")
-
-
-@contextlib.contextmanager
-def as_promised():
-    """Around the reading of a 200 answer: values of other types than the protocol's are a `CallError`, not a crash."""
-    try:
-        yield
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as e:
-        raise CallError(f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown") from None
+SINGLE = 3  # calls in a row for n texts that brought one: then they are asked for one by one
+AGAIN = 64  # single calls after which n is asked for once more: a server may have had a bad moment
 
 
 def clean(text: str) -> str:
@@ -295,14 +44,25 @@ class Learner:
 
     def __init__(self, *, takes_n: bool):
         self.takes_n = takes_n
-        self.n_proven = False  # a call with n > 1 has been answered
+        self.n_proven = False  # a call with n > 1 has been answered with several texts
         self.n_suspected = False  # one was refused for no named reason: the next single call tells
+        self.single = 0  # calls for n texts in a row that brought one
+        self.since = 0  # single calls since n was given up for short answers; 0: it was not
         self.dropped = set()
 
-    def answered(self, call: Call) -> None:
-        """Takes note of a call that worked."""
-        self.n_proven |= call.n > 1
+    def answered(self, call: Call, texts: int) -> None:
+        """Takes note of a call that worked: how many texts it brought decides whether n is asked for."""
         self.n_suspected = False
+        if call.n > 1 and texts > 1:
+            self.n_proven, self.single, self.since = True, 0, 0
+        elif call.n > 1:
+            self.single += 1
+            if not self.n_proven or self.single >= SINGLE:
+                self.takes_n, self.since = False, 1
+        elif self.since:
+            self.since += 1
+            if self.since > AGAIN:
+                self.takes_n, self.since = True, 0
 
     def learn(self, error: CallError, call: Call, droppable) -> bool:
         """Whether the call is worth sending once more, without what the service has refused by name.
@@ -325,68 +85,6 @@ class Learner:
         if call.n == 1 and self.n_suspected:
             self.takes_n, self.n_suspected = True, False
         return False
-
-
-def named_field(message: str) -> str:
-    """The request field that an error message names, of those that a client can do without; '' for none."""
-    for field in FIELDS:
-        if re.search(rf"(?:['\"`]|\b(?:parameter|field|argument)s?:? )\$?\.?{field}\b", message):
-            return field
-    return ""
-
-
-def retry_after(headers) -> float | None:
-    """Seconds from `retry-after-ms` or `Retry-After` (a number or a date); None where absent or malformed."""
-    try:
-        if ms := headers.get("retry-after-ms"):
-            return max(0.0, float(ms) / 1000)
-        value = headers.get("retry-after")
-        if value is None:
-            return None
-        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
-
-
-def limits(headers) -> Limits:
-    """Rate limits from OpenAI's `x-ratelimit-*` and Anthropic's `anthropic-ratelimit-*` headers."""
-
-    def number(*names):
-        for name in names:
-            if (value := headers.get(name)) and re.fullmatch(r"\d+", value.strip()):
-                return int(value)
-        return None
-
-    def seconds(*names):
-        return next((s for name in names if (s := duration(headers.get(name) or "")) is not None), None)
-
-    o, a = "x-ratelimit-", "anthropic-ratelimit-"
-    return Limits(
-        number(f"{o}limit-requests", f"{a}requests-limit"),
-        number(f"{o}remaining-requests", f"{a}requests-remaining"),
-        seconds(f"{o}reset-requests", f"{a}requests-reset"),
-        number(f"{o}limit-tokens", f"{a}tokens-limit"),
-        number(f"{o}remaining-tokens", f"{a}tokens-remaining"),
-        seconds(f"{o}reset-tokens", f"{a}tokens-reset"),
-    )
-
-
-def duration(value: str) -> float | None:
-    """Seconds in '1.5s', '6m0s', '20ms', '3', or until an RFC 3339 time; None where it is none of them."""
-    value = value.strip()
-    if parts := re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", value):
-        unit = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-        return sum(float(n) * unit[u] for n, u in parts)
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        return max(0.0, datetime.datetime.fromisoformat(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def bare(prefix: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@
 - Two cache marks: the prompt, and the unfinished answer, whose nested prefixes the response's later calls find again.
 """
 
-import json
+import dataclasses
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import wire
@@ -17,7 +17,6 @@ from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct
 
 OFFICIAL = "https://api.anthropic.com"
-FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "withheld"}
 
 
 def make(cfg):
@@ -33,13 +32,15 @@ class AnthropicClient:
 
     def __init__(self, cfg):
         t = cfg.teacher
-        self.model, self.timeout_s, self.max_connections = t.model, t.timeout_s, t.max_concurrency
+        self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "anthropic", "ANTHROPIC_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "anthropic.com" not in self.url
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Anthropic has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=False)
-        self.connections, self.clients = None, {}
+        self.extra = {}
+        wire.check_key_may_go(cfg, "anthropic", self.url)
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk, name_field=_field)
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first."""
@@ -50,28 +51,23 @@ class AnthropicClient:
         wire.api_key("anthropic", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            import anthropic
+    def _sdk(self, http):
+        import anthropic
 
-            self.clients[lane] = anthropic.AsyncAnthropic(
-                api_key=wire.api_key("anthropic", required=not self.self_hosted),
-                base_url=self.url,
-                max_retries=0,
-                timeout=self.timeout_s,
-                http_client=self.connections.client(lane),
-            )
-        return self.clients[lane]
+        return anthropic.AsyncAnthropic(
+            api_key=wire.api_key("anthropic", required=not self.self_hosted),
+            base_url=self.url,
+            max_retries=0,
+            timeout=self.timeout_s,
+            http_client=http,
+        )
 
     def silence(self) -> bool:
         """There is no other way to switch thinking off than the one that every call takes."""
@@ -79,20 +75,14 @@ class AnthropicClient:
 
     async def reach(self) -> str:
         """What the service says of the model, at no cost. Raises `CallError`; `UserError` where it must think."""
-        import anthropic
-
         try:
-            raw = await self._client(None).models.with_raw_response.retrieve(self.model)
-            body = raw.http_response.json()
-        except anthropic.APIStatusError as e:
-            error = self._error(e)
-            if error.kind == "stop":
-                raise error from None
-            return "does not describe the model"
-        except anthropic.APIConnectionError as e:
-            raise wire.from_exception(e) from None
-        except ValueError:
-            return "does not describe the model"
+            with wire.exchange():
+                raw = await self.connection.sdk.models.with_raw_response.retrieve(self.model)
+        except wire.CallError as e:
+            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+                return "does not describe the model"
+            raise
+        body = wire.read.json_object(raw.http_response.content)
         try:
             can_be_off = body["capabilities"]["thinking"]["types"]["disabled"]["supported"]
         except (KeyError, TypeError):
@@ -102,20 +92,14 @@ class AnthropicClient:
                 f"teacher.model = {self.model!r} always thinks, and hidden reasoning would use up every answer: choose "
                 "one whose thinking can be switched off, e.g. claude-haiku-4-5"
             )
-        return str(body.get("display_name", "")) if isinstance(body, dict) else ""
+        return str(body.get("display_name", ""))[:80]
 
     async def call(self, call: wire.Call) -> wire.Reply:
         """One exchange. Raises `CallError`."""
-        import anthropic
-
         body, extra, sent, space = self._body(call)
-        try:
-            raw = await self._client(call.lane).messages.with_raw_response.create(**body, extra_body=extra or None)
-            answer = wire.json_object(raw.http_response)
-        except anthropic.APIStatusError as e:
-            raise self._error(e) from None
-        except anthropic.AnthropicError as e:
-            raise wire.from_exception(e) from None
+        with wire.exchange():
+            raw = await self.connection.sdk.messages.with_raw_response.create(**body, extra_body=extra or None)
+        answer = wire.read.json_object(raw.http_response.content)
         with wire.as_promised():
             return self._reply(answer, raw.headers, sent, space, call.mode)
 
@@ -158,36 +142,34 @@ class AnthropicClient:
 
     def _reply(self, answer, headers, sent, space, mode) -> wire.Reply:
         content = answer.get("content")
-        if not isinstance(content, list):
+        if not isinstance(content, list | str):
             raise wire.malformed("content")
-        blocks = [block for block in content if isinstance(block, dict)]
-        text = "".join(block.get("text") or "" for block in blocks if block.get("type") == "text")
-        if mode != "instruct":
-            text = wire.after_prefix(text, sent, space)
-        usage = answer.get("usage") or {}
-        read, written = (int(usage.get(f"cache_{what}_input_tokens") or 0) for what in ("read", "creation"))
-        out = int(usage.get("output_tokens") or 0)
-        hidden = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+        blocks = [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+        # no block at all at the end of a turn is how the model says that it has nothing to add
+        text = wire.read.text(content, answer.get("stop_reason"), ended_empty=content == [])
+        if mode != "instruct" and text.text:
+            text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
+        usage = wire.read.told(answer.get("usage"))
+        read, written = (usage.get(f"cache_{what}_input_tokens") for what in ("read", "creation"))
+        parts = [usage.get("input_tokens"), read or 0, written or 0]
+        whole = all(wire.read.whole(part) for part in parts)
+        hidden = wire.read.told(usage.get("output_tokens_details")).get("thinking_tokens")
+        billed = wire.read.billed(
+            sum(parts) if whole else None, usage.get("output_tokens"), cached=read, written=written, hidden=hidden,
+            wrote=bool(text.text),
+        )  # fmt: skip
+        hidden = hidden if wire.read.whole(hidden) else 0
         if any(block.get("type") in ("thinking", "redacted_thinking") for block in blocks):
-            hidden = hidden or out or 1
+            hidden = hidden or (billed.tokens_out if billed else 1)
+        model = answer.get("model")
         return wire.Reply(
-            texts=(wire.Text(text, FINISH.get(answer.get("stop_reason"), "stop")),),
-            tokens_in=int(usage.get("input_tokens") or 0) + read + written,
-            tokens_cached=read,
-            tokens_written=written,
-            tokens_out=out,
+            (text,),
+            billed=billed,
             tokens_hidden=hidden,
             limits=wire.limits(headers),
+            model=model if isinstance(model, str) else "",
         )
 
-    def _error(self, exc) -> wire.CallError:
-        """`{"type": "error", "error": {"type", "message"}}`, or whatever a proxy wrote."""
-        body = exc.body if isinstance(exc.body, dict) else {}
-        error = body.get("error") if isinstance(body.get("error"), dict) else {}
-        message = error.get("message") or exc.response.text or exc.message
-        message = message if isinstance(message, str) else json.dumps(message)
-        field = "thinking" if "thinking" in message.lower() else ""
-        if "credit balance" in message.lower():
-            return wire.CallError(f"HTTP {exc.status_code}: {message}", "stop", status=exc.status_code)
-        kind = error.get("type")
-        return wire.from_status(exc.status_code, f"{message} ({kind})" if kind else message, exc.response.headers, field=field)
+
+def _field(message: str) -> str:
+    return "thinking" if "thinking" in message.lower() else wire.named_field(message)

@@ -8,8 +8,7 @@
 - Prompt caching is implicit: nested prefixes in ascending order are all it needs.
 """
 
-import json
-import re
+import dataclasses
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import wire
@@ -17,8 +16,6 @@ from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct
 
 OFFICIAL = "https://generativelanguage.googleapis.com"
-# every other reason (SAFETY, RECITATION, PROHIBITED_CONTENT, LANGUAGE, OTHER ...): the text is not what the model would write
-FINISH = {"MAX_TOKENS": "length", "STOP": "stop", "FINISH_REASON_UNSPECIFIED": "stop", None: "stop"}
 
 
 def make(cfg):
@@ -34,13 +31,15 @@ class GeminiClient:
 
     def __init__(self, cfg):
         t = cfg.teacher
-        self.model, self.timeout_s, self.max_connections = t.model, t.timeout_s, t.max_concurrency
+        self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "gemini", "GOOGLE_GEMINI_BASE_URL", OFFICIAL, "/v1beta")
         self.self_hosted = "googleapis.com" not in self.url
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Gemini has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=True)
-        self.connections, self.clients = None, {}
+        self.extra = {}
+        wire.check_key_may_go(cfg, "gemini", self.url)
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk, name_field=_field)
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first."""
@@ -51,32 +50,27 @@ class GeminiClient:
         wire.api_key("gemini", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            from google import genai
-            from google.genai import types
+    def _sdk(self, http):
+        from google import genai
+        from google.genai import types
 
-            self.clients[lane] = genai.Client(
-                api_key=wire.api_key("gemini", required=not self.self_hosted),
-                vertexai=False,
-                http_options=types.HttpOptions(
-                    base_url=self.url,
-                    timeout=int(self.timeout_s * 1000),
-                    retry_options=types.HttpRetryOptions(attempts=1),
-                    httpx_async_client=self.connections.client(lane),
-                ),
-            )
-        return self.clients[lane]
+        return genai.Client(
+            api_key=wire.api_key("gemini", required=not self.self_hosted),
+            vertexai=False,
+            http_options=types.HttpOptions(
+                base_url=self.url,
+                timeout=int(self.timeout_s * 1000),
+                retry_options=types.HttpRetryOptions(attempts=1),
+                httpx_async_client=http,
+            ),
+        )
 
     def silence(self) -> bool:
         """There is no other way to switch thinking off than the one that every call takes."""
@@ -85,38 +79,25 @@ class GeminiClient:
     async def reach(self) -> str:
         """What the service says of the model, at no cost. Raises `CallError` (not reachable, key refused)."""
         try:
-            model = await self._guarded(self._client(None).aio.models.get(model=self.model))
+            with wire.exchange():
+                model = await self.connection.sdk.aio.models.get(model=self.model)
         except wire.CallError as e:
-            if e.kind == "stop" or e.outcome != "rejected":
-                raise
-            return "does not describe the model"
+            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+                return "does not describe the model"
+            raise
         own = ", ".join(f"{k} {v:g}" for k in ("top_k",) if (v := getattr(model, k, None)) is not None)
         return (model.display_name or "") + (f"; its own sampling defaults: {own}" if own else "")
 
     async def call(self, call: wire.Call) -> wire.Reply:
         """One exchange. Raises `CallError`."""
         contents, config, sent, space = self._body(call)
-        answer = await self._guarded(
-            self._client(call.lane).aio.models.generate_content(model=self.model, contents=contents, config=config)
-        )
-        self.seen.answered(call)
+        with wire.exchange():
+            raw = await self.connection.sdk.aio.models.generate_content(model=self.model, contents=contents, config=config)
+        answer = wire.read.json_object(raw.sdk_http_response.body.encode())
         with wire.as_promised():
-            return self._reply(answer, sent, space, call.mode)
-
-    async def _guarded(self, request):
-        """Awaits a request of the SDK and turns what it raises into `CallError`."""
-        import httpx2
-        from google.genai import errors
-
-        try:
-            return await request
-        except errors.APIError as e:
-            raise self._error(e) from None
-        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as e:
-            raise wire.from_exception(e) from None
-        except (ValueError, TypeError, AttributeError, KeyError, errors.UnknownApiResponseError) as e:
-            # a 200 whose body is not what the protocol says
-            raise wire.CallError(f"HTTP 200 with a malformed body ({type(e).__name__})", "retry", outcome="unknown") from None
+            reply = self._reply(answer, raw.sdk_http_response.headers or {}, sent, space, call.mode)
+        self.seen.answered(call, len(reply.texts))
+        return reply
 
     def _body(self, call):
         """(contents, config, the prefix as sent, the whitespace held back)."""
@@ -135,6 +116,7 @@ class GeminiClient:
         ]
         settings = {"temperature": call.temperature, "top_p": call.top_p, "max_output_tokens": call.max_tokens}
         settings["automatic_function_calling"] = types.AutomaticFunctionCallingConfig(disable=True)
+        settings["should_return_http_response"] = True  # the SDK's own reading believes whatever it is sent
         if call.n > 1:
             settings["candidate_count"] = call.n
         if "seed" not in self.seen.dropped:
@@ -150,49 +132,49 @@ class GeminiClient:
         # thinking: of a model that knows none; one that cannot stop it is caught by the probe
         return self.seen.learn(error, call, {"seed", "thinking"})
 
-    def _reply(self, answer, sent, space, mode) -> wire.Reply:
-        candidates = answer.candidates or []
-        blocked = getattr(answer.prompt_feedback, "block_reason", None)
+    def _reply(self, answer, headers, sent, space, mode) -> wire.Reply:
+        candidates = answer.get("candidates")
+        if candidates is not None and not isinstance(candidates, list):
+            raise wire.malformed("candidates")
+        blocked = wire.read.mapping(answer.get("promptFeedback")).get("blockReason")
         if not candidates and blocked:
             raise wire.CallError(f"the prompt was blocked: {blocked}", "refused", status=200)
         if not candidates:
             raise wire.malformed("candidates")
+        usage = wire.read.told(answer.get("usageMetadata"))
+        thoughts = usage.get("thoughtsTokenCount")
         texts, thought = [], False
         for candidate in candidates:
-            parts = (candidate.content.parts if candidate.content else None) or []
-            thought = thought or any(part.thought for part in parts)
-            text = "".join(part.text or "" for part in parts if not part.thought)
-            if mode != "instruct":
-                text = wire.after_prefix(text, sent, space)
-            if candidate.content is None and candidate.finish_reason is None:
+            if not isinstance(candidate, dict):
+                raise wire.malformed("candidate")
+            content = candidate.get("content")
+            if content is None and candidate.get("finishReason") is None:
                 raise wire.malformed("content in a candidate")
-            reason = getattr(candidate.finish_reason, "value", candidate.finish_reason)
-            texts.append(wire.Text(text, FINISH.get(reason, "withheld")))
-        usage = answer.usage_metadata
-        count = {
-            name: (getattr(usage, f"{name}_token_count", None) or 0)
-            for name in ("prompt", "cached_content", "candidates", "thoughts")
-        }
+            parts = wire.read.mapping(content).get("parts")
+            thought |= any(isinstance(part, dict) and part.get("thought") is True for part in parts or [])
+            # an answer of the model without a part is how the service says that it had nothing to add
+            ended = parts is None and bool(content) and content.get("role") == "model"
+            text = wire.read.text(parts, candidate.get("finishReason"), reasoning=thoughts or None, ended_empty=ended)
+            if mode != "instruct" and text.text:
+                text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
+            texts.append(text)
+        wrote = any(text.text for text in texts)
+        written = usage.get("candidatesTokenCount", None if wrote else 0)  # zeros are left out
+        parts = [written, thoughts or 0]
+        billed = wire.read.billed(
+            usage.get("promptTokenCount"), sum(parts) if all(map(wire.read.whole, parts)) else None,
+            cached=usage.get("cachedContentTokenCount"), hidden=thoughts, wrote=wrote,
+        )  # fmt: skip
+        model = answer.get("modelVersion")
         return wire.Reply(
-            texts=tuple(texts),
-            tokens_in=count["prompt"],
-            tokens_cached=count["cached_content"],
-            tokens_out=count["candidates"] + count["thoughts"],
-            tokens_hidden=count["thoughts"] or int(thought),
-            limits=wire.limits((answer.sdk_http_response.headers or {}) if answer.sdk_http_response else {}),
+            tuple(texts),
+            billed=billed,
+            tokens_hidden=(thoughts if wire.read.whole(thoughts) else 0) or int(thought),
+            limits=wire.limits(headers),
+            model=model if isinstance(model, str) else "",
         )
 
-    def _error(self, exc) -> wire.CallError:
-        """`{"error": {"code", "message", "status", "details"}}`; a 429 says when to come back in its RetryInfo."""
-        headers = getattr(exc.response, "headers", None) or {}
-        message = exc.message or ""
-        message = message if isinstance(message, str) else json.dumps(message)
-        low = message.lower()
-        if exc.code == 400 and ("api key" in low or "api_key" in low):
-            return wire.CallError(f"HTTP 400: {message}", "stop", status=401)
-        field = next((f for f in ("thinking", "seed", "candidateCount") if f.lower() in low), "")
-        error = wire.from_status(exc.code or 500, f"{message} ({exc.status})", headers, field=field)
-        if error.kind == "retry" and error.retry_after is None:
-            found = re.search(r"['\"]retryDelay['\"]: ?['\"](\d+(?:\.\d+)?)s", json.dumps(exc.details, default=str))
-            error.retry_after = float(found.group(1)) if found else None
-        return error
+
+def _field(message: str) -> str:
+    low = message.lower()
+    return next((f for f in ("thinking", "seed", "candidateCount") if f.lower() in low), "") or wire.named_field(message)

@@ -2,7 +2,7 @@
 
 What differs between them, and how each is met:
 
-- OpenAI itself continues no assistant turn (`instruct`), and its newer models take `max_completion_length` where older
+- OpenAI itself continues no assistant turn (`instruct`), and its newer models take `max_completion_tokens` where older
   servers know only `max_tokens`; reasoning models get `reasoning_effort = "none"` or are refused by the probe.
 - vLLM, SGLang and TGI take `continue_final_message`; DeepSeek and Mistral `"prefix": true`; llama.cpp and LMDeploy
   continue a last assistant turn as it is (`prefill`).
@@ -12,21 +12,22 @@ What differs between them, and how each is met:
   `--generation-config vllm` (launch/teacher_vllm.sh does), since a top_p of 1.0 is left out on the wire.
 """
 
-import json
+import dataclasses
 
+from omniopd_jax import hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.template import of_teacher
 from omniopd_jax.teachers import wire
+from omniopd_jax.teachers.protocol import LOGP, TEXT
 from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct, scoring
 
 OFFICIAL = "https://api.openai.com/v1"
-# each server has names of its own for an end of the model's own making
-FINISH = {"length": "length", "content_filter": "withheld", "abort": "withheld", "error": "withheld"}
 
 
-def make(cfg):
+def make(cfg, needs: str = TEXT):
     """The teacher for `teacher.provider = "openai"`. Raises `UserError` on a missing key, model or bad address."""
-    return RemoteTeacher(cfg, OpenAIClient(cfg))
+    return RemoteTeacher(cfg, OpenAIClient(cfg, needs), needs)
 
 
 class OpenAIClient:
@@ -35,22 +36,28 @@ class OpenAIClient:
     provider = "openai"
     takes_seed = True
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, needs: str = TEXT):
         t = cfg.teacher
         self.model, self.timeout_s, self.tokenizer_path = t.model, t.timeout_s, t.tokenizer
         self.url = wire.base_url(cfg, "openai", "OPENAI_BASE_URL", OFFICIAL, "/v1")
         self.self_hosted = "api.openai.com" not in self.url
         self.template_kwargs = t.chat_template_kwargs.to_dict()
-        self.max_connections = t.max_concurrency
+        self.cfg, self.template = cfg, None
+        self.raw = bool(t.tokenizer) or t.template != "chat"  # prompts are written here, for /v1/completions
         self.seen = wire.Learner(takes_n=True)
         self.extra = {}  # reasoning_effort, where the probe found that it is needed
-        self.connections, self.clients, self.tokenizer = None, {}, None
+        wire.check_key_may_go(cfg, "openai", self.url)
+        most = wire.http.MAX_SCORES if needs == LOGP else wire.http.MAX_REPLY
+        self.connection = wire.Connection(self.url, self.timeout_s, t.max_concurrency, self._sdk, max_bytes=most)
+        self.tokenizer = None
 
     def modes(self) -> tuple[str, ...]:
         """Ways of continuing, best first, for `teacher.continuation = "auto"`."""
+        if self.cfg.teacher.template != "chat":
+            return ("completion",)  # a format of our own: the server's chat endpoint would write another
         if not self.self_hosted:
             return ("instruct",)
-        first = ("completion",) if self.tokenizer_path else ()
+        first = ("completion",) if self.raw else ()
         return first + ("continue_final_message", "prefix", "prefill", "instruct")
 
     def check_settings(self):
@@ -58,30 +65,25 @@ class OpenAIClient:
         wire.api_key("openai", required=not self.self_hosted)
 
     async def open(self):
-        """Makes the HTTP clients for the running event loop."""
-        self.connections, self.clients = wire.Connections(self.url, self.timeout_s, self.max_connections), {}
-        self._client(None)  # imports the SDK now: seconds that no call's time limit should count
-        if self.tokenizer_path:
-            self.render([{"role": "user", "content": ""}])
+        """Makes the connection for the running event loop."""
+        await self.connection.open()
+        if self.raw:
+            self.template = self._template()  # reads the tokenizer now
 
     async def close(self):
         """Closes the connections."""
-        if self.connections:
-            await self.connections.close()
-        self.connections, self.clients = None, {}
+        await self.connection.close()
 
-    def _client(self, lane):
-        if lane not in self.clients:
-            import openai
+    def _sdk(self, http):
+        import openai
 
-            self.clients[lane] = openai.AsyncOpenAI(
-                api_key=wire.api_key("openai", required=not self.self_hosted),
-                base_url=self.url,
-                max_retries=0,
-                timeout=self.timeout_s,
-                http_client=self.connections.client(lane),
-            )
-        return self.clients[lane]
+        return openai.AsyncOpenAI(
+            api_key=wire.api_key("openai", required=not self.self_hosted),
+            base_url=self.url,
+            max_retries=0,
+            timeout=self.timeout_s,
+            http_client=http,
+        )
 
     def silence(self) -> bool:
         """Switches hidden reasoning off, if there is a way that has not been tried. Returns whether there was."""
@@ -99,34 +101,27 @@ class OpenAIClient:
         listed = await self._models()
         names = [str(m.get("id")) for m in listed]
         if self.self_hosted and names and self.model not in names and not any(self.model in n for n in names):
-            raise UserError(f"teacher.model = {self.model!r} is not served at {self.url}; it serves: {', '.join(names[:8])}")
+            served = wire.scrub(", ".join(name[:80] for name in names[:8]))
+            raise UserError(f"teacher.model = {self.model!r} is not served at {wire.scrub(self.url)}; it serves: {served}")
         engine = next((str(m.get("owned_by")) for m in listed if m.get("owned_by")), "")
         if engine in ("vllm", "sglang"):
             return f"{engine}: start it with its own sampling defaults off (vLLM: --generation-config vllm)"
         return f"lists {len(names)} models" if names else "lists no models"
 
     async def _models(self) -> list[dict]:
-        import openai
-
         try:
-            raw = await self._client(None).models.with_raw_response.list()
-            data = raw.http_response.json().get("data")
-            return [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
-        except openai.APIStatusError as e:
-            error = self._error(e)
-            if error.kind == "stop":
-                raise error from None
-            return []  # not every server lists its models
-        except openai.APIConnectionError as e:
-            raise wire.from_exception(e) from None
-        except (ValueError, AttributeError):
-            return []
+            with wire.exchange():
+                raw = await self.connection.sdk.models.with_raw_response.list()
+        except wire.CallError as e:
+            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+                return []  # not every server lists its models
+            raise
+        data = wire.read.json_object(raw.http_response.content).get("data")
+        return [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
 
     async def call(self, call: wire.Call) -> wire.Reply:
         """One exchange. Raises `CallError`."""
-        import openai
-
-        client, sent, space = self._client(call.lane), call.prefix, ""
+        client, sent, space = self.connection.sdk, call.prefix, ""
         body = {"model": self.model, "n": call.n, "temperature": call.temperature, "top_p": call.top_p}
         body |= {"seed": call.seed, "max_tokens": call.max_tokens}
         if call.n == 1:
@@ -140,20 +135,20 @@ class OpenAIClient:
         if call.mode == "completion":
             method = client.completions
             body["prompt"] = self.render(call.messages) + call.prefix
+            stops = self._template().stop_strings if self.raw else ()
+            if stops and "stop" not in self.seen.dropped:
+                body["stop"] = list(stops[:4])  # OpenAI's most; the text is cut here too
         else:
             method = client.chat.completions
             body["messages"], more, sent, space = self._messages(call)
             extra |= more
-        try:
+        with wire.exchange():
             raw = await method.with_raw_response.create(**body, extra_body=extra or None)
-            answer = wire.json_object(raw.http_response)
-        except openai.APIStatusError as e:
-            raise self._error(e) from None
-        except openai.OpenAIError as e:
-            raise wire.from_exception(e) from None
-        self.seen.answered(call)
+        answer = wire.read.json_object(raw.http_response.content)
         with wire.as_promised():
-            return self._reply(answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode)
+            reply = self._reply(answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode)
+        self.seen.answered(call, len(reply.texts))
+        return reply
 
     async def score(self, call: wire.ScoreCall) -> wire.Reply:
         """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized again.
@@ -162,26 +157,18 @@ class OpenAIClient:
           CallError: as `call`; `refused` with the field `logprobs` where the server gives none, `stop` where what it
             gives is not for the tokens that were sent.
         """
-        import openai
-
         body = {"model": self.model, "prompt": [*call.prompt_ids, *call.token_ids], "max_tokens": call.max_tokens}
-        try:
-            raw = await self._client(call.lane).completions.with_raw_response.create(
-                **body, extra_body=scoring.WAYS[call.way]
-            )
-            answer = wire.json_object(raw.http_response)
-        except openai.APIStatusError as e:
-            raise self._error(e) from None
-        except openai.OpenAIError as e:
-            raise wire.from_exception(e) from None
+        with wire.exchange():
+            raw = await self.connection.sdk.completions.with_raw_response.create(**body, extra_body=scoring.WAYS[call.way])
+        answer = wire.read.json_object(raw.http_response.content)
         with wire.as_promised():
             logp, names = scoring.read(answer, call)
             texts = tuple(wire.Text(name, "length") for name in names)
-            return wire.Reply(texts, logp, **self._usage(answer), limits=wire.limits(raw.headers))
+            return wire.Reply(texts, logp, billed=_billed(answer), limits=wire.limits(raw.headers), model=_model(answer))
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the server has refused by name."""
-        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort"}
+        droppable = {"seed", "top_p", "temperature", "chat_template_kwargs", "reasoning_effort", "stop"}
         if call.mode != "completion":
             droppable.add("max_tokens")  # newer models want max_completion_tokens
         if not self.seen.learn(error, call, droppable):
@@ -210,62 +197,62 @@ class OpenAIClient:
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise wire.malformed("choices")
-        texts = []
+        texts, hidden = [], 0
         for choice in choices:
             message = choice.get("message") if chat else choice
             if not isinstance(message, dict):
                 raise wire.malformed("message in a choice")
-            text = message.get("content" if chat else "text")
-            text = text if isinstance(text, str) else ""
-            if mode != "instruct":
-                text = wire.after_prefix(text, sent, space)
-            texts.append(wire.Text(text, FINISH.get(choice.get("finish_reason"), "stop")))
-        usage = self._usage(answer)
-        hidden = ((answer.get("usage") or {}).get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
-        if not hidden and any(c.get("message", {}).get("reasoning_content") or c.get("message", {}).get("reasoning")
-                              for c in choices if chat):  # fmt: skip
-            hidden = usage["tokens_out"] or 1
-        return wire.Reply(texts=tuple(texts), **usage, tokens_hidden=int(hidden), limits=wire.limits(headers))
-
-    @staticmethod
-    def _usage(answer) -> dict[str, int]:
-        """What the answer says was billed, by `Reply`'s names."""
-        usage = answer.get("usage") or {}
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        return {
-            "tokens_in": int(usage.get("prompt_tokens") or 0),
-            "tokens_cached": int(cached or 0),
-            "tokens_out": int(usage.get("completion_tokens") or 0),
-        }
-
-    def _error(self, exc) -> wire.CallError:
-        """OpenAI's `{"error": {"message", "param", "code"}}`, FastAPI's `{"detail": ...}`, or plain text."""
-        body = exc.body if isinstance(exc.body, dict) else {}
-        error = body.get("error") if isinstance(body.get("error"), dict) else body
-        message = error.get("message") or body.get("detail") or error or exc.response.text or exc.message
-        message = message if isinstance(message, str) else json.dumps(message)
-        field = error.get("param") if error.get("param") in wire.FIELDS else ""
-        code = error.get("code")
-        return wire.from_status(
-            exc.status_code,
-            f"{message} ({code})" if isinstance(code, str) else message,
-            exc.response.headers,
-            field=field,
-        )
+            reasoning = message.get("reasoning_content") or message.get("reasoning") if chat else None
+            hidden += bool(reasoning)
+            text = wire.read.text(
+                message.get("content" if chat else "text"),
+                "error" if choice.get("error") else choice.get("finish_reason"),
+                refusal=message.get("refusal"),
+                reasoning=reasoning,
+                calls=message.get("tool_calls") or message.get("function_call"),
+            )
+            if mode != "instruct" and text.text:
+                text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
+            if mode == "completion" and self.template is not None:
+                cut, stopped = self.template.cut(text.text)
+                text = dataclasses.replace(text, text=cut, finish="stop" if stopped else text.finish)
+            texts.append(text)
+        wrote = any(text.text for text in texts)
+        billed = _billed(answer, wrote=wrote)
+        told = wire.read.told(wire.read.told(answer.get("usage")).get("completion_tokens_details")).get("reasoning_tokens")
+        told = told if isinstance(told, int) and told > 0 else 0
+        hidden = told or (hidden and (billed.tokens_out if billed else 0) or hidden)
+        return wire.Reply(tuple(texts), billed=billed, tokens_hidden=hidden, limits=wire.limits(headers), model=_model(answer))
 
     def render(self, messages) -> str:
-        """The prompt as `teacher.tokenizer`'s chat template writes it, up to where the answer begins.
+        """The prompt as the teacher's template writes it, up to where the answer begins.
 
-        Without a tokenizer the messages' texts alone, a blank line between: for models that have no chat format.
+        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own questions.
         """
-        if not self.tokenizer_path:
+        if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"
-        if self.tokenizer is None:
-            import transformers
+        template = self._template()
+        start = template.tokenizer and template.tokenizer.bos_token
+        return template.render(messages).removeprefix(start or "")  # the server puts its own start token in front
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.tokenizer_path)
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        # the server puts its own start token in front
-        return text.removeprefix(self.tokenizer.bos_token or "")
+    def _template(self):
+        """The teacher's template (`hf.template`), made when first asked."""
+        if self.template is None:
+            if self.tokenizer_path:
+                self.tokenizer = hf.load_tokenizer(self.tokenizer_path, setting="teacher.tokenizer")
+            self.template = of_teacher(self.cfg, self.tokenizer)
+        return self.template
+
+
+def _billed(answer, *, wrote: bool = True) -> wire.Billed | None:
+    """What the answer says was billed."""
+    usage = wire.read.told(answer.get("usage"))
+    inputs, outputs = (wire.read.told(usage.get(f"{part}_tokens_details")) for part in ("prompt", "completion"))
+    return wire.read.billed(
+        usage.get("prompt_tokens"), usage.get("completion_tokens"), cached=inputs.get("cached_tokens"),
+        hidden=outputs.get("reasoning_tokens"), total=usage.get("total_tokens"), wrote=wrote,
+    )  # fmt: skip
+
+
+def _model(answer) -> str:
+    return answer["model"] if isinstance(answer.get("model"), str) else ""

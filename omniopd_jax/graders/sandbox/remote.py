@@ -7,14 +7,15 @@ says of another such object.
 
 What remains forgeable: a test that takes a helper from the program (HumanEval/32 calls the `poly` of its own prompt)
 believes that helper, and one that asks no more than truth of a result (`assert f(x)`) is content with any object, as in
-one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot be
-passed over; tests and program share no global state.
+one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot
+be passed over; tests and program share no global state.
 
 Run by path inside the sandbox, and imported by asserts.py: standard library only.
 """
 
 import builtins
 import json
+import operator
 import os
 import sys
 import types
@@ -171,35 +172,51 @@ def load(path, count):
 
 def serve(fd, path, count, preamble):
     """Runs `preamble` and the program at `path` (`load`) as a module, then answers requests until the other side ends."""
-    kept, calls = [], []
+    kept = []
 
     def keep(value):
         if isinstance(value, Callback):
-            return {"callback": value.number}
+            return {"callback": object.__getattribute__(value, "number")}
         kept.append(value)
+        if isinstance(value, type) and issubclass(value, Exception):
+            return {"exception": [len(kept) - 1, describe_class(value)]}
         return {"ref": len(kept) - 1}
 
     def find(kind, number):
         return kept[number] if kind == "ref" else Callback(number)
 
     class Callback:
-        def __init__(self, number):
-            self.number = number
+        """A function or object of the tests."""
 
-        def __call__(self, *args, **kwargs):
-            send(fd, {"callback": self.number, "args": encode(list(args), keep), "kwargs": encode(kwargs, keep)})
+        def __init__(self, number):
+            object.__setattr__(self, "number", number)
+
+        def _ask(self, **message):
+            send(fd, {"callback": object.__getattribute__(self, "number")} | message)
             return answer_until("value")
 
+        def __call__(self, *args, **kwargs):
+            return self._ask(args=encode(list(args), keep), kwargs=encode(kwargs, keep))
+
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return self._ask(attribute=name)
+
+        def __setattr__(self, name, value):
+            self._ask(attribute=name, set=encode(value, keep))
+
     def do(op, args):
+        first, *rest = args
         if op == "get":
-            return getattr(module, args[0])
+            return getattr(module, first)
         if op == "call":
-            return args[0](*args[1], **args[2])
-        if op == "list":
-            return list(args[0])
-        if op == "isinstance":
-            return isinstance(args[0], args[1])
-        return getattr(args[0], op)(*args[1:])  # an operator's method
+            return first(*rest[0], **rest[1])
+        if op in FUNCTIONS:
+            return FUNCTIONS[op](first, *rest)
+        if op in OPERATORS:
+            return getattr(operator, op)(first, *rest)
+        return getattr(type(first), op)(first, *rest)  # an operator's method
 
     def answer_until(key):
         while True:
@@ -208,7 +225,6 @@ def serve(fd, path, count, preamble):
                 return decode(message[key], find)
             if "raise" in message:
                 raise RuntimeError(message["raise"][1])
-            calls.append(message["op"])
             try:
                 args = [decode(a, find) for a in message["args"]]
                 inner = args[1] if message["op"] == "call" else []
@@ -239,19 +255,37 @@ def serve(fd, path, count, preamble):
     answer_until("never")
 
 
+FUNCTIONS = {
+    "list": list, "isinstance": isinstance, "__getattribute__": getattr, "__setattr__": setattr, "__str__": str,
+    "__repr__": repr, "__next__": next,
+}  # fmt: skip
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+OPERATORS = {f"__{name}__" for name in (*_BINARY, "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert")}
+
+
 def mutable(value):
     """Whether a function may change `value` in place for its caller to see."""
     return isinstance(value, (list, dict, set, bytearray))
 
 
+def describe_class(kind):
+    """[nearest built-in exception, the classes before it by name] of an exception's class."""
+    own = []
+    for c in kind.__mro__:
+        if getattr(builtins, c.__name__, None) is c:
+            return [c.__name__, own]
+        own.append(str(c.__name__)[:100])
+    return ["Exception", own]
+
+
 def describe(error):
-    """[nearest built-in exception, message] of an exception."""
-    name = next(c.__name__ for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c)
+    """[nearest built-in exception, message, the classes before it by name] of an exception."""
+    name, own = describe_class(type(error))
     try:
         text = str(error)[:300]
     except BaseException:
         text = "(no message)"
-    return [name, text if type(error).__name__ == name else f"{type(error).__name__}: {text}"]
+    return [name, f"{own[0]}: {text}" if own else text, own]
 
 
 # -- the tests' side
@@ -261,13 +295,13 @@ class Link:
     """The tests' end of the line: sends requests, answers callbacks."""
 
     def __init__(self, fd):
-        self.fd, self.callbacks, self.gone = fd, [], ""
+        self.fd, self.callbacks, self.gone, self.exceptions = fd, [], "", {}
 
     def keep(self, value):
         """Names what is not plain data for the other side."""
         if isinstance(value, Remote):
             return {"ref": value._number}
-        if not callable(value):
+        if not callable(value) and type(value).__module__ != "__main__":
             raise TypeError(f"an object of the tests' class {type(value).__name__} cannot be passed to the program")
         self.callbacks.append(value)
         return {"callback": len(self.callbacks) - 1}
@@ -276,7 +310,20 @@ class Link:
         """What a name from the other side stands for."""
         if kind == "callback":
             return self.callbacks[number]
+        if kind == "exception":
+            return self.exception(*number[1])
         return Remote(self, number)
+
+    def exception(self, base, names):
+        """A class that stands for one of the program's exceptions, for the tests to catch."""
+        kind = getattr(builtins, str(base), None)
+        if not names or not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise Gone("a result is malformed")
+        for name in reversed(names[:20]):
+            if name not in self.exceptions:
+                self.exceptions[name] = type(str(name), (kind,), {})
+            kind = self.exceptions[name]
+        return kind
 
     def request(self, op, *args):
         """One operation on the other side; raises what it raised there, as a built-in exception."""
@@ -290,7 +337,8 @@ class Link:
     def result(self, given=(), ends=False):
         """The result of the request under way; `given` are its arguments, changed in place as they were there.
 
-        StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the tests.
+        StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the
+        tests.
         """
         while True:
             message = receive(self.fd)
@@ -299,14 +347,17 @@ class Link:
                     self.call_back(message)
                     continue
                 if "raise" in message:
-                    name, text = message["raise"]
+                    name, text, own = message["raise"]
+                    kind = getattr(builtins, str(name), None)
+                    known = next((self.exceptions[n] for n in own if n in self.exceptions), None)
                     break
                 for i, now in message.get("changed", {}).items():
                     overwrite(given[int(i)], decode(now, self.find))
                 return decode(message["value"], self.find)
             except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError, ImportError):
                 raise Gone("a result is malformed") from None
-        kind = getattr(builtins, str(name), None)
+        if known is not None:
+            raise known(str(text).partition(": ")[2])
         stops = kind in (StopIteration, StopAsyncIteration) and not ends
         if stops or not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise RuntimeError(f"{name}: {text}")
@@ -318,10 +369,18 @@ class Link:
 
     def call_back(self, message):
         """Runs a function of the tests for the program."""
-        function = self.callbacks[message["callback"]]
-        args, kwargs = decode(message["args"], self.find), decode(message["kwargs"], self.find)
+        function, name = self.callbacks[message["callback"]], message.get("attribute")
         try:
-            reply = {"value": encode(function(*args, **kwargs), self.keep)}
+            if name is None:
+                args, kwargs = decode(message["args"], self.find), decode(message["kwargs"], self.find)
+                result = function(*args, **kwargs)
+            elif type(function).__module__ != "__main__" or not isinstance(name, str) or name.startswith("_"):
+                raise AttributeError(f"a program sees no {name!r} of this object of the tests")
+            elif "set" in message:
+                result = setattr(function, name, decode(message["set"], self.find))
+            else:
+                result = getattr(function, name)
+            reply = {"value": encode(result, self.keep)}
         except Exception as error:
             reply = {"raise": describe(error)}
         send(self.fd, reply)
@@ -365,6 +424,18 @@ class Remote:
     def __getitem__(self, key):
         return self._link.request("__getitem__", self, key)
 
+    def __setitem__(self, key, value):
+        self._link.request("__setitem__", self, key, value)
+
+    def __delitem__(self, key):
+        self._link.request("__delitem__", self, key)
+
+    def __enter__(self):
+        return self._link.request("__enter__", self)
+
+    def __exit__(self, kind, error, trace):
+        return self._link.request("__exit__", self, None, None, None) if kind is None else False
+
     def __len__(self):
         try:
             return self._link.request("__len__", self)
@@ -385,6 +456,25 @@ class Remote:
 
     def __eq__(self, other):  # with plain data never: an object that equals everything would pass every test
         return isinstance(other, Remote) and self._link.request("__eq__", self, other) is True
+
+
+def operation(name):
+    """An operator of two objects of the program; with plain data one may give an object, but no plain data.
+
+    A lying object could else make `abs(f(x) - 9) < 1e-6` true.
+    """
+
+    def method(self, *others):
+        result = self._link.request(name, self, *others)
+        if all(isinstance(v, Remote) for v in others) or isinstance(result, Remote):
+            return result
+        return NotImplemented
+
+    return method
+
+
+for _name in OPERATORS - {"__eq__", "__ne__"}:
+    setattr(Remote, _name, operation(_name))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Assert tests, run by the judge against a program at the other end of a line (remote.py).
 
-The forms that test files come in: asserts one after another, HumanEval's `check(candidate)`, pytest functions and classes,
-unittest cases, any of them under a main guard. What counts is how many assertions were evaluated: tests that evaluate
-none, or that ask nothing of the program, say nothing about it, and no program passes them.
+The forms that test files come in: asserts one after another, HumanEval's `check(candidate)`, pytest functions and
+classes, unittest cases, any of them under a main guard. What counts is how many assertions were evaluated: tests that
+evaluate none, or that ask nothing of the program, say nothing about it, and no program passes them.
 """
 
 import ast
@@ -127,7 +127,10 @@ class Tests:
         if wrong:
             return "wrong_answer", wrong
         if not self.evaluated:
-            return "error", "the tests evaluated no assertion: an error of the data, or of a program that returns nothing"
+            return (
+                "error",
+                "the tests evaluated no assertion: an error of the data, or of a program that returns nothing",
+            )
         if not self.asked:
             return "error", "the tests ask nothing of the program: an error of the data"
         return "ok", ""

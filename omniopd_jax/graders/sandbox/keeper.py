@@ -57,24 +57,15 @@ class Keeper:
         Returns:
           dict with `reason` (exit, timeout, memory, output), `code`, `stdout` and `detail` (end of stderr).
         """
-        if self.isolated:
-            for path in kernel.SCRATCH:
-                options = f"size={self.limits['disk_mb']}m,nr_inodes={self.limits['num_files']},mode=700"
-                kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-        try:
-            source = input_file(stdin)
-            out_r, out_w = os.pipe()
-            err_r, err_w = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                self.become_program([source, out_w, err_w] + ([channel] if channel is not None else []))
-            for fd in (source, out_w, err_w, *([channel] if channel is not None else [])):
-                os.close(fd)
-            return self.watch(pid, out_r, err_r, min(end, time.monotonic() + self.limits["wall_seconds"]))
-        finally:
-            if self.isolated:
-                for path in kernel.SCRATCH:
-                    kernel.call("umount2", path.encode(), kernel.MNT_DETACH)
+        source = input_file(stdin)
+        out_r, out_w = os.pipe()
+        err_r, err_w = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self.become_program([source, out_w, err_w] + ([channel] if channel is not None else []))
+        for fd in (source, out_w, err_w, *([channel] if channel is not None else [])):
+            os.close(fd)
+        return self.watch(pid, out_r, err_r, min(end, time.monotonic() + self.limits["wall_seconds"]))
 
     def become_program(self, fds):
         """In the child: the program's descriptors, limits, rights and image. Does not return."""
@@ -86,7 +77,10 @@ class Keeper:
             os.closerange(len(fds), 4096 if self.isolated else 65536)
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
+            if self.isolated:
+                kernel.add_scratch(self.limits)
             kernel.set_limits(self.limits, self.isolated)
+            kernel.call("prctl", kernel.PR_SET_THP_DISABLE, 1, 0, 0, 0)
             os.chdir(self.spec["work"])
             os.umask(0o077)
             env = {"HOME": self.spec["work"], "TMPDIR": self.spec["work"], "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -94,9 +88,11 @@ class Keeper:
                 env |= {"TMPDIR": "/tmp", "PATH": "/python/bin", "LD_LIBRARY_PATH": "/python/lib"}
                 kernel.drop_rights(self.filter)
             python, program, remote = (self.spec["paths"][name] for name in ("python", "program", "remote"))
-            start = [*([remote] if len(fds) > 3 else ["-c", START]), program, str(len(self.spec["programs"])), self.spec["preamble"]]
             # not -I: the environment is ours, and the hash seed in it makes two gradings equal
-            os.execve(python, [python, "-s", "-S", "-P", "-B", "-X", "utf8", "-X", f"int_max_str_digits={MOST_DIGITS}", *start], env)
+            options = ["-s", "-S", "-P", "-B", "-X", "utf8", "-X", f"int_max_str_digits={MOST_DIGITS}"]
+            script = [remote] if len(fds) > 3 else ["-c", START]
+            arguments = [program, str(len(self.spec["programs"])), self.spec["preamble"]]
+            os.execve(python, [python, *options, *script, *arguments], env)
         except BaseException as error:
             os.write(2, f"sandbox: {error}".encode())
         finally:
@@ -146,23 +142,28 @@ class Keeper:
         """Kills every process below and reaps them; returns the program's exit status and CPU seconds."""
         result = (0, 0.0)
         while True:
-            with suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL) if self.isolated else os.killpg(pid, signal.SIGKILL)
+            if self.isolated:
+                with suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)
+            else:
+                kill_descendants()
             try:
-                found, status, usage = os.wait4(-1, 0)
+                found, status, usage = os.wait4(-1, 0 if self.isolated else os.WNOHANG)
             except ChildProcessError:
                 return result
             if found == pid:
                 result = (status, usage.ru_utime + usage.ru_stime)
-                if not self.isolated:
-                    return result
+            elif found == 0:
+                time.sleep(0.002)
 
     def describe(self, reason, code, used, out, err):
         """One result for `run`."""
         detail = err[-2000:].decode("utf-8", "replace").strip()
         if reason is None:
             over = used >= self.limits["cpu_seconds"]
-            if code == -signal.SIGXCPU or (code == -signal.SIGKILL and over):
+            if code == -signal.SIGKILL and self.spec.get("grouped") and not over:
+                reason = "memory"  # the control group's limit
+            elif code == -signal.SIGXCPU or (code == -signal.SIGKILL and over):
                 reason = "timeout"
             elif code and detail.rpartition("\n")[2].startswith("MemoryError"):
                 reason = "memory"
@@ -192,6 +193,20 @@ def read_some(fd, into):
     return bool(data)
 
 
+def kill_descendants():
+    """Kills all below this process: what left its parent, as daemons do, is this one's own child by then."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat", "rb") as f:
+            parents[int(name)] = int(f.read().rpartition(b")")[2].split()[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    for pid in below - {os.getpid()}:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def resident():
     """Bytes resident in all processes of the namespace but this one; 0 where /proc could not be mounted."""
     total = 0
@@ -205,16 +220,38 @@ def resident():
     return total * resource.getpagesize()
 
 
-def keep(spec, leashes, status, channel):
+def keep(spec, leashes, told, channel):
     """The keeper's life: every case in turn, up to the first that breaks a limit."""
     kernel.call("prctl", kernel.PR_SET_DUMPABLE, 0, 0, 0, 0)
     keeper = Keeper(spec, leashes)
+    if not keeper.isolated:
+        kernel.call("prctl", kernel.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if channel is not None:
-        return send_line(status, keeper.run(None, channel))
+        return send_line(told, keeper.run(None, channel))
     end = time.monotonic() + spec["limits"]["total_seconds"]
     for stdin in spec["cases"]:
         result = keeper.run(stdin, end=end)
-        send_line(status, result)
+        send_line(told, result)
         if result["reason"] != "exit" or result["code"]:
             break
     return None
+
+
+def keep_and_tell(spec, ready, leash, told, out, channel):
+    """The keeper's life in a box that is ready, from the word that it is to the word of how it went.
+
+    Args:
+      ready: where the outer process waits for that word.
+      leash: the descriptor that closes with the outer process.
+      told: where the runs' results go.
+      out: the connection; what is said there before `ready` is believed, for no program has run.
+      channel: the program's line to its judge, or None.
+    """
+    send_line(out, {"ready": True})
+    send_line(ready, {})
+    try:
+        keep(spec, (leash, out), told, channel)
+    except Exception as error:  # the machine's own trouble, say no process to be had: this program's grade alone
+        send_line(
+            told, {"reason": "error", "code": 0, "stdout": "", "detail": f"sandbox: {type(error).__name__}: {error}"}
+        )

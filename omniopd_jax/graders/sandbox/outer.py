@@ -9,7 +9,7 @@ from contextlib import suppress
 import asserts
 import kernel
 import remote
-from keeper import MOST_DIGITS, keep, send_line
+from keeper import MOST_DIGITS, keep_and_tell, send_line
 
 
 def read_frame(fd):
@@ -33,10 +33,10 @@ def read_exactly(fd, count):
 
 def judge(channel, status, out):
     """The outer process of assert tests: runs the tests against the program and writes one verdict."""
-    request = read_frame(0)
+    order = read_frame(0)
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     sys.set_int_max_str_digits(MOST_DIGITS)
-    reason, detail = asserts.check(channel, request)
+    reason, detail = asserts.check(channel, order)
     if reason == "gone":  # the program went away: the keeper knows why
         os.close(channel)
         line = read_line(status)
@@ -61,12 +61,19 @@ def read_line(fd):
     return bytes(data)
 
 
-def main():
-    """Reads the order from standard input, sets the stage, and sees it through."""
-    os.closerange(3, 65536)
+def main(boxes=None, group=None):
+    """Reads the order from standard input, sets the stage, and sees it through.
+
+    Args:
+      boxes: what makes boxes by bubblewrap; None: namespaces are made here.
+      group: the control group of the program's processes, or None.
+    """
+    kept = boxes.judges.fileno() if boxes else 3
+    os.closerange(3, kept)
+    os.closerange(kept + bool(boxes), 65536)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # PID 1 takes only the signals that it handles: none
-    spec = read_frame(0)
+    spec = read_frame(0) | {"grouped": group is not None}
     limits, judging = spec["limits"], spec["cases"] is None
     signal.alarm(int(limits["total_seconds"] if not judging else limits["wall_seconds"]) + 5)
     out = os.dup(1)
@@ -74,8 +81,12 @@ def main():
     leash_r, leash_w = os.pipe()
     status_r, status_w = os.pipe()
     here, there = kernel.socket_pair() if judging else (None, None)
+    given = (leash_r, status_w if judging else out, out, there)
+    if boxes:
+        return run_boxed(boxes, spec, group, given, (leash_w, status_r, status_w, here, out))
     isolated, script = not spec["unsafe"], b""
     try:
+        procs = os.open(f"{group}/cgroup.procs", os.O_WRONLY) if group else None  # while it may be opened
         if isolated:
             with open(remote.__cached__ if os.path.exists(remote.__cached__) else remote.__file__, "rb") as f:
                 script = f.read()
@@ -85,26 +96,23 @@ def main():
         return send_line(out, {"refused": error.strerror or str(error)})
     keeper = os.fork()
     if keeper == 0:
+        for fd in filter(None, (leash_w, status_r, here)):
+            os.close(fd)
+        os.dup2(1, 0)
+        kernel.call("prctl", kernel.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         try:
-            for fd in filter(None, (leash_w, status_r, here)):
-                os.close(fd)
-            os.dup2(1, 0)
-            kernel.call("prctl", kernel.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            try:
-                if isolated:
-                    kernel.build_root(spec, script)
-                    kernel.import_from("/python")
-            except OSError as error:
-                return send_line(out, {"refused": error.strerror or str(error)})
-            send_line(out, {"ready": True})  # no program has run yet: only up to here a refusal is believed
-            send_line(status_w, {})
-            keep(spec, (leash_r, out), status_w if judging else out, there)
-        except Exception as error:  # the machine's own trouble, say no process to be had: this program's grade alone
-            told = {"reason": "error", "code": 0, "stdout": "", "detail": f"sandbox: {type(error).__name__}: {error}"}
-            send_line(status_w if judging else out, told)
+            if procs is not None:
+                os.write(procs, b"0")
+                os.close(procs)
+            if isolated:
+                kernel.build_root(spec, script)
+                kernel.import_from("/python")
+            keep_and_tell(spec, status_w, *given)
+        except OSError as error:
+            send_line(out, {"refused": error.strerror or str(error)})
         finally:
             os._exit(0)
-    for fd in filter(None, (leash_r, status_w, there)):
+    for fd in filter(None, (leash_r, status_w, there, procs)):
         os.close(fd)
     if not read_line(status_r):
         return None
@@ -112,12 +120,55 @@ def main():
         kernel.enter_box()
         kernel.import_from("/python")
     if judging:
-        kernel.set_limits(limits | {"memory_mb": limits["memory_mb"] + 256}, isolated)
+        judge_confined(limits, isolated, here, status_r, out)
+        os.close(leash_w)  # the keeper ends with it, and the program with the keeper
+    elif isolated:
+        kernel.drop_rights(kernel.seccomp_filter(judge=True))
+    os.waitpid(keeper, 0)
+    return None
+
+
+def judge_confined(limits, isolated, channel, status, out):
+    """Takes a judge's limits, gives up its rights, and judges."""
+    kernel.set_limits(limits | {"memory_mb": limits["memory_mb"] + 256}, isolated)
     if isolated:
         kernel.drop_rights(kernel.seccomp_filter(judge=True))
     kernel.call("prctl", kernel.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if judging:
-        judge(here, status_r, out)
-        os.close(leash_w)  # the keeper ends with it, and the program with the keeper
+    judge(channel, status, out)
+
+
+def run_boxed(boxes, spec, group, given, own):
+    """As the end of `main`, with boxes made by bubblewrap: this process only waits, outside of them."""
+    leash_w, status_r, status_w, here, out = own
+    keeper = os.fork()
+    if keeper == 0:
+        os.dup2(1, 0)
+        try:
+            boxes.keeper(spec, (status_w, *given), group)
+        finally:
+            os._exit(1)
+    for fd in {given[0], status_w, given[3]} - {None}:
+        os.close(fd)
+    if os.geteuid() == 0:
+        os.setresuid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
+    if not read_line(status_r):  # whatever it said on the connection came before any program
+        return send_line(out, {"refused": "bubblewrap made no box"})
+    if here is not None:
+        done_r, done_w = os.pipe()
+        boxes.judge((0, here, status_r, done_w))
+        for fd in (here, status_r, done_w):
+            os.close(fd)
+        os.read(done_r, 1)  # it closes with the judge
+        os.close(leash_w)
     os.waitpid(keeper, 0)
     return None
+
+
+def judge_alone(connection, channel, status, done):
+    """A judge's life in the box of the judges. `done` closes with it."""
+    os.dup2(connection, 0)
+    out = os.dup(0)
+    os.close(connection)
+    limits = read_frame(0)
+    signal.alarm(int(limits["wall_seconds"]) + 5)
+    judge_confined(limits, True, channel, status, out)

@@ -1,0 +1,194 @@
+"""Sharing an export: a model card made from the run's own files, and the upload to the hub."""
+
+import json
+import os
+import pathlib
+import re
+
+from omniopd_jax.errors import UserError
+
+METHODS = {
+    "omniopd": "OmniOPD: on-policy distillation from a teacher that only speaks text (arXiv 2606.01476)",
+    "opd": "white-box on-policy distillation: reverse KL to the teacher by the sampled token",
+    "opd_exact": "white-box on-policy distillation: exact KL to the teacher over the vocabulary",
+    "sft": "cross-entropy on the teacher's own solutions",
+    "grpo": "GRPO with a rule-based reward, no teacher",
+    "constant": "a control: one constant weight on the student's own chunks, no teacher",
+}
+SETTINGS = (  # of the run's config, in the card's table
+    "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
+    "max_completion_length", "audit.num_chunks", "audit.chunk_tokens", "audit.num_continuations", "audit.similarity",
+    "prior.alpha", "anchor.kl_coef", "optimizer.learning_rate", "lora.rank", "lora.alpha", "compute_dtype", "seed",
+)  # fmt: skip
+
+
+def write(folder, run, *, name: str, adapter: bool, step: int | None = None) -> pathlib.Path:
+    """Writes README.md, the model card, into an export; returns its path.
+
+    Args:
+      folder: the export. run: the run's folder, whose config.json, metrics.jsonl and summary.json are read.
+      name: the model's name on the hub. adapter: whether the export is adapters alone.
+      step: the checkpoint that was exported; None: the newest.
+    """
+    run = pathlib.Path(run)
+    config, summary = _object(run / "config.json"), _object(run / "summary.json")
+    if step is not None and summary.get("step") != step:
+        summary = {}  # the summary's accuracy and cost are the last step's
+    rows = _rows(run / "metrics.jsonl")
+    path = pathlib.Path(folder) / "README.md"
+    path.write_text(text(config, summary, rows, name=name, adapter=adapter, step=step), encoding="utf-8", errors="replace")
+    return path
+
+
+def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: bool, step: int | None) -> str:
+    """The card: front matter that the hub reads, then base, teacher, method, settings, before and after, cost, licence."""
+    base, teacher = str(config["student"]["path"]), config.get("teacher", {})
+    objective = config["objective"]["name"]
+    asked = objective not in ("grpo", "constant")
+    done = step if step is not None else summary.get("step", len(rows))
+    head = {
+        "library_name": "peft" if adapter else "transformers",
+        "base_model": _hub_name(base),
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "tags": list(dict.fromkeys(["on-policy-distillation", "omniopd", objective])),
+        **_licence(base),
+    }
+    method = METHODS.get(objective, objective)
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items() if v), "---", "", f"# {_line(name)}", ""]
+    lines += [f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.", ""]
+    who = f"`{_shown(str(teacher.get('model')))}` ({_line(str(teacher.get('provider')))})" if asked else "none"
+    lines += ["| | |", "| --- | --- |", f"| base | `{_shown(base)}` |", f"| teacher | {who} |"]
+    lines += [f"| method | {method} |", f"| updates | {done} of {config['num_steps']} |"]
+    lines += [f"| {k} | {v} |" for k, v in _results(config, summary, rows, asked)]
+    lines += ["", "## Settings", "", "| key | value |", "| --- | --- |"]
+    lines += [f"| `{key}` | `{_line(str(value))}` |" for key in SETTINGS if (value := _get(config, key)) is not None]
+    data = config.get("data", {})
+    where = [str(data.get(k) or "") for k in ("source", "name", "split")] + [pathlib.Path(str(data.get("path") or "")).name]
+    lines += [f"| `data` | `{_line(' '.join(filter(None, where)))}` |", ""]
+    lines += ["## Licence", "", _licence_words(base, asked), ""]
+    return "\n".join(lines)
+
+
+def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list[tuple[str, str]]:
+    before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+    n, grader = config.get("eval", {}).get("num_prompts"), config.get("eval", {}).get("grader")
+    out = []
+    if before is not None and after is not None:
+        measured = f"{before:.1%} and {after:.1%}, greedy, {n} held-out prompts, grader {grader}"
+        out.append(("accuracy before and after", measured))
+    else:
+        out.append(("accuracy before and after", "not measured at this step"))
+    if not asked or not summary:
+        return [*out, ("teacher cost", "no teacher was asked" if not asked else "not known at this step")]
+    known = rows[-1].get("teacher/price_known", 1) if rows else 1
+    cost = f"${summary.get('teacher/cost_usd', 0):,.2f}" if known else "unknown price"
+    calls = f"{summary.get('teacher/calls', 0):,.0f} requests"
+    tokens = f"{summary.get('teacher/tokens_in', 0):,.0f} tokens in, {summary.get('teacher/tokens_out', 0):,.0f} out"
+    return [*out, ("teacher cost", f"{cost}; {calls}; {tokens}")]
+
+
+def _licence(base: str) -> dict:
+    """The hub's licence fields: the base model's own, where its folder has a card that says so."""
+    found = _base_licence(base)
+    return {"license": found} if found else {"license": "other", "license_name": "see-base-model"}
+
+
+def _base_licence(base: str) -> str | None:
+    card = pathlib.Path(base).expanduser() / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.-]+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def _licence_words(base: str, asked: bool) -> str:
+    own = _base_licence(base)
+    words = f"The base model's licence is `{own}`." if own else "The base model's licence applies; its folder names none."
+    return words + (" The teacher's terms may limit what models trained on its output are used for." if asked else "")
+
+
+def _hub_name(base: str) -> str | None:
+    """A name on the hub; None for a folder of this machine, whose path says nothing to others."""
+    folder = pathlib.Path(base).expanduser()
+    if folder.exists() or folder.is_absolute():
+        return None if not folder.is_dir() else _object(folder / "config.json").get("_name_or_path") or None
+    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None
+
+
+def _shown(base: str) -> str:
+    """A model for a reader elsewhere: its hub name, or its folder's last name without the way there."""
+    return _line(_hub_name(base) or pathlib.Path(base).name or base)
+
+
+def push(folder, name: str) -> str:
+    """Uploads a folder to the hub as the model `name`, private unless it is there already; returns its address.
+
+    Raises:
+      UserError: no token, a name that is none, a hub that refuses or does not answer.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of omniopd_jax")
+    except Exception as error:  # the transports' errors share no base class
+        raise UserError(f"--push_to_hub={name}: the upload failed: {_reason(error)}; the export is in {folder}") from error
+    return f"{api.endpoint}/{name}"
+
+
+def check(name: str) -> None:
+    """What can be known before anything is exported: the name's form, a token, and that the hub takes it.
+
+    Raises:
+      UserError: one line that says which.
+    """
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        raise UserError(f"--push_to_hub={name!r} is no hub name: write OWNER/MODEL")
+    if not huggingface_hub.get_token():
+        raise UserError("--push_to_hub needs a token with write access: set HF_TOKEN")
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:
+        raise UserError(f"--push_to_hub={name}: the hub refuses the token or does not answer: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line without the token."""
+    words = " ".join(str(error).split())[:300] or type(error).__name__
+    token = os.environ.get("HF_TOKEN")
+    return words.replace(token, "***") if token else words
+
+
+def _line(text: str) -> str:
+    """A text that can't leave its table cell or its code span."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("`", "'").replace("|", "\\|")[:200]
+
+
+def _get(config: dict, path: str):
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _object(path: pathlib.Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _rows(path: pathlib.Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    out = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            continue
+    return out

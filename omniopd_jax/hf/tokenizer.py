@@ -1,0 +1,78 @@
+"""A folder's tokenizer and the tokens that end an answer."""
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.hf import bounded, hub
+from omniopd_jax.model import ModelConfig
+
+
+def load_tokenizer(folder, *, setting: str = "student.path"):
+    """The folder's transformers tokenizer; whether it has a chat template, `template.make` asks.
+
+    Raises:
+      UserError: no tokenizer files, or files that transformers cannot read.
+    """
+    folder = hub.resolve(folder, setting=setting)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise UserError(f"{setting}: {folder} holds no tokenizer (tokenizer.json, tokenizer_config.json)")
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (folder / name).is_file() and (folder / name).stat().st_size > bounded.JSON_BYTES:
+            raise UserError(f"{setting}: {folder / name} is larger than {bounded.JSON_BYTES:,} bytes")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # transformers raises what the parser of the day raises
+        raise UserError(f"{setting}: transformers cannot read the tokenizer in {folder}: {bounded.line(e)}") from e
+    return tokenizer
+
+
+def end_ids(folder, tokenizer=None, *, setting: str = "student.path") -> tuple[int, ...]:
+    """Tokens that end an answer: of generation_config.json, config.json and the tokenizer, ascending, each once.
+
+    Raises:
+      UserError: a file whose eos_token_id is no token id and no list of them.
+    """
+    folder = hub.resolve(folder, setting=setting)
+    found = set() if tokenizer is None or tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    for name in ("generation_config.json", "config.json"):
+        value = bounded.read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{folder / name}: eos_token_id = {str(value)[:60]} is no token id and no list of them")
+        found |= set(ids)
+    return tuple(sorted(found))
+
+
+def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str = "student.path") -> None:
+    """Every id that the tokenizer gives has a row in the embedding, and the longest text has a position.
+
+    Args:
+      longest: tokens of a prompt and its completion at most.
+
+    Raises:
+      UserError: one line on which of the two is not so.
+    """
+    token, top = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if top >= model_cfg.vocab_size:
+        raise UserError(
+            f"{setting}: the tokenizer's token {token!r} has the id {top}, the model's embedding has {model_cfg.vocab_size} "
+            "rows (vocab_size): take the tokenizer that belongs to the model"
+        )
+    if longest > (most := positions(model_cfg)):
+        raise UserError(
+            f"{setting}: the model has {most:,} positions (max_position_embeddings), max_prompt_length + "
+            f"max_completion_length = {longest:,}: lower one of them"
+        )
+
+
+def positions(model_cfg: ModelConfig) -> int:
+    """The longest text of a model. Linear and YaRN scaling stretch the positions that it was trained with; Llama 3's files
+    count the stretched ones already.
+    """
+    scaling = dict(model_cfg.rope_scaling)
+    own = model_cfg.max_positions
+    if scaling.get("rope_type") == "linear":
+        return int(own * scaling["factor"])
+    if scaling.get("rope_type") == "yarn":
+        return max(own, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+    return own

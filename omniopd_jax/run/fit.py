@@ -1,0 +1,352 @@
+"""Whether a recipe fits a slice: its passes compiled as the run would compile them, and what the compiler says of each."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax.errors import UserError
+from omniopd_jax.model import attention, lora
+from omniopd_jax.parallel import packing, sharding
+from omniopd_jax.run import flops, hlo, preflight, setup
+from omniopd_jax.run.topologies import devices, model_config
+
+PASSES = ("score", "decode", "update")
+NOT_FIT = 3  # exit code
+MIB = 2.0**20
+
+
+@dataclasses.dataclass
+class Pass:
+    """What the compiler said of one pass, in bytes a chip. `resident` is what the run holds beside the pass's arguments."""
+
+    name: str
+    seconds: float
+    problem: str = ""
+    arguments: float = 0.0
+    outputs: float = 0.0
+    aliased: float = 0.0
+    donated: float = 0.0
+    temporaries: float = 0.0
+    peak: float = 0.0
+    resident: float = 0.0
+    collectives: list = dataclasses.field(default_factory=list)
+    compute_s: float = 0.0
+    traffic_s: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Peak of the whole run while this pass is at work."""
+        return self.peak + self.resident
+
+    def fits(self, chip: flops.Chip) -> bool:
+        """Whether a run with it has the memory."""
+        return not self.problem and self.total <= chip.room * chip.memory
+
+
+class Plan:
+    """A recipe on a mesh: abstract arguments of each pass, and the sizes that the report needs."""
+
+    def __init__(self, cfg, mesh):
+        self.cfg, self.mesh = setup.frozen(cfg), mesh
+        how = {"packed": cfg.packing.length > 0, "on": sharding.platform(mesh)}
+        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
+        self.model_cfg = model_config(cfg.student.path)
+        self.compute = model.Compute(cfg.compute_dtype, cfg.model.remat, kernel, mesh, lora.scale(cfg.lora))
+        asks, local = objective.of(cfg).asks, cfg.teacher.provider == "local"
+        self.teacher_cfg = model_config(cfg.teacher.model) if local and asks in ("logp", "distribution") else None
+        whole = self.teacher_cfg if asks == "distribution" else None  # laid out on the mesh; else on one device
+        self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute, teacher_cfg=whole)
+        self.teacher = None if whole is None else _laid(
+            jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.table(whole), is_leaf=model.is_param),
+            model.param_shardings(whole, mesh),
+        )  # fmt: skip
+        self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
+        self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
+        self.policy = step.policy(self.state.params, self.reference, self.cfg)
+        self.rows = cfg.prompts_per_step * cfg.num_generations
+        self.sampled = -(-cfg.prompts_per_step // cfg.rollout_groups) * cfg.num_generations  # rows decoded at a time
+        self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
+        preflight.check_rows(mesh, cfg)
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes a chip of what the run always holds, and of the decode cache at its longest."""
+        return {
+            "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
+            "reference": local_bytes(self.reference),
+            "cache": local_bytes(self.sampler_state().cache), "teacher": self.teacher_bytes(),
+        }  # fmt: skip
+
+    def teacher_bytes(self) -> float:
+        """Of a white-box teacher in process, on the device that holds most of it: float32, whole where it gives log-probs."""
+        if self.teacher_cfg is None:
+            return 0.0
+        return 4.0 * model.num_params(self.teacher_cfg) if self.teacher is None else local_bytes(self.teacher)
+
+    def row(self, *shape, dtype=jnp.float32, rows: int = 0):
+        """An abstract array with the batch's rows in front, or so many."""
+        return jax.ShapeDtypeStruct((rows or self.rows, *shape), dtype, sharding=sharding.rows(self.mesh))
+
+    def tokens(self, rows: int):
+        """token_BL of so many rows, or what packing makes of them where each is as long as it may be."""
+        if not self.cfg.packing.length:
+            return self.row(self.P + self.T, dtype=jnp.int32, rows=rows)
+        P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
+        packed = packing.make(
+            [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length, micro_batches=self.cfg.micro_batches,
+            shards=list(range(self.mesh.shape["data"] * self.mesh.shape["fsdp"])),
+        )  # fmt: skip
+        return jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=len(a)), packed)
+
+    def batch(self) -> objective.Batch:
+        """The global batch at the longest lengths."""
+        M, i32 = self.cfg.audit.num_chunks, jnp.int32
+        reward = objective.needs_reward(self.cfg)
+        stale = {"old_logp_BT": self.row(self.T), "ratio_BM": self.row(M)} if self.cfg.max_staleness else {}
+        tokens = self.tokens(self.rows)
+        packed = tokens if self.cfg.packing.length else None
+        return objective.Batch(
+            None if packed else tokens, self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
+            self.row(M), self.row(M, dtype=i32), advantage_B=self.row() if reward else None,
+            teacher_logp_BT=self.row(self.T) if objective.of(self.cfg).asks == "logp" else None, packed=packed,
+            width=self.T, **stale,
+        )  # fmt: skip
+
+    def sampler_params(self):
+        """As `rollout.prepare` leaves them."""
+        where = model.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
+        stacked = jax.tree.map(
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, self.compute.dtype, sharding=s),
+            model.table(self.model_cfg), where, is_leaf=model.is_param,
+        )  # fmt: skip
+
+        def layer(name, a):
+            shape, spec = a.shape[1:], a.sharding.spec[1:]
+            if name in ("q", "k", "v"):  # the heads and their width as one axis
+                shape, spec = (shape[0], shape[1] * shape[2]), spec[:2]
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=NamedSharding(self.mesh, P(*spec)))
+
+        one = {name: layer(name, a) for name, a in stacked["layers"].items()}
+        return stacked | {"layers": [one] * self.model_cfg.num_layers}
+
+    def sampler_state(self) -> rollout.SamplerState:
+        """The decode loop's carry with the longest cache."""
+        c, heads = self.model_cfg, sharding.DECODE_RULES["kv_heads"]
+        row = functools.partial(self.row, rows=self.sampled)
+        kv = jax.ShapeDtypeStruct(
+            (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), self.compute.dtype,
+            sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
+        )  # fmt: skip
+        i32, T = jnp.int32, self.T
+        out = rollout.Rollout(
+            row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T)
+        )  # fmt: skip
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.sampled))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.rows(self.mesh))
+        hidden = row(c.hidden_size, dtype=self.compute.dtype)
+        t = jax.ShapeDtypeStruct((), i32, sharding=sharding.replicated(self.mesh))
+        return rollout.SamplerState([(kv, kv)] * c.num_layers, hidden, row(dtype=i32), key, t, out)
+
+    def lower(self, name: str):
+        """The pass, lowered: (lowered, bytes a chip donated, bytes a chip that the run holds beside the arguments)."""
+        s = self.state
+        state, reference = local_bytes(s), self.sizes()["reference"]
+        if name == "score":
+            rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
+            lowered = self.steps.score_step.lower(self.policy, self.tokens(self.sampled), rows(), self.T)
+            beside = state + reference + self.teacher_bytes() - local_bytes(self.policy)
+            return lowered, 0.0, beside + local_bytes(self.sampler_params())
+        if name == "update":
+            scored = objective.needs_scores(self.cfg)
+            stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
+            lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
+            return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0
+        carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
+        scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
+            ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
+        how = {"cfg": self.model_cfg, "compute": self.compute, "P": self.P}
+        lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, **how)
+        return lowered, local_bytes(carry), state + reference + self.teacher_bytes()
+
+    def work(self, name: str) -> tuple[float, float]:
+        """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full length."""
+        rows = self.rows if name == "update" else self.sampled
+        n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
+        item = np.dtype(self.compute.dtype).itemsize
+        if name == "score":
+            return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.policy)
+        if name == "update":
+            count = flops.update(
+                self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef), frozen=bool(self.cfg.lora.rank)
+            )
+            return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
+        layers, head = flops.matmul_params(self.model_cfg)
+        tp = self.mesh.shape["tp"]
+        return 2.0 * (layers + head) * rows / n, item * (layers + head) / tp + self.sizes()["cache"]
+
+
+def local_bytes(tree) -> float:
+    """Bytes that one device holds of a tree of sharded shapes; what lies in host memory is not on it."""
+
+    def one(a):
+        if a.sharding.memory_kind == "pinned_host":
+            return 0.0
+        item = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
+        return float(np.prod(a.sharding.shard_shape(a.shape))) * item
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
+    """Compiles one pass and reads what the compiler found."""
+    start = time.perf_counter()
+    lowered, donated, resident = plan.lower(name)
+    out = Pass(name, 0.0, donated=donated, resident=max(0.0, resident))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        out.problem = next((li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), "out of memory")[:200]
+        out.seconds = time.perf_counter() - start
+        return out
+    m = compiled.memory_analysis()
+    out.arguments, out.outputs, out.aliased = (
+        float(m.argument_size_in_bytes), float(m.output_size_in_bytes), float(m.alias_size_in_bytes),
+    )  # fmt: skip
+    out.temporaries = float(m.temp_size_in_bytes)
+    out.peak = max(float(m.peak_memory_in_bytes), out.arguments + out.outputs - out.aliased + out.temporaries)
+    out.collectives = hlo.collectives(compiled.as_text())
+    work, moved = plan.work(name)
+    out.compute_s = max(work / chip.flops, moved / chip.bandwidth)
+    out.traffic_s = sum(c.moved * c.times for c in out.collectives) / chip.links
+    out.seconds = time.perf_counter() - start
+    return out
+
+
+def head_in_loops(plan: Plan, done: list[Pass]) -> list[tuple[str, hlo.Collective]]:
+    """Collectives inside loops over an array with the vocabulary for an axis and the head's other sizes: the head's size.
+
+    A chip's part counts too: the vocabulary over tp, the width over fsdp.
+    """
+    V, D = plan.model_cfg.vocab_size, plan.model_cfg.hidden_size
+    vocab = {V, V // plan.mesh.shape["tp"]}
+    width = {D, D // plan.mesh.shape["fsdp"]}
+    return [(p.name, c) for p in done for c in p.collectives if c.loops and vocab & set(c.dims) and width & set(c.dims)]
+
+
+def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass], bool]:
+    """Compiles the passes for one topology and prints the report. Returns (plan, passes, whether all fits)."""
+    mesh = sharding.make_mesh(cfg.mesh, devices=devices(topology))
+    chip = flops.CHIPS[topology.split(":")[0]]
+    plan = Plan(cfg, mesh)
+    sizes = plan.sizes()
+    say(
+        f"\n{cfg.student.path} on {topology}: {mesh.size} devices, mesh {dict(mesh.shape)}; "
+        f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, {plan.sampled} "
+        f"decoded at a time, "
+        f"micro_batches {cfg.micro_batches}, remat {cfg.model.remat}"
+    )
+    say("a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}")
+    done = []
+    for name in names:
+        done.append(compile_pass(plan, name, chip))
+        for line in lines(done[-1], chip, sizes["cache"]):
+            say(line)
+    for name, c in head_in_loops(plan, done):
+        say(f"warning: {name}: {c.kind} of {list(c.dims)}, the head's size, in {c.loops} loop(s)")
+    return plan, done, all(p.fits(chip) for p in done)
+
+
+def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
+    """The report on one pass."""
+    if p.problem:
+        return [f"{p.name:<7} DOES NOT FIT: {p.problem}  (compiled {p.seconds:.0f} s)"]
+    verdict = "fits" if p.fits(chip) else "DOES NOT FIT"
+    out = [
+        f"{p.name:<7} {verdict}: arguments {p.arguments / MIB:,.0f}, temporaries {p.temporaries / MIB:,.0f}, peak of the "
+        f"pass {p.peak / MIB:,.0f}, held beside it {p.resident / MIB:,.0f}, together {p.total / MIB:,.0f} MiB of "
+        f"{chip.memory / MIB:,.0f} ({p.total / chip.memory:.0%})  (compiled in {p.seconds:.0f} s)"
+    ]
+    if p.donated:
+        out.append(f"        donated {p.donated / MIB:,.1f} MiB, aliased {p.aliased / MIB:,.1f} MiB")
+    if p.name == "decode":
+        out.append(f"        temporaries are {p.temporaries / cache:.1%} of the cache")
+    kinds: dict[tuple, list] = {}
+    for c in p.collectives:
+        kinds.setdefault((c.kind, c.loops > 0), []).append(c)
+    for (kind, inside), group in sorted(kinds.items()):
+        moved, largest = sum(c.moved * c.times for c in group) / MIB, max(c.bytes for c in group) / MIB
+        out.append(
+            f"        {kind:<19} {'inside' if inside else 'outside'} loops: {len(group):>3} in the text, "
+            f"{sum(c.times for c in group):>6} runs, {moved:,.1f} MiB sent, largest {largest:,.1f} MiB"
+        )
+    each = " a token" if p.name == "decode" else ""
+    if p.collectives:
+        moved = sum(c.moved * c.times for c in p.collectives) / MIB
+        out.append(f"        a chip sends {moved:,.1f} MiB{each or ' a step'}")
+    out.append(
+        f"        estimated{each}: compute or memory {1e3 * p.compute_s:,.2f} ms, collectives {1e3 * p.traffic_s:,.2f} ms"
+    )
+    return out
+
+
+def knobs(cfg, mesh):
+    """(what, changed recipe) in the order in which they cost least: each builds on the ones before."""
+    cfg = cfg.copy_and_resolve_references()
+    if cfg.model.remat != "full":
+        cfg.model.remat = "full"
+        yield "model.remat=full", cfg
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.shape["data"] > 1:
+        cfg.mesh.data, cfg.mesh.fsdp = 1, -1
+        yield "mesh.data=1, mesh.fsdp=-1", cfg
+        shards = mesh.size // mesh.shape["tp"]
+    while cfg.rollout_groups < 8 and cfg.prompts_per_step % (2 * cfg.rollout_groups * shards) == 0:
+        cfg.rollout_groups *= 2
+        yield f"rollout_groups={cfg.rollout_groups}", cfg
+    most = cfg.prompts_per_step * cfg.num_generations // (shards * cfg.rollout_groups)
+    while cfg.micro_batches * 2 <= most and most % (cfg.micro_batches * 2) == 0:
+        cfg.micro_batches *= 2
+        yield f"micro_batches={cfg.micro_batches}", cfg
+    if cfg.anchor.kl_coef and not cfg.lora.rank:  # with adapters the reference is the base, which every pass needs
+        if cfg.anchor.ref_dtype != "bfloat16":
+            cfg.anchor.ref_dtype = "bfloat16"
+            yield "anchor.ref_dtype=bfloat16", cfg
+        if not cfg.anchor.ref_offload:
+            cfg.anchor.ref_offload = True
+            yield "anchor.ref_offload=True", cfg
+    kv_heads = model_config(cfg.student.path).num_kv_heads
+    tp = mesh.shape["tp"] * 2
+    while tp <= min(kv_heads, mesh.size):
+        cfg.mesh.tp, cfg.mesh.fsdp = tp, -1
+        yield f"mesh.tp={tp}, mesh.fsdp=-1", cfg
+        tp *= 2
+
+
+def suggest(cfg, topology: str, plan: Plan, names) -> None:
+    """Tries the knobs in order until everything fits, and prints which ones it took."""
+    taken = []
+    for what, changed in knobs(cfg, plan.mesh):
+        taken.append(what)
+        print(f"\nsuggest: trying {', '.join(taken)}", flush=True)
+        try:
+            _, done, fits = check(changed, topology, names)
+        except UserError as error:
+            print(f"suggest: {what}: {error}")
+            continue
+        if fits:
+            last = dict(w.split("=") for t in taken for w in t.split(", "))  # a knob turned twice: where it ended
+            print(f"\nsuggest: it fits with {' '.join(f'--config.{k}={v}' for k, v in last.items())}")
+            return
+    print("\nsuggest: nothing here makes it fit: take a larger slice, shorter responses or fewer rows")
+
+
+def _laid(tree, shardings):
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)

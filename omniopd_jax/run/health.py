@@ -1,0 +1,318 @@
+"""Health checks of a run: pure functions from its metrics and texts to findings that say what was seen and what to do.
+
+The thresholds come from the traps of the method (docs/method.md) and from runs of the small world, whose default recipes
+trip none of them. A check that lacks its metric says nothing: a missing figure is no finding.
+"""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+WINDOW = 10  # steps that a check looks back
+FIRST = 3  # steps that "at the start" means
+MIN_AUDITS = 100  # in the window, before texts of audits are judged
+MIN_SPREAD = 0.03  # standard deviation of pi_hat; weights between 0.23 and 0.29 have 0.02
+MIN_LIFT = 0.02  # similarity above that of shuffled pairs
+MIN_MIDBAND = 0.02  # share of chunks that the teacher's samples neither all match nor all miss
+MAX_RESTARTS = 0.1  # share of continuations that start over or announce themselves
+ENTROPY_LEFT = 0.25  # of the entropy at the start
+MIN_PEAK_ENTROPY = 0.02  # nats at the chosen peaks
+MAX_KL = 0.2  # nats a token, exact KL(ref || student), without its coefficient
+MAX_REPEATED = 0.2  # share of repeated 4-grams
+MAX_ZLIB = 10.0  # characters for each byte after compression; prose has 2 to 3
+MIN_ZLIB_BYTES = 200  # shorter texts are not compressed: the ratio says nothing
+MAX_TRUNCATED = 0.3  # share of responses cut at the cap
+MAX_DRIFT = 1.5  # mean length against the start, either way
+MAX_GAP = 0.05  # nats a token between the sampler's log-probs and the training graph's
+MIN_STEPS = 10  # steps before entropy and length are compared with the start
+PROGRESS_STEPS = 20  # steps before a reward that stands still is a finding
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a check saw, why it matters, and which setting to turn."""
+
+    check: str
+    saw: str
+    why: str
+    turn: str
+
+    def line(self) -> str:
+        """One line for a terminal."""
+        return f"health: {self.check}: {self.saw}. {self.turn}"
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What the checks look at.
+
+    Attributes:
+      rows: the metrics of all steps so far, in order.
+      audits, completions: records of the last WINDOW steps (records.py).
+      cfg: {dotted key: value}.
+    """
+
+    rows: list[dict]
+    audits: list[dict]
+    completions: list[dict]
+    cfg: dict
+
+    def mean(self, key: str, rows: list[dict] | None = None) -> float | None:
+        """The mean of a metric over the last WINDOW steps; None where no step has it."""
+        values = [r[key] for r in (self.rows[-WINDOW:] if rows is None else rows) if _number(r.get(key))]
+        return float(np.mean(values)) if values else None
+
+    def start(self, key: str) -> float | None:
+        """The mean of a metric over the first FIRST steps; None before MIN_STEPS steps."""
+        return self.mean(key, self.rows[:FIRST]) if len(self.rows) >= MIN_STEPS else None
+
+
+def check(rows: list[dict], audits: list[dict], completions: list[dict], cfg: dict) -> list[Finding]:
+    """The findings at the last of `rows`; `audits` and `completions` may hold older steps, which are left out."""
+    last = rows[-1]["step"] if rows else 0
+    recent = [[r for r in records if last - WINDOW < r.get("step", 0) <= last] for records in (audits, completions)]
+    view = View(rows, *recent, cfg)
+    found = ((name, function(view)) for name, function in CHECKS.items())
+    return [Finding(name, *parts) for name, parts in found if parts]
+
+
+def metrics(findings: list[Finding]) -> dict[str, int]:
+    """`health/*`: 1 for each check that tripped, 0 for the others."""
+    tripped = {f.check for f in findings}
+    return {f"health/{name}": int(name in tripped) for name in CHECKS}
+
+
+class Watch:
+    """The checks of a run that is going on: told each step, it says what trips and what has not been said lately.
+
+    Args:
+      cfg: {dotted key: value}. rows: metrics of the steps before, of a run that was resumed.
+    """
+
+    def __init__(self, cfg: dict, rows: list[dict]):
+        self._cfg, self._rows, self._said = cfg, list(rows), {}
+        self._recent: list[tuple[list, list]] = []
+
+    def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
+        """(all findings, those that were not said within the last WINDOW steps)."""
+        self._rows.append(row)
+        self._recent = [*self._recent, (audits, completions)][-WINDOW:]
+        found = check(self._rows, *([r for step in self._recent for r in step[i]] for i in (0, 1)), self._cfg)
+        new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
+        self._said |= {f.check: row["step"] for f in found}
+        return found, new
+
+
+def teacher_not_sampling(v: View):
+    """A greedy teacher makes all continuations of a chunk equal."""
+    if not v.audits:
+        return None
+    turn = "Set teacher.temperature = 1, and look whether the server ignores it (some answer all n from one sample)"
+    why = "k_sem is an estimate only if the continuations are independent samples; equal ones count one opinion n times"
+    if v.cfg.get("teacher.temperature") == 0:
+        return "teacher.temperature = 0", why, turn
+    several = [a for a in v.audits if len(a["continuations"]) > 1]
+    equal = sum(len(set(a["continuations"])) == 1 for a in several)
+    if len(several) >= MIN_AUDITS and equal == len(several):
+        return f"in all {equal} audits of the last steps the continuations are the same text", why, turn
+    band, n = v.mean("audit/midband_fraction"), v.mean("audit/n_eff")
+    agree = v.mean("audit/k_sem_mean")
+    if band is None or band >= MIN_MIDBAND or not n or agree is None or agree / n > 0.95:
+        return None
+    return f"{band:.1%} of the chunks are neither fully matched nor fully missed", why, turn
+
+
+def teacher_restarting(v: View):
+    """Continuations that start the answer over, or say what they are going to do."""
+    counted = [a for a in v.audits if "restarted" in a and a["continuations"]]
+    total = sum(len(a["continuations"]) for a in counted)
+    restarted, explained = (sum(a[key] for a in counted) for key in ("restarted", "explained"))
+    if total < MIN_AUDITS or restarted + explained <= MAX_RESTARTS * total:
+        return None
+    return (
+        f"of {total} continuations {restarted} start the answer over and {explained} announce themselves",
+        "what does not continue the prefix is compared with a chunk that does: the student is marked down for the format",
+        "Set teacher.continuation to completion, prefill or continue_final_message where the server takes one",
+    )
+
+
+def weights_without_signal(v: View):
+    """pi_hat hardly differs between chunks, or agreement is no higher than with another prompt's continuations."""
+    kept = [a for a in v.audits if a["kept"]]
+    why = "every chunk is pushed alike, sense and nonsense: the update then follows the student's own samples"
+    turn = "Look at audits in the report; try audit.similarity = embedding, other audit.chunk_tokens, or another teacher"
+    if len(kept) >= MIN_AUDITS:
+        spread = float(np.std([a["pi_hat"] for a in kept]))
+        if spread < MIN_SPREAD:
+            low, high = np.quantile([a["pi_hat"] for a in kept], [0.05, 0.95])
+            return f"pi_hat lies between {low:.2f} and {high:.2f} for 9 of 10 chunks (spread {spread:.3f})", why, turn
+    pairs = [[sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]]
+    if len(pairs) < MIN_AUDITS // 2:
+        return None
+    own, chance = np.mean(pairs, axis=0)
+    lift = np.subtract(*np.transpose(pairs))
+    noise = 2 * float(lift.std()) / len(lift) ** 0.5
+    if own - chance > max(noise, MIN_LIFT):
+        return None
+    return f"similarity is {own:.3f}, with another prompt's continuations {chance:.3f} (noise {noise:.3f})", why, turn
+
+
+def entropy_collapse(v: View):
+    """The student has become sure of everything."""
+    first, now, peak = v.start("entropy"), v.mean("entropy"), v.mean("audit/entropy_at_peak")
+    why = "a student that is never torn samples one answer: nothing is left to explore or to audit"
+    turn = "Lower optimizer.learning_rate, raise anchor.kl_coef, and check that temperature is 1"
+    if first and now is not None and now < ENTROPY_LEFT * first:
+        return f"entropy fell from {first:.3g} to {now:.3g} nats a token", why, turn
+    if v.audits and peak is not None and peak < MIN_PEAK_ENTROPY:
+        return f"even at the peaks the entropy is only {peak:.3g} nats", why, turn
+    return None
+
+
+def kl_runaway(v: View):
+    """The student leaves the base model behind."""
+    kl = v.mean("anchor/kl_ref_to_student_exact", v.rows[-FIRST:])
+    if kl is None or kl <= MAX_KL:
+        return None
+    return (
+        f"KL(ref || student) is {kl:.3g} nats a token",
+        "the anchor holds everything that is not audited; far from the base model answers fall apart",
+        "Lower optimizer.learning_rate or raise anchor.kl_coef; go back to a checkpoint from before",
+    )
+
+
+def repetition(v: View):
+    """Loops: repeated 4-grams, or texts that compress to a tenth."""
+    why = "loops fill answers with text that teaches nothing, and are what token-level distillation is known to bring"
+    turn = "Lower optimizer.learning_rate; look at the longest answers; a shorter max_completion_length costs less meanwhile"
+    repeated = v.mean("completions/repeated_fraction")
+    if repeated is not None and repeated > MAX_REPEATED:
+        return f"{repeated:.0%} of the 4-grams in an answer repeat", why, turn
+    texts = [t for c in v.completions if len(t := c["text"].encode("utf-8", "replace")) >= MIN_ZLIB_BYTES]
+    loops = sum(len(t) / len(zlib.compress(t)) > MAX_ZLIB for t in texts)
+    if len(texts) >= WINDOW and loops > 0.1 * len(texts):
+        return f"{loops} of {len(texts)} answers compress to less than a tenth", why, turn
+    return None
+
+
+def truncation(v: View):
+    """Too many responses end at the cap."""
+    cut = v.mean("completions/truncated_fraction")
+    if cut is None or cut <= MAX_TRUNCATED:
+        return None
+    return (
+        f"{cut:.0%} of the responses are cut at max_completion_length = {v.cfg.get('max_completion_length')}",
+        "a response that was cut has no result: rewards and evaluations count it as wrong, and its end is never trained",
+        "Raise max_completion_length, or look whether the student has lost its end token",
+    )
+
+
+def length_drift(v: View):
+    """Responses grow or shrink."""
+    first, now = v.start("completions/mean_length"), v.mean("completions/mean_length")
+    if not first or not now or 1 / MAX_DRIFT <= now / first <= MAX_DRIFT:
+        return None
+    return (
+        f"the mean length went from {first:.0f} to {now:.0f} tokens",
+        "answers that shrink skip their steps, answers that grow cost more and are cut more often",
+        "Compare answers of early and late steps in the report; lower optimizer.learning_rate",
+    )
+
+
+def few_chunks(v: View):
+    """The settings ask for more chunks than a response has room for."""
+    M, C = v.cfg.get("audit.num_chunks", 0), v.cfg.get("audit.chunk_tokens", 0)
+    chunks, length = v.mean("audit/chunks"), v.mean("completions/mean_length")
+    rows = v.cfg.get("prompts_per_step", 0) * v.cfg.get("num_generations", 0)
+    if not (v.audits and rows and C and chunks and length) or chunks / rows >= M / 2:
+        return None
+    room = int(length // C)
+    return (
+        f"C = {C} of {length:.0f} tokens leaves room for {room} of {M} chunks: {chunks / rows:.1f} a response",
+        "with few chunks most of what a response decides is never compared with the teacher",
+        f"Set audit.chunk_tokens to {max(1, int(length / (2 * M)))} or less, or audit.num_chunks to what fits",
+    )
+
+
+def sampler_gap(v: View):
+    """The sampler and the training graph disagree."""
+    gap = v.mean("rollout/score_logp_gap")
+    if gap is None or gap <= MAX_GAP:
+        return None
+    return (
+        f"the sampler's and the training graph's log-probs differ by {gap:.3g} nats a token",
+        "the student is then trained on samples of a slightly different model, off-policy without anyone asking for it",
+        "Set compute_dtype = float32 to see whether rounding is the cause; other model.attention",
+    )
+
+
+def no_progress(v: View):
+    """Accuracy or reward does not rise."""
+    why = "the run costs the same whether it helps or not"
+    turn = "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the teacher's own accuracy"
+    points = evaluations(v.rows)
+    n, steps = v.cfg.get("eval.num_prompts", 0), v.cfg.get("num_steps", 0)
+    if len(points) > 1 and n and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
+        (_, before), (step, after) = points[0], points[-1]
+        noise = 2 * ((before * (1 - before) + after * (1 - after)) / n) ** 0.5
+        if after - before <= noise:
+            return f"accuracy was {before:.1%}, is {after:.1%} at step {step} (noise {100 * noise:.1f} points)", why, turn
+        return None
+    rewards = [r["reward/mean"] for r in v.rows if _number(r.get("reward/mean"))]
+    if len(rewards) < max(PROGRESS_STEPS, steps / 2):
+        return None
+    part = len(rewards) // 4
+    first, last = rewards[:part], rewards[-part:]
+    noise = 2 * (np.var(first) / part + np.var(last) / part) ** 0.5
+    if np.mean(last) - np.mean(first) <= noise:
+        return f"the reward was {np.mean(first):.3f}, is {np.mean(last):.3f} (noise {noise:.3f})", why, turn
+    return None
+
+
+def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
+    """[(updates before it, accuracy), ...] of a run's evaluations, the one before training included."""
+    out = {}
+    for r in rows:
+        if _number(r.get("eval/accuracy_before")):
+            out[0] = r["eval/accuracy_before"]
+        if _number(r.get("eval/accuracy")):
+            out[int(r.get("eval/updates", r["step"] + 1))] = r["eval/accuracy"]
+    return sorted(out.items())
+
+
+def budget_pace(v: View):
+    """A cap that the run reaches before its last step."""
+    spent = {
+        "usd": ("teacher/cost_usd",), "tokens": ("teacher/tokens_in", "teacher/tokens_out"), "calls": ("teacher/calls",)
+    }  # fmt: skip
+    for name, keys in spent.items():
+        cap, steps = v.cfg.get(f"budget.{name}", 0), v.cfg.get("num_steps", 0)
+        used = sum(float(r.get(k) or 0) for r in v.rows for k in keys)
+        if not cap or not used or len(v.rows) < 2:
+            continue
+        paid = v.rows[-1].get("teacher/cost_usd_total") if name == "usd" else None
+        left = cap - max(used, paid or 0.0)
+        end = v.rows[-1]["step"] + 1 + int(max(0.0, left) / (used / len(v.rows)))
+        if end >= steps:
+            continue
+        amount = f"${cap:,.2f}" if name == "usd" else f"{cap:,} {name}"
+        return (
+            f"at this pace the {amount} of budget.{name} end at step {end} of {steps}",
+            "the run then stops" if v.cfg.get("budget.on_exhausted") == "stop" else "later steps are then audited less",
+            f"Raise budget.{name}, lower num_steps, audit.num_chunks or audit.num_continuations, or set budget.on_exhausted",
+        )
+    return None
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        teacher_not_sampling, teacher_restarting, weights_without_signal, entropy_collapse, kl_runaway, repetition,
+        truncation, length_drift, few_chunks, sampler_gap, no_progress, budget_pace,
+    )
+}  # fmt: skip
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and bool(np.isfinite(value))

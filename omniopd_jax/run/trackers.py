@@ -1,0 +1,178 @@
+"""Experiment trackers beside the JSON lines: TensorBoard, Weights & Biases, Trackio, each an optional package.
+
+All get the same names: the scalars of metrics.jsonl, the tables `audits`, `completions` and `evaluations`, the resolved
+config. A tracker that fails is reported once and left out; the run goes on. Keys and hosts come from the trackers' own
+environment variables (WANDB_MODE=offline needs neither).
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+
+from omniopd_jax.errors import UserError, one_of
+
+TABLE_ROWS = 64  # of a table in a step: trackers are for looking; the JSON lines hold the rest
+CELL_CHARACTERS = 500  # of a text in a table
+COLUMNS = {
+    "audits": ("prompt_id", "peak", "entropy", "k_sem", "pi_bar", "pi_hat", "weight", "kept", "chunk", "continuations"),
+    "completions": ("prompt_id", "tokens", "mean_entropy", "grade", "finished", "question", "text"),
+    "evaluations": ("prompt_id", "correct", "answer", "question", "text"),
+}
+
+
+class TensorBoard:
+    """Scalars, tables as Markdown text, the config as text, in <run_dir>/tensorboard."""
+
+    def __init__(self, folder: pathlib.Path, config: dict, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        self._board.add_text("config", "\n".join(f"    {k} = {v}" for k, v in _texts(config).items()), start_step)
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One point a metric."""
+        for key, value in values.items():
+            self._board.add_scalar(key, float(value), step)
+
+    def table(self, name: str, step: int, records: list[dict]) -> None:
+        """The rows as a Markdown table."""
+        rows = [list(COLUMNS[name]), ["---"] * len(COLUMNS[name]), *_cells(name, records)]
+        text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows)
+        self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Writes what is waiting."""
+        self._board.close()
+
+
+class Wandb:
+    """A run of Weights & Biases under <run_dir>/wandb; the project is WANDB_PROJECT or omniopd.
+
+    Offline unless WANDB_MODE or WANDB_API_KEY is set: without a key the library would ask for one at the terminal.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: dict, start_step: int):
+        import wandb
+
+        self._wandb = wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        name = _plain(folder.name)[:64]
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "omniopd"), name=name, dir=str(folder), config=_texts(config), mode=mode,
+            settings=wandb.Settings(console="off", silent=True),
+        )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")  # a resumed run goes back: its own steps may not
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One row of its history."""
+        self._run.log({"step": step} | values)
+
+    def table(self, name: str, step: int, records: list[dict]) -> None:
+        """One table a step."""
+        table = self._wandb.Table(columns=list(COLUMNS[name]), data=_cells(name, records))
+        self._run.log({"step": step, name: table})
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run of Trackio; the project is TRACKIO_PROJECT or omniopd, the database where TRACKIO_DIR says."""
+
+    def __init__(self, folder: pathlib.Path, config: dict, start_step: int):
+        import trackio
+
+        self._trackio = trackio
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "omniopd"), name=_plain(folder.name)[:64], config=_texts(config),
+            resume="allow", embed=False,
+        )  # fmt: skip
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One row of its history."""
+        self._run.log(dict(values), step=step)
+
+    def table(self, name: str, step: int, records: list[dict]) -> None:
+        """One table a step."""
+        import pandas
+
+        frame = pandas.DataFrame(_cells(name, records), columns=list(COLUMNS[name]))
+        self._run.log({name: self._trackio.Table(dataframe=frame)}, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}  # name -> (folder, config, start_step)
+
+
+class Trackers:
+    """All trackers of a run. `say(text)` reports the first failure of each; after that it gets nothing more."""
+
+    def __init__(self, names, folder, config: dict, start_step: int, say):
+        self._say, self._live = say, {}
+        for name in names:
+            self._guard(name, lambda n=name: self._live.update({n: TRACKERS[n](pathlib.Path(folder), config, start_step)}))
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One step's scalars."""
+        for name, tracker in list(self._live.items()):
+            self._guard(name, lambda t=tracker: t.metrics(step, values))
+
+    def table(self, table: str, step: int, records: list[dict]) -> None:
+        """One step's records, at most TABLE_ROWS of them."""
+        if not records:
+            return
+        for name, tracker in list(self._live.items()):
+            self._guard(name, lambda t=tracker: t.table(table, step, records[:TABLE_ROWS]))
+
+    def close(self) -> None:
+        """Ends all."""
+        for name, tracker in list(self._live.items()):
+            self._guard(name, tracker.close)
+        self._live.clear()
+
+    def _guard(self, name: str, call) -> None:
+        try:
+            call()
+        except Exception as error:  # trackers raise whatever their transports do; none may end a run
+            self._live.pop(name, None)
+            first = (str(error).splitlines() or [""])[0][:200]
+            self._say(f"warning: tracker {name} failed and is left out: {type(error).__name__}: {first}")
+
+
+def check(names) -> None:
+    """Names of trackers, and that their packages are installed.
+
+    Raises:
+      UserError: before anything is loaded.
+    """
+    for name in names:
+        one_of(name, TRACKERS, "log.trackers")
+        package = {"tensorboard": "tensorboardX"}.get(name, name)
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"log.trackers has {name!r}, whose package is not installed: pip install {package}")
+
+
+def _cells(name: str, records: list[dict]) -> list[list]:
+    return [[_cell(record.get(column)) for column in COLUMNS[name]] for record in records]
+
+
+def _cell(value):
+    if isinstance(value, (int, float, bool)):
+        return value
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return _plain(text[:CELL_CHARACTERS])
+
+
+def _plain(text: str) -> str:
+    """Without lone surrogates and control characters, which trackers' own formats refuse."""
+    text = text.encode("utf-8", "replace").decode()
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
+def _texts(config: dict) -> dict:
+    return {k: v if isinstance(v, (int, float, bool)) else _plain(str(v)) for k, v in config.items()}

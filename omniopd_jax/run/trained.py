@@ -1,0 +1,79 @@
+"""What a run's checkpoint holds, for export and evaluation."""
+
+import dataclasses
+import pathlib
+
+from ml_collections import ConfigDict
+
+from omniopd_jax import config, hf, model
+from omniopd_jax.errors import UserError
+from omniopd_jax.model import lora
+from omniopd_jax.run import checkpoint, files
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds: all parameters or adapters, and of which model; `config` is the run's."""
+
+    params: dict
+    table: dict  # their model.Params
+    model_cfg: model.ModelConfig
+    lora: ConfigDict
+    config: dict
+
+    @property
+    def student(self) -> str:
+        """The run's `student.path`."""
+        return self.config["student"]["path"]
+
+    def whole(self, mesh=None) -> dict:
+        """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters attached."""
+        return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params) if self.lora.rank else self.params
+
+
+def read(run_dir, step: int | None, mesh=None) -> Trained:
+    """What a run's checkpoint trained; `step` None: the newest.
+
+    Args:
+      mesh: each device gets its part of the parameters; None: numpy arrays on this host.
+
+    Raises:
+      UserError: no such run or step, or a student folder that is gone or holds another model.
+    """
+    saved = checkpoint.saved_params(run_dir, step)
+    student, settings = saved.config["student"]["path"], lora.settings_of(saved.config)
+    model_cfg = hf.read_config(student)
+    table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
+    if not model.fits(saved.shapes, table):
+        raise UserError(
+            f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
+        )
+    params = checkpoint.read_params(saved, None if mesh is None else model.table_shardings(table, mesh))
+    return Trained(params, table, model_cfg, settings, saved.config)
+
+
+def locate(source) -> tuple[pathlib.Path, int | None]:
+    """(run folder, step or None for the newest) of RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
+    path = pathlib.Path(source).absolute()
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return (path.parent if path.name == "checkpoints" else path), None
+
+
+def recipe(source) -> ConfigDict | None:
+    """The config of the run that `source` (RUN or RUN/checkpoints/STEP) names; None where it is no run.
+
+    Keys that this program no longer knows are left out.
+    """
+    if not source:
+        return None
+    file = locate(source)[0] / "config.json"
+    saved = files.read_json(file, "write it again from the run's recipe") if file.is_file() else {}
+    if "student" not in saved:
+        return None
+    cfg = config.default()
+    known = config.flat(cfg)
+    for key, value in config.flat(ConfigDict(saved)).items():
+        if key in known:
+            cfg.update_from_flattened_dict({key: tuple(value) if isinstance(known[key], tuple) else value})
+    return cfg

@@ -1,0 +1,154 @@
+"""The model card of an export and its upload, against a hub on loopback."""
+
+import base64
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import report_runs as runs
+import tiny
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.hf import card
+
+TOKEN = "hf_" + "x" * 34
+
+
+def front(text: str) -> dict:
+    """The fields that the hub reads."""
+    lines = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1].split("\n")
+    return {k: json.loads(v) for k, v in (line.split(": ", 1) for line in lines)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    cfg = runs.settings(**{"student.path": "Qwen/Qwen3-1.7B", "teacher.provider": "openai", "teacher.model": "Qwen3-32B"})
+    return runs.write(tmp_path / "run", cfg=cfg)
+
+
+def test_a_card_has_base_teacher_method_settings_results_cost_and_licence(run, tmp_path):
+    text = card.write(tmp_path, run, name="me/model", adapter=False).read_text()
+    fields = front(text)
+    assert fields["base_model"] == "Qwen/Qwen3-1.7B" and fields["base_model_relation"] == "finetune"
+    assert fields["library_name"] == "transformers" and "omniopd" in fields["tags"] and fields["license"] == "other"
+    parts = ("# me/model", "`Qwen3-32B` (openai)", "arXiv 2606.01476", "20 of 20", "37.5% and 75.0%", "$0.40", "kl_coef` | `0.1`")
+    for part in parts:
+        assert part in text, part
+    assert "licence" in text and "teacher's terms" in text
+
+
+def test_an_adapter_s_card_says_so(run, tmp_path):
+    fields = front(card.write(tmp_path, run, name="me/model", adapter=True).read_text())
+    assert (fields["library_name"], fields["base_model_relation"]) == ("peft", "adapter")
+
+
+def test_an_earlier_checkpoint_does_not_carry_the_last_one_s_results(run, tmp_path):
+    text = card.write(tmp_path, run, name="me/model", adapter=False, step=10).read_text()
+    assert "10 of 20" in text and "not measured at this step" in text and "75.0%" not in text
+
+
+def test_a_base_folder_gives_its_licence_and_no_path_of_this_machine(tmp_path):
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
+    cfg = runs.settings(**{"student.path": str(base), "data.path": f"{tmp_path}/prompts.jsonl"})
+    text = card.write(tmp_path, runs.write(tmp_path / "run", cfg=cfg), name="me/model", adapter=False).read_text()
+    assert front(text)["license"] == "apache-2.0" and "`apache-2.0`" in text
+    assert str(tmp_path) not in text and "`base`" in text and "prompts.jsonl" in text
+
+
+def test_an_unknown_price_and_hostile_names_stay_what_they_are(tmp_path):
+    cfg = runs.settings(**{"teacher.provider": "openai", "teacher.model": "a`|\n---\n<script>\x1b[31m"})
+    rows = [runs.row(t, **{"teacher/price_known": 0, "teacher/cost_usd": 0}) for t in range(20)]
+    folder = runs.write(tmp_path / "run", cfg=cfg, rows=rows)
+    text = card.write(tmp_path, folder, name="me/model", adapter=False).read_text()
+    assert "unknown price" in text and "$0.00" not in text
+    (line,) = [x for x in text.split("\n") if x.startswith("| teacher |")]
+    assert line.count("`") == 2 and "\x1b" not in line and "\\|" in line
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "a b/c", "../x", ""])
+def test_a_name_that_is_none_is_refused_before_anything_is_exported(name):
+    with pytest.raises(UserError, match="OWNER/MODEL"):
+        card.check(name)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What an upload of small files needs of the hub's API."""
+
+    def log_message(self, *args):
+        """Nothing at the terminal."""
+
+    def answer(self, body, code=200):
+        body = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer({"error": f"bad token {self.headers.get('Authorization')}"}, 401)
+        about = {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
+        return self.answer(about)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, body))
+        if self.path.endswith("/repos/create"):
+            return self.answer({"url": f"http://{self.headers['Host']}/me/model", "name": "me/model", "id": "me/model"})
+        if "/preupload/" in self.path:
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": f["path"]} | plain for f in json.loads(body)["files"]]})
+        return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/model/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None})
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(hub, folder, token=TOKEN):
+    code = (
+        "import sys\nfrom omniopd_jax.errors import UserError\nfrom omniopd_jax.hf import card\n"
+        "try:\n    card.check('me/model')\n    print(card.push(sys.argv[1], 'me/model'))\n"
+        "except UserError as error:\n    print('refused:', error)\n"
+    )
+    where = f"http://127.0.0.1:{hub.server_address[1]}"
+    env = tiny.environment(HF_ENDPOINT=where, HF_TOKEN=token, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_is_uploaded_to_a_private_repository(hub, run, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    card.write(folder, run, name="me/model", adapter=False)
+    said, log = push(hub, folder)
+    assert said.endswith("/me/model") and TOKEN not in said + log
+    created = next(json.loads(body) for path, body in hub.seen if path.endswith("/repos/create"))
+    assert created["name"] == "model" and (created.get("private") is True or created.get("visibility") == "private")
+    commit = next(body for path, body in hub.seen if "/commit/" in path)
+    sent = [x["value"] for x in map(json.loads, commit.splitlines()) if x["key"] == "file"]
+    files = {x["path"]: base64.b64decode(x["content"]) for x in sent}
+    assert files["model.safetensors"] == b"weights" and files["README.md"].startswith(b"---\nlibrary_name")
+
+
+@pytest.mark.slow
+def test_a_refused_token_is_one_line_without_the_token(hub, tmp_path):
+    said, log = push(hub, tmp_path, token="hf_" + "y" * 34)
+    assert said.startswith("refused: --push_to_hub=me/model") and "\n" not in said
+    assert "y" * 34 not in said + log and not [p for p, _ in hub.seen if "commit" in p]

@@ -1,0 +1,101 @@
+"""What a run will cost, before anything is bought: prices that are known, unknown and none; caps; the refusal."""
+
+import pytest
+import tiny
+
+from omniopd_jax import config
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import estimate
+
+OWN = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture(autouse=True)
+def no_addresses(monkeypatch):
+    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "GEMINI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def recipe(tmp_path, provider="anthropic", model="claude-haiku-4-5", **more):
+    c = config.default()
+    c.run_dir = str(tmp_path)
+    c.update_from_flattened_dict({"teacher.provider": provider, "teacher.model": model, "num_steps": 10} | more)
+    return c
+
+
+def preview(*args, **more):
+    return estimate.Preview(recipe(*args, **more), True)
+
+
+def test_a_known_price_gives_dollars_low_to_high(tmp_path):
+    p = preview(tmp_path)
+    assert p.state == estimate.KNOWN and 0 < p.estimate.usd[0] < p.estimate.usd[1] < p.estimate.usd[2]
+    assert f"${p.estimate.usd[1]:,.2f}" in p.text() and "10 steps to come" in p.text() and "no cap is set" in p.text()
+
+
+def test_an_unknown_price_is_never_zero_dollars(tmp_path):
+    text = preview(tmp_path, "openai", "gpt-of-tomorrow").text()
+    assert text.count("unknown") >= 3 and "$0.00" not in text
+    assert estimate.dollars(0.0, estimate.UNKNOWN) == "unknown" and estimate.dollars(1.5, estimate.KNOWN) == "$1.50"
+
+
+def test_a_server_of_ones_own_has_no_price(tmp_path):
+    text = preview(tmp_path, "openai", "Qwen3", **{"teacher.base_url": OWN}).text()
+    assert "no price" in text and "$0.00" not in text
+
+
+def test_caps_say_after_how_many_steps_they_stop_the_run(tmp_path):
+    whole = preview(tmp_path)
+    p = preview(tmp_path, **{"budget.usd": whole.estimate.usd[1] / 2, "budget.calls": 10**9})
+    assert any("budget.usd" in line and "middle ends after 5 of 10 steps" in line for line in p.caps())
+    assert any("budget.calls" in line and "high is enough" in line for line in p.caps())
+
+
+def test_a_dear_run_without_a_cap_is_refused_with_the_table(tmp_path):
+    with pytest.raises(UserError) as refused:
+        preview(tmp_path).confirm()
+    assert refused.value.exit_code == 2
+    assert "middle" in str(refused.value) and "--yes" in str(refused.value) and "budget.confirm_usd = 20" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "provider, model, more",
+    [
+        ("anthropic", "claude-haiku-4-5", {"budget.usd": 5.0}),
+        ("anthropic", "claude-haiku-4-5", {"budget.calls": 100}),
+        ("anthropic", "claude-haiku-4-5", {"budget.confirm_usd": 1e9}),
+        ("anthropic", "claude-haiku-4-5", {"prompts_per_step": 1, "num_steps": 1}),
+        ("anthropic", "claude-haiku-4-5", {"teacher.replay": "only"}),
+        ("openai", "gpt-of-tomorrow", {}),
+        ("openai", "Qwen3", {"teacher.base_url": OWN}),
+        ("openai", "Qwen3", {"teacher.base_url": OWN, "teacher.price_input": 9.0, "teacher.price_output": 9.0}),
+        ("local", "folder", {}),
+    ],
+)
+def test_these_start_without_being_asked(tmp_path, provider, model, more):
+    preview(tmp_path, provider, model, **more).confirm()
+
+
+def test_steps_that_are_done_are_not_paid_again(tmp_path):
+    whole = preview(tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    half = preview(tmp_path)
+    assert half.steps == 5 and half.estimate.usd[1] == pytest.approx(whole.estimate.usd[1] / 2)
+
+
+def test_an_objective_without_a_teacher_buys_nothing(tmp_path):
+    p = estimate.Preview(recipe(tmp_path), False)
+    assert p.estimate is None and "nothing is bought" in p.text()
+    p.confirm()
+
+
+def test_the_command_prints_the_table_and_reads_no_input(tmp_path, monkeypatch):
+    """--estimate ends with 0 and no folder; without it the run ends with 2 before its weights, which do not exist."""
+    values = {"teacher.provider": "anthropic", "teacher.model": "claude-haiku-4-5", "run_dir": str(tmp_path / "run")}
+    values["student.path"] = str(tmp_path / "nowhere")
+    values |= {"prompts_per_step": 64, "num_steps": 500, "max_completion_length": 7000, "audit.chunk_tokens": 50}
+    args = tiny.arguments(values)
+    shown, refused, passed = tiny.commands([[*args, "--estimate"], args, [*args, "--yes"]])
+    assert shown.code == 0 and "middle" in shown.out and "calls" in shown.out and not (tmp_path / "run").exists()
+    assert refused.code == 2 and any("--yes" in e for e in refused.errors) and any("middle" in e for e in refused.errors)
+    assert passed.code == 2 and "nowhere" in passed.err and "--yes" not in passed.err

@@ -1,0 +1,110 @@
+"""What makes a resumed run the same run: settings, and what is read under the same names."""
+
+import json
+
+import pytest
+import tiny
+
+from omniopd_jax import config
+from omniopd_jax.data.prompts import Prompt, Prompts
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import identity
+
+DIGESTS = {"the training prompts": "a", "the student's chat template": "b"}
+
+
+def recipe(**more):
+    return tiny.recipe("student", "teacher", "runs/x", **more)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """config.json of a run with the plain recipe."""
+    file = tmp_path / "config.json"
+    identity.write(recipe(), DIGESTS, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective.name": "grpo"}, {"objective.advantage": "batch_mean"}, {"audit.num_chunks": 1}, {"anchor.kl_coef": 0.2},
+        {"teacher.model": "other"}, {"teacher.temperature": 0.5}, {"optimizer.learning_rate": 1e-4}, {"seed": 3},
+        {"student.path": "other"}, {"prior.alpha": 2.0}, {"temperature": 0.7}, {"data.num_prompts": 5}, {"lora.rank": 4},
+        {"eval.num_prompts": 9}, {"reward.coef": 0.5}, {"max_staleness": 1}, {"objective.clip": 0.3},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_a_setting_that_changes_results_is_named(written, change):
+    key = next(iter(change))
+    with pytest.raises(UserError, match=rf"{key} was .*, is .*resume\.allow"):
+        identity.check_same_run(recipe(**change), DIGESTS, written)
+    identity.check_same_run(recipe(**change, **{"resume.allow": (key,)}), DIGESTS, written)
+    identity.check_same_run(recipe(**change, **{"resume.allow": (key.split(".")[0],)}), DIGESTS, written)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_steps": 9}, {"checkpoint.every": 7}, {"log.tensorboard": True}, {"eval.every": 1}, {"budget.usd": 5.0},
+        {"teacher.max_concurrency": 2}, {"teacher.timeout_s": 9.0}, {"teacher.replay": "only"}, {"mesh.fsdp": 1},
+        {"micro_batches": 2}, {"profile.steps": "1:2"}, {"teacher.base_url": "http://other:1/v1"},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_a_setting_that_changes_no_result_may_change(written, change):
+    identity.check_same_run(recipe(**change), DIGESTS, written)
+
+
+def test_the_number_of_steps_is_fixed_where_the_schedule_reads_it(tmp_path):
+    file = tmp_path / "config.json"
+    identity.write(recipe(**{"optimizer.schedule": "linear"}), DIGESTS, file)
+    with pytest.raises(UserError, match="num_steps was 2, is 9"):
+        identity.check_same_run(recipe(**{"optimizer.schedule": "linear", "num_steps": 9}), DIGESTS, file)
+
+
+def test_inputs_that_changed_under_the_same_name_are_named(written):
+    changed = DIGESTS | {"the training prompts": "other"}
+    with pytest.raises(UserError, match="the training prompts has changed"):
+        identity.check_same_run(recipe(), changed, written)
+    identity.check_same_run(recipe(**{"resume.allow": ("the training prompts",)}), changed, written)
+
+
+def test_a_run_of_an_earlier_version_goes_on(written, capsys):
+    """Removed keys at their default are left out, new ones had their default, and inputs get their digests."""
+    old = json.loads(written.read_text())
+    old.pop("digests")
+    old["teacher"]["hedge_s"] = 0.0
+    del old["resume"], old["eval"]["suffix"]
+    written.write_text(json.dumps(old))
+    identity.check_same_run(recipe(), DIGESTS, written)
+    said = capsys.readouterr().out
+    assert "teacher.hedge_s" in said and "from before inputs were compared" in said
+    with pytest.raises(UserError, match="eval.suffix was '', is 'x'"):
+        identity.check_same_run(recipe(**{"eval.suffix": "x"}), DIGESTS, written)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 50_000, "null"])
+def test_a_damaged_config_is_one_line_that_says_how_to_go_on(written, text):
+    written.write_text(text)
+    with pytest.raises(UserError, match="remove it to go on") as caught:
+        identity.check_same_run(recipe(), DIGESTS, written)
+    assert "\n" not in str(caught.value)
+
+
+def test_digests_see_a_line_put_in_front_and_a_weight_that_changed(tmp_path):
+    one, two = Prompt("1", ({"role": "user", "content": "a"},)), Prompt("2", ({"role": "user", "content": "b"},))
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = bytearray(9_000_000)
+    (folder / "model.safetensors").write_bytes(weights)
+    c = config.default()
+    c.student.path, c.teacher.provider = str(folder), "openai"
+    first = identity.digests_of(c, Prompts([one, two]), None, "template")
+    assert first == identity.digests_of(c, Prompts([one, two]), None, "template")
+    moved = identity.digests_of(c, Prompts([two, one]), None, "other template")
+    assert {k for k in first if first[k] != moved[k]} == {"the training prompts", "the student's chat template"}
+    (folder / "model.safetensors").write_bytes(bytes(b + 1 for b in weights))
+    retrained = identity.digests_of(c, Prompts([one, two]), None, "template")
+    assert {k for k in first if first[k] != retrained[k]} == {"the student's folder (student.path)"}

@@ -1,0 +1,225 @@
+"""The report's page without a browser: what it says of runs in any state, its bounds, its rule for what is left out."""
+
+import base64
+import json
+import pathlib
+import random
+import re
+import time
+import zlib
+
+import pytest
+import report_runs as runs
+
+from omniopd_jax import report
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import page
+from omniopd_jax.run.page import choose, figures
+
+
+def data_of(html: str) -> dict:
+    packed = re.search(r'<script type="application/octet-stream" id="data">(.*?)</script>', html)[1]
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
+def made(*folders) -> dict:
+    return data_of(report.make([str(f) for f in folders]))
+
+
+def facts(run) -> dict:
+    return dict(run["verdict"]["facts"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.write(tmp_path_factory.mktemp("page") / "run")
+
+
+def test_the_verdict_has_before_after_interval_cost_time_and_health(folder):
+    (run,) = made(folder)["runs"]
+    assert run["verdict"]["headline"] == "omniopd: 37.5% to 75.0%, better; finished: 20 steps"
+    told = facts(run)
+    assert (told["accuracy before"], told["accuracy after"]) == ("37.5%", "75.0%")
+    assert told["change (95% interval)"] == "+37.5 points ± 11.9", "paired: 24 gained, none lost, of 64"
+    assert (told["teacher cost"], told["time"], told["health"]) == ("$0.40", "2 min 0 s", "no check warns")
+    assert run["notes"] == [] and run["health"] == []
+
+
+def test_curves_run_against_steps_tokens_and_dollars(folder):
+    curves = made(folder)["runs"][0]["curves"]
+    assert curves["x"]["step"] == list(range(20))
+    assert curves["x"]["student_tokens"][:2] == [30 * 16, 60 * 16] and curves["x"]["teacher_tokens"][0] == 4600
+    assert curves["x"]["usd"][-1] == pytest.approx(0.4)
+    series = curves["series"]
+    assert series["eval/accuracy"][0] == 0.375 and series["eval/accuracy"][1] is None
+    assert series["audit/pi_hat_spread"][0] == pytest.approx(0.2)
+    anchor = 0.1 * 0.019 * 0.7 * 30 / 7168  # kl_coef, the KL at step 19, the share outside of chunks, tokens of the cap
+    assert series["loss/anchor"][19] == pytest.approx(anchor, rel=1e-4)
+    assert series["loss/chunks"][19] == pytest.approx(-0.019 - anchor, rel=1e-4)
+
+
+def test_agreement_is_set_against_chance_and_against_right_and_wrong(folder):
+    a = made(folder)["runs"][0]["agreement"]
+    assert a["source"] == "recorded by the run" and a["own_mean"] > a["chance_mean"] > 0
+    assert sum(a["own"]) == pytest.approx(1, abs=1e-3) and len(a["own"]) == figures.BINS
+    assert a["right_count"] + a["wrong_count"] == 640
+
+
+def test_an_audit_finds_its_whole_response(folder):
+    (run,) = made(folder)["runs"]
+    whole = [a for a in run["audits"] if a["whole"] >= 0]
+    assert len(run["audits"]) == 640 and len(whole) == 20 * 4 * 2
+    for a in whole:
+        c = run["completions"][a["whole"]]
+        assert c["sample_id"] == a["sample_id"] and a["peak"] in [k["peak"] for k in c["chunks"]]
+        assert run["texts"][a["question"]].startswith("Problem")
+
+
+def test_what_is_beyond_the_bounds_is_chosen_by_the_rule_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "AUDITS", 100)
+    monkeypatch.setattr(page, "COMPLETIONS", 20)
+    (run,) = made(runs.write(tmp_path / "run"))["runs"]
+    assert len(run["audits"]) == 100 and run["left_out"] == {"audits": 540, "responses": 60}
+    for step in range(20):
+        own = [a for a in run["audits"] if a["step"] == step]
+        assert len(own) == 5 and sum(a["whole"] >= 0 for a in own) == 2, "a step's share; those of whole responses first"
+
+
+def test_a_page_never_exceeds_its_bytes(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    folder = runs.write(tmp_path / "run", 10, 2, 1)
+    noise = [runs.audit(t, i, chunk=rng.randbytes(500).hex()) for t in range(10) for i in range(40)]
+    runs.lines(folder / "audits.jsonl", noise)
+    whole = len(report.make([str(folder)]))
+    monkeypatch.setattr(page, "MAX_BYTES", whole - 100_000)
+    html = report.make([str(folder)])
+    (run,) = data_of(html)["runs"]
+    assert len(html) <= whole - 100_000 and run["left_out"]["audits"] == 400 - len(run["audits"]) > 0
+
+
+def test_200_steps_of_real_lengths_stay_within_5_mb_and_20_seconds(tmp_path):
+    """Chunks of 50 words that no other chunk has, 10 continuations each, answers of 400 tokens."""
+    rng, words = random.Random(0), [f"w{i:x}" for i in range(50_000)]
+    folder = runs.write(tmp_path / "run", 200, 0, 0, cfg=runs.settings(num_steps=200))
+
+    def say(n):
+        return " " + " ".join(rng.choices(words, k=n))
+
+    audits = [
+        runs.audit(t, i, chunk=say(50), continuations=[say(50) for _ in range(10)], similarity=[0.2] * 10, prefix_end=say(80))
+        for t in range(200) for i in range(10)
+    ]  # fmt: skip
+    pieces = [say(1) for _ in range(400)]
+    whole = [runs.completion(t, 0, 400, pieces=rng.sample(pieces, 400)) for t in range(200)]
+    runs.lines(folder / "audits.jsonl", audits)
+    runs.lines(folder / "completions.jsonl", whole)
+    start = time.process_time()
+    html = report.make([str(folder)])
+    spent = time.process_time() - start
+    print(f"{len(html) / 1e6:.2f} MB in {spent:.1f} CPU s")
+    assert len(html) <= page.MAX_BYTES and spent < 60, "far above what it takes (3 s)"
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda f: (f / "metrics.jsonl").unlink(), "no curves"),
+        (lambda f: (f / "metrics.jsonl").write_text(""), "no curves"),
+        (lambda f: (f / "audits.jsonl").unlink(), "no audits: none was written"),
+        (lambda f: (f / "completions.jsonl").unlink(), "completions.jsonl"),
+        (lambda f: (f / "evaluations.jsonl").unlink(), "evaluations.jsonl"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda f: (f / "summary.json").write_text("[1]"), "summary.json is damaged"),
+        (lambda f: (f / "metrics.jsonl").open("ab").write(b'{"step": 9, "lo\xff'), "1 line could not be read"),
+        (lambda f: (f / "audits.jsonl").open("ab").write(b"[" * 100_000 + b"\n\x00\n"), "2 lines could not be read"),
+    ],
+)
+def test_a_damaged_run_gives_a_page_that_says_what_is_missing(tmp_path, spoil, told):
+    folder = runs.write(tmp_path / "run", 4, 4, 1)
+    spoil(folder)
+    (run,) = made(folder)["runs"]
+    assert any(told in note for note in run["notes"]), run["notes"]
+
+
+def test_records_of_the_wrong_form_are_left_out(tmp_path):
+    folder = runs.write(tmp_path / "run", 3, 4, 1)
+    odd = [{"step": 0}, {"step": "x"}, [], 7, {"step": 1, "continuations": [1], "similarity": ["a"], "chunk": 3}]
+    nan = runs.audit(1, 0, k_sem=float("nan"), weight=float("inf"))
+    runs.lines(folder / "audits.jsonl", [*odd, nan, runs.audit(2, 0, n=0, k_sem=0.0)])
+    (run,) = made(folder)["runs"]
+    assert len(run["audits"]) == 1 and run["completions"]
+    notes = " ".join(run["notes"])
+    assert "3 lines could not be read" in notes and "audits: 3 records of an unknown form" in notes
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "opd", "constant"])
+def test_objectives_without_audits_say_so(tmp_path, name):
+    cfg = runs.settings(**{"objective.name": name})
+    (run,) = made(runs.write(tmp_path / "run", audits=0, cfg=cfg))["runs"]
+    assert f"no audits: the objective {name} asks for none" in run["notes"] and run["agreement"]["own_count"] == 0
+
+
+def test_a_run_that_goes_on_is_no_finished_one(tmp_path):
+    (run,) = made(runs.write(tmp_path / "run", 7, summary=False))["runs"]
+    assert run["state"] == "7 of 20 steps: still running, or stopped" and "accuracy after" not in facts(run)
+
+
+def test_an_unknown_price_is_unknown_and_a_local_teacher_is_free(tmp_path):
+    paid = runs.settings(**{"teacher.provider": "openai", "teacher.model": "gpt-of-tomorrow"})
+    rows = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0, "teacher/price_known": 0}) for t in range(5)]
+    (run,) = made(runs.write(tmp_path / "unknown", 5, cfg=paid, rows=rows))["runs"]
+    assert facts(run)["teacher cost"] == "unknown"
+    free = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0}) for t in range(5)]
+    (run,) = made(runs.write(tmp_path / "free", 5, rows=free))["runs"]
+    assert facts(run)["teacher cost"] == "$0.00"
+
+
+def test_findings_name_their_steps_and_whether_they_still_hold(tmp_path):
+    gap = {"rollout/score_logp_gap": 0.2}
+    rows = [runs.row(t, **gap, **{"completions/truncated_fraction": 0.9 if t < 8 else 0.0}) for t in range(20)]
+    (run,) = made(runs.write(tmp_path / "run", rows=rows))["runs"]
+    found = {f["check"]: f for f in run["health"]}
+    assert set(found) == {"truncation", "sampler_gap"} and run["health"][0]["check"] == "sampler_gap"
+    assert (found["truncation"]["first"], found["truncation"]["now"]) == (0, False) and found["truncation"]["last"] < 19
+    assert found["sampler_gap"]["now"] and facts(run)["health"] == "1 of 12 checks warn"
+
+
+def test_settings_that_differ_are_listed(tmp_path):
+    a = runs.write(tmp_path / "a", 2, 2, 1)
+    b = runs.write(tmp_path / "b", 2, 2, 1, cfg=runs.settings(**{"anchor.kl_coef": 0.0}))
+    data = made(a, b)
+    assert data["differ"] == [["anchor.kl_coef", 0.1, 0.0]] and [r["name"] for r in data["runs"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_folder_that_holds_no_run_is_one_line(tmp_path, kind):
+    path = tmp_path / "run"
+    if kind == "empty":
+        path.mkdir()
+    if kind == "file":
+        path.write_text("x")
+    with pytest.raises(UserError) as error:
+        report.make([str(path)])
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_nothing_of_a_run_stands_in_the_page_as_html(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)> @DATA@"
+    folder = runs.write(tmp_path / "run <b>", 2, 4, 1, chunk=evil, question=evil, prompt_id=evil)
+    html = report.make([str(folder)])
+    assert "alert(1)" not in html and "<b>" not in html and "run &lt;b&gt;" in html and html.count("<script") == 2
+    assert data_of(html)["runs"][0]["texts"].count(evil) == 1
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', html)[1]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "connect-src 'none'" in policy
+
+
+def test_long_texts_are_cut_and_counted(tmp_path):
+    folder = runs.write(tmp_path / "run", 1, 2, 1, chunk="x" * 100_000)
+    (run,) = made(folder)["runs"]
+    assert max(map(len, run["texts"])) == choose.TEXT and run["left_out"]["characters"] == 2 * (100_000 - choose.TEXT)
+
+
+def test_the_library_is_one_small_file_with_its_licence():
+    web = pathlib.Path(page.__file__).parent / "web"
+    assert (web / "uplot.iife.min.js").stat().st_size < 300_000 and "MIT" in (web / "uplot.LICENSE").read_text()

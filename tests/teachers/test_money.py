@@ -1,0 +1,164 @@
+"""Money under servers that lie: no cap is passed, by one process or by two, and what was spent is what is shown."""
+
+import asyncio
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hostile_answers import KINDS, SHAPES, with_usage
+from teacher_kit import cfg_for, check, request, teacher_of
+from wire_server import WireServer
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.run import reporting
+from omniopd_jax.teachers import TeacherStopped, budget
+from omniopd_jax.teachers.journal import Journal, Totals
+
+PRICE = {"teacher.price_input": 3.0, "teacher.price_cached": 0.3, "teacher.price_output": 15.0}
+LIES = tuple(name for name in KINDS if name.startswith("usage:"))
+CAPS = {"calls": 23, "tokens": 30_000, "usd": 0.1}
+
+
+def totals_of(folder):
+    journal = Journal(folder)
+    out, unknown = journal.totals(), journal.unknown()
+    journal.close()
+    return out, unknown
+
+
+def lying(shape=SHAPES["openai"]):
+    """A server's `mangle` that goes through all lies about usage, one a call."""
+    lies = itertools.cycle(KINDS[name][0] for name in LIES)
+    return lambda answer: next(lies)(shape, answer)
+
+
+def spend(c, requests):
+    async def run():
+        async with teacher_of(c) as teacher:
+            return await asyncio.gather(*(teacher.continue_text(r) for r in requests), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_no_cap_is_passed_by_answers_that_lie(cap, tmp_path):
+    with WireServer(mangle=lying()) as server:
+        settings = PRICE | {f"budget.{cap}": CAPS[cap], "teacher.max_concurrency": 8}
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+        out = spend(c, [request(f"s{i}", n=1, max_tokens=16, prefix="y" * 400) for i in range(60)])
+    assert all(isinstance(e, TeacherStopped) or len(e.continuations) == 1 for e in out)
+    spent, _ = totals_of(tmp_path / "journal")
+    assert 0.6 * CAPS[cap] < getattr(spent, cap) <= CAPS[cap] and min(spent.calls, spent.tokens, spent.usd) >= 0
+    stop = next(str(e) for e in out if isinstance(e, TeacherStopped))
+    assert f"budget.{cap}" in stop and "reserved for" in stop and "the next call may take" in stop
+
+
+WORKER = """
+import sys; sys.path[:0] = [{support!r}, {repo!r}]
+import asyncio
+from teacher_kit import cfg_for, request, teacher_of
+async def run():
+    settings = {settings!r}
+    async with teacher_of(cfg_for({url!r}, "openai", {folder!r}, **settings)) as t:
+        await asyncio.gather(*(t.continue_text(request(sys.argv[1] + str(i), n=1)) for i in range(60)), return_exceptions=True)
+asyncio.run(run())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("cap", CAPS)
+def test_two_processes_share_a_cap_and_use_it_up(cap, honest, tmp_path):
+    """One waits for what the other has reserved: a dollar cap does not end at a third of itself."""
+    tests = pathlib.Path(__file__).parents[1]
+    with WireServer(delay_s=0.05, mangle=None if honest else lying()) as server:
+        code = WORKER.format(
+            support=str(tests / "support"), repo=str(tests.parent), url=server.url("openai"), folder=str(tmp_path),
+            settings=PRICE | {f"budget.{cap}": CAPS[cap], "teacher.max_concurrency": 16},
+        )  # fmt: skip
+        workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+        assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    spent, _ = totals_of(tmp_path / "journal")
+    assert 0.6 * CAPS[cap] < getattr(spent, cap) <= CAPS[cap] or (honest and spent.calls == 120)
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_gateway_that_gave_up_may_have_billed_the_answer(status, tmp_path):
+    bad = [True]
+
+    def mangle(answer):
+        return (status, {}, b"<html>") if bad and bad.pop() else answer
+
+    with WireServer(mangle=mangle) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE)
+        [result] = spend(c, [request(n=1)])
+    spent, unknown = totals_of(tmp_path / "journal")
+    assert len(result.continuations) == 1 and spent.calls == 2 and unknown.calls == 1 and spent.usd > unknown.usd > 0
+
+
+def test_an_error_inside_200_is_not_paid_for(tmp_path):
+    with WireServer(mangle=lambda a: {"error": {"code": 500, "message": "oops"}, "choices": None}) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE | {"teacher.max_retries": 1})
+        [result] = spend(c, [request(n=1)])
+    spent, unknown = totals_of(tmp_path / "journal")
+    assert "oops" in result.failures[0].error and spent == Totals(2, 0, 0.0) and not unknown.calls
+
+
+def test_what_a_gateway_counts_anthropics_way_stays_reserved(tmp_path):
+    """Cached tokens that are not part of the prompt's: the difference is negative, and was once given back as money."""
+    with WireServer(mangle=lambda a: with_usage(into=10, cached=5000)(SHAPES["openai"], a)) as server:
+        [result] = spend(cfg_for(server.url("openai"), "openai", tmp_path, **PRICE), [request(n=1)])
+    spent, unknown = totals_of(tmp_path / "journal")
+    assert result.usage.cost_usd == spent.usd == unknown.usd > 0
+
+
+def test_the_end_table_has_what_the_journal_has(tmp_path):
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE | {"teacher.continuation": "auto"})
+        check(c)
+        spend(c, [request()])
+
+        async def later():  # the process that paid is gone; its checkpoint knew nothing of it
+            async with teacher_of(c) as teacher:
+                return teacher.spent(), reporting.cost(teacher)
+
+        spent, shown = asyncio.run(later())
+        assert spent.usd == pytest.approx(totals_of(tmp_path / "journal")[0].usd) and spent.calls == len(server.calls())
+        assert shown == f"${spent.usd:.2f}"
+        c.run_dir, c.teacher.journal = str(tmp_path / "other"), str(tmp_path / "journal")
+        assert asyncio.run(later())[0] == Totals()  # another run on the same journal
+
+
+def test_a_cap_that_is_less_than_one_a_host_is_refused():
+    class Caps:
+        usd, tokens, calls, on_exhausted = 1.0, 0, 3, "stop"
+
+    money = budget.Budget(type("C", (), {"budget": Caps}), None, budget.Price())
+    with pytest.raises(UserError, match="budget.calls = 3 is less than 1 for each of the run's 4 hosts"):
+        money.divide(4)
+    money.divide(3)
+    assert money.caps == Totals(1, 0, 1.0 / 3)
+
+
+def test_the_price_of_a_model_that_no_table_has_is_unknown_and_shown_as_such(tmp_path):
+    c = cfg_for("", "openai", tmp_path, **{"teacher.model": "brand-new-9"})
+    price = budget.price(c, self_hosted=False)
+    assert not price.known and "unknown" in budget.estimate(c, price, takes_n=True, latency_s=(1.0, 2.0)).table()
+    c.teacher.price_input, c.teacher.price_output = 1.0, 2.0
+    assert budget.price(c, self_hosted=False).known
+    c.teacher.model, c.teacher.price_input, c.teacher.price_output = "gpt-4.1-mini", -1.0, -1.0
+    assert budget.price(c, self_hosted=False).known and budget.price(c, self_hosted=True).known
+
+
+@pytest.mark.parametrize("cap,value", [("usd", 1.0), ("tokens", 1_000_000), ("calls", 5_000)])
+def test_a_budget_below_the_least_estimate_names_the_step_at_which_the_run_will_end(cap, value, tmp_path):
+    c = cfg_for("", "openai", tmp_path, **{f"budget.{cap}": value, "num_steps": 200})
+    price = budget.Price(3.0, 0.3, 15.0)
+    e = budget.estimate(c, price, takes_n=True, latency_s=(1.0, 2.0))
+    left = {"usd": float("inf"), "tokens": float("inf"), "calls": float("inf")} | {cap: value}
+    said = budget.ends_early(c, e, left, 200)
+    least = {"usd": e.usd[0], "tokens": e.tokens_in[0] + e.tokens_out[0], "calls": e.calls[0]}[cap]
+    assert f"budget.{cap}" in said and f"step {int(200 * value / least)} of 200" in said
+    assert not budget.ends_early(c, e, left | {cap: 2 * least}, 200)

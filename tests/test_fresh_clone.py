@@ -1,0 +1,54 @@
+"""A fresh clone as a new user meets it: the README's first command, pip install, recipes of one's own. Minutes; installs."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = ["--config.num_steps=1", "--config.eval.num_prompts=8", "--config.prompts_per_step=8"]
+PYTHONS = [p for v in ("3.11", "3.12", "3.13") if (p := shutil.which(f"python{v}"))]
+
+
+def run(command: list[str], cwd) -> str:
+    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")}
+    done = subprocess.run(command, cwd=cwd, env=keep, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone") / "omniopd_jax"
+    run(["git", "clone", "-q", str(ROOT), str(folder)], ROOT)
+    return folder
+
+
+def test_make_demo_raises_the_students_accuracy(clone):
+    said = run(["make", "demo"], clone)
+    before, after = (float(said.split(f"accuracy {when}")[-1].split("%")[0]) for when in ("before", "after"))
+    assert after > before + 20
+
+
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda p: pathlib.Path(p).name)
+def test_pip_install_and_one_step_from_an_empty_folder(clone, tmp_path, python):
+    if subprocess.run([python, "-c", "import venv"], check=False, capture_output=True).returncode:
+        pytest.skip(f"{python} does not run here")
+    run([python, "-m", "venv", str(tmp_path / "venv")], tmp_path)
+    run([str(tmp_path / "venv/bin/pip"), "install", "-q", "."], clone)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    said = run([str(tmp_path / "venv/bin/omniopd"), "main", "--config=configs/tiny.py", *SMALL], empty)
+    assert "accuracy after" in said and (empty / "runs/tiny/summary.json").is_file()
+    (tmp_path / "mine.py").write_text(
+        "from configs import tiny\n\n\ndef get_config(arg=None):\n    c = tiny.get_config()\n    c.run_dir = 'runs/mine'\n    return c\n"
+    )
+    run([str(tmp_path / "venv/bin/python"), "-m", "omniopd_jax.main", "--config=../mine.py", *SMALL], empty)
+    assert (empty / "runs/mine/metrics.jsonl").is_file()
+    site = next((tmp_path / "venv/lib").glob("python3.*/site-packages"))
+    assert not [p.name for p in site.iterdir() if p.name in ("configs", "tests", "benchmarks", "docs")], sys.version

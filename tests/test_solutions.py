@@ -1,0 +1,77 @@
+"""Whole solutions: from the prompts file without a teacher, and from a teacher once for all epochs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from omniopd_jax import experience, hf, train
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import checkpoint, reporting
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.make_folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    real = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
+
+
+def recipe(models, folder, rows, **more):
+    """A run of sft over a file of these rows."""
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "objective.name": "sft", "anchor.kl_coef": 0.0, "data.source": "jsonl", "data.path": str(file), "data.num_prompts": 0,
+        "num_generations": 1, "num_steps": 2, "teacher.provider": "openai", "teacher.model": "nobody",
+        "teacher.base_url": "http://127.0.0.1:9/v1",
+    }  # fmt: skip
+    return tiny.recipe(*models, folder / "run", **settings | more)
+
+
+ROWS = [{"prompt": f"Tom has {i} apples.", "solution": f"so {i}"} for i in range(6)]
+
+
+def test_a_file_with_solutions_trains_without_a_teacher(models, tmp_path):
+    """The server of the recipe does not exist, and nothing is asked of it; the rows are the file's own texts."""
+    c = recipe(models, tmp_path, ROWS)
+    out = train.train(c)
+    assert out["exit_code"] == 0 and out.get("teacher/calls", 0) == 0
+    tokenizer = hf.load_tokenizer(c.student.path)
+    lengths = {len(tokenizer(r["solution"])["input_ids"]) + 1 for r in ROWS}
+    rows = tiny.lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(min(lengths) <= r["completions/mean_length"] <= max(lengths) for r in rows)
+    assert all(r["completions/truncated_fraction"] == 0 and r["grad_norm"] > 0 for r in rows)
+    start, _ = hf.load(c.student.path)
+    assert not tiny.same(checkpoint.restore_params(c.run_dir)[0], start)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "words"),
+    [
+        ([*ROWS, {"prompt": "Tom has none."}], {}, "1 of 7 prompts have no `solution`"),
+        (ROWS, {"num_generations": 2}, "num_generations = 2 would train on each `solution`"),
+    ],
+)
+def test_solutions_that_can_not_be_used_are_one_line(models, tmp_path, rows, more, words):
+    with pytest.raises(UserError, match=words):
+        train.train(recipe(models, tmp_path, rows, **more))
+
+
+def test_a_solution_is_named_by_its_prompt_alone():
+    """So a second epoch, another seed and another method find in the journal what was bought."""
+    assert experience.solution_id("7") == experience.solution_id("7") != experience.solution_id("8")
+
+
+def test_the_share_of_truncated_rows_counts_rows_that_came():
+    r = experience.Responses([], [], [[1, 2], [], [3], []], np.array([False, False, True, False]))
+    assert reporting.truncated_fraction(r) == 0.5
+    empty = experience.Responses([], [], [[], []], np.array([False, False]))
+    assert reporting.truncated_fraction(empty) == 0.0
