@@ -103,16 +103,16 @@ def loss_and_grads(
     params = model.cast_layers(params, dtype)
     if objective.of(cfg).divergence:
         teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
-    how = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
+    settings = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
         head, ref_head, teacher_head = heads
         h, ref_h, teacher_h, target, weight, mask = rows
         loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **how
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **settings
         )
         if teacher_head is not None:
-            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **how)[0]
+            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **settings)[0]
         return loss, stats
 
     def micro_loss(params, rows):
