@@ -204,7 +204,9 @@ class Budget:
         """What each cap still allows; inf where there is none."""
         spent = self.journal.totals()
         names = ("usd", "tokens", "calls")
-        return {k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names}
+        return {
+            k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names
+        }
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
@@ -301,11 +303,17 @@ def estimate(
 
 def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
     """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will end; ''."""
-    for name, low in (("usd", least.usd[0]), ("tokens", least.tokens_in[0] + least.tokens_out[0]), ("calls", least.calls[0])):
+    for name, low in (
+        ("usd", least.usd[0]),
+        ("tokens", least.tokens_in[0] + least.tokens_out[0]),
+        ("calls", least.calls[0]),
+    ):
         if steps and left[name] < low and not (name == "usd" and not least.price_known):
             form = ".2f" if name == "usd" else ",.0f"
             last = cfg.num_steps - steps + math.floor(steps * left[name] / low)
-            then = "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            then = (
+                "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            )
             return (
                 f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} at the "
                 f"least: {then}, at about step {last} of {cfg.num_steps}"
