@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 
@@ -16,7 +17,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, logging, preflight, terminal
+from omniopd_jax.run import checkpoint, health, logging, preflight, terminal
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -98,6 +99,32 @@ def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
     )
     assert rows[2]["anchor/kl_ref_to_student_exact"] > 1e-5
     assert rows[0]["rollout/score_logp_gap"] < 1e-4
+
+
+def test_whole_responses_are_kept_with_what_became_of_their_chunks(run):
+    folder, _, c = run
+    whole, audits = tiny.lines(folder / "completions.jsonl"), tiny.lines(folder / "audits.jsonl")
+    rows = tiny.lines(folder / "metrics.jsonl")
+    assert len(whole) == 3 * c.log.completions_per_step
+    for row in rows:
+        left = c.prompts_per_step * c.num_generations - c.log.completions_per_step
+        assert row["completions/log_left_out"] == left and {row[f"health/{name}"] for name in health.CHECKS} <= {0, 1}
+    for w in whole:
+        own = [a for a in audits if a["sample_id"] == w["sample_id"]]
+        assert "".join(w["pieces"]) == w["text"] and len(w["pieces"]) == len(w["entropy"]) == w["tokens"]
+        assert {a["peak"] for a in own} == {k["peak"] for k in w["chunks"]}
+        for a, k in zip(own, w["chunks"], strict=True):
+            assert (a["k_sem"], a["weight"], a["grade"]) == (k["k_sem"], k["weight"], w["grade"])
+            assert w["text"].startswith(a["prefix_end"] + a["chunk"])
+            assert a["entropy"] == pytest.approx(w["entropy"][a["peak"]], abs=1e-3)
+
+
+def test_every_metric_is_in_the_page_of_metrics(run):
+    page = (tiny.REPO / "docs/metrics.md").read_text().splitlines()
+    named = {n for line in page if line.startswith("| `") for n in re.findall(r"`([\w/]+)`", line.split(" | ")[0])}
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        left = {key for key in set(row) - named if not key.startswith("health/")}  # `health/*`: report.md names them
+        assert left == set(), "add these to docs/metrics.md"
 
 
 def test_accuracy_is_measured_before_within_and_after(run):

@@ -87,17 +87,18 @@ class Watch:
     """The checks of a run that is going on: told each step, it says what trips and what has not been said lately.
 
     Args:
-      cfg: {dotted key: value}. rows: metrics of the steps before, of a run that was resumed.
+      cfg: {dotted key: value}.
+      rows, audits, completions: of the steps before, of a run that was resumed: it then says what it would have said.
     """
 
-    def __init__(self, cfg: dict, rows: list[dict]):
+    def __init__(self, cfg: dict, rows: list[dict], audits: list[dict], completions: list[dict]):
         self._cfg, self._rows, self._said = cfg, list(rows), {}
-        self._recent: list[tuple[list, list]] = []
+        self._recent = [(audits, completions)]
 
     def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
         """(all findings, those that were not said within the last WINDOW steps)."""
         self._rows.append(row)
-        self._recent = [*self._recent, (audits, completions)][-WINDOW:]
+        self._recent = [*self._recent, (audits, completions)][-WINDOW - 1 :]  # `check` leaves out what is older
         found = check(self._rows, *([r for step in self._recent for r in step[i]] for i in (0, 1)), self._cfg)
         new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
         self._said |= {f.check: row["step"] for f in found}

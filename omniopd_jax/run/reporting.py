@@ -31,7 +31,8 @@ class Reports:
         cfg, flat = run.cfg, config.flat(run.cfg)
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
         self._writer = logging.Writer(cfg.run_dir, start_step=start, **log)
-        self._health = health.Watch(flat, self._writer.rows())
+        recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
+        self._health = health.Watch(flat, self._writer.lines("metrics"), *recent)
         self._price = estimate.price_state(cfg, bool(objective.of(cfg).asks))
         self._progress = terminal.Progress(cfg.num_steps, start)
         run.timer.entered = self._progress.enter

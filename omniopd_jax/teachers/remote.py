@@ -331,7 +331,11 @@ def _own_format(t) -> dict:
     """What identifies a prompt's format beside the tokenizer's own template; {} where that is it."""
     given = {"template": t.template, "preamble": t.preamble, "stop_strings": list(t.stop_strings)}
     default = {"template": "chat", "preamble": "", "stop_strings": []}
-    return {k: v for k, v in given.items() if v != default[k]}
+    out = {k: v for k, v in given.items() if v != default[k]}
+    for key in out.keys() & {"template", "preamble"}:  # a file's content, not its name
+        with contextlib.suppress(OSError, ValueError):
+            out[key] = pathlib.Path(out[key]).expanduser().read_text()
+    return out
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:

@@ -219,7 +219,7 @@ def test_unsafe_leaves_no_daemon(tmp_path):
         "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(99)', '{0}'])\n    os._exit(0)\n"
         "time.sleep(0.3)\n"
     ).replace("{0}", str(mark))
-    with graders.make("code", unsafe=True, wall_seconds=5) as loose:
+    with graders.make("code", unsafe=True, wall_seconds=2) as loose:
         assert loose.grade(daemon + "print(1)", stdio("", "1"))
         assert loose.grade(daemon + "def f(x):\n    return x * x\n", SQUARE)
         assert not loose.grade(daemon + "while True:\n    pass\n", stdio("", "1"))

@@ -35,7 +35,7 @@ def test_a_card_has_base_teacher_method_settings_results_cost_and_licence(run, t
     fields = front(text)
     assert fields["base_model"] == "Qwen/Qwen3-1.7B" and fields["base_model_relation"] == "finetune"
     assert fields["library_name"] == "transformers" and "omniopd" in fields["tags"] and fields["license"] == "other"
-    parts = ("# me/model", "`Qwen3-32B` (openai)", "arXiv 2606.01476", "20 of 20", "37.5% and 75.0%", "$0.40", "kl_coef` | `0.1`")
+    parts = ("# me/model", "`Qwen3-32B` (openai)", "2606.01476", "20 of 20", "37.5% and 75.0%", "$0.40", "kl_coef` | `0.1`")
     for part in parts:
         assert part in text, part
     assert "licence" in text and "teacher's terms" in text
@@ -105,7 +105,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if "/preupload/" in self.path:
             plain = {"uploadMode": "regular", "shouldIgnore": False}
             return self.answer({"files": [{"path": f["path"]} | plain for f in json.loads(body)["files"]]})
-        return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/model/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None})
+        where = f"http://{self.headers['Host']}/me/model/commit/1"
+        return self.answer({"commitUrl": where, "commitOid": "1" * 40, "pullRequestUrl": None})
 
 
 @pytest.fixture

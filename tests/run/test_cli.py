@@ -162,6 +162,9 @@ def ended(files):
     cases = {name: make(files) for name, (make, _) in CASES.items()}
     several = {"student.path": "/no/student", "teacher.model": "/no/teacher", "data.name": "narnia"}
     cases["several mistakes"] = base(files, **several)
+    paid = {"teacher.provider": "anthropic", "teacher.model": "claude-haiku-4-5", "student.path": "/no/student"}
+    dear = base(files, **paid, num_steps=500, prompts_per_step=64, **{"audit.num_chunks": 10, "audit.num_continuations": 10})
+    cases |= {"estimate": [*dear, "--estimate"], "dear": dear, "dear, --yes": [*dear, "--yes"]}
     return dict(zip(cases, tiny.commands(list(cases.values()), limit=300)))
 
 
@@ -192,6 +195,22 @@ def test_the_math_recipe_says_all_that_cannot_be_reached(ended):
 def test_several_mistakes_are_told_at_once(ended):
     named = [re.search(r"(student\.path|teacher\.model|data\.name)", e)[1] for e in ended["several mistakes"].errors]
     assert sorted(named) == ["data.name", "student.path", "teacher.model"]
+
+
+def test_an_estimate_is_printed_without_weights_and_without_a_call(ended):
+    """The student's folder does not exist and there is no key: neither is looked for."""
+    got = ended["estimate"]
+    assert got.code == 0 and got.err == ""
+    for word in ("calls", "tokens in", "dollars", "hours", "low", "middle", "high", "no cap is set"):
+        assert word in got.out
+
+
+def test_a_dear_run_without_a_cap_needs_to_be_confirmed(ended):
+    """Exit code 2 with the table; nothing waits for an answer at the terminal. With --yes the run's own checks follow."""
+    got = ended["dear"]
+    assert got.code == 2 and "middle" in got.err and "--yes" in got.errors[-1] and "budget.confirm_usd" in got.errors[-1]
+    passed = ended["dear, --yes"]
+    assert passed.code == 2 and "/no/student" in passed.err and "--yes" not in passed.err
 
 
 def test_the_real_command_and_its_traceback_on_demand(files):

@@ -97,6 +97,7 @@ def test_a_page_never_exceeds_its_bytes(tmp_path, monkeypatch):
     assert len(html) <= whole - 100_000 and run["left_out"]["audits"] == 400 - len(run["audits"]) > 0
 
 
+@pytest.mark.slow
 def test_200_steps_of_real_lengths_stay_within_5_mb_and_20_seconds(tmp_path):
     """Chunks of 50 words that no other chunk has, 10 continuations each, answers of 400 tokens."""
     rng, words = random.Random(0), [f"w{i:x}" for i in range(50_000)]

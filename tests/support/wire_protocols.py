@@ -62,6 +62,7 @@ class OpenAI:
     SHARED = {
         "model": _string, "n": _integer(1, 128), "temperature": _number(0, 2), "top_p": _number(0, 1),
         "seed": _integer(-(2**63), 2**63 - 1), "max_tokens": _integer(1, 2**31),
+        "stop": lambda v: _string(v) or (isinstance(v, list) and len(v) <= 4 and all(map(_string, v))),
     }  # fmt: skip
     CHAT = SHARED | {
         "messages": lambda v: isinstance(v, list) and bool(v), "max_completion_tokens": _integer(1, 2**31),

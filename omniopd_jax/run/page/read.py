@@ -27,11 +27,11 @@ class Folder:
         self.path = pathlib.Path(path).expanduser()
         self.name, self.notes = self.path.name or str(path), []
         if not self.path.is_dir():
-            raise UserError(f"{path}: no such run folder")
+            raise UserError(f"{str(path)!r}: no such run folder")
         files = {kind: sorted(self.path.glob(f"{kind}*.jsonl"), key=_process) for kind in KINDS}
         config_file = self.path / "config.json"
         if not any(files.values()) and not config_file.is_file():
-            raise UserError(f"{path} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir")
+            raise UserError(f"{str(path)!r} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir")
         self.config = _flat({k: v for k, v in self._object(config_file).items() if k != "digests"})
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
