@@ -118,6 +118,7 @@ class Budget:
         self.journal, self.price = journal, price
         self.in_flight = 0
         self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
+        self.turn = None  # asyncio.Lock of the running loop: who waits for room looks for it, the others wait behind
         self.arrived = 0  # continuations, for the mean cost of one
         self.spent_here = Totals()
 
@@ -138,7 +139,7 @@ class Budget:
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
-        self.settled, self.in_flight = asyncio.Event(), 0
+        self.settled, self.turn, self.in_flight = asyncio.Event(), asyncio.Lock(), 0
 
     async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
         """Takes the upper bound of a call off the budget and returns the call's id.
@@ -150,16 +151,17 @@ class Budget:
         """
         most = max(self.price.input, self.price.cached, self.price.written)
         usd = (tokens_in * most + tokens_out * self.price.output) / 1e6
-        while True:
-            call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
-            if isinstance(call, int):
-                self.in_flight += 1
-                return call
-            if not self.in_flight and not self.journal.in_flight():
-                raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
-            self.settled.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.settled.wait(), OTHERS_S)
+        async with self.turn:
+            while True:
+                call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
+                if isinstance(call, int):
+                    self.in_flight += 1
+                    return call
+                if not self.in_flight and not self.journal.in_flight():
+                    raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
+                self.settled.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.settled.wait(), OTHERS_S)
 
     def _used_up(self, cap: str, wanted: Totals) -> str:
         """What the caps were spent on, in one line."""
