@@ -33,7 +33,20 @@ import unittest.mock
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, hf, model, objective, rollout, similarity, step, teachers, train, vocab
+from omniopd_jax import (
+    audit,
+    config,
+    experience,
+    hf,
+    model,
+    objective,
+    rollout,
+    similarity,
+    step,
+    teachers,
+    train,
+    vocab,
+)
 from omniopd_jax.data import prompts as data
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.parallel import sharding
