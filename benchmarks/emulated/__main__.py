@@ -72,7 +72,7 @@ class EmulatedClient(OpenAIClient):
             {"index": i, "finish_reason": "length" if t else "stop", kind: t if kind == "text" else {"content": t}}
             for i, t in enumerate(texts)
         ]
-        self.seen.answered(call)
+        self.seen.answered(call, len(texts))
         answer = {"choices": choices, "usage": usage}
         return self._reply(answer, {}, sent, space, chat=kind == "message", mode=call.mode)
 

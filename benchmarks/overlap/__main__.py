@@ -75,6 +75,7 @@ class SlowClient:
     """A provider's client whose only property is its latency."""
 
     provider, model, url, takes_seed, self_hosted = "simulated", "slow", "http://127.0.0.1:9", True, True
+    most_texts = 128  # a call
 
     def __init__(self, scale: float):
         self.scale, self.seen = scale, wire.Learner(takes_n=True)
@@ -96,7 +97,7 @@ class SlowClient:
         """n texts, after their time."""
         await asyncio.sleep(latency(call.seed) / self.scale)
         texts = tuple(wire.Text(f"text {i} of {call.seed}", "length") for i in range(call.n))
-        return wire.Reply(texts, tokens_in=100, tokens_out=8 * call.n)
+        return wire.Reply(texts, billed=wire.Billed(100, 8 * call.n))
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "rollout_groups", "packing.", "vocab_block", "model.remat", "anchor.ref_offload", "teacher.base_url",
     "teacher.max_concurrency", "teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.timeout_s",
     "teacher.deadline_s", "teacher.max_retries", "teacher.prefix_order", "teacher.replay", "teacher.journal",
-    "teacher.price_", "teacher.key_over_http",
+    "teacher.price_", "teacher.key_over_http", "teacher.pin_model",
 )  # fmt: skip
 SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
 

@@ -118,6 +118,7 @@ class Budget:
         self.journal, self.price = journal, price
         self.in_flight = 0
         self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
+        self.turn = None  # asyncio.Lock of the running loop: who waits for room looks for it, the others wait behind
         self.arrived = 0  # continuations, for the mean cost of one
         self.spent_here = Totals()
 
@@ -138,7 +139,7 @@ class Budget:
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
-        self.settled, self.in_flight = asyncio.Event(), 0
+        self.settled, self.turn, self.in_flight = asyncio.Event(), asyncio.Lock(), 0
 
     async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
         """Takes the upper bound of a call off the budget and returns the call's id.
@@ -150,16 +151,17 @@ class Budget:
         """
         most = max(self.price.input, self.price.cached, self.price.written)
         usd = (tokens_in * most + tokens_out * self.price.output) / 1e6
-        while True:
-            call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
-            if isinstance(call, int):
-                self.in_flight += 1
-                return call
-            if not self.in_flight and not self.journal.in_flight():
-                raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
-            self.settled.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.settled.wait(), OTHERS_S)
+        async with self.turn:
+            while True:
+                call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
+                if isinstance(call, int):
+                    self.in_flight += 1
+                    return call
+                if not self.in_flight and not self.journal.in_flight():
+                    raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
+                self.settled.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.settled.wait(), OTHERS_S)
 
     def _used_up(self, cap: str, wanted: Totals) -> str:
         """What the caps were spent on, in one line."""
@@ -204,7 +206,9 @@ class Budget:
         """What each cap still allows; inf where there is none."""
         spent = self.journal.totals()
         names = ("usd", "tokens", "calls")
-        return {k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names}
+        return {
+            k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names
+        }
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
@@ -301,11 +305,17 @@ def estimate(
 
 def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
     """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will end; ''."""
-    for name, low in (("usd", least.usd[0]), ("tokens", least.tokens_in[0] + least.tokens_out[0]), ("calls", least.calls[0])):
+    for name, low in (
+        ("usd", least.usd[0]),
+        ("tokens", least.tokens_in[0] + least.tokens_out[0]),
+        ("calls", least.calls[0]),
+    ):
         if steps and left[name] < low and not (name == "usd" and not least.price_known):
             form = ".2f" if name == "usd" else ",.0f"
             last = cfg.num_steps - steps + math.floor(steps * left[name] / low)
-            then = "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            then = (
+                "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            )
             return (
                 f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} at the "
                 f"least: {then}, at about step {last} of {cfg.num_steps}"

@@ -199,7 +199,9 @@ class Journal:
           The call's id; or, where a cap would be overshot, the cap's name: `usd`, `tokens` or `calls`.
         """
         with self._write() as c:
-            after = Totals(*c.execute("select calls, tokens, usd from totals").fetchone()) + Totals(1, max_tokens, max_usd)
+            after = Totals(*c.execute("select calls, tokens, usd from totals").fetchone()) + Totals(
+                1, max_tokens, max_usd
+            )
             for name in ("usd", "tokens", "calls"):
                 cap = getattr(caps, name)
                 if cap and getattr(after, name) > cap + 1e-12:
@@ -210,7 +212,9 @@ class Journal:
             c.execute("update totals set calls = calls + 1, tokens = tokens + ?, usd = usd + ?", (max_tokens, max_usd))
             return cursor.lastrowid
 
-    def settle(self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()) -> Totals:
+    def settle(
+        self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()
+    ) -> Totals:
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
 
         Args:
@@ -240,15 +244,21 @@ class Journal:
                 )
                 row = (tokens_in, cached, tokens_out, usd, call)
                 c.execute("update calls set tokens_in=?, tokens_cached=?, tokens_out=?, usd=? where id=?", row)
-            c.execute("update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call))
+            c.execute(
+                "update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call)
+            )
             for key, sample_id, peak, k, raw in results:
-                journal_file.insert_text(c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time())
+                journal_file.insert_text(
+                    c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time()
+                )
         return billed
 
     def put_failure(self, key: bytes, sample_id: str, peak: int, failure: Failure) -> None:
         """Writes a failure that is final: a replay fails there too, and n is the same."""
         with self._write() as c:
-            journal_file.insert_text(c, key, sample_id, peak, failure.index, None, None, failure.error, None, None, time.time())
+            journal_file.insert_text(
+                c, key, sample_id, peak, failure.index, None, None, failure.error, None, None, time.time()
+            )
 
     def forget(self, sample_id: str, peak: int) -> int:
         """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that were."""

@@ -41,7 +41,9 @@ def create(path: pathlib.Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         with contextlib.closing(sqlite3.connect(part)) as new:
-            new.executescript(f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}")
+            new.executescript(
+                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}"
+            )
             new.execute("insert into meta values (?)", (secrets.token_hex(8),))
             new.commit()
         with contextlib.suppress(FileExistsError):
@@ -125,7 +127,9 @@ def open_checked(path: pathlib.Path):
     """A read-only connection. Raises `UserError` where the file is not a sound journal of this schema."""
     advice = "move it out of the folder, or set teacher.journal to another one"
     try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30.0)
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30.0
+        )
         try:
             made_by = connection.execute("pragma application_id").fetchone()[0]
         except sqlite3.OperationalError:  # a read-only disk: no shared memory file can be made beside it
@@ -165,7 +169,8 @@ def restore(snapshot, folder) -> int:
             with contextlib.closing(open_checked(path)) as there, contextlib.closing(open_checked(target)) as here:
                 name = identity(path, there)
                 known = (
-                    name == identity(target, here) or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
+                    name == identity(target, here)
+                    or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
                 )
             target = target if known else folder / f"{name}.sqlite"
         if not target.exists():

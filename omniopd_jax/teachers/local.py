@@ -35,7 +35,9 @@ SCORE_ROWS = 128  # responses scored at once
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
-    return step.score(params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1, compute=compute)
+    return step.score(
+        params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1, compute=compute
+    )
 
 
 class LocalTeacher(Teacher):
@@ -88,7 +90,9 @@ class LocalTeacher(Teacher):
         if self.foreign_tokenizer:
             raise UserError("objective.name = 'opd' needs a teacher with the student's tokenizer")
         if self._params is None:
-            raise UserError("a local teacher that has sampled text holds the sampler's weights alone: make one for scores")
+            raise UserError(
+                "a local teacher that has sampled text holds the sampler's weights alone: make one for scores"
+            )
         future = asyncio.get_running_loop().create_future()
         since = time.perf_counter()
         self._scoring.append((list(prompt_ids), list(token_ids), future))
@@ -140,7 +144,9 @@ class LocalTeacher(Teacher):
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
             for start in range(0, len(order), size):
                 part = order[start : start + size]
-                sampled = self._sample([ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p)
+                sampled = self._sample(
+                    [ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p
+                )
                 for i, continuations, tokens_out in zip(part, *sampled, strict=True):
                     request, future, since = items[i]
                     usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=tokens_out)

@@ -21,11 +21,14 @@ from omniopd_jax.teachers.protocol import Continuation, Failure
 from omniopd_jax.teachers.traffic import now
 from omniopd_jax.teachers.wire import instruct, scoring
 
-COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
+COUNT = (
+    {"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},
+)
 PREFIX = "one two three four five six seven"
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
 WHO = "probe"  # who asks, in the journal
+THOUGHTS = ("<think", "<thinking", "<|channel|>analysis", "<reasoning")  # how open models begin to think
 PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
 
 
@@ -108,8 +111,9 @@ class _Probe:
             if e.outcome == "rejected" and e.kind == "stop":
                 raise UserError(self._refusal(e)) from None
             if e.outcome != "rejected":
+                between = wire.http.in_between(self.client.url, str(e))
                 raise UserError(
-                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or proxy"
+                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or proxy{between}"
                 ) from None
             said = str(e)
         self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
@@ -124,7 +128,9 @@ class _Probe:
     async def _ask(self, messages, prefix, mode, *, n=1, seed=1) -> wire.Reply:
         """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
         while True:
-            call = wire.Call(messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode)
+            call = wire.Call(
+                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode
+            )
             try:
                 reply = await self._send(call)
             except wire.CallError as e:
@@ -175,8 +181,20 @@ class _Probe:
 
     def _key(self, call) -> bytes:
         """What a question is found by: all that decides how it goes out and who answers."""
-        about = [self.t.provider, self.client.model, self.client.url, self.t.tokenizer, self.t.chat_template_kwargs.to_dict()]
-        about += [sorted(self.client.seen.dropped), sorted(self.client.extra), wire.VERSION, instruct.VERSION, scoring.VERSION]
+        about = [
+            self.t.provider,
+            self.client.model,
+            self.client.url,
+            self.t.tokenizer,
+            self.t.chat_template_kwargs.to_dict(),
+        ]
+        about += [
+            sorted(self.client.seen.dropped),
+            sorted(self.client.extra),
+            wire.VERSION,
+            instruct.VERSION,
+            scoring.VERSION,
+        ]
         content = json.dumps(["probe", *about, dataclasses.asdict(call)], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
@@ -202,7 +220,8 @@ class _Probe:
         """The first way that gives log-probs of a prompt's tokens, for a teacher that scores (`opd`)."""
         tokenizer, said = self.client.tokenizer, []
         prompt, answer = (
-            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (self.client.render(COUNT), PREFIX)
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (self.client.render(COUNT), PREFIX)
         )
         for way in scoring.WAYS:
             try:
@@ -268,6 +287,14 @@ class _Probe:
         self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
         return best
 
+    async def _whole(self, mode) -> str:
+        """What an empty prefix gets, as first chunks and whole solutions do: a teacher that thinks begins with its thoughts."""
+        call = wire.Call(OPEN, "", 1, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), 13, mode)
+        try:
+            return begins(await self._send(call))
+        except wire.CallError as e:
+            return f"refused: {e}"
+
     async def _sampling(self, mode):
         """Does it sample, keep the seed, the cap on tokens and leading whitespace?"""
         n = 3 if self.client.seen.takes_n else 1
@@ -287,14 +314,27 @@ class _Probe:
             "NO: three answers are equal; a greedy teacher makes k_sem 0 or N (is do_sample on?)" if greedy else "yes",
         )
         seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
-        self._row("seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken")
+        self._row(
+            "seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken"
+        )
         most = max(-(-reply.stated.tokens_out // len(reply.texts)) for reply in (first, again, other))
         self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
         self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
         self._row("hidden reasoning", "none")
+        self._row("a whole answer", await self._whole(mode))
         left_out = ", ".join(sorted(self.client.seen.dropped))
         if left_out:
             self._row("left out (refused)", left_out)
+
+
+def begins(reply) -> str:
+    """How an answer to an empty prefix begins: with the answer, or with thoughts, seen or hidden."""
+    text = reply.texts[0].text.lstrip()
+    if reply.tokens_hidden:
+        return f"begins with hidden thoughts ({reply.tokens_hidden} tokens): switch its thinking off, or raise the caps"
+    if text.startswith(THOUGHTS):
+        return "begins with its thoughts: teacher.chat_template_kwargs.enable_thinking = False, unless the student thinks"
+    return "begins with the answer"
 
 
 def verdict(text: str, mode: str) -> str:

@@ -132,8 +132,12 @@ class Teacher(Protocol):
     nothing, as of a teacher in process.
     """
 
-    foreign_tokenizer: bool = False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
-    white_box: frozenset[str] = frozenset()  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
+    foreign_tokenizer: bool = (
+        False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
+    )
+    white_box: frozenset[str] = (
+        frozenset()
+    )  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
     model_cfg: Any = None  # of its weights, where it gives its DISTRIBUTION
     report: Any = None  # probe.ProbeReport, once `check` has probed it
     journal: Any = None  # journal.Journal: what was bought and what it cost

@@ -64,7 +64,9 @@ class RemoteTeacher(PaidTeacher):
         self.answering = ""  # the model that answers, where it is another than the one asked for
         self.running = set()  # tasks that have calls out
         self.refused = 0
-        self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        self.stopped = (
+            None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        )
         self.counts = Counts()
 
     # the protocol

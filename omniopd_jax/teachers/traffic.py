@@ -15,7 +15,9 @@ from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
-TWICE_MORE = 2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+TWICE_MORE = (
+    2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+)
 SILENT_S, SILENT_AGAIN_S = 10.0, 30.0  # when a service that does not answer is reported, and how often after that
 HEED_S = 60.0  # how long a limit holds that a header named, unless another answer names it again
 
@@ -190,7 +192,11 @@ class Traffic:
             tries, answered = tries + 1, answered + (error.outcome != "unsent")
             error.attempts = tries
             again = False
-            if (error.kind == "stop" or error.status == 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
+            if (
+                (error.kind == "stop" or error.status == 404)
+                and self.last_success > float("-inf")
+                and refused < TWICE_MORE
+            ):
                 refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
             elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
@@ -198,7 +204,9 @@ class Traffic:
                 raise error
             if answered > self.max_retries:
                 raise error
-            ceiling = min(LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10))
+            ceiling = min(
+                LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10)
+            )
             wait = self.jitter.uniform(0, ceiling)  # full jitter
             if error.retry_after is not None:
                 wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)

@@ -347,7 +347,7 @@ KINDS = {
 def _bomb():
     coder = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16)
     block = b" " * (1 << 20)
-    return b"".join([*(coder.compress(block) for _ in range(512)), coder.flush()])
+    return b"".join([*(coder.compress(block) for _ in range(64)), coder.flush()])
 
 
-BOMB = _bomb()  # half a GB in half a MB
+BOMB = _bomb()  # 64 MB in 64 kB

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 from teacher_kit import EXTENSIONS, ask, cfg_for, check, request, teacher_of
-from wire_server import WireServer
+from wire_protocols import OpenAI
+from wire_server import WireServer, speak
 
 from omniopd_jax.teachers import TeacherStopped, budget, wire
 
@@ -153,3 +154,23 @@ def test_what_is_sent_is_the_prefix_whatever_its_blocks(tmp_path):
         content = calls[-1]["body"]["messages"][-1]["content"]
         sent = content if isinstance(content, str) else "".join(b["text"] for b in content)
         assert sent == PREFIX[:k].rstrip()
+
+
+def test_the_probe_reports_when_a_model_is_shut_down(tmp_path, monkeypatch):
+    listing = {"object": "list", "data": [{"id": "m", "object": "model", "shutdown_date": "2027-01-14"}]}
+    monkeypatch.setattr(OpenAI, "describe", staticmethod(lambda owner, path: (200, listing)))
+    with WireServer() as server:
+        _, report = check(cfg_for(server.url("openai"), "openai", tmp_path))
+    assert "shut down on 2027-01-14" in dict(report.rows)["reachable, key accepted"]
+
+
+@pytest.mark.parametrize("begins,said", [("<think>Let me", "with its thoughts"), ("A fox", "with the answer")])
+def test_the_probe_says_how_a_whole_answer_begins(begins, said, tmp_path):
+    """Only an empty prefix shows it: a teacher that thinks goes on with an answer that has begun."""
+
+    def speaks(context, max_tokens, seed, index):
+        return begins if seed == 13 else speak(context, max_tokens, seed, index)
+
+    with WireServer(speak=speaks) as server:
+        _, report = check(cfg_for(server.url("openai"), "openai", tmp_path))
+    assert said in dict(report.rows)["a whole answer"]

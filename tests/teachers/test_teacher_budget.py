@@ -83,7 +83,7 @@ import asyncio
 import contextlib
 from teacher_kit import cfg_for, request, teacher_of
 async def run():
-    c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40}})
+    c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40, "teacher.timeout_s": 30.0, "teacher.deadline_s": 90.0}})
     async with teacher_of(c) as t:
         await asyncio.gather(*(t.continue_text(request(sys.argv[1] + str(i), n=1)) for i in range(40)), return_exceptions=True)
 asyncio.run(run())

@@ -426,3 +426,21 @@ def test_scrub():
 
 def test_failure_is_a_value():
     assert Failure(1, "x") == Failure(1, "x")
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("http_proxy", "::::"), ("http_proxy", "socks9://x:1"), ("http_proxy", "http://[::1"), ("http_proxy", "http://127.0.0.1:9"),
+        ("HTTPS_PROXY", "nonsense.invalid"), ("all_proxy", "http://h.invalid:99999"), ("SSL_CERT_FILE", "/no/such/file"),
+        ("SSL_CERT_FILE", "/etc/passwd"), ("http_proxy", "http://user:pa55word@127.0.0.1:9"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_cannot_be_used_is_named_in_one_line(name, value, tmp_path, monkeypatch):
+    for other in (*wire.secrets.PROXIES, "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    url = "http://h.invalid/v1" if name == "http_proxy" else "https://h.invalid/v1"
+    with pytest.raises(UserError, match=name) as e:
+        check(cfg_for(url, "openai", tmp_path, **{"teacher.deadline_s": 3.0}))
+    assert "\n" not in str(e.value) and "pa55word" not in str(e.value)

@@ -94,7 +94,9 @@ class GeminiClient:
         """One exchange. Raises `CallError`."""
         contents, config, sent, space = self._body(call)
         with wire.exchange():
-            raw = await self.connection.sdk.aio.models.generate_content(model=self.model, contents=contents, config=config)
+            raw = await self.connection.sdk.aio.models.generate_content(
+                model=self.model, contents=contents, config=config
+            )
         answer = wire.read.json_object(raw.sdk_http_response.body.encode())
         with wire.as_promised():
             reply = self._reply(answer, raw.sdk_http_response.headers or {}, sent, space, call.mode)
@@ -113,7 +115,9 @@ class GeminiClient:
         elif sent:
             turns = [*turns, {"role": "assistant", "content": sent}]
         contents = [
-            types.Content(role="model" if m["role"] == "assistant" else "user", parts=[types.Part(text=wire.text_of(m))])
+            types.Content(
+                role="model" if m["role"] == "assistant" else "user", parts=[types.Part(text=wire.text_of(m))]
+            )
             for m in turns
         ]
         settings = {"temperature": call.temperature, "top_p": call.top_p, "max_output_tokens": call.max_tokens}

@@ -48,7 +48,9 @@ def json_object(data: bytes, kind: str = "") -> dict:
     try:
         body = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        what = {"RecursionError": "JSON nested too deep", "JSONDecodeError": "a body that is no JSON"}.get(type(e).__name__)
+        what = {"RecursionError": "JSON nested too deep", "JSONDecodeError": "a body that is no JSON"}.get(
+            type(e).__name__
+        )
         body, said = None, what or "a body that cannot be read"
     else:
         if isinstance(body, list) and len(body) == 1:  # Gemini's way to send an error
@@ -72,7 +74,9 @@ def as_promised():
     except CallError:
         raise
     except Exception as e:  # an answer may be anything
-        raise CallError(f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown") from None
+        raise CallError(
+            f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown"
+        ) from None
 
 
 # errors
@@ -99,7 +103,9 @@ def error_in(answer) -> Inside | None:
         return _inside(found, answer)
     if answer.get("object") == "error" or answer.get("type") == "error" or answer.get("success") is False:
         return _inside(answer, {})
-    has_texts = any(name in answer for name in ("choices", "candidates", "content", "data", "promptFeedback", "id", "name"))
+    has_texts = any(
+        name in answer for name in ("choices", "candidates", "content", "data", "promptFeedback", "id", "name")
+    )
     if not has_texts and (answer.get("detail") or answer.get("message")):
         return _inside(answer, {})
     return None
@@ -132,7 +138,9 @@ def _status_of(error, around) -> int | None:
                 value = int(value.strip()[-3:])
             if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
                 return value
-    names = " ".join(str(place.get(k)) for place in places for k in ("code", "type", "status") if isinstance(place.get(k), str))
+    names = " ".join(
+        str(place.get(k)) for place in places for k in ("code", "type", "status") if isinstance(place.get(k), str)
+    )
     for said in (names, _message_of(error)):
         for status, pattern in STATUS:
             if re.search(pattern, said, re.IGNORECASE):
@@ -203,7 +211,9 @@ def _written(content) -> tuple[str | None, dict]:
 # money
 
 
-def billed(tokens_in, tokens_out, *, cached=None, written=None, hidden=None, total=None, wrote: bool = True) -> Billed | None:
+def billed(
+    tokens_in, tokens_out, *, cached=None, written=None, hidden=None, total=None, wrote: bool = True
+) -> Billed | None:
     """What an answer says it used, or None where it does not say: a part is missing, negative, no whole number, or cannot be.
 
     Args:
@@ -218,7 +228,12 @@ def billed(tokens_in, tokens_out, *, cached=None, written=None, hidden=None, tot
     if any(not whole(value) for value in parts):
         return None
     tokens_in, tokens_out, cached, written, hidden = parts
-    if tokens_in == 0 or cached + written > tokens_in or (wrote and tokens_out == 0) or hidden > max(tokens_out, _or_0(total)):
+    if (
+        tokens_in == 0
+        or cached + written > tokens_in
+        or (wrote and tokens_out == 0)
+        or hidden > max(tokens_out, _or_0(total))
+    ):
         return None
     if total is not None and not whole(total):
         return None

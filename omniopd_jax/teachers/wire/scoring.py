@@ -69,7 +69,9 @@ def _from_prompt_logprobs(choice, sent):
     for i, (row, token) in enumerate(zip(rows, sent)):
         entry = (row or {}).get(str(token))
         if i and entry is None:
-            raise _unfit(f"token {token} was sent at position {i}, and the server scored {', '.join(row or {}) or 'none'}")
+            raise _unfit(
+                f"token {token} was sent at position {i}, and the server scored {', '.join(row or {}) or 'none'}"
+            )
         values.append(entry["logprob"] if entry else None)
         names.append((entry or {}).get("decoded_token") or "")
     return values, names
@@ -86,10 +88,14 @@ def _from_echo(choice, sent):
     if names and all(name.startswith("token_id:") for name in names):
         told = [int(name.removeprefix("token_id:")) for name in names]
         if told != sent:
-            raise _unfit(f"{len(sent)} token ids were sent, and the server scored others ({_first_difference(sent, told)})")
+            raise _unfit(
+                f"{len(sent)} token ids were sent, and the server scored others ({_first_difference(sent, told)})"
+            )
         names = []
     elif choice.get("prompt_token_ids") is None:
-        raise _unfit("the server does not say which tokens it scored: neither `prompt_token_ids` nor names `token_id:N`")
+        raise _unfit(
+            "the server does not say which tokens it scored: neither `prompt_token_ids` nor names `token_id:N`"
+        )
     return values, names or [""] * len(sent)
 
 

@@ -51,7 +51,8 @@ def hide_keys(text: str) -> str:
 def _known() -> set[str]:
     names = [os.environ.get(name, "") for name in sum(KEYS.values(), ())]
     for name in PROXIES:
-        names.append(urllib.parse.unquote(urllib.parse.urlsplit(os.environ.get(name, "")).password or ""))
+        found = re.match(r"[^/@]*(?://)?[^/@:]*:([^/@]+)@", os.environ.get(name, ""))  # whatever else is wrong with it
+        names.append(urllib.parse.unquote(found.group(1)) if found else "")
     values = {v for name in names for v in (name, name.strip())} | _found_in_urls
     return {v for v in values if len(v.strip()) >= 3 and v.strip().lower() not in NO_SECRETS}
 
@@ -147,7 +148,9 @@ def public_url(url: str) -> str:
     """An address as it may be written to a file: without what looks like a key in its path, without name and password."""
     parts = urllib.parse.urlsplit(url)
     path = "/".join("***" if _like_a_key(s) else s for s in parts.path.split("/"))
-    return hide_keys(re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}"))
+    return hide_keys(
+        re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}")
+    )
 
 
 def _like_a_key(segment: str) -> bool:
