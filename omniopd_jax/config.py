@@ -131,6 +131,7 @@ def default() -> ConfigDict:
     c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # as student.chat_template_kwargs, for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.pin_model = False  # True: an answer of another model than asked for ends the run; else it is a warning
     c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders prompts for completion; compared with the student's

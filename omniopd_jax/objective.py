@@ -287,6 +287,7 @@ def grpo(logp_BT, batch: Batch, cfg):
 
 def policy_gradient_weight(logp_BT, batch: Batch, cfg):
     """A_b, times the clipped importance ratio where the batch has old log-probs; [B, T]."""
+    assert batch.advantage_B is not None, "a task reward needs graded responses"
     advantage_BT = jnp.broadcast_to(batch.advantage_B[:, None], logp_BT.shape)
     if batch.old_logp_BT is None:
         return advantage_BT
@@ -296,6 +297,7 @@ def policy_gradient_weight(logp_BT, batch: Batch, cfg):
 
 def clipped(logp_BT, batch: Batch, cfg):
     """bool [B, T]: where the ratio has left [1 - clip, 1 + clip] on the side that the advantage pushes to."""
+    assert batch.advantage_B is not None, "a task reward needs graded responses"
     ratio_BT, eps = jnp.exp(logp_BT - batch.old_logp_BT), cfg.objective.clip
     return jnp.where(batch.advantage_B[:, None] > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
 
@@ -367,7 +369,7 @@ def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict
     pi_hat = mean(targets.pi_hat_BM)
     share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
     if batch.ratio_BM is not None:
-        outside_BM = kept(batch.replace(ratio_BM=None), cfg) & ~targets.keep_BM
+        outside_BM = kept(dataclasses.replace(batch, ratio_BM=None), cfg) & ~targets.keep_BM
         out["audit/stale_dropped"] = outside_BM.sum()
         out["audit/ratio_mean"] = mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0))
     return out | {

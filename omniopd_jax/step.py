@@ -103,16 +103,16 @@ def loss_and_grads(
     params = model.cast_layers(params, dtype)
     if objective.of(cfg).divergence:
         teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
-    how = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
+    settings = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
         head, ref_head, teacher_head = heads
         h, ref_h, teacher_h, target, weight, mask = rows
         loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **how
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **settings
         )
         if teacher_head is not None:
-            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **how)[0]
+            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **settings)[0]
         return loss, stats
 
     def micro_loss(params, rows):
@@ -145,9 +145,12 @@ def loss_and_grads(
     return loss, replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh), _in_place(stats, tokens, T, mesh)
 
 
-def policy(params: dict, ref_params: dict, cfg) -> dict:
+def policy(params: dict, ref_params: dict | None, cfg) -> dict:
     """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them attached."""
-    return lora.attach(ref_params, params) if cfg.lora.rank else params
+    if not cfg.lora.rank:
+        return params
+    assert ref_params is not None, "adapters need their base"
+    return lora.attach(ref_params, params)
 
 
 def update(
@@ -166,8 +169,8 @@ def update(
     Returns:
       (state, metrics of scalars, objective.ChunkTargets for the audit log; None where nothing is audited).
     """
-    scored = stats is not None
-    logp_BT = stats.logp_BT if scored else jnp.zeros((len(batch.length_B), batch.width), jnp.float32)
+    unscored = (len(batch.length_B), batch.width)
+    logp_BT = jnp.zeros(unscored, jnp.float32) if stats is None else stats.logp_BT
     weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
     loss, grads, loss_stats = loss_and_grads(
         state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg, compute=compute,
@@ -182,15 +185,16 @@ def update(
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
-    } | objective.metrics(batch, targets, stats.entropy_BT if scored else None, cfg)
-    if scored:
+    } | objective.metrics(batch, targets, None if stats is None else stats.entropy_BT, cfg)
+    if stats is not None:
         metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
         clipped_BT = objective.clipped(logp_BT, batch, cfg) * real_BT
         metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
         metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics, targets
+    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+    return new, metrics, targets
 
 
 def updates(
@@ -207,8 +211,9 @@ def updates(
     one = functools.partial(update, model_cfg=model_cfg, cfg=cfg, compute=compute, teacher_cfg=teacher_cfg)
     if cfg.num_iterations == 1:
         return one(state, ref_params, batch, stats, teacher_params)
+    assert stats is not None, "a ratio needs the scores of the policy that sampled"
     first, T = state.step, stats.logp_BT.shape[1]
-    batch = batch.replace(old_logp_BT=stats.logp_BT)
+    batch = dataclasses.replace(batch, old_logp_BT=stats.logp_BT)
 
     def rescore(params):
         tokens = batch.token_BL if batch.packed is None else batch.packed
@@ -228,7 +233,7 @@ def updates(
     count = jnp.arange(cfg.num_iterations, dtype=jnp.int32)
     (state, _), (metrics, targets) = jax.lax.scan(body, (state, stats), count)
     metrics = jax.tree.map(lambda a: a.astype(jnp.float32).mean(0), metrics)
-    return state.replace(step=first + 1), metrics, jax.tree.map(lambda a: a[-1], targets)
+    return dataclasses.replace(state, step=first + 1), metrics, jax.tree.map(lambda a: a[-1], targets)
 
 
 def anchored_mean(kl_BT, mask_BT):
@@ -292,7 +297,7 @@ def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
-    return TrainState(params, opt, all_, all_)
+    return TrainState(params, opt, all_, all_)  # type: ignore[arg-type]  # shardings in place of arrays
 
 
 def holds_reference(cfg) -> bool:

@@ -8,6 +8,7 @@ Sums over a block's logits are running sums, relative to the largest logit so fa
 thousand `columns` at a time (model/cpu.py).
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -170,16 +171,16 @@ def _reverse_kl(z_XV, rows, shared, columns):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(loss_of_block, how: Pass, hidden, head: Head, rows, shared):
+def _loss(loss_of_block, settings: Pass, hidden, head: Head, rows, shared):
     """(loss, statistics [B, T]); `rows` are [B, T, ...] arrays, `shared` is the same for every block."""
-    return _pass(loss_of_block, how, hidden, head, rows, shared, with_grad=False)[0]
+    return _pass(loss_of_block, settings, hidden, head, rows, shared, with_grad=False)[0]
 
 
 def _forward(*args):
     return _pass(*args, with_grad=True)
 
 
-def _backward(loss_of_block, how, grads, cotangent):
+def _backward(loss_of_block, settings, grads, cotangent):
     scaled = jax.tree.map(lambda a: (cotangent[0] * a).astype(a.dtype), grads)  # the statistics carry no cotangent
     return *scaled, None, None
 
@@ -187,35 +188,35 @@ def _backward(loss_of_block, how, grads, cotangent):
 _loss.defvjp(_forward, _backward)
 
 
-def _pass(loss_of_block, how: Pass, hidden, head: Head, rows, shared, *, with_grad: bool):
+def _pass(loss_of_block, settings: Pass, hidden, head: Head, rows, shared, *, with_grad: bool):
     """Loss, statistics and, in the same pass, d loss / d hidden and d loss / d head (None: frozen)."""
-    blocks, count = _blocks(how.block, (hidden, rows))
+    blocks, count = _blocks(settings.block, (hidden, rows))
     cast = _head(head, hidden.dtype)
 
     def body(carry, rows):
         loss, dhead = carry
         h_XD, rows = rows
-        z_XV = _logits(h_XD, cast, how.columns)
-        part, stats, gradient = loss_of_block(z_XV, rows, shared, how.columns)
+        z_XV = _logits(h_XD, cast, settings.columns)
+        part, stats, gradient = loss_of_block(z_XV, rows, shared, settings.columns)
         if not with_grad:
             return (loss + part, None), (stats, None)
-        dh_XD, dhead = _head_grads(h_XD, cast, gradient(), dhead, how.columns)
+        dh_XD, dhead = _head_grads(h_XD, cast, gradient(), dhead, settings.columns)
         return (loss + part, dhead), (stats, dh_XD)
 
-    dhead = jnp.zeros(head.matrix.shape, jnp.float32) if with_grad and how.head_grad else None
+    dhead = jnp.zeros(head.matrix.shape, jnp.float32) if with_grad and settings.head_grad else None
     with jax.named_scope(f"vocab{loss_of_block.__name__}"):
         (loss, dhead), (stats, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
     out = loss, _unblocked(stats, count, hidden.shape[:2])
     if not with_grad:
         return out, None
-    dhead = None if dhead is None else head.replace(matrix=dhead.astype(head.matrix.dtype))
+    dhead = None if dhead is None else dataclasses.replace(head, matrix=dhead.astype(head.matrix.dtype))
     return out, (*_unblocked((dh,), count, hidden.shape), dhead)
 
 
 def _head(head, dtype=None) -> Head:
     """A bare head_DV, or a Head; cast before the pass, not once a block."""
     head = head if isinstance(head, Head) else Head(head)
-    return head if dtype is None else head.replace(matrix=head.matrix.astype(dtype))
+    return head if dtype is None else dataclasses.replace(head, matrix=head.matrix.astype(dtype))
 
 
 def _logits(h_XD, head: Head, columns):

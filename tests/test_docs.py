@@ -58,7 +58,10 @@ def test_every_cited_section_of_the_method_exists():
     assert cited > 10 and sections == set("123456")
 
 
-def test_every_page_that_the_code_names_exists():
+def test_pages_that_the_code_names_and_tests_that_the_pages_name_exist():
+    for page in PAGES:
+        for test in re.findall(r"\btests/[\w/]+\.py\b", page.read_text()):
+            assert (ROOT / test).is_file(), f"{name_of(page)} names {test}"
     for path in [p for p in SOURCES if p != pathlib.Path(__file__)]:
         for page in re.findall(r"\bdocs/[\w/]+\.(?:md|png)\b", path.read_text()):
             known = (ROOT / page).is_file() or page == "docs/results/NAME.md"
@@ -96,8 +99,13 @@ def test_keys_in_the_pages_exist():
         for key in re.findall(r"--config\.([\w.]+)=", page.read_text()):
             assert key in known, f"{name_of(page)}: --config.{key}"
         for key in re.findall(r"`(\w+\.\w+)(?: ?=[^`]*)?`", page.read_text()):
-            if key.split(".")[0] in sections and not re.search(r"\.(md|py|json|jsonl|_\w*)$", key):
-                ok = key in known or any(k.startswith(f"{key}.") for k in known) or hasattr_of_module(key)
+            if key.split(".")[0] in sections and not re.search(r"\.(md|py|jsonl?|safetensors|_\w*)$", key):
+                ok = (
+                    key in known
+                    or key == "budget.X"
+                    or any(k.startswith(f"{key}.") for k in known)
+                    or hasattr_of_module(key)
+                )
                 assert ok, f"{name_of(page)}: {key}"
 
 

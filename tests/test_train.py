@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 
@@ -116,6 +117,14 @@ def test_whole_responses_are_kept_with_what_became_of_their_chunks(run):
             assert (a["k_sem"], a["weight"], a["grade"]) == (k["k_sem"], k["weight"], w["grade"])
             assert w["text"].startswith(a["prefix_end"] + a["chunk"])
             assert a["entropy"] == pytest.approx(w["entropy"][a["peak"]], abs=1e-3)
+
+
+def test_every_metric_is_in_the_page_of_metrics(run):
+    page = (tiny.REPO / "docs/metrics.md").read_text().splitlines()
+    named = {n for line in page if line.startswith("| `") for n in re.findall(r"`([\w/]+)`", line.split(" | ")[0])}
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        left = {key for key in set(row) - named if not key.startswith("health/")}  # `health/*`: report.md names them
+        assert left == set(), "add these to docs/metrics.md"
 
 
 def test_accuracy_is_measured_before_within_and_after(run):

@@ -35,9 +35,7 @@ SCORE_ROWS = 128  # responses scored at once
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
-    return step.score(
-        params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1, compute=compute
-    )
+    return step.score(params, token_BL, prompt_length_B, T, model_cfg=model_cfg, block=1024, micro_batches=1, compute=compute)
 
 
 class LocalTeacher(Teacher):

@@ -39,6 +39,7 @@ class ProbeReport:
     latency_s: tuple[float, float]
     usd_per_call: float
     calls: int
+    answering: str = ""  # the model that answered, where it is another than the one asked for
 
     def table(self) -> str:
         """Plain text, one row a question."""
@@ -79,7 +80,10 @@ class _Probe:
         replayed = len(self.latencies) - self.calls
         kept = f", {replayed} answers from the journal" if replayed > 0 else ""
         self._row("probe", f"{self.calls} calls{kept}, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
-        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls)
+        answering = self.teacher.answering
+        if answering:
+            self._row("answered by", f"{answering}, not {self.client.model}")
+        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls, answering)
         self._save(report)
         return report
 
@@ -189,6 +193,7 @@ class _Probe:
             tuple(wire.Text(**t) for t in kept["texts"]), tuple(kept["logp"]),
             wire.Billed(**kept["billed"]) if kept["billed"] else None, kept["tokens_hidden"], model=kept["model"],
         )  # fmt: skip
+        self.teacher.served(reply.model)
         if isinstance(call, wire.Call):
             self.client.seen.answered(call, len(reply.texts))
         return reply

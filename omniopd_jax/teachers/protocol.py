@@ -123,7 +123,7 @@ class Counts:
             "teacher/latency_p50": float(np.quantile(latency, 0.5)),
             "teacher/latency_p95": float(np.quantile(latency, 0.95)),
         }
-        self.__init__()
+        self.usage, self.wanted, self.replayed, self.failed, self.latencies = Usage(), 0, 0, 0, []
         return out
 
 

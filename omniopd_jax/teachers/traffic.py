@@ -138,9 +138,9 @@ class Order:
 class Traffic:
     """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
 
-    def __init__(self, cfg, client, budget):
+    def __init__(self, cfg, client, budget, served=lambda model: None):
         t = cfg.teacher
-        self.client, self.budget = client, budget
+        self.client, self.budget, self.served = client, budget, served
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
@@ -244,6 +244,7 @@ class Traffic:
             except Exception as e:  # whatever an answer set off: this call's failure, not the run's
                 raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
             latency = now() - start
+            self.served(reply.model)
             rows = accept(reply)
             settled = True
             usd = self.budget.settle(id_, "ok", reply.billed, latency=latency, results=rows)

@@ -62,6 +62,7 @@ class OpenAI:
     SHARED = {
         "model": _string, "n": _integer(1, 128), "temperature": _number(0, 2), "top_p": _number(0, 1),
         "seed": _integer(-(2**63), 2**63 - 1), "max_tokens": _integer(1, 2**31),
+        "stop": lambda v: _string(v) or (isinstance(v, list) and len(v) <= 4 and all(map(_string, v))),
     }  # fmt: skip
     CHAT = SHARED | {
         "messages": lambda v: isinstance(v, list) and bool(v), "max_completion_tokens": _integer(1, 2**31),
@@ -262,7 +263,7 @@ class Anthropic:
             raise Refusal(404, f"model: {body['model']}", "")
         if "temperature" in body and "top_p" in body:
             raise Refusal(400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one.", "")
-        turns, marks = [], 0
+        turns, marks, sequence = [], 0, [("system", str(body.get("system", "")), False)]
         for i, message in enumerate(body["messages"]):
             _fields(message, {"role": lambda v: v in ("user", "assistant"), "content": lambda v: bool(v)}, f"messages.{i}.")
             _need(message, "role", "content")
@@ -273,6 +274,7 @@ class Anthropic:
                 _fields(block, allowed | {"cache_control": lambda v: v == {"type": "ephemeral"}}, f"messages.{i}.content.")
                 marks += "cache_control" in block
             turns.append({"role": message["role"], "content": "".join(block["text"] for block in blocks)})
+            sequence += [(message["role"], block["text"], "cache_control" in block) for block in blocks]
         if marks > 4:
             raise Refusal(400, f"A maximum of 4 blocks with cache_control may be provided. Found {marks}.", "")
         if turns[0]["role"] != "user":
@@ -291,11 +293,32 @@ class Anthropic:
         thinks = owner.model_thinks == "always" or (owner.model_thinks and "thinking" not in body)
         return {
             "context": answer if answer is not None else context, "n": 1, "seed": None, "max_tokens": body["max_tokens"],
-            "chat": role != "assistant", "thinks": thinks, "model": body["model"],
+            "chat": role != "assistant", "thinks": thinks, "model": body["model"], "cache": cls.cache(owner, sequence),
         }  # fmt: skip
+
+    LOOK_BACK = 20  # blocks before a mark at which an earlier entry is looked for
+
+    @classmethod
+    def cache(cls, owner, sequence):
+        """(fresh, read, written) tokens of a request, by the marks that it carries; None where the server keeps no cache."""
+        if owner.cache_least is None:
+            return None
+        ends, before, hashes = [], 0, []
+        for i, (_, text, _) in enumerate(sequence):
+            before += len(text)
+            ends.append(before // 4)
+            hashes.append(hash(tuple((role, t) for role, t, _ in sequence[: i + 1])))
+        marked = [i for i, (*_, mark) in enumerate(sequence) if mark and ends[i] >= owner.cache_least]
+        with owner.lock:
+            near = {k for i in marked for k in range(max(0, i - cls.LOOK_BACK), i + 1)}
+            read = max((ends[k] for k in near if hashes[k] in owner.cached), default=0)
+            owner.cached |= {hashes[i] for i in marked}
+        written = max((ends[i] for i in marked), default=0)
+        return ends[-1] - max(written, read), read, max(0, written - read)
 
     @staticmethod
     def answer(asked, texts, usage):
+        fresh, read, written = asked["cache"] or (usage["in"] - usage["in"] // 2, usage["in"] // 2, 0)
         content = [{"type": "text", "text": texts[0]}] if texts[0] else []
         if usage["hidden"]:
             content = [{"type": "thinking", "thinking": "", "signature": "x"}]
@@ -303,8 +326,8 @@ class Anthropic:
             "id": "msg_1", "type": "message", "role": "assistant", "model": asked["model"], "content": content,
             "stop_reason": "max_tokens" if texts[0] or usage["hidden"] else "end_turn", "stop_sequence": None,
             "usage": {
-                "input_tokens": usage["in"] - usage["in"] // 2, "cache_read_input_tokens": usage["in"] // 2,
-                "cache_creation_input_tokens": 0, "output_tokens": usage["out"],
+                "input_tokens": fresh, "cache_read_input_tokens": read,
+                "cache_creation_input_tokens": written, "output_tokens": usage["out"],
                 "output_tokens_details": {"thinking_tokens": usage["hidden"]},
             },
         }  # fmt: skip

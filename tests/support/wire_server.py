@@ -65,6 +65,7 @@ class WireServer:
         self.retry_after_s, self.stall_s, self.delay_s = 0.2, 30.0, 0.0
         self.headers = {}  # sent with every answer
         self.mangle = None  # the body of a 200 answer -> what goes out in its place: an object, bytes, (status, headers, bytes)
+        self.cache_least, self.cached = None, set()  # Anthropic: the least tokens that are cached; None: half of all is
         self.max_context = None  # characters; longer requests get the provider's own 400
         self.log, self.lock, self.log_file = [], threading.Lock(), None
         self.in_flight = self.most_in_flight = 0

@@ -149,6 +149,7 @@ def test_a_signal_while_the_server_hangs_ends_the_run_in_silence(when, runner, t
         if when == "in training":
             until(lambda: len(run.metrics()) >= 1, run)
             server.kinds, server.share = ["stall"], 1.0
+        until((run.folder / "run.err").exists, run)
         until(lambda: "has not answered for 1" in run.err, run)
         start = time.monotonic()
         run.kill(signal.SIGTERM)

@@ -57,8 +57,8 @@ def test_n_is_what_the_servers_log_says_arrived(provider, tmp_path):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_alone(fault, tmp_path):
-    with WireServer(faults=[fault], stall_s=1.0, retry_after_s=0.1) as server:
-        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.timeout_s": 0.5}), request())
+    with WireServer(faults=[fault], stall_s=6.0, retry_after_s=0.1) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.timeout_s": 2.0}), request())
         assert len(result.continuations) == 4 and not result.failures
         arrives = fault in ("empty", "language", "megabyte")
         assert len(server.calls()) == (1 if arrives else 2)
@@ -197,6 +197,7 @@ def test_total_failure_is_a_clean_stop_inside_the_deadline(kind, tmp_path):
             ask(c, *(request(f"s{i}") for i in range(30)))
         assert time.monotonic() - start < 4.5
         server.share = 0.0
+        c.teacher.timeout_s, c.teacher.deadline_s = 10.0, 60.0
         results = ask(c, *(request(f"s{i}") for i in range(30)))  # nothing was written off: the resumed run gets it all
         assert all(len(r.continuations) == 4 for r in results)
 

@@ -158,6 +158,20 @@ def test_the_other_openai_modes(mode, extension, server_of, tmp_path):
         )
 
 
+def test_a_base_teacher_behind_a_server_is_asked_in_the_plain_format(server_of, tmp_path):
+    """By raw completion alone, after worked examples; its answer ends where it begins another question."""
+    server = server_of(extensions={"completion"}, speak=lambda *a: " and 4 is 7.\n\nQuestion: What")
+    (tmp_path / "shots.txt").write_text("Question: 1 + 1?\nAnswer: 2\n")
+    settings = {"teacher.template": "plain", "teacher.preamble": str(tmp_path / "shots.txt")}
+    settings["teacher.continuation"] = "completion"
+    [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **settings), request(prefix=" The sum of 3", n=2))
+    assert texts(result) == [" and 4 is 7.\n"] * 2 and {c.finish for c in result.continuations} == {"stop"}
+    body = server.calls()[0]["body"]
+    examples = "Question: 1 + 1?\nAnswer: 2\n\n"
+    assert body["prompt"] == f"{examples}Be brief.\n\nQuestion: Add 3 and 4.\nAnswer: The sum of 3"
+    assert body["stop"] == ["\nQuestion:"]
+
+
 def test_instruct_asks_for_the_next_words_and_cuts_what_is_repeated(server_of, tmp_path):
     server = server_of(speak=lambda *a: 'Sure! Here is the continuation: "sum of 3 and 4 is seven."')
     c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "instruct"})

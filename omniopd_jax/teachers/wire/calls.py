@@ -7,7 +7,10 @@ from omniopd_jax.teachers.wire.secrets import scrub
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names."""
+    """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names.
+
+    `wanted`: how many texts are wanted of this prefix in all, by this call and others: whether a cache of it can pay.
+    """
 
     messages: tuple
     prefix: str
@@ -17,6 +20,7 @@ class Call:
     top_p: float
     seed: int
     mode: str
+    wanted: int = 1
 
     def max_input_tokens(self) -> int:
         """An upper bound: no tokenizer makes more tokens than bytes; 1,024 more for templates and our instruction."""

@@ -34,6 +34,7 @@ class OpenAIClient:
     """One call to a chat or completions endpoint at a time; knows nothing of retries or money."""
 
     provider = "openai"
+    most_texts = 128  # a call
     takes_seed = True
 
     def __init__(self, cfg, needs: str = TEXT):
