@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -153,3 +154,15 @@ def test_a_refused_token_is_one_line_without_the_token(hub, tmp_path):
     said, log = push(hub, tmp_path, token="hf_" + "y" * 34)
     assert said.startswith("refused: --push_to_hub=me/model") and "\n" not in said
     assert "y" * 34 not in said + log and not [p for p, _ in hub.seen if "commit" in p]
+
+
+def test_a_folder_s_files_can_be_read_by_others_whatever_the_umask(tmp_path):
+    """Whoever serves a model may be another user than the one who exported it."""
+    before = os.umask(0o077)
+    try:
+        student, _ = tiny.make_folders(tmp_path)
+    finally:
+        os.umask(before)
+    files = {p.name: p.stat().st_mode & 0o777 for p in student.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= files.keys() and set(files.values()) == {0o644}
+    assert student.stat().st_mode & 0o777 == 0o755

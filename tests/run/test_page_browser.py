@@ -269,10 +269,15 @@ def test_200_steps_with_2000_audits_are_made_quickly_and_usable_within_2_seconds
 
 def test_two_runs_are_laid_over_each_other_and_their_settings_listed(wide, tmp_path):
     a = runs.write(tmp_path / "first")
-    b = runs.write(tmp_path / "second", 10, cfg=runs.settings(**{"optimizer.learning_rate": 5e-4}))
+    cut = [runs.row(t, **{"completions/truncated_fraction": 0.9}) for t in range(10)]
+    b = runs.write(tmp_path / "second", 10, cfg=runs.settings(**{"optimizer.learning_rate": 5e-4}), rows=cut)
     opened(wide, written(tmp_path, a, b))
     assert count(wide, "#verdict .card") == 2 and "optimizer.learning_rate" in text(wide, "#settings table")
     assert "first, k_sem" in text(wide, "#curves") and "second, k_sem" in text(wide, "#curves")
+    assert "second: truncation" in text(wide, "#health")
+    lengths = "[...document.querySelectorAll('#curves figure')].find((f) => f.textContent.includes('Response length'))"
+    shown = wide.execute_script(f"return {lengths}.querySelector('.legend').textContent")
+    assert "first, mean 30" in shown and "second, mean 30" in shown, "a shorter run shows its own last value"
     wide.execute_script("setState({run: 1, audit: '', step: ''})")
     assert text(wide, "select[name=run] option:checked") == "second" and errors(wide) == []
 
