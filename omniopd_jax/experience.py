@@ -209,9 +209,9 @@ def solutions(
 
 def given_solutions(drawn: Drawn, student: Student, cfg) -> Responses:
     """The prompts file's own solutions in the student's tokens, one per prompt; those over the cap are cut."""
-    tokenizer, end = student.template.tokenizer, student.end_ids[0]
+    tokenizer, end = student.template.tokenizer, student.template.turn_end_ids[:1]
     texts = tokenizer([p.solution for p in drawn.prompts], add_special_tokens=False)["input_ids"]
-    tokens = [[*text, end][: cfg.max_completion_length] for text in texts]
+    tokens = [[*text, *end][: cfg.max_completion_length] for text in texts]
     finished_B = np.array([len(text) < cfg.max_completion_length for text in texts])
     return Responses(drawn.prompts, [solution_id(p.id) for p in drawn.prompts], tokens, finished_B)
 

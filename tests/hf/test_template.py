@@ -1,5 +1,6 @@
 """Prompts as the model's template writes them, what ends an answer, and templates that are hostile or broken."""
 
+import dataclasses
 import resource
 import time
 
@@ -7,11 +8,13 @@ import hf_fixtures
 import pytest
 import tiny
 
-from omniopd_jax import config, hf
+from omniopd_jax import audit, config, experience, hf
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
 from omniopd_jax.hf import tokenizer as tokens
+from omniopd_jax.run import host
+from omniopd_jax.teachers.simulated import SimulatedTeacher
 
 USER = [{"role": "user", "content": "1 + 1?"}]
 TALK = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "2"}, *USER]
@@ -125,6 +128,32 @@ def test_an_answer_may_end_by_an_end_token_and_hold_no_stop_string():
     assert template.make(tok, template="plain").read(ids) == ("It is 12.", len(ids), False)
 
 
+def test_a_solution_ends_with_the_turn_end_and_not_with_the_smallest_end_token():
+    """sft: the student learns to end its turn as the template does (Qwen3 has <|endoftext|>, a smaller id, as well)."""
+    tok = tokenizer()
+    tok.eos_token = "<|pad|>"  # 0; the template ends turns with <|im_end|>, 2
+    made = template.make(tok)
+    student = experience.Student(None, None, made, audit.Decoder(tok), made.end_ids((0,))[0])
+    prompt = data.Prompt("p", tuple(USER), solution="It is 2.")
+    drawn = experience.Drawn([prompt], [["s0", "s1"]])
+    cfg = config.default()
+    cfg.num_generations = 2
+
+    class Ends(SimulatedTeacher):
+        async def continue_text(self, request):
+            got = await super().continue_text(request)
+            ended = [dataclasses.replace(c, finish="stop" if c.index == 0 else "length") for c in got.continuations]
+            return dataclasses.replace(got, continuations=tuple(ended))
+
+    words, thread = tok("It is 2.", add_special_tokens=False)["input_ids"], host.AsyncThread()
+    try:
+        responses, _ = experience.solutions(Ends(["It is 2."]), thread, host.StopFlag(), drawn, student, cfg)
+    finally:
+        thread.close()
+    assert responses.tokens == [[*words, 2], words], "one cut off has no end"
+    assert experience.given_solutions(drawn, student, cfg).tokens == [[*words, 2]]
+
+
 # --- refused before weights load ----------------------------------------------------------------------------------------
 
 
@@ -214,8 +243,6 @@ def test_a_tokenizer_past_the_embedding_and_positions_too_few():
     ],
 )  # fmt: skip
 def test_positions_of_scaled_models(scaling, most):
-    import dataclasses
-
     _, cfg = tiny.random_model(tiny.VOCAB, 0)
     assert tokens.positions(dataclasses.replace(cfg, rope_scaling=tuple(scaling.items()))) == most
 
