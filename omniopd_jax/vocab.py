@@ -209,8 +209,8 @@ def _pass(loss_of_block, settings: Pass, hidden, head: Head, rows, shared, *, wi
     out = loss, _unblocked(stats, count, hidden.shape[:2])
     if not with_grad:
         return out, None
-    dhead = None if dhead is None else dataclasses.replace(head, matrix=dhead.astype(head.matrix.dtype))
-    return out, (*_unblocked((dh,), count, hidden.shape), dhead)
+    head_grad = None if dhead is None else dataclasses.replace(head, matrix=dhead.astype(head.matrix.dtype))
+    return out, (*_unblocked((dh,), count, hidden.shape), head_grad)
 
 
 def _head(head, dtype=None) -> Head:

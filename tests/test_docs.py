@@ -154,3 +154,11 @@ def test_recipes_that_the_pages_name_come_with_the_package():
     for page in PAGES:
         for path in re.findall(r"configs/\w+\.py", page.read_text()):
             assert path in recipes.names() or path == "configs/NAME.py", f"{name_of(page)}: {path}"
+
+
+def test_every_page_is_linked_from_the_readme_or_the_index_of_results():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name}" in (ROOT / "README.md").read_text(), name_of(page)
+    index = (ROOT / "docs/results/README.md").read_text()
+    for page in ROOT.glob("docs/results/*.md"):
+        assert page.name == "README.md" or f"({page.name}" in index, name_of(page)
