@@ -21,6 +21,8 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "teacher.deadline_s", "teacher.max_retries", "teacher.prefix_order", "teacher.replay", "teacher.journal",
     "teacher.price_", "teacher.key_over_http", "teacher.pin_model",
 )  # fmt: skip
+EARLIER = {"reward.grader": "world", "eval.grader": "world"}  # defaults of runs from before November 2026, where unused
+REMOVED = {"teacher.hedge_s": 0.0}  # keys that are gone: at this default they said nothing
 SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
 
 
@@ -28,7 +30,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
     """A run that is resumed must be the run that was begun: same settings, same inputs.
 
     Keys of `HARMLESS` and `resume.allow` may differ; `num_steps` too, unless the learning rate's schedule reads it. A key
-    that the old config has and this program no longer knows is reported, as is a run from before there were digests.
+    that the old config has and this program no longer knows is reported unless it was at its default, as is a run from
+    before there were digests.
 
     Args:
       digests: `digests_of` now.
@@ -42,7 +45,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         return
     before, known = saved.pop(DIGESTS, None), config.flat(config.default())
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
-    if removed := sorted(set(old) - set(now)):
+    old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
+    if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
     may = (*HARMLESS, *cfg.resume.allow, *(("num_steps",) if cfg.optimizer.schedule == "constant" else ()))
     changed = [

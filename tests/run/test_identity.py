@@ -74,12 +74,13 @@ def test_a_run_of_an_earlier_version_goes_on(written, capsys):
     """Removed keys at their default are left out, new ones had their default, and inputs get their digests."""
     old = json.loads(written.read_text())
     old.pop("digests")
-    old["teacher"]["hedge_s"] = 0.0
+    old["teacher"] |= {"hedge_s": 0.0, "lanes": 3}
+    old["reward"]["grader"] = "world"
     del old["resume"], old["eval"]["suffix"]
     written.write_text(json.dumps(old))
     identity.check_same_run(recipe(), DIGESTS, written)
     said = capsys.readouterr().out
-    assert "teacher.hedge_s" in said and "from before inputs were compared" in said
+    assert "teacher.lanes" in said and "hedge_s" not in said and "from before inputs were compared" in said
     with pytest.raises(UserError, match="eval.suffix was '', is 'x'"):
         identity.check_same_run(recipe(**{"eval.suffix": "x"}), DIGESTS, written)
 
