@@ -74,6 +74,11 @@ def validate(c: ConfigDict) -> None:
 
 
 def _check_data(c: ConfigDict) -> None:
+    if "://" in c.run_dir:
+        raise UserError(
+            f"run_dir = {c.run_dir!r} is not a folder of this machine: buckets are not written to; give a local folder or a "
+            "mounted one, and keep teacher.journal on a local disk"
+        )
     if c.data.source == "world" and (c.data.path or c.eval.path):
         key = "data.path" if c.data.path else "eval.path"
         raise UserError(f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'")

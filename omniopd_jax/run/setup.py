@@ -90,9 +90,27 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
 def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
+    for line in remarks(cfg, teacher):
+        logging.say(line)
     teacher.divide_budget(hosts)
     if teacher.report:
         logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
+
+
+def remarks(cfg: ConfigDict, teacher: teachers.Teacher) -> list[str]:
+    """What a person should know of the settings for a teacher that asks for text, one line each."""
+    out = []
+    if not objective.of(cfg).audited:
+        return out
+    if cfg.teacher.temperature == 0:
+        out.append("warning: teacher.temperature = 0: all continuations of a chunk are equal, so k_sem is 0 or N times one value")
+    unknown = teacher.foreign_tokenizer and cfg.teacher.provider != "local" and not cfg.teacher.tokenizer
+    if unknown and cfg.audit.trim_continuation == "auto":
+        out.append(
+            "continuations are cut to the chunk's characters (audit.trim_continuation = auto), as the teacher's tokenizer is not "
+            "known to be the student's: set teacher.tokenizer to student.path where it is the same"
+        )
+    return out
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:

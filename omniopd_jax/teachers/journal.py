@@ -103,9 +103,12 @@ class Journal:
         return found
 
     def count(self) -> int:
-        """Continuations that the folder holds, failures included."""
+        """Continuations that the folder holds, failures included, the probe's answers not."""
         with self.mutex:
-            return sum(c.execute("select count(*) from continuations").fetchone()[0] for c in self._connections())
+            return sum(
+                c.execute("select count(*) from continuations where sample_id != 'probe'").fetchone()[0]
+                for c in self._connections()
+            )
 
     def totals(self) -> Totals:
         """Spent so far by every process that writes to this folder."""
@@ -288,13 +291,13 @@ class Journal:
                 raise UserError(f"cannot copy the teacher's journal to {folder}: {e}") from None
 
     def export_jsonl(self, path) -> int:
-        """Writes every continuation as a line of JSON; returns how many. What several files hold is written once."""
+        """Writes every continuation but the probe's as a line of JSON, once; returns how many."""
         seen, lines = set(), 0
         with self.mutex, open(path, "w", encoding="utf-8") as out:
             for c in self._connections():
                 rows = c.execute(
                     "select k.key, sample_id, peak, idx, text, finish, error, raw, time, about, messages, prefix "
-                    "from continuations k left join requests r on r.key = k.key"
+                    "from continuations k left join requests r on r.key = k.key where sample_id != 'probe'"
                 )
                 for key, sample_id, peak, index, text, finish, error, raw, when, about, messages, prefix in rows:
                     if (who := (key, sample_id, peak, index)) in seen:

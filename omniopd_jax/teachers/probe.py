@@ -333,7 +333,9 @@ def begins(reply) -> str:
     if reply.tokens_hidden:
         return f"begins with hidden thoughts ({reply.tokens_hidden} tokens): switch its thinking off, or raise the caps"
     if text.startswith(THOUGHTS):
-        return "begins with its thoughts: teacher.chat_template_kwargs.enable_thinking = False, unless the student thinks"
+        return (
+            "begins with its thoughts: teacher.chat_template_kwargs.enable_thinking = False, unless the student thinks"
+        )
     return "begins with the answer"
 
 

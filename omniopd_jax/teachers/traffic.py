@@ -192,11 +192,7 @@ class Traffic:
             tries, answered = tries + 1, answered + (error.outcome != "unsent")
             error.attempts = tries
             again = False
-            if (
-                (error.kind == "stop" or error.status == 404)
-                and self.last_success > float("-inf")
-                and refused < TWICE_MORE
-            ):
+            if error.status in (401, 403, 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
                 refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
             elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")

@@ -13,7 +13,8 @@ import tiny
 
 from omniopd_jax import config, objective, similarity, teachers
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import preflight
+from omniopd_jax.run import preflight, setup
+from omniopd_jax.teachers import simulated
 
 CONFIGS = sorted((tiny.REPO / "configs").glob("*.py"))
 SOURCES = [p for p in (tiny.REPO / "omniopd_jax").rglob("*.py") if p.name != "config.py"]
@@ -111,8 +112,10 @@ CASES = {  # name -> (arguments, what the line must hold)
     "no grader for answers from a file": (
         lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}), ["eval.grader", "empty", "math"],
     ),
+    "a bucket as run_dir": (lambda f: base(f, run_dir="gs://bucket/run"), ["run_dir", "gs://bucket/run", "local folder"]),
     "a file beside the small world": (
-        lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}), ["data.path", "good.jsonl", "data.source = 'jsonl'"],
+        lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}),
+        ["data.path", "good.jsonl", "data.source = 'jsonl'"],
     ),
     "grpo with one generation": (
         lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}), ["num_generations = 1", "2 or more"],
@@ -361,3 +364,18 @@ def test_float32_products_are_asked_for_and_bfloat16_ones_left_alone():
         code += f"cli.setup_jax({dtype!r}); print(jax.config.jax_default_matmul_precision)\n"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPO)
     assert out.stdout.split() == ["None", "highest"]
+
+
+def test_settings_of_the_teacher_that_surprise_are_said():
+    """A greedy teacher, and continuations that are cut because nobody said whose tokenizer it is."""
+    teacher = simulated.SimulatedTeacher(["a"], [1.0])
+    teacher.foreign_tokenizer = True
+    c = config.default()
+    c.teacher.provider, c.teacher.temperature = "openai", 0.0
+    greedy, cut = setup.remarks(c, teacher)
+    assert "teacher.temperature = 0" in greedy and "set teacher.tokenizer to student.path" in cut
+    c.teacher.temperature, c.teacher.tokenizer = 1.0, "folder"
+    assert setup.remarks(c, teacher) == []
+    c.objective.name = "sft"
+    c.teacher.temperature = 0.0
+    assert setup.remarks(c, teacher) == []
