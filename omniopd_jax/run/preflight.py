@@ -213,11 +213,11 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     teacher, said = None, ""
     given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
     asks = bool(own.asks) and not given
-    if asks and prompts is not None:
-        found.of(check_teachers_files, cfg, prompts)
-    if asks and kernel is not None and not found.problems:
+    if asks:
+        files_ok = found.of(check_teachers_files, cfg, prompts)
+    if asks and kernel is not None and (cfg.teacher.provider != "local" or (files_ok and not found.problems)):
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
-    if teacher is not None:
+    if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
     if teacher is not None and own.asks == "distribution" and model_cfg is not None:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
@@ -281,18 +281,20 @@ def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[in
     return template, end_ids
 
 
-def check_teachers_files(cfg, prompts: data.Prompts) -> None:
-    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions.
+def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
+    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions; True.
 
     Raises:
       UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
     """
     template = check_teacher(cfg)
-    data.check_rendering(template, prompts)
+    if prompts is not None:
+        data.check_rendering(template, prompts)
     if cfg.teacher.provider == "local" and template is not None:
         model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
         longest = cfg.max_prompt_length + cfg.max_completion_length
         check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
+    return True
 
 
 def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
