@@ -221,8 +221,13 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         said = found.of(lambda: thread.submit(teacher.check()).result())
     if teacher is not None and own.asks == "distribution" and model_cfg is not None:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
-    found.raise_everywhere()
-    check_same_prompts(prompts)
+    try:
+        found.raise_everywhere()
+        check_same_prompts(prompts)
+    except UserError:
+        if teacher is not None:
+            thread.submit(teacher.close()).result(timeout=30)
+        raise
     return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
 
 
