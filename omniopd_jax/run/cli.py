@@ -135,7 +135,8 @@ def quiet_failed_saves() -> None:
     """
 
     def not_of_orbax(record) -> bool:
-        return "orbax" not in record.pathname or record.levelno < logging.converter.STANDARD_ERROR
+        of_orbax = "orbax" in record.pathname or (record.name == "asyncio" and "orbax" in record.getMessage())
+        return not of_orbax or record.levelno < logging.converter.STANDARD_ERROR
 
     logging.get_absl_handler().addFilter(not_of_orbax)
     before = sys.unraisablehook
