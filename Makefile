@@ -49,6 +49,7 @@ lint: .venv/.full
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 format: .venv/.full
 	$(PY) -m ruff format .

@@ -186,7 +186,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.suffix = ""  # put behind each problem, a blank line between, by the loop's evaluation and by `evaluate` alike
+    c.eval.suffix = ""  # put behind each problem, a blank line between: in the loop's evaluation and in `evaluate`
     c.eval.grader = ""  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)

@@ -65,8 +65,8 @@ class Batch:
 class Objective:
     """A way to learn: how tokens are weighed, and what must be known of a step before they can be.
 
-    Callable as its weights. A new one is a function and a line in `OBJECTIVES`; everything else of the program reads the
-    fields here.
+    Callable as its weights. A new one is a function and a line in `OBJECTIVES`; everything else of the program reads
+    the fields here.
 
     Attributes:
       weights: (logp_BT, batch, cfg) -> (weight_BT, anchor_mask_BT), float32, not yet normalised.
@@ -247,7 +247,8 @@ def normalize(weight_BT, mask_BT, weighted_BT, cfg):
 
 
 def constant(logp_BT, batch: Batch, cfg):
-    """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv 2608.31046)."""
+    """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv
+    2608.31046)."""
     chunk_BT = chunk_mask(batch.peak_BM, batch.peak_BM >= 0, cfg.audit.chunk_tokens, logp_BT.shape[1])
     weight_BT = jnp.where(chunk_BT >= 0, jnp.float32(cfg.objective.constant), 0.0)
     return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
@@ -270,7 +271,8 @@ def opd(logp_BT, batch: Batch, cfg):
 
 
 def opd_exact(logp_BT, batch: Batch, cfg):
-    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight here."""
+    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight
+    here."""
     real_BT = response_mask(batch.length_B, logp_BT.shape[1])
     return jnp.zeros_like(real_BT), real_BT
 
@@ -303,7 +305,8 @@ def clipped(logp_BT, batch: Batch, cfg):
 
 
 def group_advantage(reward_B, group: int):
-    """(r - mean) / (std + 1e-4) within each prompt's responses, which stand side by side (arXiv 2402.03300; TRL's epsilon).
+    """(r - mean) / (std + 1e-4) within each prompt's responses, which stand side by side (arXiv 2402.03300; TRL's
+    epsilon).
 
     A group of one, or with equal rewards, gets 0.
     """
@@ -334,7 +337,8 @@ OBJECTIVES = {
 
 
 def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
-    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says otherwise.
+    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says
+    otherwise.
 
     Args:
       targets: `chunk_targets` of an audited objective; None: `audit/*` is left out, but for what all chunks have.

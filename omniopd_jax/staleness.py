@@ -27,7 +27,8 @@ class Ahead:
         self._begun: dict[int, tuple[Group, int]] = {}
 
     def take(self, t: int, last: int, staleness: int, begin: Callable[[int], tuple[Group, int]]) -> tuple[Group, int]:
-        """Step t as it was begun; before that, begins every step up to t + staleness (and at most `last`) that is not yet."""
+        """Step t as it was begun; before that, begins every step up to t + staleness (and at most `last`) that is not
+        yet."""
         for s in range(t, min(t + staleness, last) + 1):
             if s not in self._begun:
                 self._begun[s] = begin(s)
@@ -74,7 +75,9 @@ class Ahead:
                 got, N = dict(f), int(f["N"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             what = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise UserError(f"{path} is damaged ({what}): remove it to sample step {t} anew, by the policy at hand") from None
+            raise UserError(
+                f"{path} is damaged ({what}): remove it to sample step {t} anew, by the policy at hand"
+            ) from None
         G = len(drawn.sample_ids[0])
         rows, ids = [p for p in drawn.prompts for _ in range(G)], sum(drawn.sample_ids, [])
         tokens = [row.tolist() for row in np.split(got["token_X"], np.cumsum(got["length_B"])[:-1])]

@@ -77,13 +77,22 @@ def score(
 
 
 def loss_and_grads(
-    params, ref_params, batch: objective.Batch, weight_BT, mask_BT, *, model_cfg, cfg, compute: model.Compute | None = None,
-    teacher_params=None, teacher_cfg=None,
-):  # fmt: skip
+    params,
+    ref_params,
+    batch: objective.Batch,
+    weight_BT,
+    mask_BT,
+    *,
+    model_cfg,
+    cfg,
+    compute: model.Compute | None = None,
+    teacher_params=None,
+    teacher_cfg=None,
+):
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
-    `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both passes.
-    `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
+    `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both
+    passes. `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
 
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
@@ -142,11 +151,16 @@ def loss_and_grads(
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh), _in_place(stats, tokens, T, mesh)
+    return (
+        loss,
+        replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh),
+        _in_place(stats, tokens, T, mesh),
+    )
 
 
 def policy(params: dict, ref_params: dict | None, cfg) -> dict:
-    """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them attached."""
+    """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them
+    attached."""
     if not cfg.lora.rank:
         return params
     assert ref_params is not None, "adapters need their base"
@@ -154,9 +168,17 @@ def policy(params: dict, ref_params: dict | None, cfg) -> dict:
 
 
 def update(
-    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
-    model_cfg, cfg, compute: model.Compute | None = None, teacher_cfg=None,
-):  # fmt: skip
+    state: TrainState,
+    ref_params,
+    batch: objective.Batch,
+    stats: vocab.TokenStats | None,
+    teacher_params=None,
+    *,
+    model_cfg,
+    cfg,
+    compute: model.Compute | None = None,
+    teacher_cfg=None,
+):
     """One optimizer update from one scored and audited batch.
 
     Args:
@@ -218,9 +240,15 @@ def updates(
     def rescore(params):
         tokens = batch.token_BL if batch.packed is None else batch.packed
         return score(
-            policy(params, ref_params, cfg), tokens, batch.prompt_length_B, T, model_cfg=model_cfg, block=cfg.vocab_block,
-            micro_batches=cfg.micro_batches, compute=compute,
-        )  # fmt: skip
+            policy(params, ref_params, cfg),
+            tokens,
+            batch.prompt_length_B,
+            T,
+            model_cfg=model_cfg,
+            block=cfg.vocab_block,
+            micro_batches=cfg.micro_batches,
+            compute=compute,
+        )
 
     def body(carry, i):
         state, stats = carry
@@ -253,7 +281,8 @@ class Steps:
 
 
 def make_steps(model_cfg: model.ModelConfig, cfg, *, compute: model.Compute | None = None, teacher_cfg=None) -> Steps:
-    """Jits `score` and `updates` for `compute.mesh`: rows over (data, fsdp), parameters and optimizer state by their rules.
+    """Jits `score` and `updates` for `compute.mesh`: rows over (data, fsdp), parameters and optimizer state by their
+    rules.
 
     `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
     """
@@ -306,10 +335,11 @@ def holds_reference(cfg) -> bool:
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
-    """Shardings of the frozen reference: as the parameters'; with `anchor.ref_offload` its layers' matrices in host memory.
+    """Shardings of the frozen reference: as the parameters'; with `anchor.ref_offload` its layers' matrices in host
+    memory.
 
-    Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out of it
-    in host memory. None: none is held.
+    Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out
+    of it in host memory. None: none is held.
     """
     if not holds_reference(cfg):
         return None

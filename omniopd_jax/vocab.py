@@ -1,8 +1,8 @@
 """The pass over the vocabulary, in blocks of positions: log-prob, entropy and exact divergences.
 
 No [T, V] array is ever alive, only [block, V]. The weights and the anchor mask are constants when the loss is taken, so
-the gradients of hidden and head are formed in the forward pass, beside the loss, and the backward pass only scales them:
-one pass over the vocabulary, not two. The head's gradient is accumulated in float32.
+the gradients of hidden and head are formed in the forward pass, beside the loss, and the backward pass only scales
+them: one pass over the vocabulary, not two. The head's gradient is accumulated in float32.
 
 Sums over a block's logits are running sums, relative to the largest logit so far: all columns at once, or on a CPU some
 thousand `columns` at a time (model/cpu.py).

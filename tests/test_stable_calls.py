@@ -1,4 +1,5 @@
-"""The names that other people's scripts may call, each called as docs/design promises; and new parts added by one line."""
+"""The names that other people's scripts may call, each called as docs/design promises; and new parts added by one
+line."""
 
 import asyncio
 import inspect

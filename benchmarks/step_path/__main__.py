@@ -2,9 +2,10 @@
 
     python -m benchmarks.step_path [--loop]   from the repository's root; one step of configs/tiny.py, half a minute
 
-Runs the main command for one step, or counts its loop alone (what comes after the set-up), with a profiler that notes each function of the package that is called, jitted ones
-while they are traced. Counted of a file: its head (up to the first function or class), each function that ran, whole, and
-of a class with such a function what stands outside its functions. The small worlds' own files are data, and left out.
+Runs the main command for one step, or counts its loop alone (what comes after the set-up), with a profiler that notes
+each function of the package that is called, jitted ones while they are traced. Counted of a file: its head (up to the
+first function or class), each function that ran, whole, and of a class with such a function what stands outside its
+functions. The small worlds' own files are data, and left out.
 """
 
 import argparse

@@ -24,9 +24,17 @@ from omniopd_jax.hf.hub import resolve
 from omniopd_jax.hf.tokenizer import end_ids, load_tokenizer
 
 __all__ = [
-    "SAVE_DTYPES", "end_ids", "generation_config", "load", "load_tokenizer", "model_config", "read_config", "resolve", "save",
+    "SAVE_DTYPES",
+    "end_ids",
+    "generation_config",
+    "load",
+    "load_tokenizer",
+    "model_config",
+    "read_config",
+    "resolve",
+    "save",
     "save_adapters",
-]  # fmt: skip
+]
 
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTER = "adapter_model.safetensors"
@@ -118,7 +126,9 @@ def save(
     if end_ids:
         ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else sorted(end_ids)
         generation |= {k: ids[k] for k in ("eos_token_id",) if k in generation}
-    config = hf_config.config_json(model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS})
+    config = hf_config.config_json(
+        model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS}
+    )
     with _placed(folder, "config.json") as work:
         safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes)
         if work is not None:
@@ -130,7 +140,9 @@ def save(
                 _for_older_readers(work / "tokenizer_config.json")
 
 
-def save_adapters(folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16") -> None:
+def save_adapters(
+    folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16"
+) -> None:
     """Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer. Whole or not at all, as `save`.
 
     Args:
@@ -158,7 +170,9 @@ def _placed(folder, marker: str):
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).is_file())):
-        raise UserError(f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one")
+        raise UserError(
+            f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one"
+        )
     writer = jax.process_index() == 0
     work = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
@@ -184,8 +198,8 @@ def generation_config(folder, *, setting: str = "student.path") -> dict:
 
 
 def _for_older_readers(path: Path) -> None:
-    """Makes a tokenizer_config.json of transformers 5 readable for transformers 4, which it stays for 5: the class by its
-    name in both, special tokens beside the named ones as the list that 4 knows.
+    """Makes a tokenizer_config.json of transformers 5 readable for transformers 4, which it stays for 5: the class by
+    its name in both, special tokens beside the named ones as the list that 4 knows.
     """
     if not path.is_file():
         return

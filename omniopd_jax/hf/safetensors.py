@@ -1,7 +1,7 @@
 """Tensors in and out of safetensors files, without torch: one tensor per parameter, as `model.table` says.
 
-Files are mapped, not read: safetensors' own slices cannot be cut after a reshape, and a device's part of a projection is a
-few heads. All is checked before the first byte of a tensor is read.
+Files are mapped, not read: safetensors' own slices cannot be cut after a reshape, and a device's part of a projection
+is a few heads. All is checked before the first byte of a tensor is read.
 """
 
 import functools
@@ -71,7 +71,9 @@ def header(file: Path) -> dict[str, Tensor]:
         if size < 8 or length > size - 8:
             raise UserError(f"{file}: truncated or not safetensors: its header ({length} bytes) passes the file's end")
         if length > HEADER_BYTES:
-            raise UserError(f"{file}: not safetensors: a header of {length:,} bytes; the format allows {HEADER_BYTES:,}")
+            raise UserError(
+                f"{file}: not safetensors: a header of {length:,} bytes; the format allows {HEADER_BYTES:,}"
+            )
         try:
             raw = bounded.parse(f.read(length), "it")
             entries = {n: _entry(e) for n, e in raw.items() if n != "__metadata__"}
@@ -127,7 +129,9 @@ def check(tensors: dict[str, Tensor], table: dict, cfg: model.ModelConfig, folde
     left = dict(tensors)
     described, held = model.num_params(cfg), sum(math.prod(t.shape) for t in tensors.values())
     if described > 2 * held or described * 4 < held:  # smaller differences are named by their tensor
-        raise UserError(f"{folder}: config.json describes {described:,} parameters, the tensors hold {held:,}: not one model")
+        raise UserError(
+            f"{folder}: config.json describes {described:,} parameters, the tensors hold {held:,}: not one model"
+        )
     for p in jax.tree.leaves(table, is_leaf=model.is_param):
         for _, name in named(p):
             found = left.pop(name, None)
@@ -161,7 +165,8 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def named(p: model.Param) -> Iterator[tuple[tuple[int, ...], str]]:
-    """((layer, expert) as far as the leaf is stacked, tensor name), one after the other: a config may name a billion."""
+    """((layer, expert) as far as the leaf is stacked, tensor name), one after the other: a config may name a
+    billion."""
     lead = len(p.shape) - len(p.perm)
     keys = ("layer", "expert")[:lead]
     for at in np.ndindex(*p.shape[:lead]):
@@ -213,7 +218,9 @@ def write(work: Path | None, params: dict, table: dict, dtype, shard_bytes: floa
             mapped |= dict.fromkeys(here, file)
             total += sum(a.nbytes for a in here.values())
     if work is not None and len(plan) > 1:
-        bounded.write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))})
+        bounded.write_json(
+            work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))}
+        )
 
 
 def _split(p: model.Param, values: np.ndarray, layer: int | None) -> dict[str, np.ndarray]:
@@ -243,5 +250,3 @@ def _cutter(dtype: str, stacked: bool, where):
         return part.astype(dtype)
 
     return jax.jit(cut, out_shardings=where)
-
-

@@ -183,8 +183,8 @@ def unstack(params: dict, dtype) -> dict:
 def cast_layers(params: dict, dtype) -> dict:
     """`params` with the stacked layers in `dtype`: once in front of a pass, not once a layer, turn and micro-batch.
 
-    A layer's leaf is used once a pass and in `dtype`: its gradient comes in that dtype, as its product does, and the sum
-    over micro-batches belongs in the masters'.
+    A layer's leaf is used once a pass and in `dtype`: its gradient comes in that dtype, as its product does, and the
+    sum over micro-batches belongs in the masters'.
     """
     return params | {"layers": jax.tree.map(lambda a: a.astype(dtype), params["layers"])}
 

@@ -15,10 +15,12 @@ BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes; elsewhere xla
 LANES = 128  # rows of the splash kernel are padded to a multiple
 CUDNN_PACKED = (
-    "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
+    "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public "
+    "call "
     "lacks"
 )
-XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
+# xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
+XLA_BLOCK, XLA_BLOCKS = 64, 8
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
@@ -32,7 +34,8 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
       on: tpu, gpu or cpu, whose kernel it must be; empty: `auto` goes by the default device, and a name is not checked.
 
     Raises:
-      UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or by
+      UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or
+      by
         `auto`, with packed rows.
     """
     auto = name == "auto"
@@ -79,7 +82,8 @@ def attend(q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
 
 
 def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL):
-    """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not made."""
+    """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not
+    made."""
     L = q_BLQH.shape[1]
     size = max(XLA_BLOCK, -(-L // XLA_BLOCKS)) if L > 2 * XLA_BLOCK else L
     out = []
@@ -95,7 +99,8 @@ def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL):
 def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS):
     """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1.
 
-    The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as long.
+    The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as
+    long.
     """
     B, L, Q, H = q_BLQH.shape
     K, S = k_BKSH.shape[1:3]
@@ -109,7 +114,8 @@ def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS):
 
 
 def saved_by_kernel(primitive, *_, **__) -> bool:
-    """Remat policy: keeps what cuDNN's forward kernel leaves for its backward (output and log-sum), which carries no name.
+    """Remat policy: keeps what cuDNN's forward kernel leaves for its backward (output and log-sum), which carries no
+    name.
 
     Without it the backward pass runs the forward kernel again.
     """

@@ -1,5 +1,5 @@
-"""What a model is made of: its config's facts, and one declaration per parameter: shape, logical axes, init, and the Hugging
-Face tensor that it is. Loading, sharding, init and export all read it.
+"""What a model is made of: its config's facts, and one declaration per parameter: shape, logical axes, init, and the
+Hugging Face tensor that it is. Loading, sharding, init and export all read it.
 """
 
 import dataclasses

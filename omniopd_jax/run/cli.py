@@ -130,8 +130,9 @@ def _config_message(argv, error: Exception) -> str:
 
 
 def quiet_failed_saves() -> None:
-    """Drops what a save that failed (a full disk) prints beside its exception, hundreds of lines: Orbax logs each thread's
-    traceback, and TensorStore's threads report to event loops that are closed by then. The error itself is raised.
+    """Drops what a save that failed (a full disk) prints beside its exception, hundreds of lines: Orbax logs each
+    thread's traceback, and TensorStore's threads report to event loops that are closed by then. The error itself is
+    raised.
     """
 
     def not_of_orbax(record) -> bool:

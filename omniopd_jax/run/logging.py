@@ -14,7 +14,8 @@ from omniopd_jax.run.trackers import Trackers
 
 
 class PhaseTimer:
-    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its end."""
+    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its
+    end."""
 
     def __init__(self):
         self.total: dict[str, float] = {}
@@ -58,7 +59,9 @@ class Writer:
       tensorboard, trackers: which trackers there are. config: {dotted key: value}, for them.
     """
 
-    def __init__(self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None):
+    def __init__(
+        self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None
+    ):
         rank = jax.process_index() if rank is None else rank
         self._folder, self._files, self._suffix = pathlib.Path(run_dir), {}, f"-{rank}" if rank else ""
         if rank == 0:
@@ -98,7 +101,8 @@ class Writer:
         self._trackers.metrics(step, values)
 
     def lines(self, kind: str, *, after: int = -1) -> list[dict]:
-        """This process's records of a kind so far, of steps later than `after`: what a resumed run has to go on from."""
+        """This process's records of a kind so far, of steps later than `after`: what a resumed run has to go on
+        from."""
         name = kind if kind == "metrics" else kind + self._suffix
         text = (self._folder / f"{name}.jsonl").read_bytes() if name in self._files else b""
         return [r for line in text.split(b"\n") if line and (r := json.loads(line))["step"] > after]

@@ -44,7 +44,8 @@ class Status:
 
     def __init__(self, total: int, start: int, *, clock=time.monotonic):
         self.total, self.done, self._clock = total, start, clock
-        self._finished: list[tuple[int, float]] = []  # (steps done, when): the first step compiles, so it is only a start
+        # (steps done, when): the first step compiles, so it is only a start
+        self._finished: list[tuple[int, float]] = []
         self.phase, self.accuracy, self.values = "", None, {}
 
     def step(self, step: int, values: dict) -> None:
@@ -64,7 +65,8 @@ class Status:
         return duration((now - began) / (last - first) * (self.total - last)) if last > first else "?"
 
     def line(self, width: int = 80, *, phase: bool = True) -> str:
-        """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they fit."""
+        """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they
+        fit."""
         parts = [f"step {self.done}/{self.total}"]
         if self._finished:
             parts.append(f"left {self.left()}")
@@ -107,10 +109,13 @@ class Progress:
         width = self._console.width
         room = min(width, 80)
         done = room * self._status.done // max(1, self._status.total)
-        return Text.assemble(("\u2501" * done, "green"), ("\u2500" * (room - done), "dim"), "\n", self._status.line(width))
+        return Text.assemble(
+            ("\u2501" * done, "green"), ("\u2500" * (room - done), "dim"), "\n", self._status.line(width)
+        )
 
     def enter(self, name: str) -> None:
-        """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has finished."""
+        """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has
+        finished."""
         self._status.enter(name)
         if self._live is None and name and not self._status.values and name not in self._said:
             self._said.add(name)

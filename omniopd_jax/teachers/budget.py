@@ -71,19 +71,21 @@ PRICES = {
 
 
 def listed_price(model: str) -> Price | None:
-    """The table's price of a model by its exact name, or by a name and a date, a version or `-latest`; None: not listed."""
+    """The table's price of a model by its exact name, or by a name and a date, a version or `-latest`; None: not
+    listed."""
     return PRICES.get(undated(model))
 
 
 def undated(model: str) -> str:
-    """A model's name without what only says which state of it: `models/` before it, a date, a version or `-latest` after it."""
+    """A model's name without what only says which state of it: `models/` before it, a date, a version or `-latest`
+    after it."""
     name = model.removeprefix("models/")
     return re.sub(r"(?:-latest|[-@]20\d{6}|-20\d\d-\d\d-\d\d|-\d{3})$", "", name)
 
 
 def price(cfg, *, self_hosted: bool, model: str | None = None) -> Price:
-    """The price of `teacher.model`, or of the `model` that answers in its place: the config's where it is given, else the
-    table's; a server of one's own is free.
+    """The price of `teacher.model`, or of the `model` that answers in its place: the config's where it is given, else
+    the table's; a server of one's own is free.
 
     Raises:
       UserError: no price is known and `budget.usd` needs one.
@@ -144,7 +146,8 @@ class Budget:
     async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
         """Takes the upper bound of a call off the budget and returns the call's id.
 
-        Where the caps leave no room, waits while calls in flight, of any process of this host, may give some of theirs back.
+        Where the caps leave no room, waits while calls in flight, of any process of this host, may give some of theirs
+        back.
 
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
@@ -171,7 +174,8 @@ class Budget:
             held = f", {unknown.usd:.4f} of them reserved for {unknown.calls} calls whose cost is not known"
         return (
             f"budget.{cap} = {getattr(self.caps, cap)} is used up ({spent.calls} calls, {spent.tokens} tokens, "
-            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): raise it "
+            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): "
+            "raise it "
             "and start again to go on from the checkpoint"
         )
 
@@ -276,7 +280,8 @@ def estimate(
       price: from `price()`.
       takes_n: whether one call brings several continuations of a chunk (the probe's answer).
       most: how many at most.
-      latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much longer.
+      latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much
+        longer.
       steps: optimizer steps still to come; `cfg.num_steps` by default.
     """
     t = cfg.teacher
@@ -304,7 +309,8 @@ def estimate(
 
 
 def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
-    """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will end; ''."""
+    """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will
+    end; ''."""
     for name, low in (
         ("usd", least.usd[0]),
         ("tokens", least.tokens_in[0] + least.tokens_out[0]),
@@ -317,7 +323,8 @@ def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
                 "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
             )
             return (
-                f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} at the "
+                f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} "
+                "at the "
                 f"least: {then}, at about step {last} of {cfg.num_steps}"
             )
     return ""
@@ -327,7 +334,8 @@ SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high
 
 
 def _audits(cfg, most):
-    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has sent)."""
+    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has
+    sent)."""
     a = cfg.audit
     fit = [min(1.0, share * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for share in SHARES]
     per_audit = -(-a.num_continuations // most)

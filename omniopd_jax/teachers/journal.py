@@ -1,16 +1,16 @@
 """The journal: what was asked of a paid teacher, what came back, and what it cost. Caching, exact resume, replay, data
 set.
 
-One SQLite file (WAL) a host, `journal.sqlite` in a folder on local disk; all processes of the host write to it. A continuation
-is found by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings, mode and prompt
-version) and by who asked (sample id, peak, index: method.md, section 5), so that samples stay fresh within a run. A
-result is written before it is used, and so are final failures and missed deadlines: a replay has the same n. Before a
-call goes out it is written down with the most that it can cost; a call that never reported back (kill -9, a lost
-answer) stays spent. Each text carries a checksum: one that changed on disk is refused by name.
+One SQLite file (WAL) a host, `journal.sqlite` in a folder on local disk; all processes of the host write to it. A
+continuation is found by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings,
+mode and prompt version) and by who asked (sample id, peak, index: method.md, section 5), so that samples stay fresh
+within a run. A result is written before it is used, and so are final failures and missed deadlines: a replay has the
+same n. Before a call goes out it is written down with the most that it can cost; a call that never reported back (kill
+-9, a lost answer) stays spent. Each text carries a checksum: one that changed on disk is refused by name.
 
-Safe under threads, processes and kill -9: every event is one transaction, begun `immediate`. Other journals in the folder (of
-earlier versions, one file a process; of another host, restored from a checkpoint) are read, and imported once, before the
-first write. A file that is corrupt, not a journal, or of another schema is refused, never repaired.
+Safe under threads, processes and kill -9: every event is one transaction, begun `immediate`. Other journals in the
+folder (of earlier versions, one file a process; of another host, restored from a checkpoint) are read, and imported
+once, before the first write. A file that is corrupt, not a journal, or of another schema is refused, never repaired.
 
     python -m omniopd_jax.teachers.journal export FOLDER OUT.jsonl
     python -m omniopd_jax.teachers.journal forget FOLDER SAMPLE_ID PEAK
@@ -93,9 +93,12 @@ class Journal:
                         key, sample_id, peak, index, text, finish, error, raw
                     ):
                         raise UserError(
-                            f"{path}: text {index} of sample {sample_id} at peak {peak} is not the one that was written "
-                            "(its checksum differs): restore the file from a checkpoint's journal_snapshots, or buy the text "
-                            f"again after: python -m omniopd_jax.teachers.journal forget {self.folder} {sample_id} {peak}"
+                            f"{path}: text {index} of sample {sample_id} at peak {peak} is not the one that was "
+                            "written "
+                            "(its checksum differs): restore the file from a checkpoint's journal_snapshots, or buy "
+                            "the text "
+                            f"again after: python -m omniopd_jax.teachers.journal forget {self.folder} {sample_id} "
+                            f"{peak}"
                         )
                     found[index] = Continuation(index, text, finish) if error is None else Failure(index, error)
                 if len(found) == len(wanted):
@@ -135,7 +138,8 @@ class Journal:
             return sum((Totals(*row) for row in rows), Totals())
 
     def unknown(self) -> Totals:
-        """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or unstated."""
+        """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or
+        unstated."""
         sql = (
             "select count(*), coalesce(sum(max_tokens), 0), coalesce(sum(max_usd), 0) from calls "
             "where usd is null and status != 'unsent'"
@@ -224,8 +228,8 @@ class Journal:
           call: id from `ask`.
           status: `ok` (usage is billed), `rejected` (nothing is, but the call counts), `unsent` (nothing happened),
             `unknown` (stays spent in full).
-          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did not say,
-            it stays spent in full.
+          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did
+            not say, it stays spent in full.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
@@ -264,7 +268,8 @@ class Journal:
             )
 
     def forget(self, sample_id: str, peak: int) -> int:
-        """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that were."""
+        """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that
+        were."""
         with self._write() as c:
             return c.execute("delete from continuations where sample_id = ? and peak = ?", (sample_id, peak)).rowcount
 
@@ -346,7 +351,8 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("rollback")
                 raise UserError(
-                    f"the teacher's journal {self.path} cannot be written: {e}; nothing more is asked until it can, and what "
+                    f"the teacher's journal {self.path} cannot be written: {e}; nothing more is asked until it can, "
+                    "and what "
                     "it holds is kept"
                 ) from None
             except BaseException:
@@ -354,7 +360,8 @@ class Journal:
                 raise
 
     def _own(self):
-        """The connection that writes. Made under a hidden name, so that no half-made file is seen; imports the others."""
+        """The connection that writes. Made under a hidden name, so that no half-made file is seen; imports the
+        others."""
         if self.own is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,8 @@ def import_into(own, other, name: str) -> None:
         where = (key, sample_id, peak, index)
         if mark is not None and mark != checksum(*where, text, finish, error, raw):
             raise UserError(
-                f"journal {name}: text {index} of sample {sample_id} at peak {peak} is not the one that was written (its "
+                f"journal {name}: text {index} of sample {sample_id} at peak {peak} is not the one that was written "
+                "(its "
                 "checksum differs): take another copy of that journal, or move its file out of the folder"
             )
         sql = "select time from continuations where key = ? and sample_id = ? and peak = ? and idx = ?"

@@ -43,8 +43,8 @@ def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
 class LocalTeacher(Teacher):
     """See the module. `foreign_tokenizer` says whether its vocabulary differs from the student's.
 
-    The weights are held once: as the sampler wants them from the first request for text on, else as they were given, which
-    is what scoring takes.
+    The weights are held once: as the sampler wants them from the first request for text on, else as they were given,
+    which is what scoring takes.
     """
 
     white_box = frozenset({LOGP, DISTRIBUTION})
@@ -183,7 +183,8 @@ class LocalTeacher(Teacher):
         return answers, tokens_out
 
     def _tail_text(self, prefix: list[int], tail: list[int]) -> str:
-        """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its left."""
+        """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its
+        left."""
         near = prefix[-8:]
         whole = self._tokenizer.decode(near + tail, skip_special_tokens=True)
         return whole[len(self._tokenizer.decode(near, skip_special_tokens=True)) :]

@@ -113,7 +113,8 @@ class _Probe:
             if e.outcome != "rejected":
                 between = wire.http.in_between(self.client.url, str(e))
                 raise UserError(
-                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or proxy{between}"
+                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or "
+                    f"proxy{between}"
                 ) from None
             said = str(e)
         self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
@@ -149,7 +150,8 @@ class _Probe:
             return reply
 
     async def _send(self, call) -> wire.Reply:
-        """One question: from the journal, where this teacher has been asked it before, else through the run's own traffic.
+        """One question: from the journal, where this teacher has been asked it before, else through the run's own
+        traffic.
 
         Raises:
           CallError: refused, or not answered. A refusal is kept in the journal too.
@@ -242,7 +244,8 @@ class _Probe:
             self._row("log-prob of 'one two ... seven'", f"{sum(reply.logp):.3f} nats in {len(answer)} tokens")
             return way
         raise UserError(
-            f"{self._where()} gives no log-probs of a prompt ({'; '.join(said)}), which objective.name = 'opd' needs: serve it "
+            f"{self._where()} gives no log-probs of a prompt ({'; '.join(said)}), which objective.name = 'opd' needs: "
+            "serve it "
             "with vLLM or SGLang, or load it here with teacher.provider = 'local'"
         )
 
@@ -271,7 +274,8 @@ class _Probe:
         return mode
 
     async def _try(self, mode) -> str:
-        """What a mode comes to: the best of up to three answers, since a teacher samples and a service has bad moments."""
+        """What a mode comes to: the best of up to three answers, since a teacher samples and a service has bad
+        moments."""
         seen = []
         while len(seen) < 3 and "continues" not in seen:
             try:
@@ -288,7 +292,8 @@ class _Probe:
         return best
 
     async def _whole(self, mode) -> str:
-        """What an empty prefix gets, as first chunks and whole solutions do: a teacher that thinks begins with its thoughts."""
+        """What an empty prefix gets, as first chunks and whole solutions do: a teacher that thinks begins with its
+        thoughts."""
         call = wire.Call(OPEN, "", 1, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), 13, mode)
         try:
             return begins(await self._send(call))

@@ -116,7 +116,8 @@ class RemoteTeacher(PaidTeacher):
         return self.counts.add(ContinuationResult(continuations, failures, usage, now() - start, replayed))
 
     async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
-        """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32 [len(token_ids)], nats.
+        """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32
+        [len(token_ids)], nats.
 
         From the journal where `replay` allows it. A score is never left out: what cannot be had ends the run.
 
@@ -169,7 +170,8 @@ class RemoteTeacher(PaidTeacher):
         warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
         if not self.price.known:
             warning = "\n".join(filter(None, (
-                f"the price of {self.client.model!r} is not known, and with it what the run costs: set teacher.price_input and "
+                f"the price of {self.client.model!r} is not known, and with it what the run costs: set "
+                "teacher.price_input and "
                 "teacher.price_output (USD per million tokens)", warning,
             )))  # fmt: skip
         return estimate.table() + (f"\n{warning}" if warning else "")
@@ -196,11 +198,12 @@ class RemoteTeacher(PaidTeacher):
     # inside
 
     def served(self, model: str) -> None:
-        """Takes note of the model that answered, as it calls itself. Another one than asked for is reported once; journal
-        and price go by it from then on.
+        """Takes note of the model that answered, as it calls itself. Another one than asked for is reported once;
+        journal and price go by it from then on.
 
         Raises:
-          TeacherStopped: it is another one and `teacher.pin_model` is set, or its price is not known and a budget needs it.
+          TeacherStopped: it is another one and `teacher.pin_model` is set, or its price is not known and a budget needs
+          it.
         """
         if not model or model == self.answering or wire.same_model(self.client.model, model, self.client.self_hosted):
             return
@@ -232,8 +235,9 @@ class RemoteTeacher(PaidTeacher):
             return  # this prefix is longer than the teacher's context; shorter ones are not
         if error.status == 404 or error.field == "temperature" or self.refused >= MAX_REFUSED:
             advice = {
-                "temperature": "set teacher.temperature = 1.0", "context": "its context is too short for the student's answers",
-            }.get(error.field, "check teacher.model and base_url")  # fmt: skip
+                "temperature": "set teacher.temperature = 1.0",
+                "context": "its context is too short for the student's answers",
+            }.get(error.field, "check teacher.model and base_url")
             raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
 
     async def _bind(self):
@@ -266,7 +270,10 @@ class RemoteTeacher(PaidTeacher):
         """What ends the run, after a checkpoint; whoever still waits for a turn finds it and does not try."""
         stop = error if isinstance(error, TeacherStopped) else TeacherStopped(str(error))
         if not isinstance(error, UserError):
-            what = f"the teacher {self.client.model!r} failed in a way that is not foreseen ({type(error).__name__}: {error})"
+            what = (
+                f"the teacher {self.client.model!r} failed in a way that is not foreseen "
+                f"({type(error).__name__}: {error})"
+            )
             stop = TeacherStopped(wire.scrub(" ".join(what.split())[:400]))
             stop.__cause__ = error  # for --verbosity=1
         self.stopped = self.stopped or stop
@@ -299,13 +306,15 @@ class RemoteTeacher(PaidTeacher):
                 sent = await self.traffic.send(call, key, deadline=deadline, accept=accept)
             except wire.CallError as e:
                 raise TeacherStopped(
-                    f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: {e}; "
+                    f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: "
+                    f"{e}; "
                     "objective.name = 'opd' can leave no answer out: start again to go on from the checkpoint"
                 ) from None
             return rows[-1][3].text, _usage(sent)
 
     def _named(self) -> str:
-        """The model that texts are kept under: the one that answers; a server of one's own has names of its own making."""
+        """The model that texts are kept under: the one that answers; a server of one's own has names of its own
+        making."""
         return self.client.model if self.client.self_hosted else self.answering or self.client.model
 
     def _key(self, request, mode) -> tuple[bytes, dict]:

@@ -312,7 +312,8 @@ class Traffic:
             said = now()
             silent = said - max(self.since, self.last_success)
             self.report(
-                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls wait, "
+                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls "
+                "wait, "
                 f"the first is given up in {max(0.0, min(self.waiting.values()) - said):.0f} s"
             )
 

@@ -34,7 +34,8 @@ def load(path, count=0):
     return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
 
 
-# --- JSONL --------------------------------------------------------------------------------------------------------------
+# --- JSONL
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_a_string_or_messages(tmp_path):
@@ -156,7 +157,8 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory, texts):
     assert [p.messages[0]["content"] for p in prompts] == list(dict.fromkeys(texts))
 
 
-# --- rendering and length -----------------------------------------------------------------------------------------------
+# --- rendering and length
+# -----------------------------------------------------------------------------------------------
 
 
 def encode(path, **more):
@@ -170,7 +172,8 @@ def test_encode_renders_with_the_generation_prompt(tmp_path):
 
 
 def test_encode_passes_the_students_template_settings_on(tmp_path):
-    """Qwen3's way: a prompt without thinking ends with an empty thought. The teacher's settings are not the student's."""
+    """Qwen3's way: a prompt without thinking ends with an empty thought. The teacher's settings are not the
+    student's."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template += "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
     c = small()
@@ -204,7 +207,8 @@ def test_encode_keeps_what_was_counted_before(tmp_path):
     assert encode(write(tmp_path, GOOD, GOOD, {"prompt": "x"})).duplicates == 1
 
 
-# --- the small world ----------------------------------------------------------------------------------------------------
+# --- the small world
+# ----------------------------------------------------------------------------------------------------
 
 
 def from_world(split, count=60, name="forks"):
@@ -240,7 +244,8 @@ def test_an_unknown_world_or_split_names_the_choices(name, split, said):
         from_world(split, name=name)
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------
+# --- the hub
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,7 +284,9 @@ def test_hub_columns_are_mapped(hub):
 
 
 def test_a_missing_prompt_column_names_those_that_are_there(hub):
-    with pytest.raises(UserError, match=r"some/set, row 0: no field `prompt`.*question, solution, key, level; set data\.fi"):
+    with pytest.raises(
+        UserError, match=r"some/set, row 0: no field `prompt`.*question, solution, key, level; set data\.fi"
+    ):
         from_hub(**{"data.fields.prompt": "prompt"})
 
 
@@ -308,7 +315,8 @@ def test_the_librarys_offline_flags_are_put_back():
     assert before == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
-# --- the order ----------------------------------------------------------------------------------------------------------
+# --- the order
+# ----------------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**40), size=st.integers(1, 40), batch=st.integers(1, 50), first=st.integers(0, 5))
@@ -338,7 +346,8 @@ def test_the_order_depends_on_seed_and_step_alone():
 
 
 def test_the_order_is_the_same_in_every_release():
-    """A resumed run on a new machine goes on in the same order: these numbers may only change with a note in the docs."""
+    """A resumed run on a new machine goes on in the same order: these numbers may only change with a note in the
+    docs."""
     assert data.batch_indices(0, 0, 8, 10).tolist() == [0, 7, 8, 6, 9, 5, 1, 3]
 
 

@@ -32,7 +32,8 @@ def load(path, count=0):
     return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
 
 
-# --- what other people's rows hold ----------------------------------------------------------------------------------------
+# --- what other people's rows hold
+# ----------------------------------------------------------------------------------------
 
 CASES = {json.loads(line)["name"]: json.loads(line)["row"] for line in CASES_FILE.read_text().splitlines() if line}
 TAKEN = {  # name -> (the settings that it names, the prompt that it is)
@@ -95,13 +96,24 @@ def test_rows_of_other_forms(tmp_path, row, fields, wanted):
         ({"prompt": "a", "answer": {"ground_truth": "7"}}, {}, r"set data\.fields\.answer = 'answer\.ground_truth'"),
         ({"prompt": "a", "answer": True}, {}, "`answer` = true is no answer"),
         ({"prompt": "a", "solution": {"x": 1}}, {}, r"`solution` is no text; set data\.fields\.solution"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"prompt": "conversations"},
-         "`conversations` ends in the assistant's answer"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, {}, "and `content`, a text"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"prompt": "conversations"},
+            "`conversations` ends in the assistant's answer",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            {},
+            "and `content`, a text",
+        ),
         ({"prompt": [{"from": 3, "value": "a"}]}, {}, "`role` and `content`, a text"),
-        ({"question": "a"}, {"prompt": "questions"}, r"no field `questions`; the row's fields: question; set data\.fields"),
+        (
+            {"question": "a"},
+            {"prompt": "questions"},
+            r"no field `questions`; the row's fields: question; set data\.fields",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_meant_so_are_one_line(tmp_path, row, fields, said):
     path = write(tmp_path, {fields.get("prompt", "prompt"): "a good one"}, "", row)
     with pytest.raises(UserError, match=f"line 3: .*{said}") as caught:
@@ -127,8 +139,8 @@ def rows_of(folder, name, content: bytes):
     return [(p.id, p.messages[0]["content"], p.answer) for p in load(str(folder / name)).prompts]
 
 
-ROWS = [{"prompt": "a, \"b\"\nc", "answer": "1"}, {"prompt": "é", "answer": "2"}]
-WANTED = [("a, \"b\"\nc", "1"), ("é", "2")]
+ROWS = [{"prompt": 'a, "b"\nc', "answer": "1"}, {"prompt": "é", "answer": "2"}]
+WANTED = [('a, "b"\nc', "1"), ("é", "2")]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 
 
@@ -169,7 +181,11 @@ def test_a_parquet_file(tmp_path):
         ("p.jsonl", b'{"prompt": "a", "answer": ' + b"[" * 600 + b"]" * 600 + b"}", None),
         ("p.jsonl", b'{"prompt": "' + b"a" * 16_000_000 + b'"}', "line 1: longer than 16,000,000 bytes"),
         ("p.jsonl.gz", gzip.compress(b"\n" * 60_000_000, mtime=0), "line 100001: more than 100,000 blank lines"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "q", "x": "%s"}\n' % (b"a" * 4_000_000) * 8, mtime=0), "200 times its size"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"prompt": "q", "x": "%s"}\n' % (b"a" * 4_000_000) * 8, mtime=0),
+            "200 times its size",
+        ),
         ("p.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "cannot be read"),
         ("p.jsonl.gz", b"not gzip", "cannot be read"),
         ("p.json", b"[" * 200_000, "nested too deep"),

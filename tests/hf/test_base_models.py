@@ -37,7 +37,9 @@ def test_a_base_model_without_a_format_is_one_line_each(base_models, tmp_path):
     lines = str(caught.value).split("\n")
     assert len(lines) == 2
     for who, line in zip(("student", "teacher"), lines):
-        assert line.startswith(f"the {who}'s tokenizer has no chat template") and f"set {who}.template = 'plain'" in line
+        assert (
+            line.startswith(f"the {who}'s tokenizer has no chat template") and f"set {who}.template = 'plain'" in line
+        )
 
 
 def test_lengths_and_tokenizers_that_do_not_go_with_a_model_are_found_before_its_weights(base_models, tmp_path):
@@ -56,15 +58,22 @@ def test_lengths_and_tokenizers_that_do_not_go_with_a_model_are_found_before_its
 
 @pytest.mark.slow  # compiles a whole step
 def test_a_base_student_learns_from_a_base_teacher(base_models, tmp_path):
-    """In the plain format, the teacher after worked examples: audits are made, and the export keeps what ends an answer."""
+    """In the plain format, the teacher after worked examples: audits are made, and the export keeps what ends an
+    answer."""
     cfg = tiny.recipe(
-        *base_models, tmp_path / "run", num_steps=1,
+        *base_models,
+        tmp_path / "run",
+        num_steps=1,
         **{
-            "student.template": "plain", "teacher.template": "plain", "student.stop_strings": ("e",),
-            "prompts_per_step": 8, "num_generations": 1,
-            "teacher.preamble": "Question: 1 + 1?\nAnswer: 2", "checkpoint.every": 1,
+            "student.template": "plain",
+            "teacher.template": "plain",
+            "student.stop_strings": ("e",),
+            "prompts_per_step": 8,
+            "num_generations": 1,
+            "teacher.preamble": "Question: 1 + 1?\nAnswer: 2",
+            "checkpoint.every": 1,
         },
-    )  # fmt: skip
+    )
     seen = []
     real = train.experience.sample
 
@@ -81,7 +90,9 @@ def test_a_base_student_learns_from_a_base_teacher(base_models, tmp_path):
     tok = hf.load_tokenizer(base_models[0])
     texts = [tok.decode(row) for row in responses.tokens]
     stopped = [t for t in texts if "e" in t]
-    assert stopped and all("e" not in tok.decode(row[:-1]) for row in responses.tokens), "cut at the token that completes it"
+    assert stopped and all("e" not in tok.decode(row[:-1]) for row in responses.tokens), (
+        "cut at the token that completes it"
+    )
     for row, text, finished in zip(responses.tokens, texts, responses.finished_B, strict=True):
         assert finished == ("e" in text or row[-1] == tok.eos_token_id)
     audits = tiny.lines(next((tmp_path / "run").glob("audits*.jsonl")))

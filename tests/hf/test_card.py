@@ -27,7 +27,9 @@ def front(text: str) -> dict:
 
 @pytest.fixture
 def run(tmp_path):
-    cfg = runs.settings(**{"student.path": "Qwen/Qwen3-1.7B", "teacher.provider": "openai", "teacher.model": "Qwen3-32B"})
+    cfg = runs.settings(
+        **{"student.path": "Qwen/Qwen3-1.7B", "teacher.provider": "openai", "teacher.model": "Qwen3-32B"}
+    )
     return runs.write(tmp_path / "run", cfg=cfg)
 
 
@@ -36,7 +38,15 @@ def test_a_card_has_base_teacher_method_settings_results_cost_and_licence(run, t
     fields = front(text)
     assert fields["base_model"] == "Qwen/Qwen3-1.7B" and fields["base_model_relation"] == "finetune"
     assert fields["library_name"] == "transformers" and "omniopd" in fields["tags"] and fields["license"] == "other"
-    parts = ("# me/model", "`Qwen3-32B` (openai)", "2606.01476", "20 of 20", "37.5% and 75.0%", "$0.40", "kl_coef` | `0.1`")
+    parts = (
+        "# me/model",
+        "`Qwen3-32B` (openai)",
+        "2606.01476",
+        "20 of 20",
+        "37.5% and 75.0%",
+        "$0.40",
+        "kl_coef` | `0.1`",
+    )
     for part in parts:
         assert part in text, part
     assert "licence" in text and "teacher's terms" in text
@@ -95,7 +105,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer({"error": f"bad token {self.headers.get('Authorization')}"}, 401)
-        about = {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
+        about = (
+            {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
+        )
         return self.answer(about)
 
     def do_POST(self):
@@ -128,7 +140,9 @@ def push(hub, folder, token=TOKEN):
     )
     where = f"http://127.0.0.1:{hub.server_address[1]}"
     env = tiny.environment(HF_ENDPOINT=where, HF_TOKEN=token, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
 

@@ -1,4 +1,5 @@
-"""A run's checkpoint as a Hugging Face folder: parameters read alone, every end token, files that other readers open."""
+"""A run's checkpoint as a Hugging Face folder: parameters read alone, every end token, files that other readers
+open."""
 
 import dataclasses
 import json
@@ -88,7 +89,9 @@ def test_export_of_a_checkpoint(folder, tmp_path):
     assert again.chat_template == tokenizer.chat_template and "<|extra|>" in again.all_special_tokens
     assert again("a<|extra|>b").input_ids == tokenizer("a<|extra|>b").input_ids
     written = json.loads((out / "tokenizer_config.json").read_text())  # as transformers 4 reads it
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and written["additional_special_tokens"] == ["<|extra|>"]
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and written["additional_special_tokens"] == [
+        "<|extra|>"
+    ]
     assert not {"extra_special_tokens", "backend"} & written.keys()
     wider = dataclasses.replace(BASE, hidden_size=32)
     hf.save(folder, random_params(wider), wider, tokenizer)
@@ -108,8 +111,12 @@ def test_reading_a_checkpoint_reads_its_parameters_alone(tmp_path):
     """On the host as numpy, or each device its part; of the bytes a third, for the rest are the optimizer's moments."""
     rng = np.random.default_rng(0)
     cfg = dataclasses.replace(BASE, vocab_size=20_000, hidden_size=64)
-    trained = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param)
-    state = step.new_state(jax.tree.map(jax.numpy.asarray, trained), FrozenConfigDict(config.default()), jax.random.key(0))
+    trained = jax.tree.map(
+        lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param
+    )
+    state = step.new_state(
+        jax.tree.map(jax.numpy.asarray, trained), FrozenConfigDict(config.default()), jax.random.key(0)
+    )
     noise = jax.tree.map(lambda a: jax.numpy.asarray(rng.standard_normal(a.shape).astype(a.dtype)), state.opt_state)
     run = tmp_path / "run"
     checkpoints = Checkpoints(run, keep=1)

@@ -35,9 +35,12 @@ def files(tmp_path_factory):
     (folder / "good.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(8)))
     body = "from omniopd_jax import config\n\n\ndef get_config(arg=None):\n    c = config.default()\n    {}\n    return c\n"
     for name, line in {
-        "unknown_key": "c.audit.num_chunk = 3", "wrong_type": "c.num_steps = 'many'", "syntax": "c.num_steps = = 3",
-        "wrong_value": "c.audit.selection = 'best'", "missing_import": "import no_such_module",
-    }.items():  # fmt: skip
+        "unknown_key": "c.audit.num_chunk = 3",
+        "wrong_type": "c.num_steps = 'many'",
+        "syntax": "c.num_steps = = 3",
+        "wrong_value": "c.audit.selection = 'best'",
+        "missing_import": "import no_such_module",
+    }.items():
         (folder / f"{name}.py").write_text(body.format(line))
     return {"folder": folder, "student": student, "teacher": teacher, "number": itertools.count()}
 
@@ -110,26 +113,35 @@ CASES = {  # name -> (arguments, what the line must hold)
         ["reward.grader", "'taste'", "world"],
     ),
     "no grader for answers from a file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}), ["eval.grader", "empty", "math"],
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}),
+        ["eval.grader", "empty", "math"],
     ),
-    "a bucket as run_dir": (lambda f: base(f, run_dir="gs://bucket/run"), ["run_dir", "gs://bucket/run", "local folder"]),
+    "a bucket as run_dir": (
+        lambda f: base(f, run_dir="gs://bucket/run"),
+        ["run_dir", "gs://bucket/run", "local folder"],
+    ),
     "a file beside the small world": (
         lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}),
         ["data.path", "good.jsonl", "data.source = 'jsonl'"],
     ),
     "grpo with one generation": (
-        lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}), ["num_generations = 1", "2 or more"],
+        lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}),
+        ["num_generations = 1", "2 or more"],
     ),
     "broken line 7": (lambda f: jsonl(f, "broken.jsonl"), ["broken.jsonl", "line 7"]),
     "empty prompt set": (lambda f: jsonl(f, "empty.jsonl"), ["empty.jsonl", "no prompts"]),
     "missing prompt file": (lambda f: jsonl(f, "nowhere.jsonl"), ["data.path", "nowhere.jsonl"]),
     "missing held-out file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl", "eval.grader": "math"}),
+        lambda f: jsonl(
+            f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl", "eval.grader": "math"}
+        ),
         ["eval.path", "/nowhere.jsonl"],
     ),
     "held-out prompts without answers": (
         lambda f: jsonl(
-            f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl"), "eval.grader": "math"}
+            f,
+            "good.jsonl",
+            **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl"), "eval.grader": "math"},
         ),
         ["answer", "good.jsonl"],
     ),
@@ -166,7 +178,9 @@ def ended(files):
     several = {"student.path": "/no/student", "teacher.model": "/no/teacher", "data.name": "narnia"}
     cases["several mistakes"] = base(files, **several)
     paid = {"teacher.provider": "anthropic", "teacher.model": "claude-haiku-4-5", "student.path": "/no/student"}
-    dear = base(files, **paid, num_steps=500, prompts_per_step=64, **{"audit.num_chunks": 10, "audit.num_continuations": 10})
+    dear = base(
+        files, **paid, num_steps=500, prompts_per_step=64, **{"audit.num_chunks": 10, "audit.num_continuations": 10}
+    )
     cases |= {"estimate": [*dear, "--estimate"], "dear": dear, "dear, --yes": [*dear, "--yes"]}
     return dict(zip(cases, tiny.commands(list(cases.values()), limit=300)))
 
@@ -209,9 +223,12 @@ def test_an_estimate_is_printed_without_weights_and_without_a_call(ended):
 
 
 def test_a_dear_run_without_a_cap_needs_to_be_confirmed(ended):
-    """Exit code 2 with the table; nothing waits for an answer at the terminal. With --yes the run's own checks follow."""
+    """Exit code 2 with the table; nothing waits for an answer at the terminal. With --yes the run's own checks
+    follow."""
     got = ended["dear"]
-    assert got.code == 2 and "middle" in got.err and "--yes" in got.errors[-1] and "budget.confirm_usd" in got.errors[-1]
+    assert (
+        got.code == 2 and "middle" in got.err and "--yes" in got.errors[-1] and "budget.confirm_usd" in got.errors[-1]
+    )
     passed = ended["dear, --yes"]
     assert passed.code == 2 and "/no/student" in passed.err and "--yes" not in passed.err
 
@@ -236,7 +253,8 @@ def test_help_shows_the_flag():
     assert "Traceback" not in err
 
 
-# --- the recipes --------------------------------------------------------------------------------------------------------
+# --- the recipes
+# --------------------------------------------------------------------------------------------------------
 
 
 def recipe(path: pathlib.Path):

@@ -29,7 +29,8 @@ def test_a_line_that_is_no_record_is_left_out_and_counted(line, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "name", ["audits-x.jsonl", "audits-.jsonl", "audits--1.jsonl", "audits-1-copy.jsonl", "audits-99999999999999999999.jsonl"]
+    "name",
+    ["audits-x.jsonl", "audits-.jsonl", "audits--1.jsonl", "audits-1-copy.jsonl", "audits-99999999999999999999.jsonl"],
 )
 def test_a_file_of_a_strange_name_is_left_alone(name, tmp_path):
     (tmp_path / name).write_text("mine\n")

@@ -54,7 +54,11 @@ def test_a_dear_run_without_a_cap_is_refused_with_the_table(tmp_path):
     with pytest.raises(UserError) as refused:
         preview(tmp_path).confirm()
     assert refused.value.exit_code == 2
-    assert "middle" in str(refused.value) and "--yes" in str(refused.value) and "budget.confirm_usd = 20" in str(refused.value)
+    assert (
+        "middle" in str(refused.value)
+        and "--yes" in str(refused.value)
+        and "budget.confirm_usd = 20" in str(refused.value)
+    )
 
 
 @pytest.mark.parametrize(

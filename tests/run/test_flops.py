@@ -83,7 +83,9 @@ def test_groups_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_c
     for groups in (1, 2, 4):
         assert metrics(rollout_groups=groups)["perf/decode_bandwidth"] == pytest.approx(moved(8 // groups))
     each, shared = (metrics(num_generations=g)["perf/step_mfu"] for g in (1, 2))
-    assert (each - shared) * 1e6 == pytest.approx(flops.forward(CFG, prompts, [0]) - flops.forward(CFG, prompts[::2], [0]))
+    assert (each - shared) * 1e6 == pytest.approx(
+        flops.forward(CFG, prompts, [0]) - flops.forward(CFG, prompts[::2], [0])
+    )
 
 
 def test_late_compilations_are_told_with_their_shapes():

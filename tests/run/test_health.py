@@ -151,7 +151,9 @@ def test_findings_say_what_was_seen_why_and_what_to_turn_and_become_metrics():
     assert [(f.check, bool(f.saw), bool(f.why), bool(f.turn)) for f in found] == [("truncation", True, True, True)]
     assert found[0].line().startswith("health: truncation: 40% of the responses")
     values = health.metrics(found)
-    assert values.pop("health/truncation") == 1 and set(values.values()) == {0} and len(values) == len(health.CHECKS) - 1
+    assert (
+        values.pop("health/truncation") == 1 and set(values.values()) == {0} and len(values) == len(health.CHECKS) - 1
+    )
 
 
 def test_a_resumed_run_says_what_it_would_have_said():

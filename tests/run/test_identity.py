@@ -28,13 +28,26 @@ def written(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"objective.name": "grpo"}, {"objective.advantage": "batch_mean"}, {"audit.num_chunks": 1}, {"anchor.kl_coef": 0.2},
-        {"teacher.model": "other"}, {"teacher.temperature": 0.5}, {"optimizer.learning_rate": 1e-4}, {"seed": 3},
-        {"student.path": "other"}, {"prior.alpha": 2.0}, {"temperature": 0.7}, {"data.num_prompts": 5}, {"lora.rank": 4},
-        {"eval.num_prompts": 9}, {"reward.coef": 0.5}, {"max_staleness": 1}, {"objective.clip": 0.3},
+        {"objective.name": "grpo"},
+        {"objective.advantage": "batch_mean"},
+        {"audit.num_chunks": 1},
+        {"anchor.kl_coef": 0.2},
+        {"teacher.model": "other"},
+        {"teacher.temperature": 0.5},
+        {"optimizer.learning_rate": 1e-4},
+        {"seed": 3},
+        {"student.path": "other"},
+        {"prior.alpha": 2.0},
+        {"temperature": 0.7},
+        {"data.num_prompts": 5},
+        {"lora.rank": 4},
+        {"eval.num_prompts": 9},
+        {"reward.coef": 0.5},
+        {"max_staleness": 1},
+        {"objective.clip": 0.3},
     ],
     ids=lambda c: next(iter(c)),
-)  # fmt: skip
+)
 def test_a_setting_that_changes_results_is_named(written, change):
     key = next(iter(change))
     with pytest.raises(UserError, match=rf"{key} was .*, is .*resume\.allow"):
@@ -46,12 +59,21 @@ def test_a_setting_that_changes_results_is_named(written, change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_steps": 9}, {"checkpoint.every": 7}, {"log.tensorboard": True}, {"eval.every": 1}, {"budget.usd": 5.0},
-        {"teacher.max_concurrency": 2}, {"teacher.timeout_s": 9.0}, {"teacher.replay": "only"}, {"mesh.fsdp": 1},
-        {"micro_batches": 2}, {"profile.steps": "1:2"}, {"teacher.base_url": "http://other:1/v1"},
+        {"num_steps": 9},
+        {"checkpoint.every": 7},
+        {"log.tensorboard": True},
+        {"eval.every": 1},
+        {"budget.usd": 5.0},
+        {"teacher.max_concurrency": 2},
+        {"teacher.timeout_s": 9.0},
+        {"teacher.replay": "only"},
+        {"mesh.fsdp": 1},
+        {"micro_batches": 2},
+        {"profile.steps": "1:2"},
+        {"teacher.base_url": "http://other:1/v1"},
     ],
     ids=lambda c: next(iter(c)),
-)  # fmt: skip
+)
 def test_a_setting_that_changes_no_result_may_change(written, change):
     identity.check_same_run(recipe(**change), DIGESTS, written)
 

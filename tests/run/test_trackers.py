@@ -1,4 +1,5 @@
-"""Trackers: the same names everywhere, tables, the config; none ever stops a run. Read back with their own libraries."""
+"""Trackers: the same names everywhere, tables, the config; none ever stops a run. Read back with their own
+libraries."""
 
 import json
 import subprocess

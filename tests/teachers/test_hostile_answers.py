@@ -14,7 +14,8 @@ from omniopd_jax.teachers.journal import Totals
 PROVIDERS = tuple(SHAPES)
 BOUND_S = 4.0  # of one kind, tries included; a crowded machine is slow
 PRICE = {"teacher.price_input": 3.0, "teacher.price_cached": 0.3, "teacher.price_output": 15.0}
-# null and unknown names in the place of a list are what Anthropic's client calls a text or none; the rest of them are errors
+# null and unknown names in the place of a list are what Anthropic's client calls a text or none; the rest of them are
+# errors
 ELSEWHERE = {("anthropic", "choices are a string"): "text*", ("anthropic", "no choice"): "nothing*"}
 REAL = " real text"
 

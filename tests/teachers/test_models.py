@@ -25,10 +25,20 @@ def test_a_price_is_found_by_exact_name_or_a_dated_one(name, like):
 @pytest.mark.parametrize(
     "name",
     [
-        "gpt-5.2-pro", "gpt-5-pro", "gpt-4o-audio-preview", "gpt-4.1-mini-search", "claude-opus-4-9", "claude-opus-4",
-        "claude-sonnet-5-7", "gemini-2.5-flash-image", "gemini-2.5-flash-lite-preview", "gpt-4.1-miniature", "my-gpt-4o", "",
+        "gpt-5.2-pro",
+        "gpt-5-pro",
+        "gpt-4o-audio-preview",
+        "gpt-4.1-mini-search",
+        "claude-opus-4-9",
+        "claude-opus-4",
+        "claude-sonnet-5-7",
+        "gemini-2.5-flash-image",
+        "gemini-2.5-flash-lite-preview",
+        "gpt-4.1-miniature",
+        "my-gpt-4o",
+        "",
     ],
-)  # fmt: skip
+)
 def test_the_price_of_a_name_that_only_begins_alike_is_unknown(name):
     assert budget.listed_price(name) is None
 

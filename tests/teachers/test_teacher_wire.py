@@ -49,7 +49,11 @@ def test_a_request_brings_its_continuations_and_says_what_it_cost(provider, serv
     assert server.arrived() == 4 and result.replayed == 0
     tokens_in, tokens_out = sum(e["usage"]["in"] for e in log), sum(e["usage"]["out"] for e in log)
     cached = sum(e["usage"]["in"] // 2 for e in log)
-    assert (result.usage.tokens_in, result.usage.tokens_cached, result.usage.tokens_out) == (tokens_in, cached, tokens_out)
+    assert (result.usage.tokens_in, result.usage.tokens_cached, result.usage.tokens_out) == (
+        tokens_in,
+        cached,
+        tokens_out,
+    )
     assert result.usage.cost_usd == pytest.approx(((tokens_in - cached) * 2 + cached * 1 + tokens_out * 10) / 1e6)
 
 
@@ -402,12 +406,16 @@ asyncio.run(run())
 def test_a_key_is_written_nowhere(server_of, tmp_path):
     mark = "sk-MARKEDKEY-0123456789abcdef"
     bad = {
-        p: server_of(p, key="other" if p == "gemini" else mark, share=0.6, retry_after_s=0.05, stall_s=3.0) for p in PROVIDERS
+        p: server_of(p, key="other" if p == "gemini" else mark, share=0.6, retry_after_s=0.05, stall_s=3.0)
+        for p in PROVIDERS
     }
     env = os.environ | {name: mark for names in wire.KEYS.values() for name in names}
     here = pathlib.Path(__file__).parents[1]
     code = SECRET_RUN.format(
-        tests=str(here / "support"), repo=str(here.parent), urls={p: s.url(p) for p, s in bad.items()}, folder=str(tmp_path)
+        tests=str(here / "support"),
+        repo=str(here.parent),
+        urls={p: s.url(p) for p, s in bad.items()},
+        folder=str(tmp_path),
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -431,11 +439,17 @@ def test_failure_is_a_value():
 @pytest.mark.parametrize(
     "name,value",
     [
-        ("http_proxy", "::::"), ("http_proxy", "socks9://x:1"), ("http_proxy", "http://[::1"), ("http_proxy", "http://127.0.0.1:9"),
-        ("HTTPS_PROXY", "nonsense.invalid"), ("all_proxy", "http://h.invalid:99999"), ("SSL_CERT_FILE", "/no/such/file"),
-        ("SSL_CERT_FILE", "/etc/passwd"), ("http_proxy", "http://user:pa55word@127.0.0.1:9"),
+        ("http_proxy", "::::"),
+        ("http_proxy", "socks9://x:1"),
+        ("http_proxy", "http://[::1"),
+        ("http_proxy", "http://127.0.0.1:9"),
+        ("HTTPS_PROXY", "nonsense.invalid"),
+        ("all_proxy", "http://h.invalid:99999"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+        ("SSL_CERT_FILE", "/etc/passwd"),
+        ("http_proxy", "http://user:pa55word@127.0.0.1:9"),
     ],
-)  # fmt: skip
+)
 def test_a_variable_that_cannot_be_used_is_named_in_one_line(name, value, tmp_path, monkeypatch):
     for other in (*wire.secrets.PROXIES, "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(other, raising=False)

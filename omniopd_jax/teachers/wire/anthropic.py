@@ -6,7 +6,8 @@
 - `prefill` (a last assistant turn) up to Claude 4.5; later models answer 400 to it: `instruct`.
 - A prefill must not end in whitespace: it is taken off and put back.
 - Thinking is switched off in every call; a model that cannot (Opus 5.5, Fable) is refused by the probe.
-- Up to three cache marks: the prompt, the unfinished answer's last whole block, its end. The answer goes out in blocks of one
+- Up to three cache marks: the prompt, the unfinished answer's last whole block, its end. The answer goes out in blocks
+of one
   size, so that the nested prefixes of a response find each other's blocks in the service's cache.
 """
 
@@ -20,7 +21,8 @@ from omniopd_jax.teachers.wire import instruct
 OFFICIAL = "https://api.anthropic.com"
 BLOCK = 4096  # characters of an answer's block
 CHARACTERS = 4  # of a token, for the least that is cached
-# the least tokens that the service caches, by the beginning of a model's name (platform.claude.com/docs, prompt caching)
+# the least tokens that the service caches, by the beginning of a model's name (platform.claude.com/docs, prompt
+# caching)
 LEAST = {"claude-haiku-4-5": 4096, "claude-opus-4-5": 4096, "claude-opus-4-6": 4096, "claude-haiku-3": 2048}
 LEAST_OF_OTHERS = 1024
 
@@ -140,9 +142,10 @@ class AnthropicClient:
     def _marked(self, turns, answer: int | None, system: str, wanted: int) -> list[dict]:
         """The turns with cache marks: at the end of the prompt, of the answer's last whole block, and of the answer.
 
-        The answer is cut into blocks of one size, so that a longer prefix of the same answer begins with the same blocks: the
-        service finds what an earlier call has written under them. A mark is left out where it cannot pay: where there is
-        less before it than the service caches, or, at the answer's end, where nobody asks for the same prefix again.
+        The answer is cut into blocks of one size, so that a longer prefix of the same answer begins with the same
+        blocks: the service finds what an earlier call has written under them. A mark is left out where it cannot pay:
+          where there
+        is less before it than the service caches, or, at the answer's end, where nobody asks for the same prefix again.
         """
         least = next((n for name, n in LEAST.items() if self.model.startswith(name)), LEAST_OF_OTHERS) * CHARACTERS
         out, before = [], len(system)
@@ -203,7 +206,8 @@ def _field(message: str) -> str:
 
 
 def _blocks(text: str) -> list[str]:
-    """`text` in blocks of BLOCK characters, the last one shorter; none is white space alone, which the service refuses."""
+    """`text` in blocks of BLOCK characters, the last one shorter; none is white space alone, which the service
+    refuses."""
     out = []
     for start in range(0, len(text), BLOCK):
         part = text[start : start + BLOCK]

@@ -3,9 +3,10 @@
 - `prefill`: a last turn of role `model` is continued; `instruct` where it is not.
 - `candidateCount` asks for n texts where the model takes it, at most 8; a seed is taken.
 - Thinking is switched off by `thinkingBudget = 0` (2.5 Flash); a model that cannot (2.5 Pro) is refused by the probe.
-- `topP` always goes out, at 1.0 too: left out, the service takes its own 0.95, which is not the method's distribution. A model
-  that refuses it (3.7 and 3.8 flash) is asked without, as it is for temperature and the thinking budget; the probe says so.
-  Its `topK` (64) has no value that means "all", and stays.
+- `topP` always goes out, at 1.0 too: left out, the service takes its own 0.95, which is not the method's distribution.
+A model
+  that refuses it (3.7 and 3.8 flash) is asked without, as it is for temperature and the thinking budget; the probe says
+  so. Its `topK` (64) has no value that means "all", and stays.
 - Prompt caching is implicit: nested prefixes in ascending order are all it needs.
 """
 

@@ -1,8 +1,8 @@
 """One HTTP client for all three SDKs: what it reads is bounded, and what goes wrong becomes a `CallError` in one place.
 
-The SDKs hand every request to `Bounded.send`. It reads at most `max_bytes` of an answer, compressed or not, turns every status
-but 2xx into a `CallError`, and looks into a 2xx answer for JSON and for an error inside. A 3xx is not followed: a key would go
-wherever the server says.
+The SDKs hand every request to `Bounded.send`. It reads at most `max_bytes` of an answer, compressed or not, turns every
+status but 2xx into a `CallError`, and looks into a 2xx answer for JSON and for an error inside. A 3xx is not followed:
+a key would go wherever the server says.
 """
 
 import asyncio
@@ -169,9 +169,13 @@ def _check(status: int, headers, body: bytes, name_field) -> None:
         )
         told = f" {found.status}" if found.status else ""
         raise CallError(
-            f"HTTP 200 with an error{told} inside: {found.message}", error.kind, outcome=error.outcome, status=error.status,
-            retry_after=error.retry_after, field=error.field,
-        )  # fmt: skip
+            f"HTTP 200 with an error{told} inside: {found.message}",
+            error.kind,
+            outcome=error.outcome,
+            status=error.status,
+            retry_after=error.retry_after,
+            field=error.field,
+        )
 
 
 def _field(found: read.Inside, name_field) -> str:
@@ -248,8 +252,8 @@ def named_field(message: str) -> str:
 
 
 def retry_after(headers) -> float | None:
-    """Seconds from `retry-after-ms` or `Retry-After` (a number or a date); None where they ask for no wait at all: absent,
-    malformed, 0, negative or past. Then the usual back-off applies."""
+    """Seconds from `retry-after-ms` or `Retry-After` (a number or a date); None where they ask for no wait at all:
+    absent, malformed, 0, negative or past. Then the usual back-off applies."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = (headers.get(name) or "").strip()
         if re.fullmatch(r"\d{1,9}(\.\d+)?", value):

@@ -108,7 +108,10 @@ class OpenAIClient:
             )
         ends = next((m.get("shutdown_date") for m in listed if m.get("id") == self.model), None)
         if isinstance(ends, str | int) and ends:
-            return f"lists {len(names)} models; {self.model} is shut down on {str(ends)[:40]}: choose its successor in time"
+            return (
+                f"lists {len(names)} models; {self.model} is shut down on {str(ends)[:40]}: choose its successor "
+                "in time"
+            )
         engine = next((str(m.get("owned_by")) for m in listed if m.get("owned_by")), "")
         if engine in ("vllm", "sglang"):
             return f"{engine}: start it with its own sampling defaults off (vLLM: --generation-config vllm)"
@@ -157,7 +160,8 @@ class OpenAIClient:
         return reply
 
     async def score(self, call: wire.ScoreCall) -> wire.Reply:
-        """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized again.
+        """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized
+        again.
 
         Raises:
           CallError: as `call`; `refused` with the field `logprobs` where the server gives none, `stop` where what it
@@ -241,7 +245,8 @@ class OpenAIClient:
     def render(self, messages) -> str:
         """The prompt as the teacher's template writes it, up to where the answer begins.
 
-        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own questions.
+        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own
+        questions.
         """
         if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"

@@ -1,7 +1,7 @@
 """How an answer is read, for all three protocols: JSON, an error inside it, what became of each text, what was billed.
 
-Nothing that a server writes is believed further than it must be: a field of another type, an impossible number or a missing
-text has one meaning here, whichever protocol it came by.
+Nothing that a server writes is believed further than it must be: a field of another type, an impossible number or a
+missing text has one meaning here, whichever protocol it came by.
 """
 
 import contextlib
@@ -13,13 +13,32 @@ from omniopd_jax.teachers.wire.calls import Billed, CallError, Text
 
 MAX_TOKENS = 2**40  # more than any call could use, and well inside SQLite's integers
 # names that servers have for an end of the model's own making, and for the length cap
-STOP = frozenset({
-    "stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "end", "done", "complete", "completed", "finished",
-    "finish_reason_unspecified",
-})  # fmt: skip
-LENGTH = frozenset({
-    "length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "model_context_window_exceeded",
-})  # fmt: skip
+STOP = frozenset(
+    {
+        "stop",
+        "eos",
+        "eos_token",
+        "end_turn",
+        "stop_sequence",
+        "stop_token",
+        "end",
+        "done",
+        "complete",
+        "completed",
+        "finished",
+        "finish_reason_unspecified",
+    }
+)
+LENGTH = frozenset(
+    {
+        "length",
+        "max_tokens",
+        "max_output_tokens",
+        "max_completion_tokens",
+        "model_length",
+        "model_context_window_exceeded",
+    }
+)
 WITHHELD = re.compile(
     r"filter|safety|refus|block|abort|cancel|moderat|guard|policy|recit|prohibit|spii|sensitive|language|error|fail|timeout|"
     r"overload|unavailable|malformed|^other$|image_",
@@ -214,7 +233,8 @@ def _written(content) -> tuple[str | None, dict]:
 def billed(
     tokens_in, tokens_out, *, cached=None, written=None, hidden=None, total=None, wrote: bool = True
 ) -> Billed | None:
-    """What an answer says it used, or None where it does not say: a part is missing, negative, no whole number, or cannot be.
+    """What an answer says it used, or None where it does not say: a part is missing, negative, no whole number, or
+    cannot be.
 
     Args:
       tokens_in: all of the input, with the cached and the cache-writing tokens in it.
