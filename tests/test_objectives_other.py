@@ -236,36 +236,27 @@ def test_opd_exact_is_the_same_gradient_without_the_sampling():
     np.testing.assert_allclose(jax.grad(exact)(jnp.asarray(theta, jnp.float32)), want, atol=1e-5)
 
 
-@pytest.mark.parametrize(("block", "softcap", "teacher_softcap", "temperature"), [
-    (4, None, None, 1.0), (5, 3.0, None, 1.0), (1, None, 2.0, 0.7), (64, 3.0, 2.0, 1.6),
-])  # fmt: skip
-def test_reverse_kl_against_float64(block, softcap, teacher_softcap, temperature):
+@pytest.mark.parametrize("block", [1, 4, 5, 64])
+def test_reverse_kl_against_float64(block):
     """Value, KL a position and both gradients; D = 5, the teacher 3 wide."""
     rng = np.random.default_rng(1)
     hidden, teacher_hidden = rng.normal(size=(2, 4, 5)), rng.normal(size=(2, 4, 3))
     head, teacher_head, weight = rng.normal(size=(5, V)), rng.normal(size=(3, V)), rng.random((2, 4))
     weight[1, 2:] = 0
 
-    def logits(h, w, cap):
-        z = h @ w
-        return (z if cap is None else cap * np.tanh(z / cap)) / temperature
-
     kl, dhidden, dhead = np.zeros((2, 4)), np.zeros_like(hidden), np.zeros_like(head)
     for b, t in itertools.product(range(2), range(4)):
-        logp = oracle.log_softmax(logits(hidden[b, t], head, softcap))
-        gap = logp - oracle.log_softmax(logits(teacher_hidden[b, t], teacher_head, teacher_softcap))
+        logp = oracle.log_softmax(hidden[b, t] @ head)
+        gap = logp - oracle.log_softmax(teacher_hidden[b, t] @ teacher_head)
         kl[b, t] = (np.exp(logp) * gap).sum()
-        dz = weight[b, t] * np.exp(logp) * (gap - kl[b, t]) / temperature
-        if softcap is not None:
-            dz = dz * (1 - np.tanh(hidden[b, t] @ head / softcap) ** 2)
+        dz = weight[b, t] * np.exp(logp) * (gap - kl[b, t])
         dhidden[b, t] = head @ dz
         dhead += np.outer(hidden[b, t], dz)
 
     def ours(hidden, head):
         return vocab.reverse_kl(
             hidden, head, jnp.asarray(teacher_hidden, jnp.float32), jnp.asarray(teacher_head, jnp.float32),
-            jnp.asarray(weight, jnp.float32), block=block, temperature=temperature, softcap=softcap,
-            teacher_softcap=teacher_softcap,
+            jnp.asarray(weight, jnp.float32), block=block,
         )  # fmt: skip
 
     arrays = (jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))

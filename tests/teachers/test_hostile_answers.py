@@ -46,7 +46,8 @@ def meet(provider, names, folder):
                     said = f"{type(e).__name__}: {e}"
                 after, took = teacher.journal.totals(), time.monotonic() - start
                 most = (len(server.calls()) - sent) * 0.02
-                if not 0 <= after.usd - before.usd <= most or after.tokens < before.tokens:
+                # a sum and its undoing differ by the rounding of a float
+                if not -1e-15 <= after.usd - before.usd <= most or after.tokens < before.tokens:
                     said += f" charged {after.usd - before.usd}"
                 if took > BOUND_S:
                     said += f" took {took:.1f} s"

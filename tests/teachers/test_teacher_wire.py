@@ -74,8 +74,7 @@ def test_what_goes_out(provider, server_of, tmp_path):
     elif provider == "anthropic":
         assert body["system"] == "Be brief." and body["thinking"] == {"type": "disabled"}
         assert [m["role"] for m in body["messages"]] == ["user", "assistant"]
-        assert body["messages"][1]["content"][0]["text"] == "The sum is"
-        assert all(m["content"][0]["cache_control"] == {"type": "ephemeral"} for m in body["messages"])
+        assert body["messages"][1]["content"] == "The sum is"  # too short to be cached: no mark (test_models.py)
         assert body["temperature"] == 0.7 and "seed" not in body and "n" not in body
     else:
         assert [c["role"] for c in body["contents"]] == ["user", "model"]
@@ -328,9 +327,8 @@ def test_the_next_prefix_waits_for_the_first_answer_only(server_of, tmp_path):
         request(peak=20, prefix="b" * 20),
         request(peak=10, prefix="a" * 10),
     )
-    prefixes = [
-        entry["body"]["messages"][-1]["content"][0]["text"] for entry in sorted(server.calls(), key=lambda e: e["time"])
-    ]
+    calls = sorted(server.calls(), key=lambda e: e["time"])
+    prefixes = [entry["body"]["messages"][-1]["content"] for entry in calls]
     assert prefixes[0] == "a" * 10 and "b" * 20 in prefixes[1:5] and server.most_in_flight >= 3
 
 
