@@ -165,7 +165,8 @@ def named(p: model.Param) -> Iterator[tuple[tuple[int, ...], str]]:
     lead = len(p.shape) - len(p.perm)
     keys = ("layer", "expert")[:lead]
     for at in np.ndindex(*p.shape[:lead]):
-        yield at, p.hf.format(**dict(zip(keys, at)))
+        number = (p.layers[at[0]], *at[1:]) if p.layers else at
+        yield at, p.hf.format(**dict(zip(keys, number)))
 
 
 def read(p: model.Param, tensors: dict[str, Tensor], index, dtype) -> np.ndarray:
