@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from omniopd_jax.model import attention, cpu, linear, moe, rope
 from omniopd_jax.model.compute import Compute
 from omniopd_jax.model.table import (
+    FLOAT32,
     ModelConfig,
     Param,
     cast,
@@ -42,9 +43,10 @@ from omniopd_jax.model.table import (
 from omniopd_jax.parallel import sharding
 
 __all__ = [
-    "Compute", "Head", "ModelConfig", "Param", "attention_of", "cast", "cast_layers", "count", "fits", "head", "hidden", "init",
-    "is_param", "layer", "layer_slices", "layers_of", "logits", "lookup", "mlp", "norm", "num_params", "param_shardings",
-    "project", "qkv", "rms_norm", "scaled", "stored_head", "table", "table_shardings", "unstack",
+    "Compute", "FLOAT32", "Head", "ModelConfig", "Param", "attention_of", "cast", "cast_layers", "count", "fits",
+    "head", "hidden", "init", "is_param", "layer", "layer_slices", "layers_of", "logits", "lookup", "mlp", "norm",
+    "num_params", "param_shardings", "project", "qkv", "rms_norm", "scaled", "stored_head", "table",
+    "table_shardings", "unstack",
 ]  # fmt: skip
 
 

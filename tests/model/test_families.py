@@ -22,15 +22,15 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {
-        "num_hidden_layers": 5, "sliding_window": 20, "query_pre_attn_scalar": 24, "sliding_window_pattern": 3,
+        "num_hidden_layers": 4, "sliding_window": 20, "query_pre_attn_scalar": 24, "sliding_window_pattern": 3,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     }),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {
-        "num_hidden_layers": 5, "tie_word_embeddings": False, "full_attention_interval": 3, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 24,
+        "num_hidden_layers": 4, "tie_word_embeddings": False, "full_attention_interval": 3, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     }),
 }  # fmt: skip
@@ -46,10 +46,8 @@ def torch_model(family: str):
         draw = torch.randn(p.shape, generator=rng)
         if name.endswith("linear_attn.norm.weight"):
             p.data = 1 + 0.3 * draw
-        elif "norm" in name or "dt_bias" in name:
-            p.data = 0.3 * draw
-        elif "A_log" in name:
-            p.data = 1.5 * draw - 1  # heads that remember one token and heads that remember hundreds
+        elif any(part in name for part in ("norm", "A_log", "dt_bias")):
+            p.data = 0.3 * draw  # a slow decay makes transformers' own logits move by 1e-4 with an ulp of the weights
         elif "conv1d" in name:
             p.data = 1.5 * draw  # smaller, queries and keys of almost no length are common, whose direction is rounding
         elif "embed_tokens" in name or "lm_head" in name:
@@ -123,7 +121,9 @@ def test_leaving_a_part_out_is_seen(loaded, family, without):
     reference, params, cfg, _ = loaded(family)
     token, right, *_ = batch()
     theirs = their_logits(reference, token, right)[right]
-    assert gap(our_logits(params, dataclasses.replace(cfg, **without), token)[right], theirs) > 10 * MAX
+    cfg = dataclasses.replace(cfg, **without)
+    kept = {name: a for name, a in params["layers"].items() if name in model.table(cfg)["layers"]}
+    assert gap(our_logits(params | {"layers": kept}, cfg, token)[right], theirs) > 10 * MAX
 
 
 @pytest.mark.slow
