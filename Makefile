@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-aot | test-gpu | lint | format | checkpoints
+# make demo | report | test | test-slow | test-browser | test-aot | test-gpu | lint | format | checkpoints
 # INSTALL_ARGS goes to the installer. Where the plain torch pin would bring a CUDA build of several GB, point it at a
 # folder or index that holds a CPU build:  make test INSTALL_ARGS="--find-links /path/to/wheels"
 SHELL := /bin/bash
@@ -9,12 +9,16 @@ PY := .venv/bin/python
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-slow test-aot test-gpu lint format checkpoints
+.PHONY: demo report test test-slow test-browser test-aot test-gpu lint format checkpoints
 .DELETE_ON_ERROR:
 
 demo: .venv/.lean
 	@echo "== demo: distilling the small world's student from its text-only teacher (about 70 s on 2 quiet cores)"
 	$(PY) -m omniopd_jax.main --config=configs/tiny.py
+	$(PY) -m omniopd_jax.report runs/tiny
+
+report: .venv/.lean
+	$(PY) -m omniopd_jax.report $(or $(RUN),runs/tiny)
 
 test: .venv/.full
 	@echo "== test: the default suite"
@@ -23,6 +27,15 @@ test: .venv/.full
 test-slow: .venv/.full
 	@echo "== test-slow: what takes minutes"
 	$(PY) -m pytest -m slow
+
+AXE := .cache/axe/package/axe.min.js
+test-browser: .venv/.full $(AXE)
+	@echo "== test-browser: the report in a headless Chromium; needs apt-get install chromium chromium-driver"
+	.venv/bin/uv pip install -q --python $(PY) selenium==4.51.0
+	$(PY) -m pytest -m browser
+
+$(AXE):  # the accessibility checks, from the npm registry
+	mkdir -p .cache/axe && cd .cache/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz
 
 test-aot: .venv/.tpu
 	@echo "== test-aot: ahead-of-time compilation for a TPU topology"
@@ -36,6 +49,7 @@ lint: .venv/.full
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 format: .venv/.full
 	$(PY) -m ruff format .

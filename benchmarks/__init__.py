@@ -1,1 +1,2 @@
-"""Measurements: each script says what it shows; figures are ratios taken side by side, or tables made from result lines."""
+"""Measurements: each script says what it shows; figures are ratios taken side by side, or tables made from result
+lines."""

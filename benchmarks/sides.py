@@ -1,4 +1,5 @@
-"""What the side-by-side benchmarks share: alternating timings, the machine's matrix rate, result lines and the page's table."""
+"""What the side-by-side benchmarks share: alternating timings, the machine's matrix rate, result lines and the page's
+table."""
 
 import json
 import pathlib

@@ -3,7 +3,7 @@
     python -m omniopd_jax.main --config=configs/code.py --config.data.path=PROMPTS.jsonl \
         --config.teacher.base_url=http://HOST:8000/v1
 
-The paper's code prompts are not known to us: `data.path` is a file with one {"prompt": ..., "answer": ...} a line.
+The paper's code prompts are not known to us: `data.path` is a file with one {"prompt": ..., "answer": ...} per line.
 Variants as in configs/math.py. Hardware: a v5e-16 or v5p-8 slice, or 8 GPUs of 80 GB.
 Result reported by the paper (not run here): 1.7B code average 47.93, against 40.44 for SFT and 47.06 for white-box OPD.
 """

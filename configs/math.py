@@ -6,9 +6,9 @@
 Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
 4b, lora, e.g. --config=configs/math.py:m5,c100.
 
-Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1, micro_batches=2,
-mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
-Time and cost: 25,600 continuations a step at the defaults; the estimate printed before the first call says more.
+Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1,
+micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
+Time and cost: 25,600 continuations per step at the defaults; --estimate prints calls, tokens, dollars and hours.
 Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 60.67, mean of five benchmarks.
 """
 
@@ -36,7 +36,7 @@ def get_config(arg=None):
     c.num_steps = 200
     c.prompts_per_step = 64
     c.num_generations = 4
-    c.rollout_groups = 2  # 128 rows' keys and values at a time: 7 GiB a chip of a v5e-16
+    c.rollout_groups = 2  # keys and values of 128 rows at a time: 7 GiB per chip of a v5e-16
     c.micro_batches = 8
     c.max_prompt_length = 1024
     c.max_completion_length = 7168
@@ -48,7 +48,7 @@ def get_config(arg=None):
     c.data.name = "open-r1/DAPO-Math-17k-Processed"
     c.data.fields.answer = "solution"
     c.data.overlong = "drop"
-    c.eval.suffix = r"Please reason step by step, and put your final answer within \boxed{}."  # as the training prompts ask
+    c.eval.suffix = r"Please reason step by step, and put your final answer within \boxed{}."  # as the training prompts
     c.eval.grader = "math"
 
     c.teacher.provider = "openai"

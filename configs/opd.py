@@ -1,18 +1,21 @@
-"""Baseline: white-box on-policy distillation, reverse KL from the teacher's token log-probabilities on the student's own text.
+"""Baseline: white-box on-policy distillation, reverse KL from the teacher's token log-probabilities on the student's
+own text.
 
     python -m omniopd_jax.main --config=configs/opd.py --config.teacher.model=Qwen/Qwen3-4B
 
     python -m omniopd_jax.main --config=configs/opd.py:remote --config.teacher.base_url=http://HOST:8000/v1
 
-Variants, comma-separated after a colon: remote (Qwen3-32B behind vLLM or SGLang), exact (the whole vocabulary in place of the
-sampled token; same memory as a second reference; local only), 4b (the student; give a local run a larger teacher).
+Variants, comma-separated after a colon: remote (Qwen3-32B behind vLLM or SGLang), exact (the whole vocabulary in place
+of the sampled token; same memory as a second reference; local only), 4b (the student; give a local run a larger
+teacher).
 
 The teacher must give log-probs of the student's tokens (`score_tokens`), with the student's own tokenizer. In process
-(teacher.provider = 'local') it lies whole, in float32, on one device beside the student, so the paper's Qwen3-32B does not
-fit and the default is Qwen3-4B. `remote` asks a server for the log-probs of the prompt (launch/teacher_vllm.sh serves one): a
-call a response, its token ids sent as they are. A server that gives none, or for other ids, is refused at the start.
-Hardware: 8 GPUs of 80 GB, or a v5p-8 slice; `remote`: the server's besides. Time: no teacher sampling, one more forward pass a
-step; not run here.
+(teacher.provider = 'local') it is held whole, in float32, on one device beside the student, so the paper's Qwen3-32B
+does not fit and the default is Qwen3-4B. `remote` asks a server for the log-probs of the prompt (launch/teacher_vllm.sh
+serves one): one call per response, its token ids sent as they are. A server that gives none, or for other ids, is
+refused at the start.
+Hardware: 8 GPUs of 80 GB, or a v5p-8 slice; `remote`: the server's besides. Time: no teacher sampling, one more forward
+pass per step; not run here.
 Result reported by the paper (not run here), teacher Qwen3-32B: 1.7B 51.87 -> 61.70, 4B 54.01 -> 64.16.
 """
 

@@ -5,11 +5,11 @@
 
 Variant: configs/sft.py:4b.
 
-Four solutions a prompt, each up to 7,168 tokens, cross-entropy on every token of them; no anchor, no audit. A solution that
-fails is an empty row, one that is cut at the cap is kept without an end token. The journal makes a second epoch, another
-learning rate or a resume free: the solutions are the data set.
+Four solutions per prompt, each up to 7,168 tokens, cross-entropy on each of their tokens; no anchor, no audit. A
+solution that fails is an empty row, one that is cut at the cap is kept without an end token. The journal makes a second
+epoch, another learning rate or a resume free: the solutions are the data set.
 Hardware: as configs/math.py (a v5e-16 or v5p-8 slice, or 8 GPUs of 80 GB), and any OpenAI-compatible server.
-Time and cost: 256 solutions a step, about 0.5 M teacher tokens at 2,000 tokens each; not run here.
+Time and cost: 256 solutions per step, about 0.5 M teacher tokens at 2,000 tokens each; not run here.
 Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 53.76, 4B 54.01 -> 63.80.
 """
 

@@ -1,4 +1,4 @@
-"""The embedded default: the small world's student learns from the small world's teacher, on a CPU, with nothing to fetch.
+"""The embedded default: the small world's student learns from the small world's teacher, on a CPU, without a download.
 
     python -m omniopd_jax.main --config=configs/tiny.py
 
@@ -7,7 +7,7 @@ Hardware: 2 CPU cores, 2 GiB.
 
 from omniopd_jax import config
 
-WORLD = "omniopd_jax/world/checkpoints/forks"
+WORLD = "omniopd_jax/world/checkpoints/forks"  # found in the package, from any folder
 
 
 def get_config(arg=None):
@@ -15,7 +15,7 @@ def get_config(arg=None):
     c = config.default()
     c.run_dir = "runs/tiny"
     c.num_steps = 20
-    c.prompts_per_step = 64  # a step's rows are 64 x 2
+    c.prompts_per_step = 64  # 64 x 2 rows per step
     c.num_generations = 2
     c.max_prompt_length = 48
     c.max_completion_length = 48  # the longest solution has 46
@@ -30,7 +30,7 @@ def get_config(arg=None):
     c.audit.num_chunks = 2
     c.audit.chunk_tokens = 8
     c.audit.num_continuations = 4
-    c.objective.advantage = "batch_mean"  # the published `none` rises more slowly here and then wears itself down
+    c.objective.advantage = "batch_mean"  # the published `none` rises more slowly here and then falls
     c.optimizer.learning_rate = 2e-4
 
     c.checkpoint.every = 5

@@ -1,9 +1,9 @@
-# Sourced by the scripts here: a command that is started again when it says so.
+# Sourced by the scripts of this folder: a command that is restarted when its exit code asks for it.
 # shellcheck shell=bash
 
-# run_again TRIES COMMAND...: runs it; exit code 75 (state saved, start me again) starts it again, at most TRIES times.
+# run_again TRIES COMMAND...: runs it; exit code 75 (state saved, restart) restarts it, at most TRIES times.
 # A signal to the script goes to the command, which saves and ends; then the script ends too, with 75: the machine is
-# about to go away, and whoever starts it next time goes on from the checkpoint.
+# about to disappear, and the next start resumes from the checkpoint.
 run_again() {
   local tries="$1" code=0 try=0
   shift

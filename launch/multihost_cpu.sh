@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the main command in N processes on this machine, joined over loopback: a pod in small.
+# Runs the main command in N processes on this machine, joined over loopback: a small pod.
 #
 #   launch/multihost_cpu.sh N [--dry-run] [--logs DIR] MAIN'S ARGUMENTS ...
 #

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A TPU slice of several hosts from nothing to a running job and back, through gcloud's queued resources.
+# Creates a TPU slice of several hosts, runs a job on it and deletes it, through gcloud's queued resources.
 #
 #   launch/tpu_pod.sh ACTION --name NAME --zone ZONE [OPTIONS] [-- MAIN'S ARGUMENTS ...]
 #
 # Actions, in the order in which `all` does them:
-#   create   asks for the slice and waits until it is there        --type v5litepod-16 --version v2-alpha-tpuv5-lite
+#   create   requests the slice and waits until it is ready        --type v5litepod-16 --version v2-alpha-tpuv5-lite
 #            v5p: --type v5p-128 --version v2-alpha-tpuv5; v6e: --type v6e-16 --version v2-alpha-tpuv6e
-#   copy     copies this repository (what git knows of it) to every host
+#   copy     copies this repository (the files that git tracks) to every host
 #   setup    on every host: mounts the shared folder, installs requirements-tpu.txt
 #   run      on every host: launch/tpu_vm.sh --pod -- MAIN'S ARGUMENTS; shows its output and ends when the job does.
-#            The job does not end where the connection breaks: `follow` shows it again
+#            The job does not end when the connection breaks: `follow` shows it again
 #   logs     fetches job.log of every host into ./pod-logs/NAME
-#   delete   gives the slice back (`all` does it at the end, whatever happened)
+#   delete   deletes the slice (`all` does it at the end in any case)
 # Options:
 #   --project P    gcloud's default where it is missing
-#   --spot         cheaper, and taken away at any time: a slice that was preempted is asked for again, and the run goes
-#                  on from its checkpoint (at most --tries times, default 20)
+#   --spot         cheaper, and may be preempted at any time: the slice is then requested again, and the run resumes
+#                  from its checkpoint (at most --tries times, default 20)
 #   --mount SOURCE a file system that all hosts share, for run_dir: HOST:/SHARE (NFS, Filestore) or gs://BUCKET (gcsfuse);
 #                  it appears as /mnt/omniopd: --config.run_dir=/mnt/omniopd/NAME
 #   --env VAR      passes a variable of this shell (a teacher's key) to the run, in a file that only it reads; may be repeated

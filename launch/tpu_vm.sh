@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the main command on the TPU host where it is called, with the flags and folders that belong there.
+# Runs the main command on this TPU host, with the flags and folders that it needs.
 #
 #   launch/tpu_vm.sh [--setup] [--pod] [--tries N] [--cache DIR] [--dry-run] [--] MAIN'S ARGUMENTS ...
 #
@@ -7,7 +7,7 @@
 #
 # --setup   makes .venv with requirements-tpu.txt first (Python 3.11, which uv fetches); without arguments, only that
 # --pod     this host is one of several of a slice: JAX finds the others (launch/tpu_pod.sh passes it)
-# --tries   how often a run that ends with code 75 (a signal came, its state is saved) is started again; default 20
+# --tries   how often a run that ends with code 75 (stopped by a signal, its state saved) is restarted; default 20
 # --cache   folder of compiled programs; default ~/.cache/omniopd_jax/xla
 # On SIGTERM, which a preemption sends, the run saves and the script ends with 75.
 set -euo pipefail

@@ -41,7 +41,9 @@ def main(argv) -> int:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A recipe: configs/math.py, configs/math.py:4b ...")
-    flags.DEFINE_string("topology", "v5e:4x4", "Slices or GPUs: v5e:4x4, v5p:4x4x4, tpu7x:2x2x1, H100:8; several with commas.")
+    flags.DEFINE_string(
+        "topology", "v5e:4x4", "Slices or GPUs: v5e:4x4, v5p:4x4x4, tpu7x:2x2x1, H100:8; several with commas."
+    )
     flags.DEFINE_string("passes", ",".join(fit.PASSES), "Which passes to compile.")
     flags.DEFINE_bool("suggest", False, "Where it does not fit, try the knobs in order.")
     cli.run(main)

@@ -42,11 +42,12 @@ class Feedback:
 
 
 class Decoder:
-    """Text of token prefixes, special tokens and what comes from a stop string on left out; and where a chunk may start.
+    """Text of token prefixes, special tokens and what comes from a stop string on left out; and where a chunk may
+    start.
 
-    Byte-level tokenizers write a character as soon as its bytes are there. Tokenizers with byte fallback (Llama 2, Mistral
-    0.1) decode neighbouring bytes at once: where one of them is bad, all turn into replacement marks, the whole characters
-    before it too. A special token writes nothing, and leaves the character before it open.
+    Byte-level tokenizers write a character as soon as its bytes are there. Tokenizers with byte fallback (Llama 2,
+    Mistral 0.1) decode neighbouring bytes at once: where one of them is bad, all turn into replacement marks, the whole
+    characters before it too. A special token writes nothing, and leaves the character before it open.
     """
 
     def __init__(self, tokenizer, stop_strings: tuple[str, ...] = ()):
@@ -65,9 +66,9 @@ class Decoder:
     def eligible(self, token_ids: list[int], chunk_tokens: int) -> np.ndarray:
         """bool [len]: a chunk may start at t (method.md, section 2).
 
-        Neither border of the chunk is inside a character: decode(y_<t) and decode(y_<t+C) are right on their own, and the
-        first is a prefix of the second. No more than half of the chunk's text is replacement marks. Positions whose chunk
-        does not fit are judged by the tokens that there are.
+        Neither border of the chunk is inside a character: decode(y_<t) and decode(y_<t+C) are right on their own, and
+        the first is a prefix of the second. No more than half of the chunk's text is replacement marks. Positions whose
+        chunk does not fit are judged by the tokens that there are.
         """
         T = len(token_ids)
         end = np.minimum(np.arange(T) + chunk_tokens, T)
@@ -97,7 +98,8 @@ class Decoder:
         return self._lengths[token]
 
     def _utf8_prefixes(self, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each y_<t, [len + 1]: whether it ends at the end of a character; its characters, its replacement marks there."""
+        """Of each y_<t, [len + 1]: whether it ends at the end of a character; its characters, its replacement marks
+        there."""
         whole = np.ones(len(token_ids) + 1, bool)
         length, marks = np.zeros((2, len(token_ids) + 1), np.int64)
         start = 0  # the last position whose prefix is known to be whole
@@ -137,7 +139,8 @@ class Decoder:
         return whole, length, marks
 
     def _stays(self, token_ids: list[int], whole: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """bool [len]: y_<end still has the text of y_<t: no bad byte after t turned a character before it into a mark."""
+        """bool [len]: y_<end still has the text of y_<t: no bad byte after t turned a character before it into a
+        mark."""
         T = len(token_ids)
         out = np.ones(T, bool)
         if not self._bytes:
@@ -187,7 +190,8 @@ class _Utf8:
 
 
 def _fallback_bytes(tokenizer) -> dict[int, int]:
-    """{token: its byte} where the tokenizer decodes tokens such as <0xE6> as bytes; empty where they are text like others."""
+    """{token: its byte} where the tokenizer decodes tokens such as <0xE6> as bytes; empty where they are text like
+    others."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = tokenizer.get_vocab()
     if not all(name in vocab for name in names):
@@ -270,8 +274,11 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
 
 
 def fewest(cfg, asked: int) -> int:
-    """n_min of an audit for which `asked` continuations were asked: the config's, or half of what a budget left of N."""
-    return min_continuations(cfg) if asked >= cfg.audit.num_continuations else min(min_continuations(cfg), -(-asked // 2))
+    """n_min of an audit for which `asked` continuations were asked: the config's, or half of what a budget left of
+    N."""
+    return (
+        min_continuations(cfg) if asked >= cfg.audit.num_continuations else min(min_continuations(cfg), -(-asked // 2))
+    )
 
 
 def metrics(feedback: Feedback, cfg) -> dict:

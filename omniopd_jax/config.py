@@ -131,6 +131,7 @@ def default() -> ConfigDict:
     c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # as student.chat_template_kwargs, for the teacher
     c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.pin_model = False  # True: an answer of another model than asked for ends the run; else it is a warning
     c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
     c.teacher.tokenizer = ""  # its Hugging Face folder: renders prompts for completion; compared with the student's
@@ -185,7 +186,7 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
-    c.eval.suffix = ""  # put behind each problem, a blank line between, by the loop's evaluation and by `evaluate` alike
+    c.eval.suffix = ""  # put behind each problem, a blank line between: in the loop's evaluation and in `evaluate`
     c.eval.grader = ""  # as reward.grader
 
     c.distributed = ConfigDict()  # several processes (distributed.py)

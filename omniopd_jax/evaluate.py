@@ -1,9 +1,10 @@
 """Evaluation: the loop's greedy accuracy, and the command that samples whole benchmarks.
 
-    python -m omniopd_jax.evaluate --config=configs/math.py --checkpoint=runs/math --benchmarks=math500,aime24 --samples=16
+    python -m omniopd_jax.evaluate --config=configs/math.py --checkpoint=runs/math --benchmarks=math500,aime24
+    --samples=16
 
-`--checkpoint` is a run (its newest checkpoint; without --config also the recipe), RUN/checkpoints/STEP or a Hugging Face
-folder; without it the recipe's `student.path` is evaluated. Problems are asked as the loop's evaluation asks them:
+`--checkpoint` is a run (its newest checkpoint; without --config also the recipe), RUN/checkpoints/STEP or a Hugging
+Face folder; without it the recipe's `student.path` is evaluated. Problems are asked as the loop's evaluation asks them:
 `eval.suffix`. Benchmarks: data/benchmarks.py. `--out` (default: RUN_DIR/evaluate of the recipe) gets one JSON line per
 completion, results.json and table.md; the same command goes on where an interrupted one was. One process.
 
@@ -61,7 +62,9 @@ def main(argv) -> int:
         cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,
         unsafe=given["unsafe"],
     )  # fmt: skip
-    logging.say(f"each problem is followed by eval.suffix = {cfg.eval.suffix!r}" if cfg.eval.suffix else "problems as they are")
+    logging.say(
+        f"each problem is followed by eval.suffix = {cfg.eval.suffix!r}" if cfg.eval.suffix else "problems as they are"
+    )
     logging.say(f"{scores.table(results)}\n\nwritten to {out}")
     return 0
 

@@ -1,8 +1,8 @@
 """A step's data on the host: the stages that the loop (train.py) names, in their order.
 
-prompts -> responses -> scores -> peaks -> the teacher's texts -> similarities -> the batch that an update takes. Each stage
-is a function of what it reads; none keeps anything. A step's prompts may be taken in groups (`rollout_groups`): the
-teacher answers one group while the next is being sampled.
+prompts -> responses -> scores -> peaks -> the teacher's texts -> similarities -> the batch that an update takes. Each
+stage is a function of what it reads; none keeps anything. A step's prompts may be taken in groups (`rollout_groups`):
+the teacher answers one group while the next is being sampled.
 """
 
 import concurrent.futures
@@ -105,7 +105,8 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """What an update is made from: the global batch and its scores on the devices, and this process's part on the host."""
+    """What an update is made from: the global batch and its scores on the devices, and this process's part on the
+    host."""
 
     batch: objective.Batch
     stats: vocab.TokenStats | None
@@ -118,7 +119,8 @@ class Experience:
 def draw(prompts: Prompts, cfg, t: int) -> Drawn:
     """This process's slice of step t's prompts, and the sample ids of each one's generations.
 
-    A prompt that occurs twice in the step (a data set smaller than a step, or the border of an epoch) goes on counting its
+    A prompt that occurs twice in the step (a data set smaller than a step, or the border of an epoch) goes on counting
+    its
     generations: two responses never share an id, and with it their random draws.
     """
     G = cfg.num_generations
@@ -209,15 +211,16 @@ def solutions(
 
 def given_solutions(drawn: Drawn, student: Student, cfg) -> Responses:
     """The prompts file's own solutions in the student's tokens, one per prompt; those over the cap are cut."""
-    tokenizer, end = student.template.tokenizer, student.end_ids[0]
+    tokenizer, end = student.template.tokenizer, student.template.turn_end_ids[:1]
     texts = tokenizer([p.solution for p in drawn.prompts], add_special_tokens=False)["input_ids"]
-    tokens = [[*text, end][: cfg.max_completion_length] for text in texts]
+    tokens = [[*text, *end][: cfg.max_completion_length] for text in texts]
     finished_B = np.array([len(text) < cfg.max_completion_length for text in texts])
     return Responses(drawn.prompts, [solution_id(p.id) for p in drawn.prompts], tokens, finished_B)
 
 
 def solution_id(prompt_id: str) -> str:
-    """Who asks for a whole solution: the prompt alone, so that epochs and methods share what was bought (method.md, 5)."""
+    """Who asks for a whole solution: the prompt alone, so that epochs and methods share what was bought (method.md,
+    5)."""
     return f"{stable_hash('solution', prompt_id):016x}"
 
 
@@ -256,10 +259,18 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
 
 
 def ask(
-    teacher: Teacher | None, thread: AsyncThread, responses: Responses, peak_BM: np.ndarray, decoder: audit.Decoder, cfg,
-    N: int, *, first_row: int = 0,
-) -> list[Asked]:  # fmt: skip
-    """Starts asking the teacher at every peak; the audits' rows are counted from `first_row`. Empty: nothing is asked."""
+    teacher: Teacher | None,
+    thread: AsyncThread,
+    responses: Responses,
+    peak_BM: np.ndarray,
+    decoder: audit.Decoder,
+    cfg,
+    N: int,
+    *,
+    first_row: int = 0,
+) -> list[Asked]:
+    """Starts asking the teacher at every peak; the audits' rows are counted from `first_row`. Empty: nothing is
+    asked."""
     if not objective.of(cfg).audited:
         return []
     audits = audit.plan(decoder, responses.prompts, responses.tokens, peak_BM, responses.sample_ids, cfg, N)
@@ -282,16 +293,15 @@ def merge(groups: list[Group]) -> Group:
         logp_BT, entropy_BT = (_stack([getattr(g.scores, n) for g in groups]) for n in ("logp_BT", "entropy_BT"))
         scores = Scores(logp_BT, entropy_BT, None, None)
     peak_BM = np.concatenate([g.peak_BM for g in groups])
-    return Group(
-        responses, scores, peak_BM, sum((g.asked for g in groups), []), sum((g.solutions for g in groups), [])
-    )
+    return Group(responses, scores, peak_BM, sum((g.asked for g in groups), []), sum((g.solutions for g in groups), []))
 
 
 def answers(group: Group, stop: StopFlag) -> list[audit.Audit]:
     """The audits, answered.
 
     Raises:
-      TeacherStopped, Stopped: in every process, whichever had it; only when all have ended, so that nothing paid is lost.
+      TeacherStopped, Stopped: in every process, whichever had it; only when all have ended, so that nothing paid is
+      lost.
     """
     wait([asked.future for asked in group.asked], stop)
     return [a for asked in group.asked for a in asked.audits]
@@ -322,7 +332,9 @@ def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseExceptio
                 raise Stopped(stop.requested) from None
 
 
-def compare(similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool) -> audit.Feedback:
+def compare(
+    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool
+) -> audit.Feedback:
     """k_sem and n of every chunk."""
     trim = cfg.audit.trim_continuation == "always" or (cfg.audit.trim_continuation == "auto" and foreign_tokenizer)
     return audit.compare(similarity, audits, (rows, cfg.audit.num_chunks), cfg, trim=trim)
@@ -338,9 +350,7 @@ def grade(grader: Grader, responses: Responses, decoder: audit.Decoder) -> np.nd
     return np.array([bool(g) for g in grades], np.float32)
 
 
-def teacher_logp(
-    teacher: Teacher, thread: AsyncThread, stop: StopFlag, responses: Responses, T: int
-) -> np.ndarray:
+def teacher_logp(teacher: Teacher, thread: AsyncThread, stop: StopFlag, responses: Responses, T: int) -> np.ndarray:
     """The white-box teacher's log-probs of the response tokens [B, T]; 0 past a row's end."""
     pairs = zip(responses.prompts, responses.tokens, strict=True)
     scored = thread.submit(together(teacher.score_tokens(p.messages, p.token_ids, r) for p, r in pairs))
@@ -348,14 +358,23 @@ def teacher_logp(
     out = np.zeros((len(responses.tokens), T), np.float32)
     for b, row in enumerate(scored.result()):
         if len(row) != len(responses.tokens[b]) or not np.isfinite(row).all():
-            raise FloatingPointError(f"the teacher scored {len(row)} of {len(responses.tokens[b])} tokens, or not all finite")
+            raise FloatingPointError(
+                f"the teacher scored {len(row)} of {len(responses.tokens[b])} tokens, or not all finite"
+            )
         out[b, : len(row)] = row
     return out
 
 
 def assemble(
-    group: Group, feedback: audit.Feedback, rewards, teacher_logp_BT, N: int, student: Student, cfg, now: Scores | None = None
-) -> Experience:  # fmt: skip
+    group: Group,
+    feedback: audit.Feedback,
+    rewards,
+    teacher_logp_BT,
+    N: int,
+    student: Student,
+    cfg,
+    now: Scores | None = None,
+) -> Experience:
     """The global batch on the devices.
 
     Args:
@@ -378,9 +397,18 @@ def assemble(
     if cfg.audit.num_continuations > N:
         n_min_B = np.full(len(length_B), audit.fewest(cfg, N), np.int32)
     host = objective.Batch(
-        None, None, length_B, group.peak_BM, feedback.k_sem_BM, feedback.n_BM, n_min_B, advantage_B,
-        teacher_logp_BT=teacher_logp_BT, width=rows.T, **(stale_fields(group, now, cfg) if now else {}),
-    )  # fmt: skip
+        None,
+        None,
+        length_B,
+        group.peak_BM,
+        feedback.k_sem_BM,
+        feedback.n_BM,
+        n_min_B,
+        advantage_B,
+        teacher_logp_BT=teacher_logp_BT,
+        width=rows.T,
+        **(stale_fields(group, now, cfg) if now else {}),
+    )
     batch = sharding.put_rows(host, student.mesh)
     batch = batch.replace(token_BL=rows.token_BL, packed=rows.packed, prompt_length_B=rows.prompt_length_B)
     return Experience(batch, stats, responses, scores, feedback, rewards)

@@ -1,7 +1,7 @@
 """A run's checkpoint as a Hugging Face folder: python -m omniopd_jax.export --checkpoint=runs/tiny --out=FOLDER
 
-A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model card;
---push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
+A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model
+card; --push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
 `--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
 chat template and generation defaults come from the student that the run started from.
 """
@@ -26,7 +26,8 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     Args:
       source: RUN or RUN/checkpoints/STEP.
       out: an empty or missing folder, or an earlier export, which is replaced.
-      dtype: of the tensors: bfloat16 | float16 | float32. LoRA: the sum is rounded once, after it was formed in float32.
+      dtype: of the tensors: bfloat16 | float16 | float32. LoRA: the sum is rounded once, after it was formed in
+        float32.
       adapter: LoRA: a PEFT folder instead, which names the student's folder as its base.
 
     Raises:
@@ -49,12 +50,22 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     student.student.update(got.config["student"])
     end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
+    hf.save(
+        out,
+        params,
+        got.model_cfg,
+        tokenizer,
+        dtype=dtype,
+        generation_config=generation,
+        end_ids=end_ids,
+        source=got.student,
+    )
     return pathlib.Path(out)
 
 
 def _host() -> jax.Device:
-    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's memory."""
+    """The CPU as a device, where there is one beside the accelerator: an export needs none of the accelerator's
+    memory."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
@@ -65,7 +76,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or RUN/checkpoints/STEP")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_enum("dtype", "bfloat16", hf.SAVE_DTYPES, "of the tensors")
-    flags.DEFINE_string("push_to_hub", None, "OWNER/MODEL: upload the folder to the hub, private unless it is there already")
+    flags.DEFINE_string(
+        "push_to_hub", None, "OWNER/MODEL: upload the folder to the hub, private unless it is there already"
+    )
     flags.DEFINE_bool("adapter", False, "a run with LoRA: write its adapters as a PEFT folder, not the merged model")
 
 

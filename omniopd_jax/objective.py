@@ -65,8 +65,8 @@ class Batch:
 class Objective:
     """A way to learn: how tokens are weighed, and what must be known of a step before they can be.
 
-    Callable as its weights. A new one is a function and a line in `OBJECTIVES`; everything else of the program reads the
-    fields here.
+    Callable as its weights. A new one is a function and a line in `OBJECTIVES`; everything else of the program reads
+    the fields here.
 
     Attributes:
       weights: (logp_BT, batch, cfg) -> (weight_BT, anchor_mask_BT), float32, not yet normalised.
@@ -247,7 +247,8 @@ def normalize(weight_BT, mask_BT, weighted_BT, cfg):
 
 
 def constant(logp_BT, batch: Batch, cfg):
-    """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv 2608.31046)."""
+    """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv
+    2608.31046)."""
     chunk_BT = chunk_mask(batch.peak_BM, batch.peak_BM >= 0, cfg.audit.chunk_tokens, logp_BT.shape[1])
     weight_BT = jnp.where(chunk_BT >= 0, jnp.float32(cfg.objective.constant), 0.0)
     return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
@@ -270,7 +271,8 @@ def opd(logp_BT, batch: Batch, cfg):
 
 
 def opd_exact(logp_BT, batch: Batch, cfg):
-    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight here."""
+    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight
+    here."""
     real_BT = response_mask(batch.length_B, logp_BT.shape[1])
     return jnp.zeros_like(real_BT), real_BT
 
@@ -287,6 +289,7 @@ def grpo(logp_BT, batch: Batch, cfg):
 
 def policy_gradient_weight(logp_BT, batch: Batch, cfg):
     """A_b, times the clipped importance ratio where the batch has old log-probs; [B, T]."""
+    assert batch.advantage_B is not None, "a task reward needs graded responses"
     advantage_BT = jnp.broadcast_to(batch.advantage_B[:, None], logp_BT.shape)
     if batch.old_logp_BT is None:
         return advantage_BT
@@ -296,12 +299,14 @@ def policy_gradient_weight(logp_BT, batch: Batch, cfg):
 
 def clipped(logp_BT, batch: Batch, cfg):
     """bool [B, T]: where the ratio has left [1 - clip, 1 + clip] on the side that the advantage pushes to."""
+    assert batch.advantage_B is not None, "a task reward needs graded responses"
     ratio_BT, eps = jnp.exp(logp_BT - batch.old_logp_BT), cfg.objective.clip
     return jnp.where(batch.advantage_B[:, None] > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
 
 
 def group_advantage(reward_B, group: int):
-    """(r - mean) / (std + 1e-4) within each prompt's responses, which stand side by side (arXiv 2402.03300; TRL's epsilon).
+    """(r - mean) / (std + 1e-4) within each prompt's responses, which stand side by side (arXiv 2402.03300; TRL's
+    epsilon).
 
     A group of one, or with equal rewards, gets 0.
     """
@@ -332,7 +337,8 @@ OBJECTIVES = {
 
 
 def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
-    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says otherwise.
+    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says
+    otherwise.
 
     Args:
       targets: `chunk_targets` of an audited objective; None: `audit/*` is left out, but for what all chunks have.
@@ -367,7 +373,7 @@ def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict
     pi_hat = mean(targets.pi_hat_BM)
     share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
     if batch.ratio_BM is not None:
-        outside_BM = kept(batch.replace(ratio_BM=None), cfg) & ~targets.keep_BM
+        outside_BM = kept(dataclasses.replace(batch, ratio_BM=None), cfg) & ~targets.keep_BM
         out["audit/stale_dropped"] = outside_BM.sum()
         out["audit/ratio_mean"] = mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0))
     return out | {

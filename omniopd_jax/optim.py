@@ -31,7 +31,12 @@ def make_optimizer(cfg) -> optax.GradientTransformation:
     o = cfg.optimizer
     clip = optax.clip_by_global_norm(o.max_grad_norm) if o.max_grad_norm else optax.identity()
     adamw = optax.adamw(
-        make_schedule(cfg), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed,
+        make_schedule(cfg),
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        mask=decayed,
         mu_dtype=o.mu_dtype,
     )
     return optax.chain(clip, adamw)

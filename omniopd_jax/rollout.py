@@ -1,7 +1,7 @@
 """The sampler: prefill once a prompt, decode with a cache that grows, stop early.
 
-Slots: prompts are right-padded to P, token t of every row is written at slot P + t (one slot for the whole batch), and a
-mask hides the gap between a row's prompt and P. RoPE goes by the true position, prompt_length + t. The cache is one
+Slots: prompts are right-padded to P, token t of every row is written at slot P + t (one slot for the whole batch), and
+a mask hides the gap between a row's prompt and P. RoPE goes by the true position, prompt_length + t. The cache is one
 array a layer, heads before time (docs/design notes: every other layout costs a copy of the cache).
 """
 
@@ -37,7 +37,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class SamplerState:
-    """Carry of the decode loop. hidden_BD produces the next token; `cache` holds (k_BKSH, v_BKSH) or a linear.State a layer."""
+    """Carry of the decode loop. hidden_BD produces the next token; `cache`: (k_BKSH, v_BKSH) or a linear.State per layer."""
 
     cache: list
     hidden_BD: jax.Array
@@ -48,11 +48,11 @@ class SamplerState:
 
 
 def prepare(params: dict, cfg: model.ModelConfig, *, compute: model.Compute | None = None) -> dict:
-    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `compute.dtype`, gathered over fsdp,
-    layers unstacked.
+    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `compute.dtype`, gathered over
+    fsdp, layers unstacked.
 
-    The projections of q, k and v are matrices [D, Q * H] in it: as [D, Q, H] the decode loop keeps a copy of each in the
-    layout that it multiplies by, 1 GiB at 4 B parameters.
+    The projections of q, k and v are matrices [D, Q * H] in it: as [D, Q, H] the decode loop keeps a copy of each in
+    the layout that it multiplies by, 1 GiB at 4 B parameters.
     """
     return _prepare(params, cfg=cfg, compute=compute or model.Compute())
 
@@ -148,9 +148,7 @@ def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, compute, num_sam
     )
     R = B * num_samples
     zeros = functools.partial(jnp.zeros, (R, T), jnp.float32)
-    out = Rollout(
-        jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros()
-    )
+    out = Rollout(jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros())
     return _constrain(SamplerState(cache, last_BD, length_B, key_B, jnp.int32(0), out), compute.mesh)
 
 
@@ -162,7 +160,8 @@ def _constrain(state: SamplerState, mesh) -> SamplerState:
 
     heads = sharding.DECODE_RULES["kv_heads"]
     cache = [
-        jax.tree.map(put if isinstance(layer, linear.State) else lambda a: put(a, heads), layer) for layer in state.cache
+        jax.tree.map(put if isinstance(layer, linear.State) else lambda a: put(a, heads), layer)
+        for layer in state.cache
     ]
     return state.replace(
         cache=cache, hidden_BD=put(state.hidden_BD), prompt_length_B=put(state.prompt_length_B),
@@ -357,8 +356,8 @@ def _at(a_BV, index_B):
 def _first_past(cum, mass, aim_B):
     """First index with mass whose cumulative mass exceeds the aim; the last one with mass where rounding leaves none.
 
-    Asking for mass as well makes it right whatever the sums' rounding: a prefix sum need not be flat across zeros, and the
-    compiler may sum twice, in two orders.
+    Asking for mass as well makes it right whatever the sums' rounding: a prefix sum need not be flat across zeros, and
+    the compiler may sum twice, in two orders.
     """
     index = jnp.arange(mass.shape[1], dtype=jnp.int32)[None]
     last_B = jnp.max(jnp.where(mass > 0, index, 0), axis=-1)

@@ -1,7 +1,8 @@
 """The peak-entropy scheduler: where to audit (method.md, section 2, agreed).
 
 Kept: the score is the exact entropy at the chunk's first token; chunks start at their peak, do not overlap and end
-inside the response. Ours: ties go to the later position (fork), and a position inside a UTF-8 character is not eligible.
+inside the response. Ours: ties go to the later position (fork), and a position inside a UTF-8 character is not
+eligible.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """phi: how much two pieces of text agree, in [0, 1]. `make(cfg)(student, teacher)` takes lists of equal length.
 
-`edit` is the paper's default, in the form of the re-implementation (method.md, section 2, fork): one less the Levenshtein
-distance over the longer length. The others' libraries are imported only when they are chosen.
+`edit` is the paper's default, in the form of the re-implementation (method.md, section 2, fork): one less the
+Levenshtein distance over the longer length. The others' libraries are imported only when they are chosen.
 """
 
 import contextlib
@@ -75,7 +75,9 @@ def make_embedding(name: str):
       UserError: no model name, or a model that can't be loaded.
     """
     if not name:
-        raise UserError("audit.similarity = 'embedding' needs audit.embedding_model: a sentence-transformers folder or name")
+        raise UserError(
+            "audit.similarity = 'embedding' needs audit.embedding_model: a sentence-transformers folder or name"
+        )
     from sentence_transformers import SentenceTransformer
 
     reachable = contextlib.nullcontext() if os.path.isdir(name) else hub.offline_unless_reachable(name, "model")

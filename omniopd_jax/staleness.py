@@ -6,12 +6,14 @@ What was sampled ahead is kept beside the checkpoint, for the policy that drew i
 import concurrent.futures
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from omniopd_jax import experience
+from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Asked, Group, Responses, Scores
 from omniopd_jax.parallel import processes
 
@@ -25,7 +27,8 @@ class Ahead:
         self._begun: dict[int, tuple[Group, int]] = {}
 
     def take(self, t: int, last: int, staleness: int, begin: Callable[[int], tuple[Group, int]]) -> tuple[Group, int]:
-        """Step t as it was begun; before that, begins every step up to t + staleness (and at most `last`) that is not yet."""
+        """Step t as it was begun; before that, begins every step up to t + staleness (and at most `last`) that is not
+        yet."""
         for s in range(t, min(t + staleness, last) + 1):
             if s not in self._begun:
                 self._begun[s] = begin(s)
@@ -67,8 +70,14 @@ class Ahead:
         path = pathlib.Path(run_dir) / FOLDER / f"{t}.{jax.process_index()}.npz"
         if not all(processes.gather("ahead", path.is_file())):
             return
-        with np.load(path) as f:
-            got, N = dict(f), int(f["N"])
+        try:
+            with np.load(path) as f:
+                got, N = dict(f), int(f["N"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            what = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            raise UserError(
+                f"{path} is damaged ({what}): remove it to sample step {t} anew, by the policy at hand"
+            ) from None
         G = len(drawn.sample_ids[0])
         rows, ids = [p for p in drawn.prompts for _ in range(G)], sum(drawn.sample_ids, [])
         tokens = [row.tolist() for row in np.split(got["token_X"], np.cumsum(got["length_B"])[:-1])]

@@ -77,13 +77,22 @@ def score(
 
 
 def loss_and_grads(
-    params, ref_params, batch: objective.Batch, weight_BT, mask_BT, *, model_cfg, cfg, compute: model.Compute | None = None,
-    teacher_params=None, teacher_cfg=None,
-):  # fmt: skip
+    params,
+    ref_params,
+    batch: objective.Batch,
+    weight_BT,
+    mask_BT,
+    *,
+    model_cfg,
+    cfg,
+    compute: model.Compute | None = None,
+    teacher_params=None,
+    teacher_cfg=None,
+):
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
-    `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both passes.
-    `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
+    `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both
+    passes. `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
 
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
@@ -142,18 +151,34 @@ def loss_and_grads(
     tokens = batch.token_BL if batch.packed is None else batch.packed
     rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
-    return loss, replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh), _in_place(stats, tokens, T, mesh)
+    return (
+        loss,
+        replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh),
+        _in_place(stats, tokens, T, mesh),
+    )
 
 
-def policy(params: dict, ref_params: dict, cfg) -> dict:
-    """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them attached."""
-    return lora.attach(ref_params, params) if cfg.lora.rank else params
+def policy(params: dict, ref_params: dict | None, cfg) -> dict:
+    """The whole model that `params` (`TrainState.params`) stand for: themselves, or with LoRA the base with them
+    attached."""
+    if not cfg.lora.rank:
+        return params
+    assert ref_params is not None, "adapters need their base"
+    return lora.attach(ref_params, params)
 
 
 def update(
-    state: TrainState, ref_params, batch: objective.Batch, stats: vocab.TokenStats | None, teacher_params=None, *,
-    model_cfg, cfg, compute: model.Compute | None = None, teacher_cfg=None,
-):  # fmt: skip
+    state: TrainState,
+    ref_params,
+    batch: objective.Batch,
+    stats: vocab.TokenStats | None,
+    teacher_params=None,
+    *,
+    model_cfg,
+    cfg,
+    compute: model.Compute | None = None,
+    teacher_cfg=None,
+):
     """One optimizer update from one scored and audited batch.
 
     Args:
@@ -166,8 +191,8 @@ def update(
     Returns:
       (state, metrics of scalars, objective.ChunkTargets for the audit log; None where nothing is audited).
     """
-    scored = stats is not None
-    logp_BT = stats.logp_BT if scored else jnp.zeros((len(batch.length_B), batch.width), jnp.float32)
+    unscored = (len(batch.length_B), batch.width)
+    logp_BT = jnp.zeros(unscored, jnp.float32) if stats is None else stats.logp_BT
     weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
     loss, grads, loss_stats = loss_and_grads(
         state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg, compute=compute,
@@ -182,15 +207,16 @@ def update(
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
-    } | objective.metrics(batch, targets, stats.entropy_BT if scored else None, cfg)
-    if scored:
+    } | objective.metrics(batch, targets, None if stats is None else stats.entropy_BT, cfg)
+    if stats is not None:
         metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
         clipped_BT = objective.clipped(logp_BT, batch, cfg) * real_BT
         metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
         metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics, targets
+    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+    return new, metrics, targets
 
 
 def updates(
@@ -207,15 +233,22 @@ def updates(
     one = functools.partial(update, model_cfg=model_cfg, cfg=cfg, compute=compute, teacher_cfg=teacher_cfg)
     if cfg.num_iterations == 1:
         return one(state, ref_params, batch, stats, teacher_params)
+    assert stats is not None, "a ratio needs the scores of the policy that sampled"
     first, T = state.step, stats.logp_BT.shape[1]
-    batch = batch.replace(old_logp_BT=stats.logp_BT)
+    batch = dataclasses.replace(batch, old_logp_BT=stats.logp_BT)
 
     def rescore(params):
         tokens = batch.token_BL if batch.packed is None else batch.packed
         return score(
-            policy(params, ref_params, cfg), tokens, batch.prompt_length_B, T, model_cfg=model_cfg, block=cfg.vocab_block,
-            micro_batches=cfg.micro_batches, compute=compute,
-        )  # fmt: skip
+            policy(params, ref_params, cfg),
+            tokens,
+            batch.prompt_length_B,
+            T,
+            model_cfg=model_cfg,
+            block=cfg.vocab_block,
+            micro_batches=cfg.micro_batches,
+            compute=compute,
+        )
 
     def body(carry, i):
         state, stats = carry
@@ -228,7 +261,7 @@ def updates(
     count = jnp.arange(cfg.num_iterations, dtype=jnp.int32)
     (state, _), (metrics, targets) = jax.lax.scan(body, (state, stats), count)
     metrics = jax.tree.map(lambda a: a.astype(jnp.float32).mean(0), metrics)
-    return state.replace(step=first + 1), metrics, jax.tree.map(lambda a: a[-1], targets)
+    return dataclasses.replace(state, step=first + 1), metrics, jax.tree.map(lambda a: a[-1], targets)
 
 
 def anchored_mean(kl_BT, mask_BT):
@@ -248,7 +281,8 @@ class Steps:
 
 
 def make_steps(model_cfg: model.ModelConfig, cfg, *, compute: model.Compute | None = None, teacher_cfg=None) -> Steps:
-    """Jits `score` and `updates` for `compute.mesh`: rows over (data, fsdp), parameters and optimizer state by their rules.
+    """Jits `score` and `updates` for `compute.mesh`: rows over (data, fsdp), parameters and optimizer state by their
+    rules.
 
     `cfg` must be hashable (ml_collections.FrozenConfigDict). The state is donated: the caller's old one is gone.
     """
@@ -292,7 +326,7 @@ def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
-    return TrainState(params, opt, all_, all_)
+    return TrainState(params, opt, all_, all_)  # type: ignore[arg-type]  # shardings in place of arrays
 
 
 def holds_reference(cfg) -> bool:
@@ -301,10 +335,11 @@ def holds_reference(cfg) -> bool:
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
-    """Shardings of the frozen reference: as the parameters'; with `anchor.ref_offload` its layers' matrices in host memory.
+    """Shardings of the frozen reference: as the parameters'; with `anchor.ref_offload` its layers' matrices in host
+    memory.
 
-    Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out of it
-    in host memory. None: none is held.
+    Embedding and head are needed whole at once, and a stack of vectors stays too: TPU cannot cut one bfloat16 row out
+    of it in host memory. None: none is held.
     """
     if not holds_reference(cfg):
         return None

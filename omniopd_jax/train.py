@@ -83,9 +83,7 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             scores = experience.score(run.steps, policy, responses, student, cfg)
             peak_BM = experience.peaks(scores, responses, student, cfg, M)
         with phase("teacher_wait"):
-            asked = experience.ask(
-                run.teacher, run.thread, responses, peak_BM, student.decoder, cfg, N, first_row=row
-            )
+            asked = experience.ask(run.teacher, run.thread, responses, peak_BM, student.decoder, cfg, N, first_row=row)
         groups.append(Group(responses, scores, peak_BM, asked))
         row += len(responses.tokens)
     return experience.merge(groups), N

@@ -1,13 +1,14 @@
 """The pass over the vocabulary, in blocks of positions: log-prob, entropy and exact divergences.
 
 No [T, V] array is ever alive, only [block, V]. The weights and the anchor mask are constants when the loss is taken, so
-the gradients of hidden and head are formed in the forward pass, beside the loss, and the backward pass only scales them:
-one pass over the vocabulary, not two. The head's gradient is accumulated in float32.
+the gradients of hidden and head are formed in the forward pass, beside the loss, and the backward pass only scales
+them: one pass over the vocabulary, not two. The head's gradient is accumulated in float32.
 
 Sums over a block's logits are running sums, relative to the largest logit so far: all columns at once, or on a CPU some
 thousand `columns` at a time (model/cpu.py).
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -208,14 +209,14 @@ def _pass(loss_of_block, settings: Pass, hidden, head: Head, rows, shared, *, wi
     out = loss, _unblocked(stats, count, hidden.shape[:2])
     if not with_grad:
         return out, None
-    dhead = None if dhead is None else head.replace(matrix=dhead.astype(head.matrix.dtype))
-    return out, (*_unblocked((dh,), count, hidden.shape), dhead)
+    head_grad = None if dhead is None else dataclasses.replace(head, matrix=dhead.astype(head.matrix.dtype))
+    return out, (*_unblocked((dh,), count, hidden.shape), head_grad)
 
 
 def _head(head, dtype=None) -> Head:
     """A bare head_DV, or a Head; cast before the pass, not once a block."""
     head = head if isinstance(head, Head) else Head(head)
-    return head if dtype is None else head.replace(matrix=head.matrix.astype(dtype))
+    return head if dtype is None else dataclasses.replace(head, matrix=head.matrix.astype(dtype))
 
 
 def _logits(h_XD, head: Head, columns):

@@ -1,6 +1,8 @@
-"""Will it fit? Sizes and knobs on fake devices; with `make test-aot` the TPU compiler's own figures for a v5e:2x2 slice.
+"""Will it fit? Sizes and knobs on fake devices; with `make test-aot` the TPU compiler's own figures for a v5e:2x2
+slice.
 
-The marked tests fail, and never skip, where that compiler is missing; the one marked gpu needs `jax[cuda13]`, and no GPU.
+The marked tests fail, and never skip, where that compiler is missing; the one marked gpu needs `jax[cuda13]`, and no
+GPU.
 """
 
 import json
@@ -119,13 +121,17 @@ def test_the_heads_size_in_a_loop_is_found(plan):
 
 def test_the_report_says_what_does_not_fit():
     chip = flops.CHIPS["v5e"]
-    fits = fit.Pass("decode", 1.0, donated=8 * GIB, aliased=8 * GIB, temporaries=0.5 * GIB, peak=9 * GIB, resident=2 * GIB)
+    fits = fit.Pass(
+        "decode", 1.0, donated=8 * GIB, aliased=8 * GIB, temporaries=0.5 * GIB, peak=9 * GIB, resident=2 * GIB
+    )
     text = "\n".join(fit.lines(fits, chip, 8 * GIB))
     assert "decode  fits" in text and "(69%)" in text and "temporaries are 6.2% of the cache" in text
     assert "donated 8,192.0 MiB, aliased 8,192.0 MiB" in text
     fits.resident = 7 * GIB
     assert "decode  DOES NOT FIT" in fit.lines(fits, chip, 8 * GIB)[0]
-    assert fit.lines(fit.Pass("update", 1.0, problem="Ran out"), chip, 1.0)[0].startswith("update  DOES NOT FIT: Ran out")
+    assert fit.lines(fit.Pass("update", 1.0, problem="Ran out"), chip, 1.0)[0].startswith(
+        "update  DOES NOT FIT: Ran out"
+    )
 
 
 def test_known_models_need_no_hub():
@@ -235,7 +241,8 @@ def test_tensor_parallel_groups_stay_on_a_host(topology, tp):
 
 @pytest.mark.aot
 def test_a_reference_in_host_memory_is_no_argument_of_the_chip(compiled, student):
-    """The peak may rise: the compiler plans its temporaries otherwise (docs/results/aot.md), which `--suggest` finds out."""
+    """The peak may rise: the compiler plans its temporaries otherwise (docs/results/aot.md), which `--suggest` finds
+    out."""
     plan, (update,), fits = fit.check(recipe(student, **{"anchor.ref_offload": True}), "v5e:2x2", ["update"], say=print)
     assert fits and plan.sizes()["reference"] == STAYS
     gone = compiled[1].sizes()["reference"] - STAYS
@@ -256,8 +263,14 @@ def test_what_does_not_fit_ends_with_3_and_a_suggestion(student):
     """Four times the rows: 16 GiB of cache a chip. The command tells what would do."""
     values = settings(student, prompts_per_step=ROWS)
     command = [
-        tiny.PYTHON, "-m", "omniopd_jax.aot", *tiny.arguments(values), "--topology=v5e:2x2", "--passes=decode", "--suggest",
-    ]  # fmt: skip
+        tiny.PYTHON,
+        "-m",
+        "omniopd_jax.aot",
+        *tiny.arguments(values),
+        "--topology=v5e:2x2",
+        "--passes=decode",
+        "--suggest",
+    ]
     done = subprocess.run(command, cwd=tiny.REPO, env=tiny.environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == fit.NOT_FIT, done.stderr[-2000:]
     assert "decode  DOES NOT FIT" in done.stdout

@@ -1,4 +1,5 @@
-"""Peaks -> prefixes -> continuations -> k_sem: the texts against decode itself, the traffic, the arithmetic, the log."""
+"""Peaks -> prefixes -> continuations -> k_sem: the texts against decode itself, the traffic, the arithmetic, the
+log."""
 
 import asyncio
 import time
@@ -39,7 +40,8 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# --- text of a chunk, and where a chunk may start -----------------------------------------------------------------------
+# --- text of a chunk, and where a chunk may start
+# -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WORDS], ids=["bytes", "words"])
@@ -84,7 +86,9 @@ def fallback_tokenizer():
 
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,+=?é", "\ufffd"]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    bpe = models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    bpe = models.BPE(
+        {name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+    )
     raw = Tokenizer(bpe)
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     raw.decoder = decoders.Sequence(
@@ -97,7 +101,8 @@ FALLBACK = fallback_tokenizer()
 
 
 def is_eligible(tokenizer, ids, t, chunk_tokens) -> bool:
-    """By decoding whole prefixes: both borders stand on their own, one text continues the other, half of it is readable."""
+    """By decoding whole prefixes: both borders stand on their own, one text continues the other, half of it is
+    readable."""
     prefix, whole = decode(tokenizer, ids[:t]), decode(tokenizer, ids[: t + chunk_tokens])
     chunk = whole[len(prefix) :]
     whole_borders = not prefix.endswith("\ufffd") and not whole.endswith("\ufffd")
@@ -130,12 +135,14 @@ def test_any_tokens(tokenizer, ids, chunk_tokens):
     st.lists(
         st.one_of(
             st.sampled_from(["\u65e5", "\U0001f600", "é", "ß", "a", " b", "\ufffd"]).map(lambda c: ids_of(FALLBACK, c)),
-            st.integers(0, 258).map(lambda i: [i]), st.sampled_from([[2], [0], [259]]),
+            st.integers(0, 258).map(lambda i: [i]),
+            st.sampled_from([[2], [0], [259]]),
         ),
-        min_size=1, max_size=10,
+        min_size=1,
+        max_size=10,
     ),
     st.integers(1, 9),
-)  # fmt: skip
+)
 @example([ids_of(FALLBACK, "\u65e5\u672c"), [3 + 0xE6]], 3)  # two characters that the vocabulary lacks, side by side
 @settings(max_examples=300)
 def test_characters_outside_the_vocabulary_side_by_side(parts, chunk_tokens):
@@ -153,7 +160,11 @@ def test_a_chunk_of_replacement_marks_is_not_audited():
     """More than half of it unreadable: nothing that a teacher could agree with."""
     bad = [i for i in range(3, 259) if decode(BYTES, [i]) == "\ufffd"][:1]
     row = ids_of(BYTES, "ab") + bad + ids_of(BYTES, "c") + bad * 2 + ids_of(BYTES, "de")
-    assert [is_eligible(BYTES, row, t, 4) for t in (0, 1)] == list(audit.Decoder(BYTES).eligible(row, 4)[:2]) == [True, False]
+    assert (
+        [is_eligible(BYTES, row, t, 4) for t in (0, 1)]
+        == list(audit.Decoder(BYTES).eligible(row, 4)[:2])
+        == [True, False]
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["bytes", "fallback"])
@@ -188,7 +199,8 @@ def test_eligible_is_per_row_and_false_past_the_end():
     np.testing.assert_array_equal(out, [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
 
 
-# --- the plan -----------------------------------------------------------------------------------------------------------
+# --- the plan
+# -----------------------------------------------------------------------------------------------------------
 
 
 def make_plan(c, peaks=((0, 9), (5, -1)), samples=("s0", "s1"), text="The answer is 12. Then 3 + 4 = 7 so it is 12."):
@@ -241,7 +253,8 @@ def test_sample_id_is_stable_across_processes_and_releases():
     assert teachers.sample_id(0, 0, "p", 0) == "5f3c9be1e4724993"
 
 
-# --- asking -------------------------------------------------------------------------------------------------------------
+# --- asking
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Scripted(teachers.Teacher):
@@ -333,7 +346,8 @@ def test_responses_are_audited_at_the_same_time():
     assert asyncio.run(timed()) < 0.15
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------------
+# --- comparing
+# ----------------------------------------------------------------------------------------------------------
 
 
 def answered(c, texts_of, **more):
@@ -426,7 +440,8 @@ def test_no_audit_at_all_is_no_error(name):
     assert np.isfinite(list(figures.values())).all()
 
 
-# --- figures and records ------------------------------------------------------------------------------------------------
+# --- figures and records
+# ------------------------------------------------------------------------------------------------
 
 
 def test_metrics_say_how_the_similarities_are_distributed_and_which_audits_are_short():
@@ -446,15 +461,24 @@ def test_a_teachers_counts_are_of_what_it_did_since_they_were_last_taken():
     counts.add(ContinuationResult((one,) * 3, (Failure(3, "late"),), fresh, 2.0))
     counts.add(ContinuationResult((one,) * 4, (), Usage(calls=1, tokens_in=20, tokens_out=4), 0.5, replayed=4))
     expected = {
-        "teacher/calls": 4, "teacher/retries": 2, "teacher/failed": 1, "teacher/tokens_in": 120, "teacher/tokens_cached": 40,
-        "teacher/tokens_out": 11, "teacher/cost_usd": 0.5, "teacher/cache_hit_rate": 40 / 120,
-        "teacher/replayed_fraction": 4 / 8, "teacher/latency_p50": 1.25, "teacher/latency_p95": 0.5 + 0.95 * 1.5,
-    }  # fmt: skip
+        "teacher/calls": 4,
+        "teacher/retries": 2,
+        "teacher/failed": 1,
+        "teacher/tokens_in": 120,
+        "teacher/tokens_cached": 40,
+        "teacher/tokens_out": 11,
+        "teacher/cost_usd": 0.5,
+        "teacher/cache_hit_rate": 40 / 120,
+        "teacher/replayed_fraction": 4 / 8,
+        "teacher/latency_p50": 1.25,
+        "teacher/latency_p95": 0.5 + 0.95 * 1.5,
+    }
     assert counts.take() == pytest.approx(expected)
     assert not any(counts.take().values())
 
 
-# --- the simulated teacher ----------------------------------------------------------------------------------------------
+# --- the simulated teacher
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_simulated_teacher_gives_a_request_the_same_answer_twice():

@@ -58,7 +58,10 @@ def test_every_cited_section_of_the_method_exists():
     assert cited > 10 and sections == set("123456")
 
 
-def test_every_page_that_the_code_names_exists():
+def test_pages_that_the_code_names_and_tests_that_the_pages_name_exist():
+    for page in PAGES:
+        for test in re.findall(r"\btests/[\w/]+\.py\b", page.read_text()):
+            assert (ROOT / test).is_file(), f"{name_of(page)} names {test}"
     for path in [p for p in SOURCES if p != pathlib.Path(__file__)]:
         for page in re.findall(r"\bdocs/[\w/]+\.(?:md|png)\b", path.read_text()):
             known = (ROOT / page).is_file() or page == "docs/results/NAME.md"
@@ -96,8 +99,13 @@ def test_keys_in_the_pages_exist():
         for key in re.findall(r"--config\.([\w.]+)=", page.read_text()):
             assert key in known, f"{name_of(page)}: --config.{key}"
         for key in re.findall(r"`(\w+\.\w+)(?: ?=[^`]*)?`", page.read_text()):
-            if key.split(".")[0] in sections and not re.search(r"\.(md|py|json|jsonl|_\w*)$", key):
-                ok = key in known or any(k.startswith(f"{key}.") for k in known) or hasattr_of_module(key)
+            if key.split(".")[0] in sections and not re.search(r"\.(md|py|jsonl?|safetensors|_\w*)$", key):
+                ok = (
+                    key in known
+                    or key == "budget.X"
+                    or any(k.startswith(f"{key}.") for k in known)
+                    or hasattr_of_module(key)
+                )
                 assert ok, f"{name_of(page)}: {key}"
 
 
@@ -146,3 +154,11 @@ def test_recipes_that_the_pages_name_come_with_the_package():
     for page in PAGES:
         for path in re.findall(r"configs/\w+\.py", page.read_text()):
             assert path in recipes.names() or path == "configs/NAME.py", f"{name_of(page)}: {path}"
+
+
+def test_every_page_is_linked_from_the_readme_or_the_index_of_results():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name}" in (ROOT / "README.md").read_text(), name_of(page)
+    index = (ROOT / "docs/results/README.md").read_text()
+    for page in ROOT.glob("docs/results/*.md"):
+        assert page.name == "README.md" or f"({page.name}" in index, name_of(page)

@@ -1,4 +1,5 @@
-"""The estimator: k_sem / N over many draws against the closed form, and the debug rule with a real model as both sides."""
+"""The estimator: k_sem / N over many draws against the closed form, and the debug rule with a real model as both
+sides."""
 
 import asyncio
 import dataclasses
@@ -27,7 +28,8 @@ PROBS = np.array([0.3, 0.2, 0.15, 0.1, 0.05, 0.2])
 
 
 def agrees(share_K, expected) -> bool:
-    """The mean of independent k_sem / n lies within 4 standard errors of the closed form; the test must be sharp enough."""
+    """The mean of independent k_sem / n lies within 4 standard errors of the closed form; the test must be sharp
+    enough."""
     error = share_K.std(ddof=1) / np.sqrt(len(share_K))
     assert error <= LARGEST_ERROR
     return abs(share_K.mean() - expected) <= SIGMAS * error
@@ -131,7 +133,8 @@ def test_variance_of_pi_hat_falls_as_the_posterior_says(alpha, n):
     assert pi_hat.mean() == pytest.approx((n * single.mean() + alpha * np.exp(-0.7)) / (n + alpha), rel=0.02)
 
 
-# --- the debug rule: teacher = student ----------------------------------------------------------------------------------
+# --- the debug rule: teacher = student
+# ----------------------------------------------------------------------------------
 
 CHUNK, ROUNDS, PER_ROUND = 8, 192, 6  # at each of several positions: 192 student chunks, each with 6 continuations
 
@@ -197,7 +200,9 @@ def entropies(params, cfg, prompts, tokens):
 
 def gap_in_sigmas(both: Both, *, shift: int = 0, temperature: float = 1.0, rounds: int = ROUNDS) -> float:
     """(mean phi(student, z) - mean phi(z, z')) in standard errors, over independent rounds at fixed positions."""
-    teacher = LocalTeacher(both.params, both.cfg, template.make(both.tokenizer), end_ids=both.end_ids, foreign_tokenizer=False)
+    teacher = LocalTeacher(
+        both.params, both.cfg, template.make(both.tokenizer), end_ids=both.end_ids, foreign_tokenizer=False
+    )
     decoder = audit.Decoder(both.tokenizer)
     audits = []
     for k, (prompt, tokens, t) in enumerate(both.places):

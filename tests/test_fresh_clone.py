@@ -1,7 +1,10 @@
-"""A fresh clone as a new user meets it: the README's first command, pip install, recipes of one's own. Minutes; installs."""
+"""A fresh clone as a new user meets it: the README's first command, pip install, a recipe of one's own. It installs."""
 
+import json
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--config.num_steps=1", "--config.eval.num_prompts=8", "--config.prompts_per_step=8"]
+MINE = """
+from configs import tiny
+def get_config(arg=None):
+    c = tiny.get_config()
+    c.run_dir = "runs/mine"
+    return c
+"""
 PYTHONS = [p for v in ("3.11", "3.12", "3.13") if (p := shutil.which(f"python{v}"))]
 
 
@@ -45,10 +55,19 @@ def test_pip_install_and_one_step_from_an_empty_folder(clone, tmp_path, python):
     empty.mkdir()
     said = run([str(tmp_path / "venv/bin/omniopd"), "main", "--config=configs/tiny.py", *SMALL], empty)
     assert "accuracy after" in said and (empty / "runs/tiny/summary.json").is_file()
-    (tmp_path / "mine.py").write_text(
-        "from configs import tiny\n\n\ndef get_config(arg=None):\n    c = tiny.get_config()\n    c.run_dir = 'runs/mine'\n    return c\n"
-    )
+    (tmp_path / "mine.py").write_text(MINE)
     run([str(tmp_path / "venv/bin/python"), "-m", "omniopd_jax.main", "--config=../mine.py", *SMALL], empty)
     assert (empty / "runs/mine/metrics.jsonl").is_file()
+    page = (clone / "docs/your_own.md").read_text()
+    (empty / "mine.py").write_text(re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1])
+    prompts = [
+        {"prompt": f"Ann has {i} apples and buys {i % 7} bags of {i % 5}. How many are there?"} for i in range(2, 40)
+    ]
+    (empty / "prompts.jsonl").write_text("".join(f"{json.dumps(p)}\n" for p in prompts))
+    trial = re.search(
+        r"^python (-m omniopd_jax.main --config=mine.py --config.run_dir=runs/small (?:.*\\\n)+.*)$", page, re.M
+    )[1]
+    run([str(tmp_path / "venv/bin/python"), *shlex.split(trial.replace("\\\n", " "))], empty)
+    assert len((empty / "runs/small/metrics.jsonl").read_text().splitlines()) == 2
     site = next((tmp_path / "venv/lib").glob("python3.*/site-packages"))
     assert not [p.name for p in site.iterdir() if p.name in ("configs", "tests", "benchmarks", "docs")], sys.version

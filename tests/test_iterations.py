@@ -1,4 +1,5 @@
-"""Several updates a batch (`num_iterations`): GRPO's clipped surrogate, update by update, and a resume between batches."""
+"""Several updates a batch (`num_iterations`): GRPO's clipped surrogate, update by update, and a resume between
+batches."""
 
 import functools
 
@@ -35,14 +36,23 @@ def batch() -> objective.Batch:
 
 
 def settings(make_cfg, iterations: int):
-    return make_cfg(**{
-        "objective.name": "grpo", "anchor.kl_coef": 0.0, "num_iterations": iterations, "num_steps": 4, "audit.num_chunks": 1,
-        "objective.clip": EPS, "optimizer.learning_rate": 0.02, "optimizer.schedule": "linear",
-    })  # fmt: skip
+    return make_cfg(
+        **{
+            "objective.name": "grpo",
+            "anchor.kl_coef": 0.0,
+            "num_iterations": iterations,
+            "num_steps": 4,
+            "audit.num_chunks": 1,
+            "objective.clip": EPS,
+            "optimizer.learning_rate": 0.02,
+            "optimizer.schedule": "linear",
+        }
+    )
 
 
 def by_hand(params, model_cfg, batch, cfg):
-    """(params, losses' clipped shares): autodiff of -mean min(r A, clip(r) A) on whole [B, L, V] logits, AdamW by optax."""
+    """(params, losses' clipped shares): autodiff of -mean min(r A, clip(r) A) on whole [B, L, V] logits, AdamW by
+    optax."""
     place = PROMPT[:, None] + np.arange(T)[None]
     real = jnp.asarray(np.arange(T)[None] < LENGTH[:, None], jnp.float32)
     token = np.asarray(batch.token_BL)
@@ -123,9 +133,13 @@ def test_a_resumed_run_goes_on_between_batches(tmp_path, monkeypatch):
     monkeypatch.setitem(graders.GRADERS, "even", EvenGrader)
     student, teacher = tiny.make_folders(tmp_path)
     more = {
-        "objective.name": "grpo", "anchor.kl_coef": 0.0, "num_iterations": 2, "reward.grader": "even", "num_generations": 4,
+        "objective.name": "grpo",
+        "anchor.kl_coef": 0.0,
+        "num_iterations": 2,
+        "reward.grader": "even",
+        "num_generations": 4,
         "prompts_per_step": 2,
-    }  # fmt: skip
+    }
     whole, parts = (tiny.recipe(student, teacher, tmp_path / name, **more) for name in ("whole", "parts"))
     whole.num_steps = 4
     train.train(whole)

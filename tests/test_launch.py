@@ -1,4 +1,5 @@
-"""The scripts under launch/: clean by shellcheck, right by their dry runs, and a run that asks for it is started again."""
+"""The scripts under launch/: clean by shellcheck, right by their dry runs, and a run that asks for it is started
+again."""
 
 import os
 import pathlib
@@ -188,10 +189,13 @@ def again(folder, tries, codes, **kwargs):
     """`run_again` over a command that ends with one code of `codes` after the other: (exit code, how often it ran)."""
     command = folder / "command"
     command.write_text(
-        f"echo x >> {folder}/ran; n=$(wc -l < {folder}/ran); codes=({' '.join(map(str, codes))}); exit ${{codes[n - 1]}}"
+        f"echo x >> {folder}/ran; n=$(wc -l < {folder}/ran); codes=({' '.join(map(str, codes))}); exit "
+        f"${{codes[n - 1]}}"
     )
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"source launch/lib.sh; run_again {tries} bash {command}"], cwd=REPO, timeout=60
+        ["bash", "-euo", "pipefail", "-c", f"source launch/lib.sh; run_again {tries} bash {command}"],
+        cwd=REPO,
+        timeout=60,
     )
     return done.returncode, (folder / "ran").read_text().count("x")
 
@@ -208,7 +212,8 @@ def test_a_run_that_asks_for_it_is_started_again(tmp_path, tries, codes, want):
 def test_a_signal_to_the_script_reaches_the_run_which_saves_and_is_not_started_again(tmp_path, early):
     command = tmp_path / "command"
     command.write_text(
-        f"trap 'sleep 0.5; echo saved >> {tmp_path}/log; exit 75' TERM; echo up >> {tmp_path}/log; while :; do sleep 0.05; done"
+        f"trap 'sleep 0.5; echo saved >> {tmp_path}/log; exit 75' TERM; echo up >> {tmp_path}/log; while :; do sleep "
+        "0.05; done"
     )
     up = f"until [[ -e {tmp_path}/log ]]; do :; done"
     before = f"""set -T; trap 'if [[ "$BASH_COMMAND" == "child=\\$!" ]]; then {up}; kill -TERM $$; fi' DEBUG"""

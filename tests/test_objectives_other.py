@@ -21,7 +21,8 @@ KINDS = sorted(objective.OBJECTIVES)
 
 @functools.cache
 def case():
-    """Random logits of student, reference and teacher [B, T, V], tokens, and the student's log-probs some updates ago."""
+    """Random logits of student, reference and teacher [B, T, V], tokens, and the student's log-probs some updates
+    ago."""
     rng = np.random.default_rng(0)
     logits, ref_logits, teacher_logits = rng.normal(size=(3, B, T, V)) * 1.5
     target = rng.integers(0, V, (B, T))
@@ -186,7 +187,8 @@ def visits(theta):
 
 @pytest.mark.parametrize("spoil", [None, "not detached", "wrong sign"])
 def test_opd_by_the_sampled_token_is_unbiased_with_prefixes_held_fixed(make_cfg, spoil):
-    """E over all responses of the estimator = grad sum_s P(s) KL(pi_s || q_s), P held fixed. Spoiled ones are told apart."""
+    """E over all responses of the estimator = grad sum_s P(s) KL(pi_s || q_s), P held fixed. Spoiled ones are told
+    apart."""
     theta, teacher, responses, states = toy()
     logp = toy_logp(theta, responses, states)
     want = slope(lambda th: toy_kl(th, teacher, visits(theta)), theta)
@@ -196,9 +198,14 @@ def test_opd_by_the_sampled_token_is_unbiased_with_prefixes_held_fixed(make_cfg,
     i32 = functools.partial(jnp.asarray, dtype=jnp.int32)
     R = len(responses)
     batch = objective.Batch(
-        i32(responses), jnp.zeros(R, jnp.int32), i32([2] * R), i32([[-1]] * R), jnp.zeros((R, 1)), jnp.zeros((R, 1), jnp.int32),
+        i32(responses),
+        jnp.zeros(R, jnp.int32),
+        i32([2] * R),
+        i32([[-1]] * R),
+        jnp.zeros((R, 1)),
+        jnp.zeros((R, 1), jnp.int32),
         teacher_logp_BT=jnp.asarray(toy_logp(teacher, responses, states), jnp.float32),
-    )  # fmt: skip
+    )
     hidden = jnp.asarray(np.eye(TOY + 1)[np.array(states)], jnp.float32)
     prob_B1 = jnp.asarray(np.exp(logp.sum(1))[:, None], jnp.float32)
     cfg = settings(make_cfg, "opd")
@@ -314,7 +321,11 @@ def test_clipping_is_the_gradient_of_the_clipped_surrogate(make_cfg):
     logits, _, _, target, old = case()
     logp = picked(logits, target)
     ratio = np.exp(logp - old)
-    assert ((ratio > 1 + eps).any(), (ratio < 1 - eps).any(), ((ratio < 1.1) & (ratio > 0.9)).any()) == (True, True, True)
+    assert ((ratio > 1 + eps).any(), (ratio < 1 - eps).any(), ((ratio < 1.1) & (ratio > 0.9)).any()) == (
+        True,
+        True,
+        True,
+    )
 
     def surrogate(logp):
         r, a = np.exp(logp - old), ADVANTAGE[:, None]
@@ -343,15 +354,17 @@ def test_a_task_reward_adds_its_group_advantage_to_any_objective(make_cfg, name,
 
 @pytest.mark.parametrize("name", KINDS)
 def test_normalisers_divide_each_term_by_its_own_count(make_cfg, name):
-    """constant: rows (the empty one included) x max_completion_length. separate_means: tokens weighed, tokens anchored."""
+    """constant: rows (the empty one included) x max_completion_length. separate_means: tokens weighed, tokens
+    anchored."""
     logits, _, _, target, _ = case()
     logp = jnp.asarray(picked(logits, target), jnp.float32)
     weight, mask = (np.asarray(a) for a in objective.OBJECTIVES[name](logp, make_batch(), settings(make_cfg, name)))
     assert mask.sum() > 0
     weighed = in_chunk().sum() if name == "constant" else 0 if name == "omniopd" else LENGTH.sum()  # n = 0: no audit
     for normalizer, z_weight, z_mask in (
-        ("constant", B * LONGEST, B * LONGEST), ("separate_means", max(weighed, 1), mask.sum()),
-    ):  # fmt: skip
+        ("constant", B * LONGEST, B * LONGEST),
+        ("separate_means", max(weighed, 1), mask.sum()),
+    ):
         _, got_weight, got_mask, _ = take(settings(make_cfg, name, **{"objective.normalizer": normalizer}))
         np.testing.assert_allclose(got_weight, weight / z_weight, rtol=2e-5, atol=1e-7)
         np.testing.assert_allclose(got_mask, mask / z_mask, rtol=1e-6)

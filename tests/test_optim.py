@@ -64,7 +64,8 @@ def adamw_in_numpy(params, grads, mu_dtype, o):
 
 
 def test_a_bfloat16_first_moment(make_cfg):
-    """Against NumPy; the second moment stays float32, and no more than the moment's own rounding reaches the parameters."""
+    """Against NumPy; the second moment stays float32, and no more than the moment's own rounding reaches the
+    parameters."""
     rng, o = np.random.default_rng(0), {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     start, grads = rng.normal(size=200), rng.normal(size=(6, 200))
     moved = {}

@@ -16,8 +16,8 @@ from omniopd_jax.run import recipes
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LISTED = (  # packages that requirements.txt names or includes
-    "jax", "flax", "optax", "orbax-checkpoint", "transformers", "sentence-transformers", "tensorflow-text", "ml_collections",
-    "absl-py", "pytest",
+    "jax", "flax", "optax", "orbax-checkpoint", "transformers", "sentence-transformers", "tensorflow-text",
+    "ml_collections", "absl-py", "pytest",
 )  # fmt: skip
 
 
@@ -137,6 +137,7 @@ def test_what_a_recipe_imported_is_removed_again(tmp_path):
     before, path = dict(sys.modules), list(sys.path)
     with recipes.importable(str(tmp_path / "recipe.py")):
         import beside
+
         from configs import math as packaged
 
         assert beside.VALUE == 1 and packaged.get_config("m5").audit.num_chunks == 5

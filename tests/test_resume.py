@@ -173,11 +173,15 @@ def long_run(folder) -> tuple[pathlib.Path, float]:
 def test_twenty_signals_at_random_moments(folder, long_run, number):
     """One in four comes while the command starts, the others in the loop: in a rollout, an update, a save.
 
-    Every start goes on from a whole checkpoint. After SIGTERM it is that of the last step that was logged, after kill -9
-    at most `checkpoint.every` + 1 steps behind. The end is bit-identical.
+    Every start goes on from a whole checkpoint. After SIGTERM it is that of the last step that was logged, after kill
+    -9 at most `checkpoint.every` + 1 steps behind. The end is bit-identical.
     """
     whole, first_step = long_run
-    rng, name, logs = random.Random(int(number)), f"signals-{int(number)}", folder / f"signals-{int(number)}" / "metrics.jsonl"
+    rng, name, logs = (
+        random.Random(int(number)),
+        f"signals-{int(number)}",
+        folder / f"signals-{int(number)}" / "metrics.jsonl",
+    )
     logged, met, lost = 0, [], []
     for _ in range(20):
         process = start(folder, name, **LONG)
@@ -204,7 +208,10 @@ def test_twenty_signals_at_random_moments(folder, long_run, number):
             saved = max(int(f.name) for f in (logs.parent / "checkpoints").iterdir() if f.name.isdigit())
             assert saved == logged, "every step that was finished is saved"
         met.append((round(moment, 1), logged, in_loop))
-    print(f"\n{signal.Signals(number).name}: (seconds into its command, steps logged, saved by the loop) {met}; lost {lost}")
+    print(
+        f"\n{signal.Signals(number).name}: (seconds into its command, steps logged, saved by the loop) {met}; lost "
+        f"{lost}"
+    )
     assert len(lost) >= 10 and max(lost) <= (0 if number == signal.SIGTERM else EVERY + 1), lost
     finish(start(folder, name, **LONG))
     same_run(whole, logs.parent, LONG["num_steps"])

@@ -190,9 +190,7 @@ def test_rows_stop_at_end_tokens_and_padding_is_zero(base):
 def test_logp_model_is_what_scoring_says(sample, params, model_cfg, temperature, top_p, top_k):
     """Decode with its cache against the training graph; logp under the sampler from the scored logits, in NumPy."""
     token, length = prompts()
-    out = sample(
-        token, length, KEYS, max_new_tokens=12, end_ids=END, temperature=temperature, top_p=top_p, top_k=top_k
-    )
+    out = sample(token, length, KEYS, max_new_tokens=12, end_ids=END, temperature=temperature, top_p=top_p, top_k=top_k)
     rows = np.zeros((4, 8 + 12), np.int32)
     for b in range(4):
         rows[b, : length[b]] = token[b, : length[b]]

@@ -29,10 +29,17 @@ def recipe(models, folder, rows, **more):
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "objective.name": "sft", "anchor.kl_coef": 0.0, "data.source": "jsonl", "data.path": str(file), "data.num_prompts": 0,
-        "num_generations": 1, "num_steps": 2, "teacher.provider": "openai", "teacher.model": "nobody",
+        "objective.name": "sft",
+        "anchor.kl_coef": 0.0,
+        "data.source": "jsonl",
+        "data.path": str(file),
+        "data.num_prompts": 0,
+        "num_generations": 1,
+        "num_steps": 2,
+        "teacher.provider": "openai",
+        "teacher.model": "nobody",
         "teacher.base_url": "http://127.0.0.1:9/v1",
-    }  # fmt: skip
+    }
     return tiny.recipe(*models, folder / "run", **settings | more)
 
 

@@ -164,7 +164,9 @@ def test_segments_see_themselves_only(params, model_cfg):
         ("published", {}),
         ("batch mean, separate means", {"objective.advantage": "batch_mean", "objective.normalizer": "separate_means"}),
         pytest.param(
-            "all tokens anchored", {"objective.advantage": "leave_one_out", "anchor.scope": "all"}, marks=pytest.mark.slow
+            "all tokens anchored",
+            {"objective.advantage": "leave_one_out", "anchor.scope": "all"},
+            marks=pytest.mark.slow,
         ),
         ("no anchor, no smoothing", {"anchor.kl_coef": 0.0, "prior.alpha": 0.0}),
     ],
@@ -182,9 +184,17 @@ def test_update_equals_a_naive_loss_of_the_whole_model(params, ref_params, model
     logp_BT = logp_BTV[np.arange(B)[:, None], np.arange(T)[None], y]
     peak, n = np.asarray(batch.peak_BM), np.asarray(batch.n_BM)
     want_weight, audited, want_mask = oracle.weights_and_mask(
-        logp_BT, np.asarray(batch.length_B), peak, host(batch.k_sem_BM), n, chunk_tokens=4, n_min=2,
-        alpha=cfg.prior.alpha, advantage=cfg.objective.advantage, scope=cfg.anchor.scope,
-    )  # fmt: skip
+        logp_BT,
+        np.asarray(batch.length_B),
+        peak,
+        host(batch.k_sem_BM),
+        n,
+        chunk_tokens=4,
+        n_min=2,
+        alpha=cfg.prior.alpha,
+        advantage=cfg.objective.advantage,
+        scope=cfg.anchor.scope,
+    )
     want_weight, want_mask = oracle.normalized(
         want_weight, audited, want_mask, normalizer=cfg.objective.normalizer, max_completion_length=20
     )
@@ -345,7 +355,8 @@ def kinds(params, ref_params, model_cfg, make_cfg):
 
 
 def one_sgd_step(kind, batch, mesh):
-    """(state, metrics, reference) after one step of SGD at rate 1: the jitted update as a run has it, from made-up scores."""
+    """(state, metrics, reference) after one step of SGD at rate 1: the jitted update as a run has it, from made-up
+    scores."""
     trained, ref, model_cfg, cfg = kind
     compute = model.Compute(mesh=mesh, lora_scale=lora.scale(cfg.lora))
     steps, state, ref, rows = laid(trained, ref, batch, model_cfg, cfg, mesh, compute)
@@ -490,7 +501,9 @@ def test_a_reference_in_host_memory_changes_no_bit(kinds, batch, make_cfg, monke
         state, metrics, held = one_sgd_step((params, ref, model_cfg, cfg), batch, mesh)
         kinds_of = {n: a.sharding.memory_kind for n, a in (held["layers"] | {"embed": held["embed"]}).items()}
         vectors = {"attn_norm", "mlp_norm", "q_norm", "k_norm"}
-        assert kinds_of == {n: "pinned_host" if offload and n not in vectors | {"embed"} else "device" for n in kinds_of}
+        assert kinds_of == {
+            n: "pinned_host" if offload and n not in vectors | {"embed"} else "device" for n in kinds_of
+        }
         assert {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
         got.append(jax.device_get((state.params, state.opt_state, metrics)))
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, got), strict=True))
@@ -628,6 +641,8 @@ def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(params, ref_param
         one = [np.asarray(p[name]) for p in parts]
         assert total.dtype == jnp.float32
         assert all((a == np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)).all() for a in one)
-        np.testing.assert_allclose(total, sum(one), rtol=2e-6, atol=2e-6 * max(np.abs(a).max() for a in one), err_msg=name)
+        np.testing.assert_allclose(
+            total, sum(one), rtol=2e-6, atol=2e-6 * max(np.abs(a).max() for a in one), err_msg=name
+        )
     rounded = [np.asarray(a) == np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in whole.values()]
     assert np.mean([r.mean() for r in rounded]) < 0.9, "a sum in bfloat16 would be bfloat16 numbers"

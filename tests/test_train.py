@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import struct
 
@@ -16,7 +17,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, logging, preflight, terminal
+from omniopd_jax.run import checkpoint, health, logging, preflight, terminal
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -52,7 +53,8 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """The tests' eight fake devices cost compile time: here a mesh takes the first one, unless a test says otherwise."""
+    """The tests' eight fake devices cost compile time: here a mesh takes the first one, unless a test says
+    otherwise."""
     real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
@@ -84,7 +86,8 @@ def params_of(c):
     return checkpoint.restore_params(c.run_dir)[0]
 
 
-# --- what a run writes --------------------------------------------------------------------------------------------------
+# --- what a run writes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
@@ -98,6 +101,32 @@ def test_metrics_have_one_line_a_step_with_the_names_of_the_design(run):
     )
     assert rows[2]["anchor/kl_ref_to_student_exact"] > 1e-5
     assert rows[0]["rollout/score_logp_gap"] < 1e-4
+
+
+def test_whole_responses_are_kept_with_what_became_of_their_chunks(run):
+    folder, _, c = run
+    whole, audits = tiny.lines(folder / "completions.jsonl"), tiny.lines(folder / "audits.jsonl")
+    rows = tiny.lines(folder / "metrics.jsonl")
+    assert len(whole) == 3 * c.log.completions_per_step
+    for row in rows:
+        left = c.prompts_per_step * c.num_generations - c.log.completions_per_step
+        assert row["completions/log_left_out"] == left and {row[f"health/{name}"] for name in health.CHECKS} <= {0, 1}
+    for w in whole:
+        own = [a for a in audits if a["sample_id"] == w["sample_id"]]
+        assert "".join(w["pieces"]) == w["text"] and len(w["pieces"]) == len(w["entropy"]) == w["tokens"]
+        assert {a["peak"] for a in own} == {k["peak"] for k in w["chunks"]}
+        for a, k in zip(own, w["chunks"], strict=True):
+            assert (a["k_sem"], a["weight"], a["grade"]) == (k["k_sem"], k["weight"], w["grade"])
+            assert w["text"].startswith(a["prefix_end"] + a["chunk"])
+            assert a["entropy"] == pytest.approx(w["entropy"][a["peak"]], abs=1e-3)
+
+
+def test_every_metric_is_in_the_page_of_metrics(run):
+    page = (tiny.REPO / "docs/metrics.md").read_text().splitlines()
+    named = {n for line in page if line.startswith("| `") for n in re.findall(r"`([\w/]+)`", line.split(" | ")[0])}
+    for row in tiny.lines(run[0] / "metrics.jsonl"):
+        left = {key for key in set(row) - named if not key.startswith("health/")}  # `health/*`: report.md names them
+        assert left == set(), "add these to docs/metrics.md"
 
 
 def test_accuracy_is_measured_before_within_and_after(run):
@@ -218,7 +247,8 @@ def test_another_seed_is_another_run(make):
     assert not tiny.same(params_of(a), params_of(b))
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------
+# --- settings
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -285,7 +315,8 @@ def test_a_chunk_as_long_as_the_response_is_audited(make):
 
 
 def test_a_teacher_with_a_tokenizer_of_its_own_teaches(make, tmp_path):
-    """Two tokenizers trained here: the whole loop, continuations cut to the chunk's characters before they are compared."""
+    """Two tokenizers trained here: the whole loop, continuations cut to the chunk's characters before they are
+    compared."""
     tok = tiny.tokenizer(tiny.VOCAB - 40, count=25)
     params, cfg = tiny.random_model(len(tok), 7)
     hf.save(tmp_path / "foreign", params, cfg, tok, dtype="float32")
@@ -299,7 +330,9 @@ def test_a_teacher_with_a_tokenizer_of_its_own_teaches(make, tmp_path):
     assert rows[1]["anchor/kl_ref_to_student_exact"] > 1e-6  # the update moved the student
     assert any(len(t) > len(a["chunk"]) for a in audits for t in a["continuations"])  # else nothing had to be cut
     for a in audits:
-        near = [1 - edit_distance(a["chunk"], t[: len(a["chunk"])]) / max(1, len(a["chunk"])) for t in a["continuations"]]
+        near = [
+            1 - edit_distance(a["chunk"], t[: len(a["chunk"])]) / max(1, len(a["chunk"])) for t in a["continuations"]
+        ]
         assert a["similarity"] == pytest.approx(near, abs=1e-4)
 
 
@@ -316,7 +349,9 @@ def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 1, "fsdp": 4, "tp": 2}, pytest.param({"data": 2, "fsdp": 4, "tp": 1}, marks=pytest.mark.slow)], ids=str
+    "mesh",
+    [{"data": 1, "fsdp": 4, "tp": 2}, pytest.param({"data": 2, "fsdp": 4, "tp": 1}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_device, mesh):
     alone, many = make("alone"), make("many", **{f"mesh.{k}": v for k, v in mesh.items()})
@@ -329,7 +364,8 @@ def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_dev
 
 
 def test_a_step_whose_prompts_do_not_divide_over_the_devices(make, monkeypatch, one_device):
-    """8 devices, 4 prompts x 2: the rows divide, the prompts alone do not. Either it runs, or it says so before compiling."""
+    """8 devices, 4 prompts x 2: the rows divide, the prompts alone do not. Either it runs, or it says so before
+    compiling."""
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     c = make(prompts_per_step=4, num_generations=2, num_steps=1)
     try:
@@ -353,7 +389,8 @@ def test_a_run_in_the_same_folder_with_other_prompts_is_refused(make):
             train.train(make(num_steps=2, **{key: value}))
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------------
+# --- what goes wrong
+# ----------------------------------------------------------------------------------------------------
 
 
 def steps_saved(c) -> list[str]:
@@ -398,7 +435,8 @@ def test_a_signal_during_an_evaluation_does_not_lose_the_step(make, monkeypatch)
     assert len(tiny.lines(f"{c.run_dir}/metrics.jsonl")) == out["step"]
 
 
-# --- the files on their own ---------------------------------------------------------------------------------------------
+# --- the files on their own
+# ---------------------------------------------------------------------------------------------
 
 
 def test_lines_of_steps_that_come_again_are_cut(tmp_path):

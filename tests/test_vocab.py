@@ -14,8 +14,8 @@ from omniopd_jax.model import cpu
 
 B, T, D, V = 3, 10, 8, 37
 BETA = 0.3
-# block (B * T = 30): divides, does not, one position, larger than B * T; columns at a time (V = 37): all at once, three and
-# four parts that do not divide V, one column
+# block (B * T = 30): divides, does not, one position, larger than B * T; columns at a time (V = 37): all at once, three
+# and four parts that do not divide V, one column
 SETTINGS = [(10, 0), (7, 10), (1, 0), (64, 1), (8, 0), (8, 13)]
 
 
@@ -122,9 +122,9 @@ def test_no_gradient_into_reference_weight_or_mask():
     hidden, head, ref_hidden, ref_head, target, weight, mask = case()
 
     def ours(ref_hidden, ref_head, weight, mask):
-        return vocab.weighted_nll_and_kl(
-            hidden, head, ref_hidden, ref_head, target, weight, mask, beta=BETA, block=8
-        )[0]
+        return vocab.weighted_nll_and_kl(hidden, head, ref_hidden, ref_head, target, weight, mask, beta=BETA, block=8)[
+            0
+        ]
 
     for grad in jax.grad(ours, argnums=(0, 1, 2, 3))(ref_hidden, ref_head, weight, mask):
         np.testing.assert_array_equal(grad, 0.0)
@@ -191,7 +191,9 @@ def test_a_frozen_head_gets_no_gradient_and_no_accumulator(name):
     grads = {flag: jax.grad(loss, argnums=(0, 1))(hidden, head, flag) for flag in (True, False)}
     np.testing.assert_array_equal(grads[False][0], grads[True][0])
     np.testing.assert_array_equal(grads[False][1], 0.0)
-    made = {flag: str(jax.make_jaxpr(jax.grad(functools.partial(loss, head_grad=flag)))(hidden, head)) for flag in grads}
+    made = {
+        flag: str(jax.make_jaxpr(jax.grad(functools.partial(loss, head_grad=flag)))(hidden, head)) for flag in grads
+    }
     accumulator = f"f32[{D},{V}] = add"
     assert accumulator in made[True]
     assert accumulator not in made[False]
@@ -305,15 +307,20 @@ def bound_holds(fn, *args, limit: int):
 
 
 @pytest.mark.parametrize(("micro_batches", "columns"), [(1, 0), (2, 0), (2, 500)])
-def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(make_cfg, monkeypatch, micro_batches, columns):
+def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(
+    make_cfg, monkeypatch, micro_batches, columns
+):
     monkeypatch.setattr(cpu, "VOCAB_COLUMNS", columns)
     params, batch = big_shapes()
     cfg = make_cfg(vocab_block=BLOCK, micro_batches=micro_batches)
     score = functools.partial(step.score, model_cfg=big, block=BLOCK, micro_batches=micro_batches)
     bound_holds(
-        lambda p, token, length: score(p, token, length, 20), params, batch.token_BL, batch.prompt_length_B,
+        lambda p, token, length: score(p, token, length, 20),
+        params,
+        batch.token_BL,
+        batch.prompt_length_B,
         limit=BLOCK * BIG_V,
-    )  # fmt: skip
+    )
     state = step.abstract_state(big, cfg)
     bt = jax.ShapeDtypeStruct((4, 20), jnp.float32)
     update = functools.partial(step.update, model_cfg=big, cfg=cfg)

@@ -3,9 +3,10 @@
     python -m benchmarks.continuation_modes                # runs what is missing, then writes the page
     python -m benchmarks.continuation_modes --table        # only docs/results/continuation_modes.md from the lines
 
-One run is one JSON line in docs/results/continuation_modes.jsonl: the small world, 14 steps of configs/tiny.py, the same
-student and seed, so that step 0 compares the same chunks. The teacher is the small world's; as an instruction-following
-chat model it is emulated (benchmarks/emulated.py says how). Accuracy is greedy, on 256 held-out problems.
+One run is one JSON line in docs/results/continuation_modes.jsonl: the small world, 14 steps of configs/tiny.py, the
+same student and seed, so that step 0 compares the same chunks. The teacher is the small world's; as an
+instruction-following chat model it is emulated (benchmarks/emulated.py says how). Accuracy is greedy, on 256 held-out
+problems.
 """
 
 import argparse
@@ -37,13 +38,24 @@ def run(mode: str, seed: int) -> dict:
     cfg = tiny.get_config()
     cfg.update_from_flattened_dict(
         {
-            "seed": seed, "num_steps": STEPS, "optimizer.learning_rate": 2e-4, "max_completion_length": 64,
-            "teacher.provider": "emulated", "teacher.base_url": "http://127.0.0.1:9/v1", "teacher.continuation": mode,
-            "teacher.tokenizer": cfg.student.path, "teacher.prefix_order": "free", "teacher.max_concurrency": 1024,
-            "teacher.timeout_s": 600.0, "teacher.deadline_s": 3600.0, "audit.log_per_step": 100_000,
-            "checkpoint.every": STEPS, "log.tensorboard": False, "run_dir": tempfile.mkdtemp(prefix="continuation_modes_"),
+            "seed": seed,
+            "num_steps": STEPS,
+            "optimizer.learning_rate": 2e-4,
+            "max_completion_length": 64,
+            "teacher.provider": "emulated",
+            "teacher.base_url": "http://127.0.0.1:9/v1",
+            "teacher.continuation": mode,
+            "teacher.tokenizer": cfg.student.path,
+            "teacher.prefix_order": "free",
+            "teacher.max_concurrency": 1024,
+            "teacher.timeout_s": 600.0,
+            "teacher.deadline_s": 3600.0,
+            "audit.log_per_step": 100_000,
+            "checkpoint.every": STEPS,
+            "log.tensorboard": False,
+            "run_dir": tempfile.mkdtemp(prefix="continuation_modes_"),
         }
-    )  # fmt: skip
+    )
     started = time.time()
     try:
         out = train.train(cfg)
@@ -54,13 +66,21 @@ def run(mode: str, seed: int) -> dict:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
     failures = [f for a in audits for f in a["failures"]]
     return {
-        "mode": mode, "seed": seed, "steps": out["step"], "before": out["accuracy_before"], "after": out["accuracy_after"],
-        "first": k_sem(audits, 0), "last": k_sem(audits, STEPS - 1), "failed": len(failures),
-        "asked": sum(a["n"] for a in audits) + len(failures), "dropped": sum(s["audit/dropped"] for s in steps),
-        "audits": len(audits), "habits": emulated.HABITS if mode == "instruct" else {},
+        "mode": mode,
+        "seed": seed,
+        "steps": out["step"],
+        "before": out["accuracy_before"],
+        "after": out["accuracy_after"],
+        "first": k_sem(audits, 0),
+        "last": k_sem(audits, STEPS - 1),
+        "failed": len(failures),
+        "asked": sum(a["n"] for a in audits) + len(failures),
+        "dropped": sum(s["audit/dropped"] for s in steps),
+        "audits": len(audits),
+        "habits": emulated.HABITS if mode == "instruct" else {},
         "characters": float(np.mean([len(t) for a in audits for t in a["continuations"]])),
         "seconds": round(time.time() - started, 1),
-    }  # fmt: skip
+    }
 
 
 def k_sem(audits, step: int) -> dict:
@@ -80,11 +100,15 @@ def lines() -> list[dict]:
 def table() -> str:
     """The page's tables: accuracy by mode and seed, and the distribution of k_sem / n on the same chunks."""
     got = lines()
-    out = ["| mode | seed | before | after | texts kept | mean n | audits dropped | characters a text |", "| --- " * 8 + "|"]
+    out = [
+        "| mode | seed | before | after | texts kept | mean n | audits dropped | characters a text |",
+        "| --- " * 8 + "|",
+    ]
     for r in got:
         kept = 1 - r["failed"] / r["asked"]
         out.append(
-            f"| {r['mode']} | {r['seed']} | {r['before']:.1%} | {r['after']:.1%} | {kept:.1%} | {r['first']['n']:.2f} | "
+            f"| {r['mode']} | {r['seed']} | {r['before']:.1%} | {r['after']:.1%} | {kept:.1%} | {r['first']['n']:.2f} "
+            "| "
             f"{r['dropped']:,.0f} of {r['audits']:,} | {r['characters']:.1f} |"
         )
     out += ["", "k_sem / n over kept audits:", ""]

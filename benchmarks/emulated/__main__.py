@@ -5,8 +5,9 @@ noise. So its part is played: the wrapped teacher continues the student's text f
 are known to do around such a continuation is put around it, with fixed shares (`HABITS`). The request is built and the
 reply is read by `OpenAIClient` itself, and what is kept is decided by `instruct.cut`; only HTTP is left out.
 
-What a habit costs: everything is cut at max_tokens. A repeat or a restart costs its own tokens; quotes and preambles cost
-what they would at C = 50 (four characters a token), scaled to this run's C, since eight tokens hold no preamble at all.
+What a habit costs: everything is cut at max_tokens. A repeat or a restart costs its own tokens; quotes and preambles
+cost what they would at C = 50 (four characters a token), scaled to this run's C, since eight tokens hold no preamble at
+all.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ GATHER_S = 0.1  # calls that come within this time are sampled in one batch
 
 
 def make(cfg):
-    """For `teachers.TEACHERS`: `teacher.model` is the small world's teacher, `teacher.continuation` says how it is asked."""
+    """For `teachers.TEACHERS`: `teacher.model` is the small world's teacher, `teacher.continuation` says how it is
+    asked."""
     return Emulated(cfg, EmulatedClient(cfg))
 
 
@@ -72,7 +74,7 @@ class EmulatedClient(OpenAIClient):
             {"index": i, "finish_reason": "length" if t else "stop", kind: t if kind == "text" else {"content": t}}
             for i, t in enumerate(texts)
         ]
-        self.seen.answered(call)
+        self.seen.answered(call, len(texts))
         answer = {"choices": choices, "usage": usage}
         return self._reply(answer, {}, sent, space, chat=kind == "message", mode=call.mode)
 
@@ -89,7 +91,14 @@ class EmulatedClient(OpenAIClient):
 
     async def _continue(self, call, prefix, peak):
         request = ContinuationRequest(
-            str(call.seed), peak, call.messages, prefix, tuple(range(call.n)), call.max_tokens, call.temperature, call.top_p
+            str(call.seed),
+            peak,
+            call.messages,
+            prefix,
+            tuple(range(call.n)),
+            call.max_tokens,
+            call.temperature,
+            call.top_p,
         )
         result = await self.teacher.continue_text(request)
         return [c.text for c in result.continuations]
@@ -111,8 +120,10 @@ class EmulatedClient(OpenAIClient):
             return cut(" ".join(prefix.split()[-5:]) + text, max_tokens)
         if habit == "restart":
             return cut(prefix + text, max_tokens)
-        front, back = {"quotes": ('"', '"'), "preamble": ("Sure! Here is the continuation:\n\n", ""), "dots": ("...", "")}.get(
-            habit, ("", "")
-        )
+        front, back = {
+            "quotes": ('"', '"'),
+            "preamble": ("Sure! Here is the continuation:\n\n", ""),
+            "dots": ("...", ""),
+        }.get(habit, ("", ""))
         cost = round((len(front) + len(back)) / 4 * self.chunk_tokens / 50)
         return front + cut(text, max_tokens - cost).strip() + back

@@ -1,14 +1,17 @@
-"""Update, scoring and decoding of a random-weight Qwen3-1.7B on one GPU, against what the card could do; cuDNN against xla.
+"""Update, scoring and decoding of a random-weight Qwen3-1.7B on one GPU, against what the card could do; cuDNN against
+xla.
 
     pip install "jax[cuda13]==0.10.2"                         # beside requirements-lean.txt, on a machine with a GPU
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python -m benchmarks.gpu [--only update,decode] [--trace FOLDER]
     python -m benchmarks.gpu --table                          # only docs/results/gpu.md from the lines
 
-The passes are the run's own (`step.make_steps`, `rollout.sample`), bfloat16 over float32 masters, rows of 512 + 3,584 tokens.
-MFU: operations counted from shapes (flops.py: forward and backward of the student, forward of the reference, the causal half
-of attention, no rematerialised work) over the maker's dense bfloat16 peak. Decoding: bytes that must be read (parameters
-once a time step, every row's own keys and values) over the maker's bandwidth. Both ceilings are measured as well: a product
-of 8,192-square matrices and a copy of 4 GiB, read and written. One line of docs/results/gpu.jsonl is one case on one card.
+The passes are the run's own (`step.make_steps`, `rollout.sample`), bfloat16 over float32 masters, rows of 512 + 3,584
+tokens. MFU: operations counted from shapes (flops.py: forward and backward of the student, forward of the reference,
+the causal half of attention, no rematerialised work) over the maker's dense bfloat16 peak. Decoding: bytes that must be
+read (parameters once a time step, every row's own keys and values) over the maker's bandwidth. Both ceilings are
+measured as
+well: a product of 8,192-square matrices and a copy of 4 GiB, read and written. One line of docs/results/gpu.jsonl is
+one case on one card.
 """
 
 import argparse
@@ -47,7 +50,12 @@ def peaks(_: dict) -> dict:
     """What this card does at best: bfloat16 operations a second, bytes a second."""
     n = 8_192
     a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in jax.random.split(jax.random.key(0)))
-    rate = 2 * n**3 * 10 / best(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (x @ b * (1 / 64)).astype(x.dtype), a), a, b)
+    rate = (
+        2
+        * n**3
+        * 10
+        / best(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (x @ b * (1 / 64)).astype(x.dtype), a), a, b)
+    )
     x = jnp.zeros(2**30, jnp.float32)
     return {"rate": rate, "bandwidth": 2 * x.nbytes / best(lambda x: x + 1, x)}
 
@@ -89,9 +97,12 @@ def attend(case: dict) -> dict:
         both = functools.partial(gradient, backend)
         temp = jax.jit(both).lower(q, k, v, g).compile().memory_analysis().temp_size_in_bytes
         out[backend] = {
-            "forward_s": best(functools.partial(forward, backend), q, k, v), "gradient_s": best(both, q, k, v, g),
-            "temp": temp, "forward_error": error[0], "gradient_error": error[1],
-        }  # fmt: skip
+            "forward_s": best(functools.partial(forward, backend), q, k, v),
+            "gradient_s": best(both, q, k, v, g),
+            "temp": temp,
+            "forward_error": error[0],
+            "gradient_error": error[1],
+        }
     return out | {"forward_flops": 4 * B * Q * H * L * (L + 1) / 2}
 
 
@@ -163,7 +174,9 @@ def decode(case: dict) -> dict:
     keys = rollout.row_keys(jax.random.key(3), np.arange(case["rows"]))
 
     def sample(new=case["new"]):
-        out = rollout.sample(params, model_cfg, token, length, keys, max_new_tokens=new, num_samples=SAMPLES, compute=compute)
+        out = rollout.sample(
+            params, model_cfg, token, length, keys, max_new_tokens=new, num_samples=SAMPLES, compute=compute
+        )
         assert int(out.length_B.sum()) == case["rows"] * new
         return jax.block_until_ready(out)
 
@@ -178,8 +191,11 @@ def decode(case: dict) -> dict:
     n, new = case["rows"], case["new"]
     moved = flops.decode_bytes(model_cfg, [PROMPT] * n, [new] * n, rows_together=n, itemsize=2)
     return {
-        "sample_s": seconds(sample, 3), "prefill_s": seconds(prefill, 3), "first_s": first, "moved": moved,
-    }  # fmt: skip
+        "sample_s": seconds(sample, 3),
+        "prefill_s": seconds(prefill, 3),
+        "first_s": first,
+        "moved": moved,
+    }
 
 
 def traced(case: dict, run) -> None:
@@ -199,14 +215,17 @@ PARTS = {
 
 
 def write_table() -> None:
-    """docs/results/gpu.md from the lines: each share against the maker's figure and against what the card was measured at."""
+    """docs/results/gpu.md from the lines: each share against the maker's figure and against what the card was measured
+    at."""
     lines = sides.read("gpu")
     cards = {line["card"]: line for line in lines if line["part"] == "peaks"}
     updates = [line for line in lines if line["part"] == "update"]
     text = [
         sides.table(PEAKS, map(peaks_row, cards.values())),
-        "The update:\n\n" + sides.table([*HOW, "MFU", "of the measured rate", "GiB"], [update_row(x, cards) for x in updates]),
-        "Scoring:\n\n" + sides.table([*HOW[:2], *HOW[3:], "MFU"], {row[:4]: row for row in map(score_row, updates)}.values()),
+        "The update:\n\n"
+        + sides.table([*HOW, "MFU", "of the measured rate", "GiB"], [update_row(x, cards) for x in updates]),
+        "Scoring:\n\n"
+        + sides.table([*HOW[:2], *HOW[3:], "MFU"], {row[:4]: row for row in map(score_row, updates)}.values()),
         "Decoding:\n\n" + sides.table(DECODED, [decode_row(x, cards) for x in lines if x["part"] == "decode"]),
         "Attention alone, 16 heads over 8 of 128:\n\n"
         + sides.table(ATTENDED, [row for x in lines if x["part"] == "attention" for row in attention_rows(x)]),
@@ -216,11 +235,28 @@ def write_table() -> None:
 
 PEAKS = ["card", "bfloat16 TFLOP/s, of the maker's", "TB/s, of the maker's", "jax"]
 HOW = ["card", "attention", "remat", "micro-batches x rows", "vocab_block", "s", "tokens/s"]
-DECODED = ["card", "rows", "tokens", "s", "prefill s", "decode tokens/s", "ms a token", "of the maker's TB/s", "of measured"]
+DECODED = [
+    "card",
+    "rows",
+    "tokens",
+    "s",
+    "prefill s",
+    "decode tokens/s",
+    "ms a token",
+    "of the maker's TB/s",
+    "of measured",
+]
 ATTENDED = [
-    "card", "rows x tokens", "attention", "forward ms", "TFLOP/s, causal half", "with gradient ms", "temporaries, MiB",
-    "forward, relative error", "gradient's",
-]  # fmt: skip
+    "card",
+    "rows x tokens",
+    "attention",
+    "forward ms",
+    "TFLOP/s, causal half",
+    "with gradient ms",
+    "temporaries, MiB",
+    "forward, relative error",
+    "gradient's",
+]
 
 
 def peaks_row(line: dict) -> tuple:
@@ -241,9 +277,13 @@ def update_row(line: dict, cards: dict) -> tuple:
     s, tokens = sides.median(line["update_s"]), line["rows"] * (PROMPT + RESPONSE)
     rate = line["update_flops"] / s
     return (
-        *how(line), f"{s:.3f}", f"{tokens / s:,.0f}", f"{rate / flops.chip_of(line['card']).flops:.1%}",
-        f"{rate / cards[line['card']]['rate']:.1%}", f"{(line['arguments'] + line['temp']) / 2**30:.1f}",
-    )  # fmt: skip
+        *how(line),
+        f"{s:.3f}",
+        f"{tokens / s:,.0f}",
+        f"{rate / flops.chip_of(line['card']).flops:.1%}",
+        f"{rate / cards[line['card']]['rate']:.1%}",
+        f"{(line['arguments'] + line['temp']) / 2**30:.1f}",
+    )
 
 
 def score_row(line: dict) -> tuple:
@@ -259,9 +299,16 @@ def decode_row(line: dict, cards: dict) -> tuple:
     s, new, card = whole - before, line["new"], line["card"]
     rate = line["moved"] / s
     return (
-        card, line["rows"], f"{PROMPT} + {new}", f"{whole:.2f}", f"{before:.2f}", f"{line['rows'] * new / s:,.0f}",
-        f"{1e3 * s / new:.2f}", f"{rate / flops.chip_of(card).bandwidth:.1%}", f"{rate / cards[card]['bandwidth']:.1%}",
-    )  # fmt: skip
+        card,
+        line["rows"],
+        f"{PROMPT} + {new}",
+        f"{whole:.2f}",
+        f"{before:.2f}",
+        f"{line['rows'] * new / s:,.0f}",
+        f"{1e3 * s / new:.2f}",
+        f"{rate / flops.chip_of(card).bandwidth:.1%}",
+        f"{rate / cards[card]['bandwidth']:.1%}",
+    )
 
 
 def attention_rows(line: dict) -> list[tuple]:
@@ -270,11 +317,19 @@ def attention_rows(line: dict) -> list[tuple]:
     for name in ("cudnn", "xla"):
         one = line[name]
         rate = line["forward_flops"] / one["forward_s"] / 1e12
-        rows.append((
-            line["card"], f"{line['rows']} x {PROMPT + RESPONSE}", name, f"{1e3 * one['forward_s']:.2f}", f"{rate:,.0f}",
-            f"{1e3 * one['gradient_s']:.2f}", f"{one['temp'] / 2**20:,.0f}", f"{one['forward_error']:.1e}",
-            f"{one['gradient_error']:.1e}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                line["card"],
+                f"{line['rows']} x {PROMPT + RESPONSE}",
+                name,
+                f"{1e3 * one['forward_s']:.2f}",
+                f"{rate:,.0f}",
+                f"{1e3 * one['gradient_s']:.2f}",
+                f"{one['temp'] / 2**20:,.0f}",
+                f"{one['forward_error']:.1e}",
+                f"{one['gradient_error']:.1e}",
+            )
+        )
     return rows
 
 

@@ -4,10 +4,10 @@
     python -m benchmarks.memory [--minutes 4]                 # compiles what is missing, pass by pass; then the table
     python -m benchmarks.memory --table                       # only docs/results/memory.md from the lines
 
-Nothing runs: the passes of `configs/math.py` (64 prompts x 4 responses, 1,024 + 7,168 tokens, bfloat16, remat full; half of
-the rows decoded at a time) are compiled for a slice by `aot`, and the figures are the compiler's. `arguments` is what the
-pass is given (of the update: state, reference, batch), `beside it` what the run holds meanwhile, `peak` the arguments
-with results and temporaries. One line of docs/results/memory.jsonl is one pass.
+Nothing runs: the passes of `configs/math.py` (64 prompts x 4 responses, 1,024 + 7,168 tokens, bfloat16, remat full;
+half of the rows decoded at a time) are compiled for a slice by `aot`, and the figures are the compiler's. `arguments`
+is what the pass is given (of the update: state, reference, batch), `beside it` what the run holds meanwhile, `peak` the
+arguments with results and temporaries. One line of docs/results/memory.jsonl is one pass.
 """
 
 import argparse
@@ -49,9 +49,22 @@ def write_table() -> None:
         sizes = [f"{line['sizes'][k] / MIB:,.0f}" for k in ("parameters", "optimizer", "reference", "cache")]
         parts[where] = (*where, *sizes)
         figures = [f"{line[k] / MIB:,.0f}" for k in ("arguments", "temporaries", "peak", "beside", "total")]
-        passes.append((*where, line["pass"], *figures, f"{line['total'] / line['memory']:.0%}", line["problem"] or "yes"))
+        passes.append(
+            (*where, line["pass"], *figures, f"{line['total'] / line['memory']:.0%}", line["problem"] or "yes")
+        )
     head = ["model", "slice", "parameters", "optimizer", "reference", "cache at its longest"]
-    more = ["model", "slice", "pass", "arguments", "temporaries", "peak of the pass", "beside it", "together", "of HBM", "fits"]
+    more = [
+        "model",
+        "slice",
+        "pass",
+        "arguments",
+        "temporaries",
+        "peak of the pass",
+        "beside it",
+        "together",
+        "of HBM",
+        "fits",
+    ]
     text = "MiB a chip, what the run holds:\n\n" + sides.table(head, parts.values())
     sides.write_page("memory", text + "\n\nMiB a chip, pass by pass:\n\n" + sides.table(more, passes))
 

@@ -1,4 +1,5 @@
-"""Does the teacher's time hide behind the device's? Step time over the bound of perfect scheduling of the same latencies.
+"""Does the teacher's time hide behind the device's? Step time over the bound of perfect scheduling of the same
+latencies.
 
     python -m benchmarks.overlap [--scale 10] [--steps 3] [--quick]
 
@@ -8,14 +9,14 @@ passes sleep. All
 times run `--scale` times faster and are printed as seconds of the real thing, so the host's own work weighs that much
 more here than it would. Fixed: rows, M, N, groups and concurrency as in FIXED; one call brings all N texts of a chunk.
 
-The bound is an event simulation that knows every latency before it starts: whenever one of the calls in flight ends, the
-response with the longest rest goes next, no host work costs anything, and it may not break what the run may not break: a
-group is audited after it was sampled, prefixes of a response one after the other where `ascending`, the update after the
-last answer, and with staleness 1 step t's update before step t + 2 is sampled. `strict` is a true lower bound (longest
-chain and total work, on-policy only): no schedule reaches it in general.
+The bound is an event simulation that knows every latency before it starts: whenever one of the calls in flight ends,
+the response with the longest rest goes next, no host work costs anything, and it may not break what the run may not
+break: a group is audited after it was sampled, prefixes of a response one after the other where `ascending`, the update
+after the last answer, and with staleness 1 step t's update before step t + 2 is sampled. `strict` is a true lower bound
+(longest chain and total work, on-policy only): no schedule reaches it in general.
 
-Device time is given as a multiple of the teacher's (the time its calls need with nothing else going on): 60% sampling, 15%
-scoring, 25% update. With staleness 1 a batch is scored a second time by the policy that learns from it.
+Device time is given as a multiple of the teacher's (the time its calls need with nothing else going on): 60% sampling,
+15% scoring, 25% update. With staleness 1 a batch is scored a second time by the policy that learns from it.
 """
 
 import argparse
@@ -33,7 +34,20 @@ import unittest.mock
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, hf, model, objective, rollout, similarity, step, teachers, train, vocab
+from omniopd_jax import (
+    audit,
+    config,
+    experience,
+    hf,
+    model,
+    objective,
+    rollout,
+    similarity,
+    step,
+    teachers,
+    train,
+    vocab,
+)
 from omniopd_jax.data import prompts as data
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.parallel import sharding
@@ -44,9 +58,16 @@ from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.remote import RemoteTeacher
 
 FIXED = {
-    "prompts_per_step": 16, "num_generations": 4, "rollout_groups": 4, "max_completion_length": 64, "max_prompt_length": 160,
-    "audit.num_chunks": 4, "audit.chunk_tokens": 8, "audit.num_continuations": 4, "teacher.max_concurrency": 8,
-}  # fmt: skip
+    "prompts_per_step": 16,
+    "num_generations": 4,
+    "rollout_groups": 4,
+    "max_completion_length": 64,
+    "max_prompt_length": 160,
+    "audit.num_chunks": 4,
+    "audit.chunk_tokens": 8,
+    "audit.num_continuations": 4,
+    "teacher.max_concurrency": 8,
+}
 MEDIAN_S, P95_S = 2.0, 6.0
 SHARES = {"rollout": 0.6, "score": 0.15, "update": 0.25}
 WORLD = "omniopd_jax/world/checkpoints/forks"
@@ -62,6 +83,7 @@ class SlowClient:
     """A provider's client whose only property is its latency."""
 
     provider, model, url, takes_seed, self_hosted = "simulated", "slow", "http://127.0.0.1:9", True, True
+    most_texts = 128  # a call
 
     def __init__(self, scale: float):
         self.scale, self.seen = scale, wire.Learner(takes_n=True)
@@ -83,7 +105,7 @@ class SlowClient:
         """n texts, after their time."""
         await asyncio.sleep(latency(call.seed) / self.scale)
         texts = tuple(wire.Text(f"text {i} of {call.seed}", "length") for i in range(call.n))
-        return wire.Reply(texts, tokens_in=100, tokens_out=8 * call.n)
+        return wire.Reply(texts, billed=wire.Billed(100, 8 * call.n))
 
 
 @dataclasses.dataclass
@@ -162,9 +184,24 @@ def fake_run(cfg, client) -> setup.Run:
     template = of_student(cfg, tokenizer)
     student = experience.Student(None, model.Compute(mesh=mesh), template, audit.Decoder(tokenizer), ())
     return setup.Run(
-        cfg, student, data.encode(prompts, template, cfg), None, RemoteTeacher(cfg, client), similarity.make(cfg), None, None,
-        None, None, host.AsyncThread(), host.StopFlag(), [0], Ahead(), logging.PhaseTimer(), None, None,
-    )  # fmt: skip
+        cfg,
+        student,
+        data.encode(prompts, template, cfg),
+        None,
+        RemoteTeacher(cfg, client),
+        similarity.make(cfg),
+        None,
+        None,
+        None,
+        None,
+        host.AsyncThread(),
+        host.StopFlag(),
+        [0],
+        Ahead(),
+        logging.PhaseTimer(),
+        None,
+        None,
+    )
 
 
 def canned(student, drawn, cfg) -> experience.Responses:
@@ -193,9 +230,10 @@ def warm(run) -> None:
     run.similarity(["a"], ["b"])
     if cfg.max_staleness:
         objective.chunk_ratio(
-            *jax.device_put((np.zeros((4 * rows, 64), np.float32),) * 2), np.zeros((4 * rows, cfg.audit.num_chunks), np.int32),
+            *jax.device_put((np.zeros((4 * rows, 64), np.float32),) * 2),
+            np.zeros((4 * rows, cfg.audit.num_chunks), np.int32),
             chunk_tokens=cfg.audit.chunk_tokens,
-        )  # fmt: skip
+        )
 
 
 class Perfect:
@@ -306,9 +344,17 @@ def main():
                 )  # fmt: skip
                 print("| " + " | ".join(map(str, row)) + " |", flush=True)
                 if args.json:
-                    line = {"device": multiple, "order": order, "staleness": staleness, "seconds": case.seconds, "bound": least}
+                    line = {
+                        "device": multiple,
+                        "order": order,
+                        "staleness": staleness,
+                        "seconds": case.seconds,
+                        "bound": least,
+                    }
                     with pathlib.Path(args.json).open("a") as file:
-                        file.write(json.dumps(line | {"phases": case.phases, "steps": args.steps, "scale": args.scale}) + "\n")
+                        file.write(
+                            json.dumps(line | {"phases": case.phases, "steps": args.steps, "scale": args.scale}) + "\n"
+                        )
     print(f"worst ratio {worst:.3f}")
 
 

@@ -1,11 +1,11 @@
 """What packing saves: scoring and the update of responses as long as answers to math problems are, packed and unpacked.
 
-    python -m benchmarks.packing [--rounds 3] [--cap 512]     # adds a line to docs/results/packing.jsonl; then the table
-    python -m benchmarks.packing --table                      # only docs/results/packing.md from the lines
+    python -m benchmarks.packing [--rounds 3] [--cap 512]     # adds a line to docs/results/packing.jsonl; then the
+    table python -m benchmarks.packing --table                      # only docs/results/packing.md from the lines
 
-Lengths are lognormal (sigma 0.8) with a median of an eleventh of the cap, which is what a median of 650 tokens at a cap of
-7,168 would be; one response is cut at the cap, as nearly always happens. Same model, same responses, one process, the two
-layouts in turn, after one round that compiles. The difference of the losses is printed beside.
+Lengths are lognormal (sigma 0.8) with a median of an eleventh of the cap, which is what a median of 650 tokens at a cap
+of 7,168 would be; one response is cut at the cap, as nearly always happens. Same model, same responses, one process,
+the two layouts in turn, after one round that compiles. The difference of the losses is printed beside.
 """
 
 import argparse

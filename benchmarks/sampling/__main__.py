@@ -3,9 +3,9 @@
     python -m benchmarks.sampling [--rounds 3] [--case 0]     # runs what is missing; then the table
     python -m benchmarks.sampling --table                     # only docs/results/sampling.md from the lines
 
-The same random Qwen3 checkpoint (benchmarks/checkpoint.py) in one process, CPU, float32, all cores; the sides take turns, A B
-A B, after a warm-up that compiles. `generate` samples at temperature 1 without top-k or top-p, eager torch, its default
-cache; it returns tokens only. Ours returns each token's log-prob under the model and under the sampler
+The same random Qwen3 checkpoint (benchmarks/checkpoint.py) in one process, CPU, float32, all cores; the sides take
+turns, A B A B, after a warm-up that compiles. `generate` samples at temperature 1 without top-k or top-p, eager torch,
+its default cache; it returns tokens only. Ours returns each token's log-prob under the model and under the sampler
 besides. No end token, so both write all tokens of all rows. One line of docs/results/sampling.jsonl is one case.
 """
 
@@ -60,7 +60,9 @@ def flops(case: dict) -> float:
     """Matrix operations of the decode, two a weight and token, plus the cache's products at their mean length."""
     s = checkpoint.SIZES
     D, width = s["hidden_size"], s["num_attention_heads"] * s["head_dim"]
-    weights = D * s["head_dim"] * 2 * (s["num_attention_heads"] + s["num_key_value_heads"]) + 3 * D * s["intermediate_size"]
+    weights = (
+        D * s["head_dim"] * 2 * (s["num_attention_heads"] + s["num_key_value_heads"]) + 3 * D * s["intermediate_size"]
+    )
     layer = 2 * weights + 4 * width * (PROMPT + case["new"] / 2)
     return case["rows"] * case["new"] * (s["num_hidden_layers"] * layer + 2 * D * case["V"])
 
@@ -76,12 +78,29 @@ def write_table() -> None:
             ratio = (f"{wall['generate'] / wall['ours']:.2f}", f"{line['bar']:.1f}") if name == "ours" else ("", "")
             rows.append(
                 (
-                    f"{line['V']:,}", f"{line['rows']} x {line['new']}", name, len(t[name]["wall"]), f"{wall[name]:.2f}",
-                    f"{cpu[name]:.2f}", f"{tokens / wall[name]:,.0f}", *ratio,
+                    f"{line['V']:,}",
+                    f"{line['rows']} x {line['new']}",
+                    name,
+                    len(t[name]["wall"]),
+                    f"{wall[name]:.2f}",
+                    f"{cpu[name]:.2f}",
+                    f"{tokens / wall[name]:,.0f}",
+                    *ratio,
                     f"{line['flops'] / wall[name] / line['rate'] / 1e9:.0%}",
                 )
-            )  # fmt: skip
-    head = ["V", "rows x tokens", "side", "rounds", "wall s", "CPU s", "tokens/s", "times generate", "bar", "of matrix rate"]
+            )
+    head = [
+        "V",
+        "rows x tokens",
+        "side",
+        "rounds",
+        "wall s",
+        "CPU s",
+        "tokens/s",
+        "times generate",
+        "bar",
+        "of matrix rate",
+    ]
     sides.write_page("sampling", sides.table(head, rows))
 
 

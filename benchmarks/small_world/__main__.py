@@ -1,16 +1,19 @@
-"""The small worlds' experiments: one run is one JSON line in docs/results/small_world.jsonl; page and plots are made from them.
+"""The small worlds' experiments: one run is one JSON line in docs/results/small_world.jsonl; page and plots are made
+from them.
 
     python -m benchmarks.small_world --method=default --seed=0                   # one run, skipped if its line is there
     python -m benchmarks.small_world --methods=sft,opd --seeds=0,1,2             # several, one after the other
     python -m benchmarks.small_world --world=slips --seeds=0,1,2                 # what issue 5 asks of that world
-    python -m benchmarks.small_world --sweep --methods=sft,grpo                  # learning rates, on the validation split
-    python -m benchmarks.small_world --all --minutes=5                           # whatever is missing, in order of weight
-    python -m benchmarks.small_world --try_steps=2 --method=opd                  # a look: prints its line, stores nothing
-    python -m benchmarks.small_world --table                                     # page and plots from what is there
+    python -m benchmarks.small_world --sweep --methods=sft,grpo                  # learning rates, on the validation
+    split python -m benchmarks.small_world --all --minutes=5                           # whatever is missing, in order
+    of weight python -m benchmarks.small_world --try_steps=2 --method=opd                  # a look: prints its line,
+    stores nothing python -m benchmarks.small_world --table                                     # page and plots from
+    what is there
 
 Accuracy is greedy, on the first 512 problems of the world's test split. Learning rates come from
-docs/results/small_world_lr.json (three rates a method, by accuracy on the validation split); a world without a sweep of its
-own takes that of forks, a method without any the recipe's, and the page says so. An ablation takes the rate of `default`.
+docs/results/small_world_lr.json (three rates a method, by accuracy on the validation split); a world without a sweep of
+its own takes that of forks, a method without any the recipe's, and the page says so. An ablation takes the rate of
+`default`.
 """
 
 import contextlib

@@ -4,9 +4,10 @@
 
 A tokenizer, a base student trained on a corpus that mixes right and wrong strategies, and a larger teacher trained on a
 clean one; Qwen3 architecture, real Hugging Face folders, by the project's own step with the `sft` objective. Everything
-follows from the seed. A student takes 7 minutes of one core, a teacher 15; style's teacher goes on from forks' teacher, for
-twice that. All worlds have the tokenizer of forks, so that they can share models: the teacher of slips would learn the
-corpus of forks' teacher, text by text, and the student of style that of forks' student (benchmarks.small_world.CHECKPOINTS).
+follows from the seed. A student takes 7 minutes of one core, a teacher 15; style's teacher goes on from forks' teacher,
+for twice that. All worlds have the tokenizer of forks, so that they can share models: the teacher of slips would learn
+the corpus of forks' teacher, text by text, and the student of style that of forks' student
+(benchmarks.small_world.CHECKPOINTS).
 """
 
 import dataclasses
@@ -107,7 +108,8 @@ def train(model_cfg, cfg, corpus, seed: int, start: dict | None = None, log=logg
 
 
 def build(role_name: str, world_name: str, seed: int, out: pathlib.Path, tokenizer, steps: int, start: str) -> float:
-    """Trains one role, from scratch or from the folder `start`, saves it, returns its greedy accuracy on the test split."""
+    """Trains one role, from scratch or from the folder `start`, saves it, returns its greedy accuracy on the test
+    split."""
     role = ROLES[role_name]
     model_cfg = model_config(role, VOCAB)
     cfg = sft_config(role, steps or role.steps)
@@ -134,7 +136,12 @@ def greedy_accuracy(params, model_cfg, tokenizer, world_name: str, split="test",
     chat = template.make(tokenizer)
     prompts = data.encode(loaded, chat, c).prompts
     return sampling.greedy(
-        params, model_cfg, prompts, chat, (tokenizer.eos_token_id,), grader=graders.shared("world"),
+        params,
+        model_cfg,
+        prompts,
+        chat,
+        (tokenizer.eos_token_id,),
+        grader=graders.shared("world"),
         max_new_tokens=COMPLETION,
     ).accuracy
 

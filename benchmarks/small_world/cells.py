@@ -87,7 +87,8 @@ def recipe(method: str, which: str, seed: int):
     return cfg
 
 
-CHECKPOINTS = {  # world -> (student, teacher), folders of omniopd_jax/world/checkpoints; corpora that are equal share one
+# world -> (student, teacher), folders of omniopd_jax/world/checkpoints; corpora that are equal share one
+CHECKPOINTS = {
     "forks": ("forks/student", "forks/teacher"),
     "slips": ("slips/student", "forks/teacher"),
     "style": ("forks/student", "style/teacher"),

@@ -1,7 +1,7 @@
 """docs/results/small_world.md and its plots, from the result lines of benchmarks/small_world.py; runs nothing.
 
-Intervals are 95% t intervals over seeds: they say what another seed would do, not another set of problems. Differences to
-`default` are paired by seed; one whose interval holds 0 is within noise.
+Intervals are 95% t intervals over seeds: they say what another seed would do, not another set of problems. Differences
+to `default` are paired by seed; one whose interval holds 0 is within noise.
 """
 
 import pathlib
@@ -13,7 +13,9 @@ from benchmarks.small_world import cells as runs
 FOLDER = pathlib.Path("docs/results")
 PAGE = FOLDER / "small_world.md"
 BEGIN, END = "<!-- table: python -m benchmarks.small_world --table -->", "<!-- end of table -->"
-HEAD = "| method | what | by seed | mean (95%) | gain | steps | lr | student tokens | teacher tokens | effort | repeated |"
+HEAD = (
+    "| method | what | by seed | mean (95%) | gain | steps | lr | student tokens | teacher tokens | effort | repeated |"
+)
 ABLATION_HEAD = "| ablation | what | by seed | mean (95%) | against default (95%) | beyond noise | repeated |"
 
 
@@ -54,10 +56,18 @@ def method_row(method: str, which: str, lines) -> str:
     data = runs.chosen("sft", which, lines)
     effort = f"{teacher / _mean(data, 'teacher_tokens'):.2f}x" if data and teacher else ""
     cells = [
-        method, runs.ABOUT[method], _seeds(rows), _percent(after), f"{100 * np.mean(gain):+.1f}", str(rows[0]["steps"]), rate,
-        f"{_mean(rows, 'student_tokens'):,.0f}", f"{teacher:,.0f}" + (f" + {scored:,.0f} scored" if scored else ""), effort,
+        method,
+        runs.ABOUT[method],
+        _seeds(rows),
+        _percent(after),
+        f"{100 * np.mean(gain):+.1f}",
+        str(rows[0]["steps"]),
+        rate,
+        f"{_mean(rows, 'student_tokens'):,.0f}",
+        f"{teacher:,.0f}" + (f" + {scored:,.0f} scored" if scored else ""),
+        effort,
         f"{100 * _mean(rows, 'repeated'):.2f}",
-    ]  # fmt: skip
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -71,9 +81,14 @@ def ablation_row(method: str, which: str, lines) -> str:
     got = interval(differences)
     beyond = "" if got is None else "yes" if abs(got[0]) > got[1] else "no"
     cells = [
-        method, runs.ABOUT[method], _seeds(rows), _percent([r["after"] for r in rows]),
-        _percent(differences, sign="+") if differences else "", beyond, f"{100 * _mean(rows, 'repeated'):.2f}",
-    ]  # fmt: skip
+        method,
+        runs.ABOUT[method],
+        _seeds(rows),
+        _percent([r["after"] for r in rows]),
+        _percent(differences, sign="+") if differences else "",
+        beyond,
+        f"{100 * _mean(rows, 'repeated'):.2f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -3,12 +3,13 @@
     python -m benchmarks.update [--rounds 3] [--case 0]       # runs what is missing; then the table
     python -m benchmarks.update --table                       # only docs/results/update.md from the lines
 
-Both sides start from one random Qwen3 checkpoint (benchmarks/checkpoint.py) as student and another seed's as reference, CPU,
-float32, all cores. Theirs is what one would write with transformers: two forwards, log_softmax, gather, kl_div against the
-reference over the vocabulary, backward, clipping, AdamW. Ours is `step.update` as the run jits it, with its metrics. Times:
-one process, A B A B, after a warm-up. The two losses of the warm-up are compared. Memory: each side in a process of its own,
-the peak of its resident set over two updates (VmHWM, reset after a warm-up update) less the resident set before the model
-was loaded; so parameters, reference, optimizer state and all that libraries hold on to count, on either side.
+Both sides start from one random Qwen3 checkpoint (benchmarks/checkpoint.py) as student and another seed's as reference,
+CPU, float32, all cores. Theirs is what one would write with transformers: two forwards, log_softmax, gather, kl_div
+against the reference over the vocabulary, backward, clipping, AdamW. Ours is `step.update` as the run jits it, with its
+metrics. Times: one process, A B A B, after a warm-up. The two losses of the warm-up are compared. Memory: each side in
+a process of its own, the peak of its resident set over two updates (VmHWM, reset after a warm-up update) less the
+resident set before the model was loaded; so parameters, reference, optimizer state and all that libraries hold on to
+count, on either side.
 """
 
 import argparse
@@ -77,18 +78,30 @@ def our_side(case: dict, folders):
     cfg = config.default()
     cfg.update_from_flattened_dict(
         {
-            "max_completion_length": case["T"], "prompts_per_step": case["rows"], "vocab_block": BLOCK, "num_generations": 1,
-            "anchor.kl_coef": BETA, "optimizer.learning_rate": RATE, "objective.name": "omniopd", "audit.chunk_tokens": 16,
-            "audit.num_chunks": case["T"] // 64, "audit.num_continuations": 4, "prior.alpha": 0.0,
+            "max_completion_length": case["T"],
+            "prompts_per_step": case["rows"],
+            "vocab_block": BLOCK,
+            "num_generations": 1,
+            "anchor.kl_coef": BETA,
+            "optimizer.learning_rate": RATE,
+            "objective.name": "omniopd",
+            "audit.chunk_tokens": 16,
+            "audit.num_chunks": case["T"] // 64,
+            "audit.num_continuations": 4,
+            "prior.alpha": 0.0,
         }
-    )  # fmt: skip
+    )
     cfg = step_config(cfg)
     B, M = case["rows"], case["T"] // 64
     peaks = np.arange(M, dtype=np.int32)[None].repeat(B, 0) * 64
     batch = objective.Batch(
-        tokens(case), np.ones(B, np.int32), np.full(B, case["T"], np.int32), peaks, np.full((B, M), 2, np.float32),
+        tokens(case),
+        np.ones(B, np.int32),
+        np.full(B, case["T"], np.int32),
+        peaks,
+        np.full((B, M), 2, np.float32),
         np.full((B, M), 4, np.int32),
-    )  # fmt: skip
+    )
     stats = vocab.TokenStats(*np.full((2, B, case["T"]), -1, np.float32))
     batch, stats = jax.device_put((batch, stats))
     holder = [step.new_state(params, cfg, jax.random.key(0))]
@@ -173,7 +186,9 @@ def flops(case: dict) -> float:
     """Matrix operations: forward and backward of the student, forward of the reference, attention as computed whole."""
     s = checkpoint.SIZES
     D, width = s["hidden_size"], s["num_attention_heads"] * s["head_dim"]
-    weights = D * s["head_dim"] * 2 * (s["num_attention_heads"] + s["num_key_value_heads"]) + 3 * D * s["intermediate_size"]
+    weights = (
+        D * s["head_dim"] * 2 * (s["num_attention_heads"] + s["num_key_value_heads"]) + 3 * D * s["intermediate_size"]
+    )
     layer = 2 * weights + 4 * width * case["T"]
     return 4 * case["rows"] * case["T"] * (s["num_hidden_layers"] * layer + 2 * D * case["V"])
 
@@ -189,13 +204,31 @@ def write_table() -> None:
             ratios = (f"{wall['torch'] / wall['ours']:.2f}", f"{peak['ours'] / peak['torch']:.2f}")
             rows.append(
                 (
-                    f"{line['V']:,}", f"{line['rows']} x {line['T']}", name, len(t[name]["wall"]), f"{wall[name]:.2f}",
-                    f"{cpu[name]:.2f}", f"{tokens / wall[name]:,.0f}", ratios[0] if name == "ours" else "",
-                    f"{peak[name] / 2**20:,.0f}", ratios[1] if name == "ours" else "",
+                    f"{line['V']:,}",
+                    f"{line['rows']} x {line['T']}",
+                    name,
+                    len(t[name]["wall"]),
+                    f"{wall[name]:.2f}",
+                    f"{cpu[name]:.2f}",
+                    f"{tokens / wall[name]:,.0f}",
+                    ratios[0] if name == "ours" else "",
+                    f"{peak[name] / 2**20:,.0f}",
+                    ratios[1] if name == "ours" else "",
                     f"{line['flops'] / wall[name] / line['rate'] / 1e9:.0%}",
                 )
-            )  # fmt: skip
-    head = ["V", "rows x tokens", "side", "rounds", "wall s", "CPU s", "tokens/s", "times torch", "peak MiB", "of torch's peak"]
+            )
+    head = [
+        "V",
+        "rows x tokens",
+        "side",
+        "rounds",
+        "wall s",
+        "CPU s",
+        "tokens/s",
+        "times torch",
+        "peak MiB",
+        "of torch's peak",
+    ]
     sides.write_page("update", sides.table([*head, "of matrix rate"], rows))
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.vocab [--minutes 4] [--rounds 3]     # runs what is missing, timing by timing; then the table
     python -m benchmarks.vocab --table                        # only docs/results/vocab.md from the lines
 
-Value and gradients (hidden, head) of `vocab.weighted_nll_and_kl`, the KL to a reference included, against the same loss in
-plain jax: two [T, V] arrays of logits, log_softmax, autodiff; both jitted, float32, V = 151,936, 2,048 tokens. All sides of
-a width run in one process and take turns: naive, then each block size, then naive again. One line of
+Value and gradients (hidden, head) of `vocab.weighted_nll_and_kl`, the KL to a reference included, against the same loss
+in plain jax: two [T, V] arrays of logits, log_softmax, autodiff; both jitted, float32, V = 151,936, 2,048 tokens. All
+sides of a width run in one process and take turns: naive, then each block size, then naive again. One line of
 docs/results/vocab.jsonl is one timing. Memory is XLA's own analysis of the compiled program: temporaries, without
 arguments and results.
 """
@@ -38,7 +38,9 @@ def naive(hidden, head, ref_hidden, ref_head, target, weight, mask):
 
 def ours(*args, block):
     """The same as the update calls it."""
-    return vocab.weighted_nll_and_kl(*args, beta=BETA, block=block, columns=cpu.vocab_columns(sharding.default_mesh()))[0]
+    return vocab.weighted_nll_and_kl(*args, beta=BETA, block=block, columns=cpu.vocab_columns(sharding.default_mesh()))[
+        0
+    ]
 
 
 def inputs(D: int) -> tuple:
@@ -105,11 +107,28 @@ def write_table() -> None:
             ratios = (f"{wall / base[0]:.2f}", f"{here[0]['temp'] / base[1]:.3f}") if name != "naive" else ("", "")
             rows.append(
                 (
-                    f"{D:,}", name, len(here), f"{wall:.2f}", f"{cpu:.2f}", ratios[0], f"{here[0]['temp'] / 2**20:,.0f}",
-                    ratios[1], f"{8 * T * D * V / wall / rate:.0%}",
+                    f"{D:,}",
+                    name,
+                    len(here),
+                    f"{wall:.2f}",
+                    f"{cpu:.2f}",
+                    ratios[0],
+                    f"{here[0]['temp'] / 2**20:,.0f}",
+                    ratios[1],
+                    f"{8 * T * D * V / wall / rate:.0%}",
                 )
-            )  # fmt: skip
-    head = ["D", "block", "rounds", "wall s", "CPU s", "time / naive", "temporary MiB", "memory / naive", "of matrix rate"]
+            )
+    head = [
+        "D",
+        "block",
+        "rounds",
+        "wall s",
+        "CPU s",
+        "time / naive",
+        "temporary MiB",
+        "memory / naive",
+        "of matrix rate",
+    ]
     sides.write_page("vocab", sides.table(head, rows))
 
 

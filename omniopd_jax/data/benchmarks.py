@@ -193,7 +193,8 @@ SUITES = {
     "aime24": Source("HuggingFaceH4/aime_2024", "train"),
     "aime25": Source("math-ai/aime25"),
     "amc23": Source("math-ai/amc23", problem="question"),
-    "olympiadbench": Source("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP", read=_olympiad),  # text only, English
+    # text only, English
+    "olympiadbench": Source("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP", read=_olympiad),
     "gsm8k": Source("openai/gsm8k", subset="main", id=None, read=_gsm8k),
     "humaneval": Source("openai/openai_humaneval", id="task_id", grader="code", suffix=FUNCTION, read=_humaneval),
     "mbpp": Source(

@@ -1,4 +1,5 @@
-"""Rows of a prompts file in the form it has: .jsonl, .jsonl.gz, .json, .csv, .parquet; each with its place, within bounds."""
+"""Rows of a prompts file in the form it has: .jsonl, .jsonl.gz, .json, .csv, .parquet; each with its place, within
+bounds."""
 
 import csv
 import gzip
@@ -19,7 +20,8 @@ FORMS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parque
 
 
 def rows(path: str, setting: str) -> Iterator[tuple[str, int, dict]]:
-    """(where, number, row) of every row of a file, one after the other; `where` names the file and the line, for errors.
+    """(where, number, row) of every row of a file, one after the other; `where` names the file and the line, for
+    errors.
 
     Args:
       path: of the file; any other ending than `FORMS` is read as JSON Lines.

@@ -13,14 +13,16 @@ from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf import hub
 from omniopd_jax.hf.template import Template
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}  # ShareGPT's
+# ShareGPT's
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One prompt. `messages` are chat messages; `token_ids` the rendered prompt, empty before `encode`.
 
-    `answer` is what a grader compares with, an object or a list as its JSON; `solution` a worked one, which `sft` reads.
+    `answer` is what a grader compares with, an object or a list as its JSON; `solution` a worked one, which `sft`
+    reads.
     """
 
     id: str
@@ -55,8 +57,8 @@ def load(
       path: of the file (`files`).
       count: the first so many; 0 = all (world: 4,096).
       section: of the config, for the messages: whose `path` and `split` these are.
-      check: of the grader that will read the answers (`Grader.check_answer`): raises a `UserError` for an answer of a form
-        that it can't compare with, which then names the row's file and line. None: answers are not asked for.
+      check: of the grader that will read the answers (`Grader.check_answer`): raises a `UserError` for an answer of a
+        form that it can't compare with, which then names the row's file and line. None: answers are not asked for.
 
     Raises:
       UserError: names the file and line, the data set, or the empty set.
@@ -77,7 +79,9 @@ def load(
     if not kept:
         raise UserError(f"no prompts in {_where(cfg, source, split, path)}: it is empty")
     if len({p.id for p in kept}) < len(kept):
-        raise UserError(f"prompt ids repeat in {_where(cfg, source, split, path)}: each `id` must be unique, or left out")
+        raise UserError(
+            f"prompt ids repeat in {_where(cfg, source, split, path)}: each `id` must be unique, or left out"
+        )
     return Prompts(kept, duplicates)
 
 
@@ -94,10 +98,12 @@ def with_suffix(data: Prompts, suffix: str) -> Prompts:
 
 
 def encode(data: Prompts, template: Template, cfg) -> Prompts:
-    """Renders each prompt with its generation prompt and tokenizes it; overlong ones are an error, or dropped and counted.
+    """Renders each prompt with its generation prompt and tokenizes it; overlong ones are an error, or dropped and
+    counted.
 
     Raises:
-      UserError: a prompt that the template refuses, one longer than `max_prompt_length` under `data.overlong = error`, or
+      UserError: a prompt that the template refuses, one longer than `max_prompt_length` under `data.overlong = error`,
+      or
         none left.
     """
     texts = [render(template, prompt) for prompt in data.prompts]
@@ -108,7 +114,8 @@ def encode(data: Prompts, template: Template, cfg) -> Prompts:
             kept.append(dataclasses.replace(prompt, token_ids=tuple(token_ids)))
         elif cfg.data.overlong == "error":
             raise UserError(
-                f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than max_prompt_length = {cfg.max_prompt_length}; "
+                f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than max_prompt_length = "
+                f"{cfg.max_prompt_length}; "
                 f"raise it, or set data.overlong = 'drop'"
             )
     if not kept:
@@ -138,7 +145,8 @@ def check_rendering(template: Template | None, data: Prompts) -> None:
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
     """Which prompts step `step` takes: a slice of one endless order, a fresh seeded permutation each epoch.
 
-    The data position is the step: nothing else need be saved. Every process computes the same indices and takes its slice.
+    The data position is the step: nothing else need be saved. Every process computes the same indices and takes its
+    slice.
     """
     position = np.arange(step * batch, (step + 1) * batch)
     epochs = position // size
@@ -189,7 +197,9 @@ def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, 
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{setting} = {name!r} is on the hub: needs the `datasets` package (requirements.txt)") from error
+        raise UserError(
+            f"{setting} = {name!r} is on the hub: needs the `datasets` package (requirements.txt)"
+        ) from error
     try:
         with hub.offline_unless_reachable(name, "dataset"):
             return datasets.load_dataset(*([name, subset] if subset else [name]), split=split)
@@ -233,7 +243,9 @@ def _messages(prompt, row: dict, field: str, where: str) -> tuple[dict, ...]:
     """
     if prompt is None and field not in row:
         hint = f"; set data.fields.prompt to the one that holds the prompt (it is {field!r})" if row else ""
-        raise UserError(f"{where}: no field `{field}`; the row's fields: {', '.join(map(str, row))[:150] or 'none'}{hint}")
+        raise UserError(
+            f"{where}: no field `{field}`; the row's fields: {', '.join(map(str, row))[:150] or 'none'}{hint}"
+        )
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     messages = [_message(m) for m in prompt] if isinstance(prompt, list) else []
@@ -243,7 +255,8 @@ def _messages(prompt, row: dict, field: str, where: str) -> tuple[dict, ...]:
         )
     if messages[-1]["role"] == "assistant":
         raise UserError(
-            f"{where}: `{field}` ends in the assistant's answer, which the student would have to go on from; leave that "
+            f"{where}: `{field}` ends in the assistant's answer, which the student would have to go on from; leave "
+            "that "
             "message out (its text may be the row's `solution`)"
         )
     return tuple(messages)
@@ -257,8 +270,10 @@ def _message(m) -> dict | None:
         m = {"role": ROLES.get(m["from"], m["from"]) if isinstance(m["from"], str) else None, "content": m.get("value")}
     content = m.get("content")
     if isinstance(content, list) and content:
-        parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None
-                 for p in content]  # fmt: skip
+        parts = [
+            p if isinstance(p, str) else p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None
+            for p in content
+        ]
         content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
     if not isinstance(m.get("role"), str) or not isinstance(content, str):
         return None
@@ -286,7 +301,9 @@ def _answer(value, field: str, where: str) -> str | None:
     if isinstance(value, bool):
         raise UserError(f"{where}: `{field}` = {json.dumps(value)} is no answer; write it as a text")
     if isinstance(value, dict) and "ground_truth" in value:
-        raise UserError(f"{where}: `{field}` is an object around the answer; set data.fields.answer = '{field}.ground_truth'")
+        raise UserError(
+            f"{where}: `{field}` is an object around the answer; set data.fields.answer = '{field}.ground_truth'"
+        )
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
 
 

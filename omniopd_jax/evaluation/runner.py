@@ -137,32 +137,47 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     return [line for batch in done for line in batch]
 
 
-def _sample_batch(student: Student, suite, how: How, prompts, per: int, width: int, grader: graders.Grader) -> list[dict]:
+def _sample_batch(
+    student: Student, suite, how: How, prompts, per: int, width: int, grader: graders.Grader
+) -> list[dict]:
     mesh, n = student.compute.mesh, how.samples
     put = functools.partial(sharding.put_rows, mesh=mesh)
     padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
     names = [stable_hash(suite.name, p.id, r) for p in prompts for r in range(n)] + [0] * ((per - len(prompts)) * n)
     key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
     out = rollout.sample(
-        student.params, student.model_cfg, *padded, rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
-        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n, end_ids=student.end_ids,
+        student.params,
+        student.model_cfg,
+        *padded,
+        rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        num_samples=n,
+        end_ids=student.end_ids,
         compute=student.compute,
-    )  # fmt: skip
+    )
     token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
     read = [student.template.read(token_BT[b, : length_B[b]].tolist()) for b in range(len(prompts) * n)]
     grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
     return [
         {
-            "id": prompts[b // n].id, "sample": b % n, "text": text, "finish": "stop" if finished_B[b] or stopped else "length",
-            "correct": bool(grades[b]), "answer": suite.extract(text) if suite.extract else None, "tokens": length,
+            "id": prompts[b // n].id,
+            "sample": b % n,
+            "text": text,
+            "finish": "stop" if finished_B[b] or stopped else "length",
+            "correct": bool(grades[b]),
+            "answer": suite.extract(text) if suite.extract else None,
+            "tokens": length,
             "repeated": repeated_ngrams(token_BT[b, :length].tolist()),
         }
         for b, (text, length, stopped) in enumerate(read)
-    ]  # fmt: skip
+    ]
 
 
 def _whole_batches(path: pathlib.Path, batches, samples: int) -> list[list[dict]]:
-    """The batches that a file holds in full; whatever comes after them, as of a write that was cut off, is taken out."""
+    """The batches that a file holds in full; whatever comes after them, as of a write that was cut off, is taken
+    out."""
     lines = []
     for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
@@ -191,7 +206,8 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
       {benchmark: scores (scores.of)}.
 
     Raises:
-      UserError: in seconds, before weights are read, where a benchmark can't be had or its programs can't be isolated and
+      UserError: in seconds, before weights are read, where a benchmark can't be had or its programs can't be isolated
+      and
         `unsafe` is false; or an `out` of another evaluation.
     """
     if jax.process_count() > 1:

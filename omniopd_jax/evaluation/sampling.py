@@ -27,9 +27,17 @@ class Evaluation:
 
 
 def greedy(
-    params, model_cfg, prompts: list[Prompt], template: Template, end_ids, *, grader: Grader, max_new_tokens: int, rows=256,
+    params,
+    model_cfg,
+    prompts: list[Prompt],
+    template: Template,
+    end_ids,
+    *,
+    grader: Grader,
+    max_new_tokens: int,
+    rows=256,
     compute: model.Compute | None = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Greedy answers, graded.
 
     Args:

@@ -20,10 +20,11 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority(answers: list[str | None], correct: list[bool]) -> float:
-    """1 where the most frequent answer is right, 0 where it is wrong; a tie counts the share of right ones among its leaders.
+    """1 where the most frequent answer is right, 0 where it is wrong; a tie counts the share of right ones among its
+    leaders.
 
-    All right answers are one, however written; wrong ones are compared as text, so that a wrong answer written in two ways
-    loses votes: slightly above what a vote by value gives. A completion without an answer has no vote.
+    All right answers are one, however written; wrong ones are compared as text, so that a wrong answer written in two
+    ways loses votes: slightly above what a vote by value gives. A completion without an answer has no vote.
     """
     votes = Counter("right" if good else ("wrong", "".join(answer.split()))
                     for answer, good in zip(answers, correct, strict=True) if good or answer is not None)  # fmt: skip
@@ -60,7 +61,9 @@ def of(completions: list[dict], *, vote: bool) -> dict:
     values = {f"avg@{n}": [r / n for r in right]}
     values |= {f"pass@{k}": [pass_at_k(n, r, k) for r in right] for k in _ks(n)}
     if vote:
-        values[f"maj@{n}"] = [majority([c["answer"] for c in own], [c["correct"] for c in own]) for own in by_id.values()]
+        values[f"maj@{n}"] = [
+            majority([c["answer"] for c in own], [c["correct"] for c in own]) for own in by_id.values()
+        ]
     out = {}
     for name, each in values.items():
         low, high = interval(each)
@@ -80,7 +83,8 @@ def _ks(n: int) -> list[int]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A Markdown table: one row a benchmark, percent with 95% intervals, and the plain mean of avg@k over benchmarks."""
+    """A Markdown table: one row a benchmark, percent with 95% intervals, and the plain mean of avg@k over
+    benchmarks."""
     names = list(dict.fromkeys(k for r in results.values() for k, v in r.items() if isinstance(v, dict)))
     out = ["| benchmark | problems | " + " | ".join(names) + " | tokens | truncated | repeated |"]
     out.append("| --- " * (len(names) + 5) + "|")

@@ -24,7 +24,8 @@ class Grader(Protocol):
         """`grade` for each text and its answer, in order and in parallel."""
 
     def check_answer(self, answer: Any) -> None:
-        """Raises a UserError that names what is wrong where `answer` is of a form that this grader can't compare with."""
+        """Raises a UserError that names what is wrong where `answer` is of a form that this grader can't compare
+        with."""
 
     def check_machine(self) -> None:
         """Raises a UserError where something that the grader needs is missing on this machine."""

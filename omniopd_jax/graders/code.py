@@ -125,7 +125,8 @@ class CodeGrader:
 
 
 def make(*, workers: int | None = None, unsafe: bool = False, isolation: str | None = None, **limits) -> CodeGrader:
-    """A CodeGrader; `limits` are the fields of `Limits`, `isolation` is "bubblewrap", "namespaces" or None for what works.
+    """A CodeGrader; `limits` are the fields of `Limits`, `isolation` is "bubblewrap", "namespaces" or None for what
+    works.
 
     Raises:
       UserError: an unknown or impossible limit.

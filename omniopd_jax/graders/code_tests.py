@@ -133,7 +133,9 @@ def _looked_through(source: str):
             with long_integers():
                 _LOOKED[digest] = _look(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"code tests: 'asserts' can't be read: {type(error).__name__}: {str(error)[:200]}") from error
+            raise UserError(
+                f"code tests: 'asserts' can't be read: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
     return _LOOKED[digest]
 
 

@@ -205,7 +205,8 @@ class _Worker:
 
 
 def make(*, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096) -> MathGrader:
-    """A MathGrader that spends at most `seconds` on a pair, in up to `workers` processes (default: one per core, at most 4).
+    """A MathGrader that spends at most `seconds` on a pair, in up to `workers` processes (default: one per core, at
+    most 4).
 
     Raises:
       UserError: an impossible setting.

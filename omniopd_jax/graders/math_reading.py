@@ -211,7 +211,8 @@ def parts_of(answer: str) -> list[str]:
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
-    """(value, whether it is a percentage) of a plain number: 1.50, -3/4, \\frac{3}{4}, 50\\%; None for anything else."""
+    """(value, whether it is a percentage) of a plain number: 1.50, -3/4, \\frac{3}{4}, 50\\%; None for anything
+    else."""
     text = TEXT_COMMAND.sub(r"\1", text).strip()
     while len(text) > 2 and text[0] in "({" and text[-1] in ")}" and "(" not in text[1:]:
         text = text[1:-1].strip()

@@ -1,4 +1,5 @@
-"""Which part of a response is the program: found by its lines alone, since Python's own parser can be crashed by a text.
+"""Which part of a response is the program: found by its lines alone, since Python's own parser can be crashed by a
+text.
 
 A block says Python or says nothing; the program is the last block that defines what is asked, where several do the one
 that says Python. What cannot be decided by lines is left to the sandbox: `candidates` are tried there in order, and the
@@ -16,7 +17,8 @@ _WRITES = re.compile(r"\bprint\s*\(|\bstdout\b|\bos\.write\b")
 _CODE = re.compile(r"^(?:from\s+[\w.]+\s+import\b|import\s+\w|def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w)", re.MULTILINE)
 
 _LAST = re.compile(
-    r"[ \t]+\S|[)\]}]|(?:import|from|def|class|if|for|while|print)\b.*[:)\w]$|\w[\w.\[\]]*[ \t]*[-+*/]?=|\w[\w.]*\(.*\)$"
+    r"[ \t]+\S|[)\]}]|(?:import|from|def|class|if|for|while|print)\b.*[:)\w]$|\w[\w.\[\]]*[ \t]*[-+*/]?="
+    r"|\w[\w.]*\(.*\)$"
 )
 _TAGS = re.compile(r"(?m)^[ \t]*(?:\[BEGIN\]|\[DONE\]|</?(?:answer|code|solution|program)>)[ \t]*$\n?")
 
@@ -28,7 +30,8 @@ def after_thinking(text: str) -> str:
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, source) of each fenced block: ``` or ~~~, perhaps indented, quoted, unclosed, or closed at a line's end."""
+    """(language, source) of each fenced block: ``` or ~~~, perhaps indented, quoted, unclosed, or closed at a line's
+    end."""
     found, lines, fence = [], [], None
     language = margin = ""
     for line in text.splitlines():

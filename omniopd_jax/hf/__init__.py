@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -17,16 +18,24 @@ from jax.experimental import multihost_utils
 
 from omniopd_jax import model
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.hf import bounded, hub, safetensors
+from omniopd_jax.hf import bounded, hub, layered, safetensors
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.hf.config import model_config
 from omniopd_jax.hf.hub import resolve
 from omniopd_jax.hf.tokenizer import end_ids, load_tokenizer
 
 __all__ = [
-    "SAVE_DTYPES", "end_ids", "generation_config", "load", "load_tokenizer", "model_config", "read_config", "resolve", "save",
+    "SAVE_DTYPES",
+    "end_ids",
+    "generation_config",
+    "load",
+    "load_tokenizer",
+    "model_config",
+    "read_config",
+    "resolve",
+    "save",
     "save_adapters",
-]  # fmt: skip
+]
 
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTER = "adapter_model.safetensors"
@@ -92,7 +101,7 @@ def load(
 
 def save(
     folder, params: dict, model_cfg: model.ModelConfig, tokenizer=None, *, dtype: str = "bfloat16",
-    shard_bytes: float = 5e9, generation_config: dict | None = None, end_ids: tuple[int, ...] = (),
+    shard_bytes: float = 5e9, generation_config: dict | None = None, end_ids: tuple[int, ...] = (), source=None,
 ) -> None:  # fmt: skip
     """Writes a folder that transformers and vLLM open: safetensors, configs, tokenizer, chat template.
 
@@ -107,6 +116,8 @@ def save(
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
       generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
         empty: none is written.
+      source: the folder that the model was loaded from: what it holds beside the text model (a tower of images, heads
+        that predict further tokens) is taken over, tensors and config, as it is. None: the text model alone is written.
       end_ids: every token that ends an answer; empty: as generation_config or else the tokenizer says.
 
     Raises:
@@ -118,9 +129,18 @@ def save(
     if end_ids:
         ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else sorted(end_ids)
         generation |= {k: ids[k] for k in ("eos_token_id",) if k in generation}
-    config = hf_config.config_json(model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS})
+    config = hf_config.config_json(
+        model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS}
+    )
+    beside: dict = {}
+    if source is not None and model_cfg.family in layered.FAMILIES:
+        source = hub.resolve(source)
+        beside = safetensors.carried(safetensors.find(source), model_cfg)
+        config = layered.around(config, bounded.read_json(source / "config.json"))
+    else:
+        model_cfg = dataclasses.replace(model_cfg, prefix=layered.PREFIX)
     with _placed(folder, "config.json") as work:
-        safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes)
+        safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes, beside=beside)
         if work is not None:
             bounded.write_json(work / "config.json", config)
             if generation:
@@ -130,7 +150,9 @@ def save(
                 _for_older_readers(work / "tokenizer_config.json")
 
 
-def save_adapters(folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16") -> None:
+def save_adapters(
+    folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16"
+) -> None:
     """Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer. Whole or not at all, as `save`.
 
     Args:
@@ -158,7 +180,9 @@ def _placed(folder, marker: str):
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).is_file())):
-        raise UserError(f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one")
+        raise UserError(
+            f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one"
+        )
     writer = jax.process_index() == 0
     work = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
@@ -184,8 +208,8 @@ def generation_config(folder, *, setting: str = "student.path") -> dict:
 
 
 def _for_older_readers(path: Path) -> None:
-    """Makes a tokenizer_config.json of transformers 5 readable for transformers 4, which it stays for 5: the class by its
-    name in both, special tokens beside the named ones as the list that 4 knows.
+    """Makes a tokenizer_config.json of transformers 5 readable for transformers 4, which it stays for 5: the class by
+    its name in both, special tokens beside the named ones as the list that 4 knows.
     """
     if not path.is_file():
         return

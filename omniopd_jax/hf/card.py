@@ -36,12 +36,15 @@ def write(folder, run, *, name: str, adapter: bool, step: int | None = None) -> 
         summary = {}  # the summary's accuracy and cost are the last step's
     rows = _rows(run / "metrics.jsonl")
     path = pathlib.Path(folder) / "README.md"
-    path.write_text(text(config, summary, rows, name=name, adapter=adapter, step=step), encoding="utf-8", errors="replace")
+    path.write_text(
+        text(config, summary, rows, name=name, adapter=adapter, step=step), encoding="utf-8", errors="replace"
+    )
     return path
 
 
 def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: bool, step: int | None) -> str:
-    """The card: front matter that the hub reads, then base, teacher, method, settings, before and after, cost, licence."""
+    """The card: front matter that the hub reads, then base, teacher, method, settings, before and after, cost,
+    licence."""
     base, teacher = str(config["student"]["path"]), config.get("teacher", {})
     objective = config["objective"]["name"]
     asked = objective not in ("grpo", "constant")
@@ -55,7 +58,10 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
     }
     method = METHODS.get(objective, objective)
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items() if v), "---", "", f"# {_line(name)}", ""]
-    lines += [f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.", ""]
+    lines += [
+        f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.",
+        "",
+    ]
     who = f"`{_shown(str(teacher.get('model')))}` ({_line(str(teacher.get('provider')))})" if asked else "none"
     lines += ["| | |", "| --- | --- |", f"| base | `{_shown(base)}` |", f"| teacher | {who} |"]
     lines += [f"| method | {method} |", f"| updates | {done} of {config['num_steps']} |"]
@@ -63,7 +69,9 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
     lines += ["", "## Settings", "", "| key | value |", "| --- | --- |"]
     lines += [f"| `{key}` | `{_line(str(value))}` |" for key in SETTINGS if (value := _get(config, key)) is not None]
     data = config.get("data", {})
-    where = [str(data.get(k) or "") for k in ("source", "name", "split")] + [pathlib.Path(str(data.get("path") or "")).name]
+    where = [str(data.get(k) or "") for k in ("source", "name", "split")] + [
+        pathlib.Path(str(data.get("path") or "")).name
+    ]
     lines += [f"| `data` | `{_line(' '.join(filter(None, where)))}` |", ""]
     lines += ["## Licence", "", _licence_words(base, asked), ""]
     return "\n".join(lines)
@@ -104,7 +112,9 @@ def _base_licence(base: str) -> str | None:
 
 def _licence_words(base: str, asked: bool) -> str:
     own = _base_licence(base)
-    words = f"The base model's licence is `{own}`." if own else "The base model's licence applies; its folder names none."
+    words = (
+        f"The base model's licence is `{own}`." if own else "The base model's licence applies; its folder names none."
+    )
     return words + (" The teacher's terms may limit what models trained on its output are used for." if asked else "")
 
 
@@ -134,7 +144,9 @@ def push(folder, name: str) -> str:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of omniopd_jax")
     except Exception as error:  # the transports' errors share no base class
-        raise UserError(f"--push_to_hub={name}: the upload failed: {_reason(error)}; the export is in {folder}") from error
+        raise UserError(
+            f"--push_to_hub={name}: the upload failed: {_reason(error)}; the export is in {folder}"
+        ) from error
     return f"{api.endpoint}/{name}"
 
 
@@ -153,7 +165,9 @@ def check(name: str) -> None:
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:
-        raise UserError(f"--push_to_hub={name}: the hub refuses the token or does not answer: {_reason(error)}") from error
+        raise UserError(
+            f"--push_to_hub={name}: the hub refuses the token or does not answer: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """config.json <-> ModelConfig, strictly: what changes the computation and is not known here is refused by name, never
-approximated; what changes nothing (names, versions, token ids, fields that are null or at "off") is passed over (`fields`).
+approximated; what changes nothing (names, versions, token ids, fields that are null or at "off") is passed over
+(`fields`).
 """
 
 import dataclasses
@@ -127,7 +128,7 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
         def rope(entry: dict):
             return _rope_entry(dict(entry), None, positions, f"{where}: rope_parameters")
 
-        special = {"tied": None, "prefix": layered.WRAPPED_PREFIX if isinstance(inner, dict) else "model."}
+        special = {"tied": None, "prefix": layered.WRAPPED_PREFIX if isinstance(inner, dict) else layered.PREFIX}
         special |= layered.FAMILIES[family](left, size, take, rope, where)
     for key, allowed in ONLY.items():
         if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
@@ -163,7 +164,9 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     if unknown:
         reason = fields.REASONS.get(unknown[0], "")
         more = f" (and {len(unknown) - 1} more: {', '.join(k[:40] for k in unknown[1:4])})" if len(unknown) > 1 else ""
-        raise UserError(f"{where}: unknown field {unknown[0][:60]} = {_shown(left[unknown[0]])} for {family}{reason}{more}")
+        raise UserError(
+            f"{where}: unknown field {unknown[0][:60]} = {_shown(left[unknown[0]])} for {family}{reason}{more}"
+        )
     _check(cfg, where)
     return cfg
 
@@ -217,7 +220,7 @@ def config_json(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
     if cfg.family in layered.FAMILIES:
         out |= layered.config_json(cfg)
         out = {k: v for k, v in out.items() if k != "use_sliding_window"}
-    if model_config(out, "export") != dataclasses.replace(cfg, prefix="model."):
+    if model_config(out, "export") != dataclasses.replace(cfg, prefix=layered.PREFIX):
         raise ValueError(f"this model has no config.json: {cfg}")
     return out | {k: token_ids.get(k) for k in TOKEN_IDS}
 
@@ -231,12 +234,16 @@ def _family(left: dict, where: str) -> str:
         said = _shown(name or kind)
         known = f"known: {', '.join(ARCHITECTURES)}"
         reason = fields.ARCHITECTURES.get(name if isinstance(name, str) else "") or fields.ARCHITECTURES.get(str(kind))
-        raise UserError(f"{where}: architecture {said} is " + (f"not implemented: {reason}" if reason else f"unknown; {known}"))
+        raise UserError(
+            f"{where}: architecture {said} is " + (f"not implemented: {reason}" if reason else f"unknown; {known}")
+        )
     family = ARCHITECTURES[name]
     if name == "MistralForCausalLM":  # transformers' defaults for a field that is left out are a window, and 8 heads
         for key in ("sliding_window", "num_key_value_heads"):
             if key not in left:
-                raise UserError(f"{where}: {key} is missing, and Mistral's default for it is not implemented; write it out")
+                raise UserError(
+                    f"{where}: {key} is missing, and Mistral's default for it is not implemented; write it out"
+                )
     if kind is not None and kind not in MODEL_TYPES[family]:
         raise UserError(f"{where}: model_type = {_shown(kind)} does not belong to {name}")
     return family
@@ -254,7 +261,9 @@ def _rope(left: dict, positions: int, where: str) -> tuple[float, tuple]:
             raise UserError(f"{where}: {key} = {_shown(entry)} is not an object")
         found.append(_rope_entry(dict(entry), top, positions, f"{where}: {key}"))
     if len(set(found)) > 1:
-        raise UserError(f"{where}: rope_parameters and rope_scaling disagree: {_shown(found[0])} and {_shown(found[1])}")
+        raise UserError(
+            f"{where}: rope_parameters and rope_scaling disagree: {_shown(found[0])} and {_shown(found[1])}"
+        )
     return found[0] if found else (float(top or 10_000.0), ())
 
 

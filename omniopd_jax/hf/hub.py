@@ -1,5 +1,5 @@
-"""Hugging Face names: a local folder, or the hub, asked once: where it does not answer within seconds, libraries are kept
-from retrying for a minute.
+"""Hugging Face names: a local folder, or the hub, asked once: where it does not answer within seconds, libraries are
+kept from retrying for a minute.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """config.json of families whose layers differ: Gemma 3 (sliding and full attention) and Qwen3.5 (linear and full).
 
-Both come as a text model alone or as the text part of a model of images and text (`text_config`); of the latter the text
-model is trained, and the rest is carried through to an export as it was (`CARRIED`).
+Both come as a text model alone or as the text part of a model of images and text (`text_config`); of the latter the
+text model is trained, and the rest is carried through to an export as it was (`CARRIED`).
 """
 
 from collections.abc import Callable
@@ -10,8 +10,13 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.model import ModelConfig
 
 WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Qwen3_5ForConditionalGeneration": "qwen3_5"}
-WRAPPED_PREFIX = "model.language_model."
-CARRIED = ("model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.")  # tensors of no text parameter
+PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's tensors, alone and within a wrapper
+CARRIED = (
+    "model.visual.",
+    "mtp.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)  # tensors of no text parameter
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
@@ -42,8 +47,10 @@ def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: st
         (theta, scaling), local = rope(entry), float(left.pop("rope_local_base_freq", None) or 10_000.0)
     return {
         "head_dim": size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
-        "window": size("sliding_window", 4096), "local_rope_theta": local, "query_scale": float(take("query_pre_attn_scalar", 256)),
-        "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh", "qk_norm": True,
+        "window": size("sliding_window", 4096), "local_rope_theta": local,
+        "query_scale": float(take("query_pre_attn_scalar", 256)),
+        "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh",
+        "qk_norm": True,
         "tied": take("tie_word_embeddings", True),
     }  # fmt: skip
 
@@ -80,7 +87,9 @@ def _kinds(left: dict, where: str, known: tuple[str, ...], default: Callable[[in
     if found is None:
         return tuple(map(default, range(layers))) if isinstance(layers, int) else ()
     if not isinstance(found, list) or len(found) != layers or any(KINDS.get(str(k)) not in known for k in found):
-        raise UserError(f"{where}: layer_types must name one of {', '.join(k for k in KINDS if KINDS[k] in known)} per layer")
+        raise UserError(
+            f"{where}: layer_types must name one of {', '.join(k for k in KINDS if KINDS[k] in known)} per layer"
+        )
     return tuple(KINDS[k] for k in found)
 
 
@@ -101,8 +110,18 @@ def config_json(cfg: ModelConfig) -> dict:
         }  # fmt: skip
     return out | {
         "rope_theta": None, "rope_scaling": None,
-        "rope_parameters": {"rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rotary_dim / cfg.head_dim} | scaling,
+        "rope_parameters": scaling
+        | {"rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rotary_dim / cfg.head_dim},
         "linear_num_key_heads": cfg.linear_key_heads, "linear_num_value_heads": cfg.linear_value_heads,
         "linear_key_head_dim": cfg.linear_key_dim, "linear_value_head_dim": cfg.linear_value_dim,
         "linear_conv_kernel_dim": cfg.conv_width,
     }  # fmt: skip
+
+
+def around(ours: dict, source: dict) -> dict:
+    """The config.json `ours` with what the source's says beside the text model; in a wrapper, in place of its text."""
+    text = source.get("text_config")
+    if not isinstance(text, dict):
+        return source | ours
+    named = {key: value for key, value in ours.items() if key not in ("architectures",)}
+    return source | {"text_config": text | named, "dtype": ours["dtype"]}

@@ -1,6 +1,7 @@
 """How a conversation becomes a prompt, and what ends an answer to it: the one object that everything renders through.
 
-`chat` takes the tokenizer's own template; a path is a Jinja file in its place; `plain` is for base models, which have none:
+`chat` takes the tokenizer's own template; a path is a Jinja file in its place; `plain` is for base models, which have
+none:
 
     [the tokenizer's start token, where it puts one itself]
     [the preamble, and a blank line]
@@ -13,9 +14,10 @@
 
 An answer in that format ends where the model begins another question ("\nQuestion:"), or at an end token.
 
-A stop string is looked for on the host, in a row that is done: the tokens up to the one that completes it stay in the row,
-as an end token does, so the student is trained on how it ended; texts (of chunks, of graded answers) end before it. A row is
-sampled to its cap all the same: a string that may cross tokens in many ways is no end token of the sampler's.
+A stop string is looked for on the host, in a row that is done: the tokens up to the one that completes it stay in the
+row, as an end token does, so the student is trained on how it ended; texts (of chunks, of graded answers) end before
+it. A row is sampled to its cap all the same: a string that may cross tokens in many ways is no end token of the
+sampler's.
 """
 
 import dataclasses
@@ -32,8 +34,9 @@ QUESTION, ANSWER = "Zq7question", "Zq7answer"  # texts that no template writes b
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """See the module. `source` is Jinja, None for the plain format; `turn_end_ids` the tokens that end a turn, first the one
-    that an answer ends with; `stop_strings` the texts that end an answer. `tokenizer` is None where a server has its own.
+    """See the module. `source` is Jinja, None for the plain format; `turn_end_ids` the tokens that end a turn, first
+    the one that an answer ends with; `stop_strings` the texts that end an answer. `tokenizer` is None where a server
+    has its own.
     """
 
     tokenizer: object
@@ -55,7 +58,8 @@ class Template:
 
     @property
     def identity(self) -> str:
-        """A text that differs where the template writes or ends differently: the Jinja text itself where that is all."""
+        """A text that differs where the template writes or ends differently: the Jinja text itself where that is
+        all."""
         more = (self.preamble, *self.stop_strings)
         return (self.source or "plain") + ("\0" + "\0".join(more) if any(more) else "")
 
@@ -90,7 +94,9 @@ class Template:
         note = ""
         if added:
             names = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
-            note = f"{self.what} ends a turn with {names}, no end token of the model's own files: added to its end tokens"
+            note = (
+                f"{self.what} ends a turn with {names}, no end token of the model's own files: added to its end tokens"
+            )
         return tuple(dict.fromkeys((*self.turn_end_ids, *found))), note
 
     def _text(self, token_ids) -> str:
@@ -142,16 +148,22 @@ def make(
     if template == "chat":
         what, source = f"the {setting}'s chat template", _own(tokenizer, setting)
         if preamble:
-            raise UserError(f"{setting}.preamble is for {key} = 'plain' or a Jinja file, not for a model's chat template")
+            raise UserError(
+                f"{setting}.preamble is for {key} = 'plain' or a Jinja file, not for a model's chat template"
+            )
     elif template == "plain":
         stop_strings = (*PLAIN_STOPS, *stop_strings)
         if kwargs:
-            raise UserError(f"{setting}.chat_template_kwargs = {kwargs} is for a Jinja template, not for {key} = 'plain'")
+            raise UserError(
+                f"{setting}.chat_template_kwargs = {kwargs} is for a Jinja template, not for {key} = 'plain'"
+            )
     else:
         source = bounded.read_text(_file(template, key), FILE_BYTES)
         if preamble and "preamble" not in source:
             raise UserError(f"{what} does not use the variable `preamble`, but {setting}.preamble is set")
-    made = Template(tokenizer, source, kwargs, preamble, tuple(dict.fromkeys(stop_strings)), (), _start(tokenizer), what)
+    made = Template(
+        tokenizer, source, kwargs, preamble, tuple(dict.fromkeys(stop_strings)), (), _start(tokenizer), what
+    )
     _try_out(made)
     return dataclasses.replace(made, turn_end_ids=_turn_end(made))
 
@@ -163,12 +175,17 @@ def of_student(cfg, tokenizer) -> Template:
 
 
 def of_teacher(cfg, tokenizer) -> Template:
-    """The teacher's, where prompts are rendered here: in process, or for raw completion. Raises `UserError` as `make`."""
+    """The teacher's, where prompts are rendered here: in process, or for raw completion. Raises `UserError` as
+    `make`."""
     c = cfg.teacher
     return make(
-        tokenizer, template=c.template, kwargs=c.chat_template_kwargs.to_dict(), preamble=c.preamble,
-        stop_strings=c.stop_strings, setting="teacher",
-    )  # fmt: skip
+        tokenizer,
+        template=c.template,
+        kwargs=c.chat_template_kwargs.to_dict(),
+        preamble=c.preamble,
+        stop_strings=c.stop_strings,
+        setting="teacher",
+    )
 
 
 def check_teacher(cfg) -> Template | None:
@@ -187,7 +204,9 @@ def check_teacher(cfg) -> Template | None:
         )
     if not folder:
         return of_teacher(cfg, None) if own_format and c.provider == "openai" else None
-    return of_teacher(cfg, load_tokenizer(folder, setting="teacher.model" if c.provider == "local" else "teacher.tokenizer"))
+    return of_teacher(
+        cfg, load_tokenizer(folder, setting="teacher.model" if c.provider == "local" else "teacher.tokenizer")
+    )
 
 
 def _own(tokenizer, setting: str) -> str:
@@ -197,11 +216,14 @@ def _own(tokenizer, setting: str) -> str:
         source = source.get("default")
     if not source:
         raise UserError(
-            f"the {setting}'s tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
+            f"the {setting}'s tokenizer has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json): "
             f"set {setting}.template = 'plain' for a base model, or to a Jinja file, or take the instruct model"
         )
     if len(source) > FILE_BYTES:
-        raise UserError(f"the {setting}'s chat template has {len(source):,} characters; at most {FILE_BYTES:,} are read")
+        raise UserError(
+            f"the {setting}'s chat template has {len(source):,} characters; at most {FILE_BYTES:,} are read"
+        )
     return source
 
 
@@ -231,7 +253,9 @@ def _turn_end(template: Template) -> tuple[int, ...]:
     if template.source is None:
         return end
     try:
-        whole = template._render(({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}), False)
+        whole = template._render(
+            ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}), False
+        )
     except UserError:  # some templates take no answer
         return end
     after = whole[whole.rfind(ANSWER) + len(ANSWER) :] if ANSWER in whole else ""
@@ -258,7 +282,8 @@ def _try_out(template: Template) -> None:
         return
     if not whole.startswith(prompt) or not whole[len(prompt) :].lstrip().startswith(ANSWER):
         raise UserError(
-            f"{template.what} ignores the generation prompt (add_generation_prompt): a prompt would end before the mark that "
+            f"{template.what} ignores the generation prompt (add_generation_prompt): a prompt would end before the "
+            "mark that "
             "begins an answer; use a template that writes it"
         )
 

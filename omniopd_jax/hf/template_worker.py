@@ -1,8 +1,9 @@
 """The process that renders chat templates: run by path (`python -I`), ended by template.py where one takes too long.
 
-A template is code from elsewhere. Jinja's sandbox keeps it from files and from Python's internals, not from a loop without
-end or a text of gigabytes; a process of its own with bounded memory does. Reads one JSON object {source, variables} a line
-and writes {"text": ...} or {"error": ...} a line. The environment is the one that transformers renders with.
+A template is code from elsewhere. Jinja's sandbox keeps it from files and from Python's internals, not from a loop
+without end or a text of gigabytes; a process of its own with bounded memory does. Reads one JSON object {source,
+variables} a line and writes {"text": ...} or {"error": ...} a line. The environment is the one that transformers
+renders with.
 """
 
 import datetime
@@ -20,7 +21,8 @@ LONGEST = 8_000_000  # characters of a rendered prompt
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training masks; here it writes its body."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training masks; here it writes its
+    body."""
 
     tags = {"generation"}
 

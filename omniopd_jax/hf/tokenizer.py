@@ -55,7 +55,8 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
     token, top = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if top >= model_cfg.vocab_size:
         raise UserError(
-            f"{setting}: the tokenizer's token {token!r} has the id {top}, the model's embedding has {model_cfg.vocab_size} "
+            f"{setting}: the tokenizer's token {token!r} has the id {top}, the model's embedding has "
+            f"{model_cfg.vocab_size} "
             "rows (vocab_size): take the tokenizer that belongs to the model"
         )
     if longest > (most := positions(model_cfg)):
@@ -66,8 +67,8 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
 
 
 def positions(model_cfg: ModelConfig) -> int:
-    """The longest text of a model. Linear and YaRN scaling stretch the positions that it was trained with; Llama 3's files
-    count the stretched ones already.
+    """The longest text of a model. Linear and YaRN scaling stretch the positions that it was trained with; Llama 3's
+    files count the stretched ones already.
     """
     scaling = dict(model_cfg.rope_scaling)
     own = model_cfg.max_positions

@@ -102,7 +102,13 @@ def hidden(
 
             def attend(q, k, v):
                 return attention.attend(
-                    q, k, v, segment_BL=segment_BL, backend=compute.attention, mesh=compute.mesh, **attention_of(cfg, kind)
+                    q,
+                    k,
+                    v,
+                    segment_BL=segment_BL,
+                    backend=compute.attention,
+                    mesh=compute.mesh,
+                    **attention_of(cfg, kind),
                 )
 
             def recur(*args):
@@ -118,7 +124,7 @@ def hidden(
 
 
 def _over_layers(one, x_BLD, stacked: dict, cfg: ModelConfig):
-    """`one(kind)(x_BLD, p) -> (x_BLD, None)` of every layer in turn: a scan over periods of kinds, then what is left."""
+    """`one(kind)(x_BLD, p) -> (x_BLD, None)` of every layer in turn: a scan over periods of kinds, then the rest."""
     if cfg.period == 1:
         return jax.lax.scan(one(cfg.kinds[0]), x_BLD, stacked)[0]
     run = {kind: one(kind) for kind in dict.fromkeys(cfg.kinds)}
@@ -257,8 +263,8 @@ def unstack(params: dict, cfg: ModelConfig, dtype) -> dict:
 def cast_layers(params: dict, dtype) -> dict:
     """`params` with the stacked layers in `dtype`: once in front of a pass, not once a layer, turn and micro-batch.
 
-    A layer's leaf is used once a pass and in `dtype`: its gradient comes in that dtype, as its product does, and the sum
-    over micro-batches belongs in the masters'.
+    A layer's leaf is used once a pass and in `dtype`: its gradient comes in that dtype, as its product does, and the
+    sum over micro-batches belongs in the masters'.
     """
     return params | {"layers": cast(params["layers"], dtype)}
 

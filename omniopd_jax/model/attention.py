@@ -15,10 +15,12 @@ BACKENDS = ("xla", "splash", "cudnn", "splash_interpret")  # the last: splash's 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes; elsewhere xla
 LANES = 128  # rows of the splash kernel are padded to a multiple
 CUDNN_PACKED = (
-    "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public call "
+    "model.attention = cudnn takes right-padded rows only: packed or left-padded rows need segments, which its public "
+    "call "
     "lacks"
 )
-XLA_BLOCK, XLA_BLOCKS = 64, 8  # xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
+# xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
+XLA_BLOCK, XLA_BLOCKS = 64, 8
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
@@ -32,7 +34,8 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
       on: tpu, gpu or cpu, whose kernel it must be; empty: `auto` goes by the default device, and a name is not checked.
 
     Raises:
-      UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or by
+      UserError: a kernel that the devices `on` do not have; cudnn asked for by name with float32; cudnn, asked for or
+      by
         `auto`, with packed rows.
     """
     auto = name == "auto"
@@ -52,8 +55,8 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
 
 
 def attend(
-    q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, window: int = 0, scale: float | None = None, backend: str,
-    mesh=None,
+    q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, window: int = 0, scale: float | None = None,
+    backend: str, mesh=None,
 ):  # fmt: skip
     """Causal attention with grouped heads, softmax in float32.
 
@@ -85,7 +88,8 @@ def attend(
 
 
 def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL, window: int, scale):
-    """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not made."""
+    """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not
+    made."""
     L = q_BLQH.shape[1]
     size = max(XLA_BLOCK, -(-L // XLA_BLOCKS)) if L > 2 * XLA_BLOCK else L
     out = []
@@ -104,7 +108,8 @@ def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL, window: int, scale):
 def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS, scale: float | None = None):
     """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1.
 
-    The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as long.
+    The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as
+    long.
     """
     B, L, Q, H = q_BLQH.shape
     K, S = k_BKSH.shape[1:3]
@@ -119,7 +124,8 @@ def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS, scale: float | None = None):
 
 
 def saved_by_kernel(primitive, *_, **__) -> bool:
-    """Remat policy: keeps what cuDNN's forward kernel leaves for its backward (output and log-sum), which carries no name.
+    """Remat policy: keeps what cuDNN's forward kernel leaves for its backward (output and log-sum), which carries no
+    name.
 
     Without it the backward pass runs the forward kernel again.
     """
@@ -171,7 +177,9 @@ def _splash(q_BLQH, k_BLKH, v_BLKH, segment_BL, *, window: int, scale, interpret
     run = kernel.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
     )
-    q = (q_BLQH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)).astype(q_BLQH.dtype)  # the kernel does not scale
+    q = (q_BLQH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)).astype(
+        q_BLQH.dtype
+    )  # the kernel does not scale
     q, k, v = (jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (q, k_BLKH, v_BLKH))
     if segment_BL is None:
         out_BQLH = jax.vmap(run)(q, k, v)

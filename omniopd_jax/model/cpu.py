@@ -33,7 +33,8 @@ def vocab_columns(mesh) -> int:
 
 
 def once(a, columns: int):
-    """`a`, computed once and stored, where the vocabulary is walked in parts: else it is computed again for every part."""
+    """`a`, computed once and stored, where the vocabulary is walked in parts: else it is computed again for every
+    part."""
     return jax.lax.optimization_barrier(a) if columns else a
 
 

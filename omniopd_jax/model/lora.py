@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters beside frozen projections (Hu et al., arXiv 2106.09685), initialised and named as PEFT does.
 
-A projection becomes x W + (alpha / rank) (x A) B; A starts uniform, B zero, so a run starts at the base model. Only A and B
-are trained, saved and given optimizer state. The model without them is the anchor's reference: no second copy is held.
+A projection becomes x W + (alpha / rank) (x A) B; A starts uniform, B zero, so a run starts at the base model. Only A
+and B are trained, saved and given optimizer state. The model without them is the anchor's reference: no second copy is
+held.
 """
 
 import math
@@ -41,7 +42,8 @@ def table(model_cfg: model.ModelConfig, settings) -> dict:
     """
     if model_cfg.num_experts and (experts := [t for t in settings.targets if t not in ATTENTION]):
         raise UserError(
-            f"lora.targets: {', '.join(experts)} of a mixture of experts take no adapter; choose among {', '.join(ATTENTION)}"
+            f"lora.targets: {', '.join(experts)} of a mixture of experts take no adapter; choose among "
+            f"{', '.join(ATTENTION)}"
         )
     base, layers = model.table(model_cfg)["layers"], {}
     for target in settings.targets:
@@ -111,7 +113,8 @@ def peft_config(settings, base) -> dict:
 
 
 def attach(base: dict, adapters: dict) -> dict:
-    """The whole model as `model.hidden` takes it: the base with the adapters among its layers' leaves. Copies nothing."""
+    """The whole model as `model.hidden` takes it: the base with the adapters among its layers' leaves. Copies
+    nothing."""
     return base | {"layers": base["layers"] | adapters["layers"]}
 
 

@@ -1,5 +1,5 @@
-"""What a model is made of: its config's facts, and one declaration per parameter: shape, logical axes, init, and the Hugging
-Face tensor that it is. Loading, sharding, init and export all read it.
+"""What a model is made of: its config's facts, and one declaration per parameter: shape, logical axes, init, and the
+Hugging Face tensor that it is. Loading, sharding, init and export all read it.
 """
 
 import dataclasses
@@ -151,9 +151,7 @@ def _attention(cfg: ModelConfig) -> dict:
         ),
     }  # fmt: skip
     if cfg.qk_norm:
-        out |= {
-            n: _vector(H, f"self_attn.{n}.weight", axis=None, init=_norm_init(cfg)) for n in ("q_norm", "k_norm")
-        }
+        out |= {n: _vector(H, f"self_attn.{n}.weight", axis=None, init=_norm_init(cfg)) for n in ("q_norm", "k_norm")}
     if cfg.qkv_bias:
         for name, n, axis in (("q", Q, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
             key = f"self_attn.{name}_proj.bias"
@@ -164,7 +162,7 @@ def _attention(cfg: ModelConfig) -> dict:
 
 
 def _linear(cfg: ModelConfig) -> dict:
-    """Of a gated delta net (linear.py): query, key and value are one projection, which tensor parallelism does not split."""
+    """Of a gated delta net (linear.py): query, key and value are one projection, which tp does not split."""
     D, heads, channels = cfg.hidden_size, cfg.linear_value_heads, cfg.conv_channels
     values = heads * cfg.linear_value_dim
     conv = Param(
@@ -217,7 +215,7 @@ def _matrix(shape: tuple[int, int], axes: tuple, hf: str) -> Param:
 
 @functools.lru_cache
 def layers_of(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name of a leaf of `layers` -> the numbers of the layers that it is stacked over; adapters are as their projection."""
+    """Name of a leaf of `layers` -> the numbers of the layers that it is stacked over."""
     return {name: p.layers for name, p in table(cfg)["layers"].items()}
 
 
@@ -249,7 +247,7 @@ def fits(params: dict, table: dict) -> bool:
 
 
 def init(key: jax.Array, cfg: ModelConfig) -> dict:
-    """Random float32 parameters: normal, standard deviation fan_in**-0.5 (embeddings 0.02); norms' factors 1, biases 0."""
+    """Random float32 parameters: normal, standard deviation fan_in**-0.5 (embeddings 0.02); norms 1, biases 0."""
     leaves, tree = jax.tree.flatten(table(cfg), is_leaf=is_param)
 
     def one(key, p: Param):

@@ -2,9 +2,9 @@
 
 Only the passes that make hidden states see packed rows. The vocabulary pass gets the states of real response tokens,
 gathered, and everything per response keeps its [B, T] shape and its place: `pack_values` and `unpack_values` convert
-between the two. A process packs its own responses and deals the rows evenly to its devices and to their micro-batches, the
-Z parts of a batch. So a response may be computed on another device than the one that holds its row of [B, T]; what crosses
-is a few numbers a token, no state. X are the response positions of one part.
+between the two. A process packs its own responses and deals the rows evenly to its devices and to their micro-batches,
+the Z parts of a batch. So a response may be computed on another device than the one that holds its row of [B, T]; what
+crosses is a few numbers a token, no state. X are the response positions of one part.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where each response of a process goes: which part, which of its rows, first column; and the fewest rows and positions."""
+    """Where each response of a process goes: which part, which of its rows, first column; and the fewest rows and
+    positions."""
 
     rows: int  # of each part
     positions: int  # X
@@ -169,5 +170,6 @@ def unpack_values(packed: Packed, a_ZX, T: int, mesh):
 
 
 def _pick(a, index, mesh):
-    """Elements of `a`, on whatever device: it is gathered whole, a number a token, so that the indices stay in place."""
+    """Elements of `a`, on whatever device: it is gathered whole, a number a token, so that the indices stay in
+    place."""
     return jnp.take(sharding.constrain(a, mesh).reshape(-1), index, mode="clip")

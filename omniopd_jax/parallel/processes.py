@@ -2,8 +2,9 @@
 
 Device data crosses hosts inside jitted code. What the *host* decides (which checkpoint, whether to stop, how wide a
 batch is, what the teacher counted) goes through JAX's coordination service as small messages with a name: every
-process waits for every other, a wait that takes long says on stderr who is missing, and one that takes too long ends the
-run. A process that died is found by its heartbeat, and the service then ends the others. With one process all is local.
+process waits for every other, a wait that takes long says on stderr who is missing, and one that takes too long ends
+the run. A process that died is found by its heartbeat, and the service then ends the others. With one process all is
+local.
 """
 
 import base64
@@ -52,7 +53,8 @@ def init(cfg) -> None:
         # otherwise (XLA's CPU schedule depends on the cores it is given), and then each waits in another one for ever.
         jax.config.update("jax_enable_compilation_cache", False)
     barrier("start")
-    # the first collective connects everyone to everyone, for which gloo allows 30 s: now, not after different compile times
+    # the first collective connects everyone to everyone, for which gloo allows 30 s: now, not after different compile
+    # times
     multihost_utils.sync_global_devices("start")
 
 
@@ -67,7 +69,9 @@ def explicit(environment) -> dict | None:
             raise ValueError
     except (TypeError, ValueError):
         shown = ", ".join(f"{n}={v}" for n, v in zip(EXPLICIT, given))
-        raise UserError(f"{shown}: set all three, host:port, a number of processes and a rank below it; or none") from None
+        raise UserError(
+            f"{shown}: set all three, host:port, a number of processes and a rank below it; or none"
+        ) from None
     return {"coordinator_address": address, "num_processes": count, "process_id": rank}
 
 

@@ -19,7 +19,8 @@ MATRICES = {"embed": ("tp", None), "head": (None, "tp")}  # mesh axes of a copy
 
 
 def replicate(params: dict, mesh, dtype=None) -> dict:
-    """`params` with its embedding and head as a copy per shard of rows, [Y, ...]; cast to `dtype` before they travel."""
+    """`params` with its embedding and head as a copy per shard of rows, [Y, ...]; cast to `dtype` before they
+    travel."""
     if mesh.size == 1:
         return params
     out = dict(params)

@@ -28,7 +28,8 @@ DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
-    """Mesh over (data, fsdp, tp); one size may be -1 and takes what is left. A tp group is one host's, where that can be.
+    """Mesh over (data, fsdp, tp); one size may be -1 and takes what is left. A tp group is one host's, where that can
+    be.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -72,7 +73,8 @@ def constrain(a, mesh, *axes):
 
 
 def state_shardings(tree, params: dict, shardings: dict, mesh):
-    """Shardings for an optimizer state: leaves shaped and named like a parameter lie as it does, the rest replicated."""
+    """Shardings for an optimizer state: leaves shaped and named like a parameter lie as it does, the rest
+    replicated."""
     by_path = {jax.tree_util.keystr(k): (p.shape, s) for (k, p), s in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}  # fmt: skip
 

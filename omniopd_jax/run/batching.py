@@ -37,7 +37,11 @@ def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg) -> Rows:
         token_BL, prompt_length_B = sharding.put_rows((pad_rows(rows, L)[0], prompt_length_B), mesh)
         return Rows(token_BL, None, prompt_length_B, T)
     packed = packing.make(
-        rows, prompt_length_B, most=cfg.packing.length, shards=sharding.own_shards(mesh), micro_batches=cfg.micro_batches
+        rows,
+        prompt_length_B,
+        most=cfg.packing.length,
+        shards=sharding.own_shards(mesh),
+        micro_batches=cfg.micro_batches,
     )
     packed, prompt_length_B = sharding.put_rows((packed, prompt_length_B), mesh)
     return Rows(None, packed, prompt_length_B, T)

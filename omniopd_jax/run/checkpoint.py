@@ -43,7 +43,9 @@ def restore_journal(cfg) -> list[int]:
     newest = processes.first("newest journal", max(steps, default=None))
     if newest is not None:
         owners = sorted(set(disks))
-        for i, part in enumerate(sorted(f for f in (snapshots / str(newest)).iterdir() if f.is_dir() and f.name.isdigit())):
+        for i, part in enumerate(
+            sorted(f for f in (snapshots / str(newest)).iterdir() if f.is_dir() and f.name.isdigit())
+        ):
             if owners[i % len(owners)] == jax.process_index():
                 journals.restore(part, folder)
         processes.barrier("journal restored")
@@ -75,9 +77,15 @@ class Checkpoints:
     def __init__(self, run_dir, *, keep: int, keep_every: int = 0):
         folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        self._open(folder, ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        ))  # fmt: skip
+        self._open(
+            folder,
+            ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every or None,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+            ),
+        )
 
     @classmethod
     def reader(cls, run_dir) -> "Checkpoints":
@@ -90,7 +98,9 @@ class Checkpoints:
         if not folder.is_dir():
             raise UserError(f"{folder.parent} holds no checkpoint yet")
         checkpoints = cls.__new__(cls)
-        checkpoints._open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False))
+        checkpoints._open(
+            folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False)
+        )
         return checkpoints
 
     def _open(self, folder: pathlib.Path, options) -> None:
@@ -137,7 +147,9 @@ class Checkpoints:
         s, meta = got["state"], got["meta"]
         state = TrainState(s["params"], s["opt_state"], s["step"], jax.random.wrap_key_data(s["key"]))
         if meta.pop("fingerprint", None) != fingerprint(state):
-            raise UserError(f"checkpoint {step} in {self._folder} can't be restored: its numbers are not those that were saved")
+            raise UserError(
+                f"checkpoint {step} in {self._folder} can't be restored: its numbers are not those that were saved"
+            )
         return state, meta
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict] | None:
@@ -200,7 +212,8 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a run's checkpoint holds of parameters, none read: `shapes` is their tree, `config` the run's resolved config."""
+    """What a run's checkpoint holds of parameters, none read: `shapes` is their tree, `config` the run's resolved
+    config."""
 
     folder: pathlib.Path
     step: int
@@ -252,13 +265,15 @@ def read_params(saved: Saved, shardings: dict | None = None) -> dict:
 
 
 def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
-    """(the parameters of a run's checkpoint on this host, its resolved config). Raises `UserError` as `saved_params`."""
+    """(the parameters of a run's checkpoint on this host, its resolved config). Raises `UserError` as
+    `saved_params`."""
     saved = saved_params(run_dir, step)
     return read_params(saved), saved.config
 
 
 def fingerprint(state: TrainState) -> int:
-    """63 bits that depend on every bit of the state and not on how it lies on devices: sums of integers wrap exactly."""
+    """63 bits that depend on every bit of the state and not on how it lies on devices: sums of integers wrap
+    exactly."""
     plain = _plain(state)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(plain)]
     where = plain["step"].sharding  # replicated

@@ -1,7 +1,7 @@
 """Money before it is spent: what a run will ask of a paid teacher, from the recipe alone; no weights, no call.
 
-    python -m omniopd_jax.main --config=RECIPE --estimate      prints the table and ends
-    python -m omniopd_jax.main --config=RECIPE --yes           starts a run above budget.confirm_usd without a cap
+python -m omniopd_jax.main --config=RECIPE --estimate      prints the table and ends
+python -m omniopd_jax.main --config=RECIPE --yes           starts a run above budget.confirm_usd without a cap
 """
 
 import pathlib
@@ -46,7 +46,9 @@ def table(e: budget.Estimate, state: str) -> str:
     rows.append(("dollars", *(dollars(v, state) for v in e.usd)))
     rows.append(("hours of the teacher", *(format(v, ",.2f") for v in e.hours)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows
+    )
 
 
 def confirm(cfg, asks_teacher: bool) -> None:
@@ -87,17 +89,25 @@ class Preview:
         """The table, where each cap would stop the run, and what was assumed."""
         cfg, e = self.cfg, self.estimate
         if e is None:
-            why = "is in process" if cfg.teacher.provider not in CLIENTS else "is not asked, or replayed from its journal"
-            return f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
+            why = (
+                "is in process" if cfg.teacher.provider not in CLIENTS else "is not asked, or replayed from its journal"
+            )
+            return (
+                f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
+            )
         lines = [f"{cfg.objective.name} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
         lines.append(table(e, self.state))
         lines += self.caps()
         if self.state == UNKNOWN:
-            lines.append("the price is unknown: set teacher.price_input and teacher.price_output (USD per million tokens)")
+            lines.append(
+                "the price is unknown: set teacher.price_input and teacher.price_output (USD per million tokens)"
+            )
         if self.state == OWN:
             lines.append("a server of your own has no price; teacher.price_input and teacher.price_output set one")
         low, slow = LATENCY_S
-        lines.append(f"a call is one request; assumed: {low:g} to {slow:g} s each, {cfg.teacher.max_concurrency} at a time")
+        lines.append(
+            f"a call is one request; assumed: {low:g} to {slow:g} s each, {cfg.teacher.max_concurrency} at a time"
+        )
         return "\n".join(lines)
 
     def caps(self) -> list[str]:
@@ -126,7 +136,8 @@ class Preview:
         if CLIENTS[cfg.teacher.provider](cfg).self_hosted:
             return
         raise UserError(
-            f"{self.text()}\nthe middle estimate, ${self.estimate.usd[1]:,.2f}, is above budget.confirm_usd = {limit:g} and no "
+            f"{self.text()}\nthe middle estimate, ${self.estimate.usd[1]:,.2f}, is above budget.confirm_usd = "
+            f"{limit:g} and no "
             "cap is set: set budget.usd, or add --yes to start all the same"
         )
 

@@ -1,4 +1,5 @@
-"""Whether a recipe fits a slice: its passes compiled as the run would compile them, and what the compiler says of each."""
+"""Whether a recipe fits a slice: its passes compiled as the run would compile them, and what the compiler says of
+each."""
 
 import dataclasses
 import functools
@@ -24,7 +25,8 @@ MIB = 2.0**20
 
 @dataclasses.dataclass
 class Pass:
-    """What the compiler said of one pass, in bytes a chip. `resident` is what the run holds beside the pass's arguments."""
+    """What the compiler said of one pass, in bytes a chip. `resident` is what the run holds beside the pass's
+    arguments."""
 
     name: str
     seconds: float
@@ -63,10 +65,16 @@ class Plan:
         self.teacher_cfg = model_config(cfg.teacher.model) if local and asks in ("logp", "distribution") else None
         whole = self.teacher_cfg if asks == "distribution" else None  # laid out on the mesh; else on one device
         self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute, teacher_cfg=whole)
-        self.teacher = None if whole is None else _laid(
-            jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.table(whole), is_leaf=model.is_param),
-            model.param_shardings(whole, mesh),
-        )  # fmt: skip
+        self.teacher = (
+            None
+            if whole is None
+            else _laid(
+                jax.tree.map(
+                    lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.table(whole), is_leaf=model.is_param
+                ),
+                model.param_shardings(whole, mesh),
+            )
+        )
         self.state = _laid(step.abstract_state(self.model_cfg, self.cfg), self.steps.state_shardings)
         self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
         self.policy = step.policy(self.state.params, self.reference, self.cfg)
@@ -84,7 +92,8 @@ class Plan:
         }  # fmt: skip
 
     def teacher_bytes(self) -> float:
-        """Of a white-box teacher in process, on the device that holds most of it: float32, whole where it gives log-probs."""
+        """Of a white-box teacher in process, on the device that holds most of it: float32, whole where it gives
+        log-probs."""
         if self.teacher_cfg is None:
             return 0.0
         return 4.0 * model.num_params(self.teacher_cfg) if self.teacher is None else local_bytes(self.teacher)
@@ -182,7 +191,8 @@ class Plan:
         return lowered, local_bytes(carry), state + reference + self.teacher_bytes()
 
     def work(self, name: str) -> tuple[float, float]:
-        """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full length."""
+        """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full
+        length."""
         rows = self.rows if name == "update" else self.sampled
         n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
         item = np.dtype(self.compute.dtype).itemsize
@@ -220,13 +230,17 @@ def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        out.problem = next((li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), "out of memory")[:200]
+        out.problem = next(
+            (li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), "out of memory"
+        )[:200]
         out.seconds = time.perf_counter() - start
         return out
     m = compiled.memory_analysis()
     out.arguments, out.outputs, out.aliased = (
-        float(m.argument_size_in_bytes), float(m.output_size_in_bytes), float(m.alias_size_in_bytes),
-    )  # fmt: skip
+        float(m.argument_size_in_bytes),
+        float(m.output_size_in_bytes),
+        float(m.alias_size_in_bytes),
+    )
     out.temporaries = float(m.temp_size_in_bytes)
     out.peak = max(float(m.peak_memory_in_bytes), out.arguments + out.outputs - out.aliased + out.temporaries)
     out.collectives = hlo.collectives(compiled.as_text())
@@ -238,7 +252,8 @@ def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
 
 
 def head_in_loops(plan: Plan, done: list[Pass]) -> list[tuple[str, hlo.Collective]]:
-    """Collectives inside loops over an array with the vocabulary for an axis and the head's other sizes: the head's size.
+    """Collectives inside loops over an array with the vocabulary for an axis and the head's other sizes: the head's
+    size.
 
     A chip's part counts too: the vocabulary over tp, the width over fsdp.
     """
@@ -256,11 +271,14 @@ def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass]
     sizes = plan.sizes()
     say(
         f"\n{cfg.student.path} on {topology}: {mesh.size} devices, mesh {dict(mesh.shape)}; "
-        f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, {plan.sampled} "
+        f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, "
+        f"{plan.sampled} "
         f"decoded at a time, "
         f"micro_batches {cfg.micro_batches}, remat {cfg.model.remat}"
     )
-    say("a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}")
+    say(
+        "a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}"
+    )
     done = []
     for name in names:
         done.append(compile_pass(plan, name, chip))
@@ -277,7 +295,8 @@ def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
         return [f"{p.name:<7} DOES NOT FIT: {p.problem}  (compiled {p.seconds:.0f} s)"]
     verdict = "fits" if p.fits(chip) else "DOES NOT FIT"
     out = [
-        f"{p.name:<7} {verdict}: arguments {p.arguments / MIB:,.0f}, temporaries {p.temporaries / MIB:,.0f}, peak of the "
+        f"{p.name:<7} {verdict}: arguments {p.arguments / MIB:,.0f}, temporaries {p.temporaries / MIB:,.0f}, peak of "
+        "the "
         f"pass {p.peak / MIB:,.0f}, held beside it {p.resident / MIB:,.0f}, together {p.total / MIB:,.0f} MiB of "
         f"{chip.memory / MIB:,.0f} ({p.total / chip.memory:.0%})  (compiled in {p.seconds:.0f} s)"
     ]
@@ -299,7 +318,8 @@ def lines(p: Pass, chip: flops.Chip, cache: float) -> list[str]:
         moved = sum(c.moved * c.times for c in p.collectives) / MIB
         out.append(f"        a chip sends {moved:,.1f} MiB{each or ' a step'}")
     out.append(
-        f"        estimated{each}: compute or memory {1e3 * p.compute_s:,.2f} ms, collectives {1e3 * p.traffic_s:,.2f} ms"
+        f"        estimated{each}: compute or memory {1e3 * p.compute_s:,.2f} ms, collectives {1e3 * p.traffic_s:,.2f} "
+        "ms"
     )
     return out
 

@@ -1,7 +1,8 @@
 """What a step computes and moves, counted from shapes; and what the chip could do at most.
 
 XLA's own count takes a loop's body once, whatever its trip count, so it cannot be used. Multiplications and additions
-count as two; attention counts the causal half; norms, softmax and the optimizer are left out. Rematerialised work is not
+count as two; attention counts the causal half; norms, softmax and the optimizer are left out. Rematerialised work is
+not
 counted: this is model FLOPs utilisation.
 """
 
@@ -25,8 +26,8 @@ class Chip:
     room: float = 0.98  # of the memory that a run may plan with (v5e: 15.75 of 16 GiB; GPUs: launch/gpu_node.sh)
 
 
-# From the makers' public pages: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets (SXM, no sparsity).
-# tpu7x: a chip is two JAX devices. A GPU's links are NVLink.
+# From the makers' public pages: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets (SXM, no
+# sparsity). tpu7x: a chip is two JAX devices. A GPU's links are NVLink.
 GIB = 2.0**30
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
@@ -64,12 +65,14 @@ def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:
 
 
 def mixing(cfg: model.ModelConfig, n: int) -> float:
-    """FLOPs of what mixes the n tokens of a row, in all layers: attention's two products, or the delta rule's three and its
-    convolution. The latter is counted as the recurrence; chunks take more.
+    """FLOPs of what mixes the n tokens of a row, in all layers: attention's two products, or the delta rule's three and
+    its convolution. The latter is counted as the recurrence; chunks take more.
     """
     width = min(cfg.window, n) if cfg.window else n
     pairs = {"full": n * (n + 1) / 2, "sliding": width * (width + 1) / 2 + (n - width) * width}
-    delta = 6 * cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim + 2 * cfg.conv_width * cfg.conv_channels
+    delta = (
+        6 * cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim + 2 * cfg.conv_width * cfg.conv_channels
+    )
     attention = 4 * cfg.num_heads * cfg.head_dim
     return sum(float(n * delta) if kind == "linear" else attention * pairs[kind] for kind in cfg.kinds)
 
@@ -86,9 +89,16 @@ def forward(cfg: model.ModelConfig, lengths, heads) -> float:
 
 
 def update(
-    cfg: model.ModelConfig, lengths, heads, *, anchored: bool, teacher: model.ModelConfig | None = None, frozen: bool = False
+    cfg: model.ModelConfig,
+    lengths,
+    heads,
+    *,
+    anchored: bool,
+    teacher: model.ModelConfig | None = None,
+    frozen: bool = False,
 ) -> float:
-    """FLOPs of one update: forward and backward (three times a forward), a reference's and a white-box teacher's forward.
+    """FLOPs of one update: forward and backward (three times a forward), a reference's and a white-box teacher's
+    forward.
 
     With `frozen` weights (LoRA) no gradient of theirs is formed; the adapters' own small products are left out.
     """
@@ -122,7 +132,8 @@ def decode_bytes(cfg: model.ModelConfig, prompts, responses, *, rows_together: i
 
 
 def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None) -> dict:
-    """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is known.
+    """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is
+    known.
 
     Args:
       prompts, responses: real tokens of every row of the global batch.
@@ -133,10 +144,15 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     out = {}
     work = {
         # a prompt is prefilled once for all its generations
-        "rollout": forward(model_cfg, prompts[:: cfg.num_generations], [0]) + 2.0 * sum(matmul_params(model_cfg)) * tokens,
+        "rollout": forward(model_cfg, prompts[:: cfg.num_generations], [0])
+        + 2.0 * sum(matmul_params(model_cfg)) * tokens,
         "score": forward(model_cfg, lengths, responses),
         "update": update(
-            model_cfg, lengths, responses, anchored=bool(cfg.anchor.kl_coef), teacher=teacher_cfg,
+            model_cfg,
+            lengths,
+            responses,
+            anchored=bool(cfg.anchor.kl_coef),
+            teacher=teacher_cfg,
             frozen=bool(cfg.lora.rank),
         ),
     }
@@ -154,8 +170,11 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     if spent := seconds.get("time/rollout"):
         tp = mesh.shape["tp"]
         moved = decode_bytes(
-            model_cfg, prompts, responses, rows_together=max(1, len(responses) * tp // (devices * cfg.rollout_groups)),
+            model_cfg,
+            prompts,
+            responses,
+            rows_together=max(1, len(responses) * tp // (devices * cfg.rollout_groups)),
             itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
-        )  # fmt: skip
+        )
         out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth
     return out

@@ -1,7 +1,7 @@
 """Health checks of a run: pure functions from its metrics and texts to findings that say what was seen and what to do.
 
-The thresholds come from the traps of the method (docs/method.md) and from runs of the small world, whose default recipes
-trip none of them. A check that lacks its metric says nothing: a missing figure is no finding.
+The thresholds come from the traps of the method (docs/method.md) and from runs of the small world, whose default
+recipes trip none of them. A check that lacks its metric says nothing: a missing figure is no finding.
 """
 
 import dataclasses
@@ -87,17 +87,18 @@ class Watch:
     """The checks of a run that is going on: told each step, it says what trips and what has not been said lately.
 
     Args:
-      cfg: {dotted key: value}. rows: metrics of the steps before, of a run that was resumed.
+      cfg: {dotted key: value}.
+      rows, audits, completions: of the steps before, of a run that was resumed: it then says what it would have said.
     """
 
-    def __init__(self, cfg: dict, rows: list[dict]):
+    def __init__(self, cfg: dict, rows: list[dict], audits: list[dict], completions: list[dict]):
         self._cfg, self._rows, self._said = cfg, list(rows), {}
-        self._recent: list[tuple[list, list]] = []
+        self._recent = [(audits, completions)]
 
     def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
         """(all findings, those that were not said within the last WINDOW steps)."""
         self._rows.append(row)
-        self._recent = [*self._recent, (audits, completions)][-WINDOW:]
+        self._recent = [*self._recent, (audits, completions)][-WINDOW - 1 :]  # `check` leaves out what is older
         found = check(self._rows, *([r for step in self._recent for r in step[i]] for i in (0, 1)), self._cfg)
         new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
         self._said |= {f.check: row["step"] for f in found}
@@ -132,7 +133,8 @@ def teacher_restarting(v: View):
         return None
     return (
         f"of {total} continuations {restarted} start the answer over and {explained} announce themselves",
-        "what does not continue the prefix is compared with a chunk that does: the student is marked down for the format",
+        "what does not continue the prefix is compared with a chunk that does: the student is marked down for the "
+        "format",
         "Set teacher.continuation to completion, prefill or continue_final_message where the server takes one",
     )
 
@@ -141,13 +143,17 @@ def weights_without_signal(v: View):
     """pi_hat hardly differs between chunks, or agreement is no higher than with another prompt's continuations."""
     kept = [a for a in v.audits if a["kept"]]
     why = "every chunk is pushed alike, sense and nonsense: the update then follows the student's own samples"
-    turn = "Look at audits in the report; try audit.similarity = embedding, other audit.chunk_tokens, or another teacher"
+    turn = (
+        "Look at audits in the report; try audit.similarity = embedding, other audit.chunk_tokens, or another teacher"
+    )
     if len(kept) >= MIN_AUDITS:
         spread = float(np.std([a["pi_hat"] for a in kept]))
         if spread < MIN_SPREAD:
             low, high = np.quantile([a["pi_hat"] for a in kept], [0.05, 0.95])
             return f"pi_hat lies between {low:.2f} and {high:.2f} for 9 of 10 chunks (spread {spread:.3f})", why, turn
-    pairs = [[sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]]
+    pairs = [
+        [sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]
+    ]
     if len(pairs) < MIN_AUDITS // 2:
         return None
     own, chance = np.mean(pairs, axis=0)
@@ -185,7 +191,10 @@ def kl_runaway(v: View):
 def repetition(v: View):
     """Loops: repeated 4-grams, or texts that compress to a tenth."""
     why = "loops fill answers with text that teaches nothing, and are what token-level distillation is known to bring"
-    turn = "Lower optimizer.learning_rate; look at the longest answers; a shorter max_completion_length costs less meanwhile"
+    turn = (
+        "Lower optimizer.learning_rate; look at the longest answers; a shorter max_completion_length costs "
+        "less meanwhile"
+    )
     repeated = v.mean("completions/repeated_fraction")
     if repeated is not None and repeated > MAX_REPEATED:
         return f"{repeated:.0%} of the 4-grams in an answer repeat", why, turn
@@ -203,7 +212,8 @@ def truncation(v: View):
         return None
     return (
         f"{cut:.0%} of the responses are cut at max_completion_length = {v.cfg.get('max_completion_length')}",
-        "a response that was cut has no result: rewards and evaluations count it as wrong, and its end is never trained",
+        "a response that was cut has no result: rewards and evaluations count it as wrong, and its end is never "
+        "trained",
         "Raise max_completion_length, or look whether the student has lost its end token",
     )
 
@@ -250,14 +260,21 @@ def sampler_gap(v: View):
 def no_progress(v: View):
     """Accuracy or reward does not rise."""
     why = "the run costs the same whether it helps or not"
-    turn = "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the teacher's own accuracy"
+    turn = (
+        "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the "
+        "teacher's own accuracy"
+    )
     points = evaluations(v.rows)
     n, steps = v.cfg.get("eval.num_prompts", 0), v.cfg.get("num_steps", 0)
     if len(points) > 1 and n and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
         (_, before), (step, after) = points[0], points[-1]
         noise = 2 * ((before * (1 - before) + after * (1 - after)) / n) ** 0.5
         if after - before <= noise:
-            return f"accuracy was {before:.1%}, is {after:.1%} at step {step} (noise {100 * noise:.1f} points)", why, turn
+            return (
+                f"accuracy was {before:.1%}, is {after:.1%} at step {step} (noise {100 * noise:.1f} points)",
+                why,
+                turn,
+            )
         return None
     rewards = [r["reward/mean"] for r in v.rows if _number(r.get("reward/mean"))]
     if len(rewards) < max(PROGRESS_STEPS, steps / 2):
@@ -284,8 +301,10 @@ def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
 def budget_pace(v: View):
     """A cap that the run reaches before its last step."""
     spent = {
-        "usd": ("teacher/cost_usd",), "tokens": ("teacher/tokens_in", "teacher/tokens_out"), "calls": ("teacher/calls",)
-    }  # fmt: skip
+        "usd": ("teacher/cost_usd",),
+        "tokens": ("teacher/tokens_in", "teacher/tokens_out"),
+        "calls": ("teacher/calls",),
+    }
     for name, keys in spent.items():
         cap, steps = v.cfg.get(f"budget.{name}", 0), v.cfg.get("num_steps", 0)
         used = sum(float(r.get(k) or 0) for r in v.rows for k in keys)
@@ -300,7 +319,8 @@ def budget_pace(v: View):
         return (
             f"at this pace the {amount} of budget.{name} end at step {end} of {steps}",
             "the run then stops" if v.cfg.get("budget.on_exhausted") == "stop" else "later steps are then audited less",
-            f"Raise budget.{name}, lower num_steps, audit.num_chunks or audit.num_continuations, or set budget.on_exhausted",
+            f"Raise budget.{name}, lower num_steps, audit.num_chunks or audit.num_continuations, or set "
+            "budget.on_exhausted",
         )
     return None
 

@@ -19,7 +19,8 @@ _ARRAY = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program text. Sizes are a device's: `dims` of its largest array, `bytes` of all that it joins.
+    """One collective of the program text. Sizes are a device's: `dims` of its largest array, `bytes` of all that it
+    joins.
 
     `times` is how often it runs: the product of the known trip counts of the loops around it (1 where one is unknown);
     `loops` how many loops are around it; `group` the devices that take part.
@@ -81,7 +82,8 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _loops(bodies) -> dict[str, tuple[int, int]]:
-    """{computation: (loops around it, product of their trip counts)} of all that the entry reaches, by the deepest place."""
+    """{computation: (loops around it, product of their trip counts)} of all that the entry reaches, by the deepest
+    place."""
     around, stack = {}, [("ENTRY", 0, 1)]
     while stack:
         name, loops, times = stack.pop()
@@ -114,8 +116,8 @@ def _whole(kind: str, start: bool, shapes: str, group: int) -> tuple[tuple[int, 
     """(dims of the largest array, bytes of all) on the side where they are whole: what an all-gather gives, what a
     reduce-scatter takes (dims of a plain one: what it gives, which is all that its text shows).
 
-    A compiler may join several arrays in one collective; the start of an asynchronous one shows what goes in, what comes
-    out, and on a TPU two counters, a plain one what comes out.
+    A compiler may join several arrays in one collective; the start of an asynchronous one shows what goes in, what
+    comes out, and on a TPU two counters, a plain one what comes out.
     """
     sizes = [_size(*array) for array in _ARRAY.findall(shapes)]
     if start and kind != "all-reduce":

@@ -1,4 +1,5 @@
-"""What makes two starts the same run: its settings, and what it reads under their names (digests of files and texts)."""
+"""What makes two starts the same run: its settings, and what it reads under their names (digests of files and
+texts)."""
 
 import hashlib
 import json
@@ -15,20 +16,46 @@ from omniopd_jax.teachers.wire import secrets
 
 DIGESTS = "digests"  # beside the settings, in config.json
 HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, how fast, where, and what is written
-    "run_dir", "checkpoint.", "log.", "eval.every", "budget.", "distributed.", "profile.", "resume.", "mesh.", "micro_batches",
-    "rollout_groups", "packing.", "vocab_block", "model.remat", "anchor.ref_offload", "teacher.base_url",
-    "teacher.max_concurrency", "teacher.requests_per_minute", "teacher.tokens_per_minute", "teacher.timeout_s",
-    "teacher.deadline_s", "teacher.max_retries", "teacher.prefix_order", "teacher.replay", "teacher.journal",
-    "teacher.price_", "teacher.key_over_http",
-)  # fmt: skip
+    "run_dir",
+    "checkpoint.",
+    "log.",
+    "eval.every",
+    "budget.",
+    "distributed.",
+    "profile.",
+    "resume.",
+    "mesh.",
+    "micro_batches",
+    "rollout_groups",
+    "packing.",
+    "vocab_block",
+    "model.remat",
+    "anchor.ref_offload",
+    "teacher.base_url",
+    "teacher.max_concurrency",
+    "teacher.requests_per_minute",
+    "teacher.tokens_per_minute",
+    "teacher.timeout_s",
+    "teacher.deadline_s",
+    "teacher.max_retries",
+    "teacher.prefix_order",
+    "teacher.replay",
+    "teacher.journal",
+    "teacher.price_",
+    "teacher.key_over_http",
+    "teacher.pin_model",
+)
+EARLIER = {"reward.grader": "world", "eval.grader": "world"}  # defaults of runs from before November 2026, where unused
+REMOVED = {"teacher.hedge_s": 0.0}  # keys that are gone: at this default they said nothing
 SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
 
 
 def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
     """A run that is resumed must be the run that was begun: same settings, same inputs.
 
-    Keys of `HARMLESS` and `resume.allow` may differ; `num_steps` too, unless the learning rate's schedule reads it. A key
-    that the old config has and this program no longer knows is reported, as is a run from before there were digests.
+    Keys of `HARMLESS` and `resume.allow` may differ; `num_steps` too, unless the learning rate's schedule reads it. A
+    key that the old config has and this program no longer knows is reported unless it was at its default, as is a run
+    from before there were digests.
 
     Args:
       digests: `digests_of` now.
@@ -42,20 +69,27 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         return
     before, known = saved.pop(DIGESTS, None), config.flat(config.default())
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
-    if removed := sorted(set(old) - set(now)):
+    old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
+    if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
     may = (*HARMLESS, *cfg.resume.allow, *(("num_steps",) if cfg.optimizer.schedule == "constant" else ()))
     changed = [
-        f"{k} was {old[k]!r}, is {now[k]!r}" for k in now if k in old and plain(old[k]) != plain(now[k]) and not allowed(k, may)
+        f"{k} was {old[k]!r}, is {now[k]!r}"
+        for k in now
+        if k in old and plain(old[k]) != plain(now[k]) and not allowed(k, may)
     ]
     if before is None:
         logging.say(f"warning: {file} is from before inputs were compared: what this run reads is taken as it is now")
     else:
-        changed += [f"{name} has changed" for name in digests if name in before and before[name] != digests[name]
-                    and not allowed(name, may)]  # fmt: skip
+        changed += [
+            f"{name} has changed"
+            for name in digests
+            if name in before and before[name] != digests[name] and not allowed(name, may)
+        ]
     if changed:
         raise UserError(
-            f"{file.parent} holds a run with other settings or inputs ({'; '.join(changed)}): set them back, set another "
+            f"{file.parent} holds a run with other settings or inputs ({'; '.join(changed)}): set them back, set "
+            "another "
             "run_dir, or name what may change in resume.allow"
         )
 
@@ -116,8 +150,8 @@ def digests_of(cfg: ConfigDict, prompts, held_out, template: str) -> dict[str, s
 def folder_digest(name: str) -> str:
     """Of a model's folder, or of a hub name's cached one: names and contents of its files; '' where there is none.
 
-    A file over 4 MB gives its size and evenly spaced samples: training changes every weight, so samples see it, and a file
-    of weights is too large to be read at each start.
+    A file over 4 MB gives its size and evenly spaced samples: training changes every weight, so samples see it, and a
+    file of weights is too large to be read at each start.
     """
     try:
         folder = hf.resolve(name)

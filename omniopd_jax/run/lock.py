@@ -1,4 +1,5 @@
-"""One run per run directory: a lock file that process 0 holds, with a heartbeat, taken over from a process that is gone."""
+"""One run per run directory: a lock file that process 0 holds, with a heartbeat, taken over from a process that is
+gone."""
 
 import contextlib
 import dataclasses
@@ -23,7 +24,8 @@ SILENT_S = 300.0  # a holder on another host that has not written for so long is
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds the lock: a process is named by its host, the host's boot, its pid and when it started (clock ticks)."""
+    """Who holds the lock: a process is named by its host, the host's boot, its pid and when it started (clock
+    ticks)."""
 
     host: str
     boot: str
@@ -100,7 +102,8 @@ class Lock:
         reason = gone(holder, self.holder, silent_s)
         if not reason:
             raise UserError(
-                f"run_dir = {self._folder} is in use by process {holder.pid} on {holder.host} (heartbeat {silent_s:.0f} s "
+                f"run_dir = {self._folder} is in use by process {holder.pid} on {holder.host} (heartbeat "
+                f"{silent_s:.0f} s "
                 "ago): wait until it ends, stop it, or set another run_dir"
             )
         logging.say(f"{self._folder} was left locked, and {reason}: this run takes it over")

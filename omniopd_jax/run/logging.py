@@ -14,7 +14,8 @@ from omniopd_jax.run.trackers import Trackers
 
 
 class PhaseTimer:
-    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its end."""
+    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its
+    end."""
 
     def __init__(self):
         self.total: dict[str, float] = {}
@@ -58,13 +59,16 @@ class Writer:
       tensorboard, trackers: which trackers there are. config: {dotted key: value}, for them.
     """
 
-    def __init__(self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None):
+    def __init__(
+        self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None
+    ):
         rank = jax.process_index() if rank is None else rank
         self._folder, self._files, self._suffix = pathlib.Path(run_dir), {}, f"-{rank}" if rank else ""
         if rank == 0:
             for path in sorted(self._folder.glob("*-*.jsonl")):  # of processes that the run no longer has
                 kind, _, number = path.stem.partition("-")
-                if kind in ("audits", "completions") and number.isdigit() and len(number) < 9 and int(number) >= jax.process_count():
+                own = kind in ("audits", "completions") and number.isdigit() and len(number) < 9
+                if own and int(number) >= jax.process_count():
                     cut_after(path, start_step)
         # an evaluation's step counts the updates before it: the one at the checkpoint itself is kept
         names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
@@ -86,7 +90,7 @@ class Writer:
 
     def amend(self, step: int, values: dict) -> None:
         """Adds values to the last line, if that is `step`'s."""
-        rows = self.rows() if "metrics" in self._files else []
+        rows = self.lines("metrics") if "metrics" in self._files else []
         if not rows or rows[-1]["step"] != step:
             return
         values = {k: _number(v) for k, v in values.items()}
@@ -96,11 +100,12 @@ class Writer:
         self._files["metrics"] = path.open("a", encoding="utf-8")
         self._trackers.metrics(step, values)
 
-    def rows(self) -> list[dict]:
-        """The lines of metrics.jsonl so far; of a run that was resumed, those of its earlier steps."""
-        path = self._folder / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return [json.loads(line) for line in text.split("\n") if line]
+    def lines(self, kind: str, *, after: int = -1) -> list[dict]:
+        """This process's records of a kind so far, of steps later than `after`: what a resumed run has to go on
+        from."""
+        name = kind if kind == "metrics" else kind + self._suffix
+        text = (self._folder / f"{name}.jsonl").read_bytes() if name in self._files else b""
+        return [r for line in text.split(b"\n") if line and (r := json.loads(line))["step"] > after]
 
     def audits(self, records: list[dict]) -> None:
         """One line a finished audit."""

@@ -1,4 +1,5 @@
-"""All checks of a run before its weights load: the config's values against each other, files, data, graders, the teacher.
+"""All checks of a run before its weights load: the config's values against each other, files, data, graders, the
+teacher.
 
 What is wrong is collected, so that a person is told everything at once, in every process.
 """
@@ -31,7 +32,8 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
     "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
-NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}  # Objective.asks -> a teacher's ability; else text
+# Objective.asks -> a teacher's ability; else text
+NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -44,9 +46,12 @@ def validate(c: ConfigDict) -> None:
       UserError: one line naming the key, its value and what is allowed.
     """
     choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES, "eval.grader": ("", *graders.GRADERS), "reward.grader": ("", *graders.GRADERS),
-        "audit.similarity": similarity.SIMILARITIES, "teacher.provider": teachers.TEACHERS,
-    }  # fmt: skip
+        "objective.name": objective.OBJECTIVES,
+        "eval.grader": ("", *graders.GRADERS),
+        "reward.grader": ("", *graders.GRADERS),
+        "audit.similarity": similarity.SIMILARITIES,
+        "teacher.provider": teachers.TEACHERS,
+    }
     for path, allowed in choices.items():
         one_of(config.get(c, path), allowed, path)
     for path, least in LEAST.items():
@@ -74,15 +79,25 @@ def validate(c: ConfigDict) -> None:
 
 
 def _check_data(c: ConfigDict) -> None:
+    if "://" in c.run_dir:
+        raise UserError(
+            f"run_dir = {c.run_dir!r} is not a folder of this machine: buckets are not written to; give a local folder "
+            "or a "
+            "mounted one, and keep teacher.journal on a local disk"
+        )
     if c.data.source == "world" and (c.data.path or c.eval.path):
         key = "data.path" if c.data.path else "eval.path"
-        raise UserError(f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'")
+        raise UserError(
+            f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'"
+        )
     for section, used in ((c.reward, objective.needs_reward(c)), (c.eval, c.eval.num_prompts > 0)):
         name = "reward.grader" if section is c.reward else "eval.grader"
         if used and not section.grader:
             if c.data.source != "world":
                 known = ", ".join(sorted(set(graders.GRADERS) - {"world"}))
-                raise UserError(f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}")
+                raise UserError(
+                    f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}"
+                )
             section.grader = "world"
 
 
@@ -92,7 +107,8 @@ def _check_sizes(c: ConfigDict) -> None:
     longest = c.max_prompt_length + c.max_completion_length
     if 0 < c.packing.length < longest:
         raise UserError(
-            f"packing.length = {c.packing.length} holds no prompt and response at their longest: at least max_prompt_length + "
+            f"packing.length = {c.packing.length} holds no prompt and response at their longest: at least "
+            "max_prompt_length + "
             f"max_completion_length = {longest}, or 0 for no packing"
         )
     rows = c.prompts_per_step * c.num_generations
@@ -113,14 +129,16 @@ def _check_audits(c: ConfigDict) -> None:
         )
     if c.max_staleness and not objective.of(c).audited:
         raise UserError(
-            f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} asks none: 0"
+            f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} "
+            "asks none: 0"
         )
 
 
 def _check_updates(c: ConfigDict) -> None:
     if objective.of(c).needs_reward and c.num_generations == 1:
         raise UserError(
-            f"num_generations = 1 with objective.name = {c.objective.name!r}: a response is compared with others to the same "
+            f"num_generations = 1 with objective.name = {c.objective.name!r}: a response is compared with others to "
+            "the same "
             "prompt, and alone it teaches nothing; set num_generations to 2 or more"
         )
     if c.num_iterations > 1 and not objective.of(c).clips:
@@ -146,7 +164,8 @@ def _check_lora(c: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What the checks have read on the way. `end_ids` end a response; `teacher_said` is the teacher's one line, "" without."""
+    """What the checks have read on the way. `end_ids` end a response; `teacher_said` is the teacher's one line, ""
+    without."""
 
     attention: str
     model_cfg: model.ModelConfig
@@ -194,7 +213,11 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     """
     found, own = Findings(), objective.of(cfg)
     kernel = found.of(
-        attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=cfg.packing.length > 0, on=jax.default_backend()
+        attention.resolve,
+        cfg.model.attention,
+        cfg.compute_dtype,
+        packed=cfg.packing.length > 0,
+        on=jax.default_backend(),
     )
     model_cfg = found.of(hf.read_config, cfg.student.path)
     trained, template, end_ids = None, None, ()
@@ -208,16 +231,21 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     teacher, said = None, ""
     given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
     asks = bool(own.asks) and not given
-    if asks and prompts is not None:
-        found.of(check_teachers_files, cfg, prompts)
-    if asks and kernel is not None and not found.problems:
+    if asks:
+        files_ok = found.of(check_teachers_files, cfg, prompts)
+    if asks and kernel is not None and (cfg.teacher.provider != "local" or (files_ok and not found.problems)):
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
-    if teacher is not None:
+    if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
     if teacher is not None and own.asks == "distribution" and model_cfg is not None:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
-    found.raise_everywhere()
-    check_same_prompts(prompts)
+    try:
+        found.raise_everywhere()
+        check_same_prompts(prompts)
+    except UserError:
+        if teacher is not None:
+            thread.submit(teacher.close()).result(timeout=30)
+        raise
     return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
 
 
@@ -231,10 +259,13 @@ def solutions_given(cfg, prompts: data.Prompts) -> bool:
     if len(missing) == len(prompts):
         return False
     if missing:
-        raise UserError(f"{len(missing)} of {len(prompts)} prompts have no `solution`, such as {missing[0]!r}: all or none")
+        raise UserError(
+            f"{len(missing)} of {len(prompts)} prompts have no `solution`, such as {missing[0]!r}: all or none"
+        )
     if cfg.num_generations > 1:
         raise UserError(
-            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set it to 1"
+            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set "
+            "it to 1"
         )
     return True
 
@@ -247,7 +278,8 @@ def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelC
     """
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
-            f"objective.name = {cfg.objective.name!r} compares whole distributions: student.path has {student.vocab_size:,} "
+            f"objective.name = {cfg.objective.name!r} compares whole distributions: student.path has "
+            f"{student.vocab_size:,} "
             f"rows of vocabulary, teacher.model {teacher.vocab_size:,}; take objective.name = 'opd'"
         )
 
@@ -269,25 +301,28 @@ def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[in
     end_ids, note = template.end_ids(hf.end_ids(cfg.student.path, tokenizer))
     if not end_ids and not template.stop_strings:
         raise UserError(
-            f"{cfg.student.path} names no end token (eos_token_id) and there are no student.stop_strings: no answer would end"
+            f"{cfg.student.path} names no end token (eos_token_id) and there are no student.stop_strings: no answer "
+            "would end"
         )
     if note:
         logging.say(note)
     return template, end_ids
 
 
-def check_teachers_files(cfg, prompts: data.Prompts) -> None:
-    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions.
+def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
+    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions; True.
 
     Raises:
       UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
     """
     template = check_teacher(cfg)
-    data.check_rendering(template, prompts)
+    if prompts is not None:
+        data.check_rendering(template, prompts)
     if cfg.teacher.provider == "local" and template is not None:
         model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
         longest = cfg.max_prompt_length + cfg.max_completion_length
         check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
+    return True
 
 
 def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
@@ -298,14 +333,24 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     """
     rewarded = graders.shared(cfg.reward.grader).check_answer if objective.needs_reward(cfg) else None
     prompts = data.load(
-        cfg, source=cfg.data.source, split=cfg.data.split, path=cfg.data.path, count=cfg.data.num_prompts, check=rewarded
+        cfg,
+        source=cfg.data.source,
+        split=cfg.data.split,
+        path=cfg.data.path,
+        count=cfg.data.num_prompts,
+        check=rewarded,
     )
     held_out = None
     if cfg.eval.num_prompts:
         held_out = data.load(
-            cfg, source=cfg.data.source, split=cfg.eval.split, path=cfg.eval.path, count=cfg.eval.num_prompts, section="eval",
+            cfg,
+            source=cfg.data.source,
+            split=cfg.eval.split,
+            path=cfg.eval.path,
+            count=cfg.eval.num_prompts,
+            section="eval",
             check=graders.shared(cfg.eval.grader).check_answer,
-        )  # fmt: skip
+        )
         held_out = data.with_suffix(held_out, cfg.eval.suffix)
     if template is None:
         return prompts, held_out
@@ -336,11 +381,15 @@ def check_rows(mesh, cfg) -> None:
     if rest or any((p % shards and sampled) or p * cfg.num_generations % (shards * cfg.micro_batches) for p in pieces):
         raise UserError(
             f"prompts_per_step = {cfg.prompts_per_step} x num_generations = {cfg.num_generations} = "
-            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide over "
-            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} process(es)"
+            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide "
+            "over "
+            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} "
+            "process(es)"
         )
     owners: dict[int, set] = {}
     for device, index in sharding.rows_map(mesh, shards).items():
         owners.setdefault(index, set()).add(device.process_index)
     if any(len(o) > 1 for o in owners.values()):
-        raise UserError(f"mesh.tp = {mesh.shape['tp']} crosses processes: at most the {len(mesh.local_devices)} devices of one")
+        raise UserError(
+            f"mesh.tp = {mesh.shape['tp']} crosses processes: at most the {len(mesh.local_devices)} devices of one"
+        )

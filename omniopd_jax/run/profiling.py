@@ -58,10 +58,10 @@ class Profiler:
 
 
 class Recompilations(logging.Handler):
-    """Counts what is compiled, and says what was compiled late, with its shapes: a step that compiles is no measurement.
+    """Counts compilations and reports late ones with their shapes: the time of a step that compiles measures nothing.
 
-    A longer response or a longer prompt than any before is an honest reason (shapes come in buckets); the same function
-    again and again is not.
+    A response or prompt longer than any before is a normal reason (shapes come in buckets); the same function at every
+    step is not.
     """
 
     def __init__(self, say):
@@ -82,12 +82,12 @@ class Recompilations(logging.Handler):
         self._log.propagate = self._before[1]
 
     def step_done(self, steps: int) -> None:
-        """So many steps of this process are done."""
+        """`steps` steps of this process are done."""
         self._quiet = steps < QUIET_STEPS
 
     @contextlib.contextmanager
     def expected(self):
-        """Compilations inside are no surprise (an evaluation, a first checkpoint)."""
+        """Compilations inside are expected (an evaluation, a first checkpoint): they are not reported."""
         before, self._quiet = self._quiet, True
         try:
             yield

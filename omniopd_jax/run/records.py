@@ -104,7 +104,8 @@ def chance(phi, audits, pairs: int) -> dict[int, list[float]]:
 
 
 def _of_another_prompt(audits, i: int) -> list[str]:
-    """The continuations of the next audit, half the list on, that another prompt has; none where all share one prompt."""
+    """The continuations of the next audit, half the list on, that another prompt has; none where all share one
+    prompt."""
     n = len(audits)
     for k in range(n):
         other = audits[(i + n // 2 + k) % n]
@@ -140,19 +141,27 @@ class Step:
         """What became of a chunk."""
         t = self.targets
         return {
-            "k_sem": _round(self.feedback.k_sem_BM[b, m]), "n": int(self.feedback.n_BM[b, m]), "kept": bool(t.keep_BM[b, m]),
-            "pi_bar": _round(t.pi_bar_BM[b, m]), "pi_hat": _round(t.pi_hat_BM[b, m]), "weight": _round(t.weight_BM[b, m]),
-        }  # fmt: skip
+            "k_sem": _round(self.feedback.k_sem_BM[b, m]),
+            "n": int(self.feedback.n_BM[b, m]),
+            "kept": bool(t.keep_BM[b, m]),
+            "pi_bar": _round(t.pi_bar_BM[b, m]),
+            "pi_hat": _round(t.pi_hat_BM[b, m]),
+            "weight": _round(t.weight_BM[b, m]),
+        }
 
     def about(self, b: int, texts: Texts, grade) -> dict:
         """Which response this is, of which question."""
         prompt = self.responses.prompts[b]
         answer = None if prompt.answer is None else texts.start(str(prompt.answer), ANSWER_CHARACTERS)
         return {
-            "step": self.number, "prompt_id": prompt.id, "sample_id": self.responses.sample_ids[b],
-            "response": b % self.cfg.num_generations, "question": texts.start(question(prompt.messages)), "answer": answer,
+            "step": self.number,
+            "prompt_id": prompt.id,
+            "sample_id": self.responses.sample_ids[b],
+            "response": b % self.cfg.num_generations,
+            "question": texts.start(question(prompt.messages)),
+            "answer": answer,
             "grade": grade,
-        }  # fmt: skip
+        }
 
 
 def audit_records(step: Step, audits, *, by_chance: dict, graded: dict) -> list[dict]:
@@ -168,18 +177,23 @@ def _audit(step: Step, a, by_chance, grade) -> dict:
     b, peak, texts = a.row, a.request.peak, Texts(step.cfg.log.text_characters)
     continuations, entropy_T = [c.text for c in a.result.continuations], step.entropy(b)
     record = step.about(b, texts, grade) | {
-        "peak": peak, "response_tokens": len(step.responses.tokens[b]), "prefix_characters": len(a.request.prefix),
+        "peak": peak,
+        "response_tokens": len(step.responses.tokens[b]),
+        "prefix_characters": len(a.request.prefix),
         "prefix_end": texts.end(a.request.prefix, PREFIX_CHARACTERS),
         "prefix_perplexity": _round(np.exp(-step.scores.logp_BT[b, :peak].mean())) if peak else None,
         "entropy": _round(entropy_T[peak]),
         "chunk_entropy": [_round(h) for h in entropy_T[peak : peak + min(8, a.request.max_tokens)]],
-        "chunk": texts.start(a.chunk), "continuations": [texts.start(t) for t in continuations],
+        "chunk": texts.start(a.chunk),
+        "continuations": [texts.start(t) for t in continuations],
         "failures": [texts.start(f.error) for f in a.result.failures],
         "restarted": sum(restarts(a.request.prefix, t) for t in continuations),
         "explained": sum(explains(t) for t in continuations),
-        "similarity": [_round(s) for s in a.similarity], **step.chunk(b, a.m),
-        "latency_s": _round(a.result.latency_s), "cost_usd": a.result.usage.cost_usd,
-    }  # fmt: skip
+        "similarity": [_round(s) for s in a.similarity],
+        **step.chunk(b, a.m),
+        "latency_s": _round(a.result.latency_s),
+        "cost_usd": a.result.usage.cost_usd,
+    }
     if by_chance:
         record["chance"] = by_chance
     if texts.left_out:
@@ -246,7 +260,8 @@ def pieces(decoder, tokens: list[int], limit: int) -> list[str]:
 
 
 def evaluation_records(evaluation, prompts, step: int, cfg) -> tuple[list[dict], int]:
-    """(one record an answer, how many were left out); the first ones, so that evaluations of a run show the same prompts.
+    """(one record an answer, how many were left out); the first ones, so that evaluations of a run show the same
+    prompts.
 
     Args:
       evaluation: with `texts` and `correct`, one a prompt.
@@ -258,9 +273,13 @@ def evaluation_records(evaluation, prompts, step: int, cfg) -> tuple[list[dict],
             break
         texts = Texts(cfg.log.text_characters)
         record = {
-            "step": step, "prompt_id": prompt.id, "question": texts.start(question(prompt.messages)),
-            "answer": texts.start(str(prompt.answer), ANSWER_CHARACTERS), "text": texts.start(text), "correct": bool(correct),
-        }  # fmt: skip
+            "step": step,
+            "prompt_id": prompt.id,
+            "question": texts.start(question(prompt.messages)),
+            "answer": texts.start(str(prompt.answer), ANSWER_CHARACTERS),
+            "text": texts.start(text),
+            "correct": bool(correct),
+        }
         if texts.left_out:
             record["left_out_characters"] = texts.left_out
         out.append(record)

@@ -31,7 +31,8 @@ class Reports:
         cfg, flat = run.cfg, config.flat(run.cfg)
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
         self._writer = logging.Writer(cfg.run_dir, start_step=start, **log)
-        self._health = health.Watch(flat, self._writer.rows())
+        recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
+        self._health = health.Watch(flat, self._writer.lines("metrics"), *recent)
         self._price = estimate.price_state(cfg, bool(objective.of(cfg).asks))
         self._progress = terminal.Progress(cfg.num_steps, start)
         run.timer.entered = self._progress.enter
@@ -87,7 +88,9 @@ class Reports:
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         for key in ("loss", "grad_norm"):
             if not np.isfinite(values[key]):
-                raise FloatingPointError(f"{key} is {values[key]} at step {t}; nothing after the last checkpoint is kept")
+                raise FloatingPointError(
+                    f"{key} is {values[key]} at step {t}; nothing after the last checkpoint is kept"
+                )
         asked = audit.metrics(got.feedback, cfg)
         asked |= logging.total(processes.gather("teacher's own counts", service), self._run.disks)
         for key in ADDED_UP:
@@ -95,7 +98,9 @@ class Reports:
         for key, seconds in own.items():
             if key.startswith("time/"):
                 totals[key] = totals.get(key, 0.0) + seconds
-        values |= asked | own | {"teacher/cost_usd_total": asked.get("teacher/cost_usd_total", totals["teacher/cost_usd"])}
+        values |= (
+            asked | own | {"teacher/cost_usd_total": asked.get("teacher/cost_usd_total", totals["teacher/cost_usd"])}
+        )
         if self._price in (estimate.KNOWN, estimate.UNKNOWN):
             values["teacher/price_known"] = int(self._price == estimate.KNOWN)
         audits, completions, left_out = self._records(t, targets, got)
@@ -171,7 +176,8 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
     before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
-    if run.teacher and (spent := run.teacher.spent()):  # the journal's: also what was paid between a checkpoint and a crash
+    # the journal's: also what was paid between a checkpoint and a crash
+    if run.teacher and (spent := run.teacher.spent()):
         out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
     rows = [("steps", str(step))]
     if before is not None and after is not None:
@@ -180,7 +186,10 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     rows += [
         ("teacher calls", f"{out.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
         ("  a call is", "one request; it may bring several continuations"),
-        ("teacher tokens in / out", f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}"),
+        (
+            "teacher tokens in / out",
+            f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}",
+        ),
         ("teacher cost", cost(run.teacher)),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]

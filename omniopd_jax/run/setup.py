@@ -34,7 +34,8 @@ class Run:
     """Everything that a run holds besides its state.
 
     Attributes:
-      reference: the frozen initial student: the anchor's reference, with LoRA the adapters' base; None where none is read.
+      reference: the frozen initial student: the anchor's reference, with LoRA the adapters' base; None where none is
+        read.
       teacher_params: of a white-box teacher whose whole distribution is read, on the mesh; else None.
       disks: for each process the lowest rank that shares its journal's disk.
       digests: of what the run reads (identity.py).
@@ -66,7 +67,8 @@ class Run:
 
 @contextmanager
 def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]:
-    """The run that `cfg` describes, its teacher and thread closed at the end. Nothing compiles before all checks passed.
+    """The run that `cfg` describes, its teacher and thread closed at the end. Nothing compiles before all checks
+    passed.
 
     Raises:
       UserError: everything that is wrong, in every process.
@@ -90,9 +92,31 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
 def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     logging.say(said)
+    for line in remarks(cfg, teacher):
+        logging.say(line)
     teacher.divide_budget(hosts)
     if teacher.report:
         logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
+
+
+def remarks(cfg: ConfigDict, teacher: teachers.Teacher) -> list[str]:
+    """What a person should know of the settings for a teacher that asks for text, one line each."""
+    out = []
+    if not objective.of(cfg).audited:
+        return out
+    if cfg.teacher.temperature == 0:
+        out.append(
+            "warning: teacher.temperature = 0: all continuations of a chunk are equal, so k_sem is 0 or N times one "
+            "value"
+        )
+    unknown = teacher.foreign_tokenizer and cfg.teacher.provider != "local" and not cfg.teacher.tokenizer
+    if unknown and cfg.audit.trim_continuation == "auto":
+        out.append(
+            "continuations are cut to the chunk's characters (audit.trim_continuation = auto), as the teacher's "
+            "tokenizer is not "
+            "known to be the student's: set teacher.tokenizer to student.path where it is the same"
+        )
+    return out
 
 
 def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop: StopFlag, disks: list[int]) -> Run:
@@ -116,10 +140,25 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     decoder = audit.Decoder(template.tokenizer, template.stop_strings)
     student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(
-        cfg, student, prompts, checked.held_out, checked.teacher, checked.similarity, steps, reference, teacher_cfg,
-        teacher_params, thread, stop, disks, Ahead(), logging.PhaseTimer(), profiling.Profiler(cfg),
-        profiling.Recompilations(logging.say), identity.digests_of(cfg, prompts, checked.held_out, template.identity),
-    )  # fmt: skip
+        cfg,
+        student,
+        prompts,
+        checked.held_out,
+        checked.teacher,
+        checked.similarity,
+        steps,
+        reference,
+        teacher_cfg,
+        teacher_params,
+        thread,
+        stop,
+        disks,
+        Ahead(),
+        logging.PhaseTimer(),
+        profiling.Profiler(cfg),
+        profiling.Recompilations(logging.say),
+        identity.digests_of(cfg, prompts, checked.held_out, template.identity),
+    )
 
 
 def load_reference(cfg, model_cfg: model.ModelConfig, mesh) -> dict | None:
@@ -137,7 +176,9 @@ def load_white_box(cfg, teacher: teachers.Teacher, mesh) -> tuple[dict, model.Mo
       UserError: the teacher is no local one, or has another tokenizer.
     """
     if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
-        raise UserError("objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer")
+        raise UserError(
+            "objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer"
+        )
     return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 
 
@@ -152,7 +193,8 @@ def first_params(run: Run, key: jax.Array) -> dict:
     if cfg.lora.rank:
         where = run.steps.state_shardings.params
         new = jax.jit(
-            lambda k: lora.init(jax.random.fold_in(k, LORA_STREAM), run.student.model_cfg, cfg.lora), out_shardings=where
+            lambda k: lora.init(jax.random.fold_in(k, LORA_STREAM), run.student.model_cfg, cfg.lora),
+            out_shardings=where,
         )
         return new(key)
     if run.reference is None or cfg.anchor.ref_offload or cfg.anchor.ref_dtype != "float32":

@@ -7,8 +7,8 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """params: float32, what is trained: all weights, or with LoRA the adapters alone. key: the run's PRNG key; every use
-    folds the step in, so it never changes.
+    """params: float32, what is trained: all weights, or with LoRA the adapters alone. key: the run's PRNG key; every
+    use folds the step in, so it never changes.
     """
 
     params: dict

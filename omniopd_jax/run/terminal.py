@@ -44,7 +44,8 @@ class Status:
 
     def __init__(self, total: int, start: int, *, clock=time.monotonic):
         self.total, self.done, self._clock = total, start, clock
-        self._finished: list[tuple[int, float]] = []  # (steps done, when): the first step compiles, so it is only a start
+        # (steps done, when): the first step compiles, so it is only a start
+        self._finished: list[tuple[int, float]] = []
         self.phase, self.accuracy, self.values = "", None, {}
 
     def step(self, step: int, values: dict) -> None:
@@ -63,8 +64,9 @@ class Status:
         (first, began), (last, now) = self._finished[0], self._finished[-1]
         return duration((now - began) / (last - first) * (self.total - last)) if last > first else "?"
 
-    def line(self, width: int = 80) -> str:
-        """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they fit."""
+    def line(self, width: int = 80, *, phase: bool = True) -> str:
+        """The line: step, time left, dollars and accuracy whatever the width, phase and other figures as far as they
+        fit."""
         parts = [f"step {self.done}/{self.total}"]
         if self._finished:
             parts.append(f"left {self.left()}")
@@ -75,7 +77,7 @@ class Status:
         if self.accuracy is not None:
             parts.append(f"acc {self.accuracy:.1%}")
         figures = [f"{name} {float(self.values[key]):.3g}" for key, name in SHOWN if key in self.values]
-        for part in filter(None, [self.phase, *figures]):
+        for part in filter(None, [self.phase if phase else "", *figures]):
             if len("  ".join([*parts, part])) <= width:
                 parts.append(part)
         return "  ".join(parts)
@@ -92,7 +94,7 @@ class Progress:
     def __init__(self, total: int, start: int, *, terminal: bool | None = None):
         self._status = Status(total, start)
         self._terminal = sys.stdout.isatty() and jax.process_index() == 0 if terminal is None else terminal
-        self._live = None
+        self._live, self._said = None, set()
         if self._terminal:
             from rich.console import Console
             from rich.live import Live
@@ -107,19 +109,23 @@ class Progress:
         width = self._console.width
         room = min(width, 80)
         done = room * self._status.done // max(1, self._status.total)
-        return Text.assemble(("\u2501" * done, "green"), ("\u2500" * (room - done), "dim"), "\n", self._status.line(width))
+        return Text.assemble(
+            ("\u2501" * done, "green"), ("\u2500" * (room - done), "dim"), "\n", self._status.line(width)
+        )
 
     def enter(self, name: str) -> None:
-        """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has finished."""
+        """Names the phase that begins ("" at its end) in the line; elsewhere a line for each until a step has
+        finished."""
         self._status.enter(name)
-        if self._live is None and name and not self._status.values:
+        if self._live is None and name and not self._status.values and name not in self._said:
+            self._said.add(name)
             say(self._status.line())
 
     def step(self, step: int, values: dict) -> None:
         """Shows a finished step (counted from 1) and its main figures."""
         self._status.step(step, values)
         if self._live is None:
-            say(f"{self._status.line(100)}  {values.get('time/step', 0):.1f} s")
+            say(f"{self._status.line(100, phase=False)}  {values.get('time/step', 0):.1f} s")
 
     def accuracy(self, value: float) -> None:
         """Shows what an evaluation during the run came to."""

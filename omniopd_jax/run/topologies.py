@@ -65,8 +65,8 @@ def _nodes(topology: str, shape: str) -> str:
 
 
 # What XLA's compiler asks of a card, from its makers' tables (openxla/xla, xla/backends/gpu/target_config/specs):
-# capability, processors, float32 units each, clock in GHz, L2 and memory in bytes, shared memory of a processor and a block.
-# The verdict goes by flops.CHIPS, whose memory is the makers' round figure, a little less.
+# capability, processors, float32 units each, clock in GHz, L2 and memory in bytes, shared memory of a processor and a
+# block. The verdict goes by flops.CHIPS, whose memory is the makers' round figure, a little less.
 CARDS = {
     "H100": ((9, 0), 132, 128, 1.98, 52_428_800, 84_942_979_072, 233_472, 232_448),
     "H200": ((9, 0), 132, 128, 1.98, 52_428_800, 151_397_597_184, 233_472, 232_448),
@@ -86,7 +86,8 @@ def _card(name: str) -> str:
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           registers_per_core_limit: 65536 registers_per_block_limit: 65536 name: "NVIDIA {name}"
-          driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+          driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version:
+          "9.10.0"
         }}
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "NVIDIA {name}"
     """

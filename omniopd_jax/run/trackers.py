@@ -38,7 +38,9 @@ class TensorBoard:
     def table(self, name: str, step: int, records: list[dict]) -> None:
         """The rows as a Markdown table."""
         rows = [list(COLUMNS[name]), ["---"] * len(COLUMNS[name]), *_cells(name, records)]
-        text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows)
+        text = "\n".join(
+            "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows
+        )
         self._board.add_text(name, text, step)
 
     def close(self) -> None:
@@ -59,9 +61,13 @@ class Wandb:
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         name = _plain(folder.name)[:64]
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "omniopd"), name=name, dir=str(folder), config=_texts(config), mode=mode,
+            project=os.environ.get("WANDB_PROJECT", "omniopd"),
+            name=name,
+            dir=str(folder),
+            config=_texts(config),
+            mode=mode,
             settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+        )
         self._run.define_metric("*", step_metric="step")  # a resumed run goes back: its own steps may not
 
     def metrics(self, step: int, values: dict) -> None:
@@ -86,9 +92,12 @@ class Trackio:
 
         self._trackio = trackio
         self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "omniopd"), name=_plain(folder.name)[:64], config=_texts(config),
-            resume="allow", embed=False,
-        )  # fmt: skip
+            project=os.environ.get("TRACKIO_PROJECT", "omniopd"),
+            name=_plain(folder.name)[:64],
+            config=_texts(config),
+            resume="allow",
+            embed=False,
+        )
 
     def metrics(self, step: int, values: dict) -> None:
         """One row of its history."""
@@ -115,7 +124,9 @@ class Trackers:
     def __init__(self, names, folder, config: dict, start_step: int, say):
         self._say, self._live = say, {}
         for name in names:
-            self._guard(name, lambda n=name: self._live.update({n: TRACKERS[n](pathlib.Path(folder), config, start_step)}))
+            self._guard(
+                name, lambda n=name: self._live.update({n: TRACKERS[n](pathlib.Path(folder), config, start_step)})
+            )
 
     def metrics(self, step: int, values: dict) -> None:
         """One step's scalars."""

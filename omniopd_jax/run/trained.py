@@ -27,7 +27,8 @@ class Trained:
         return self.config["student"]["path"]
 
     def whole(self, mesh=None) -> dict:
-        """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters attached."""
+        """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters
+        attached."""
         return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params) if self.lora.rank else self.params
 
 

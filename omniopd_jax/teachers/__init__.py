@@ -77,7 +77,11 @@ def make(cfg, needs: str | None = None) -> Teacher:
     if teacher.foreign_tokenizer:
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer"
-            + ("" if cfg.teacher.provider == "local" else ": set teacher.tokenizer to student.path, where it is the same")
+            + (
+                ""
+                if cfg.teacher.provider == "local"
+                else ": set teacher.tokenizer to student.path, where it is the same"
+            )
         )
     return teacher
 

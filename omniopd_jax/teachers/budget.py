@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import re
 
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers.journal import Journal, Totals
@@ -39,7 +40,7 @@ class Price:
 # Anthropic: https://platform.claude.com/docs/en/about-claude/pricing (cache writes kept 5 minutes)
 # OpenAI: https://developers.openai.com/api/docs/pricing, read through secondary tables of March to November 2026
 # Gemini: https://ai.google.dev/gemini-api/docs/pricing, the 2.5 rows through secondary pages of January to March 2026
-# The longest name that a model's name begins with is taken: dated names find their family.
+# By exact name, or a name with a date, a version or `-latest` after it: a name that only begins alike is another model.
 PRICES = {
     "claude-haiku-4-5": Price(1.00, 0.10, 5.00, 1.25),
     "claude-haiku-5-5": Price(0.10, 0.01, 0.50, 0.125),  # up to 100,000 prompt tokens; five times that above
@@ -47,7 +48,11 @@ PRICES = {
     "claude-sonnet-4-6": Price(3.00, 0.30, 15.00, 3.75),
     "claude-sonnet-5": Price(2.00, 0.20, 10.00, 2.50),
     "claude-sonnet-5-5": Price(2.00, 0.10, 10.00, 2.50),
-    "claude-opus-4-": Price(5.00, 0.50, 25.00, 6.25),  # 4.5 to 4.8
+    "claude-opus-4-1": Price(15.00, 1.50, 75.00, 18.75),
+    "claude-opus-4-5": Price(5.00, 0.50, 25.00, 6.25),
+    "claude-opus-4-6": Price(5.00, 0.50, 25.00, 6.25),
+    "claude-opus-4-7": Price(5.00, 0.50, 25.00, 6.25),
+    "claude-opus-4-8": Price(5.00, 0.50, 25.00, 6.25),
     "claude-opus-5": Price(5.00, 0.50, 25.00, 6.25),
     "gpt-4o": Price(2.50, 1.25, 10.00, 2.50),
     "gpt-4o-mini": Price(0.15, 0.075, 0.60, 0.15),
@@ -65,20 +70,35 @@ PRICES = {
 }
 
 
-def price(cfg, *, self_hosted: bool) -> Price:
-    """The price of `teacher.model`: the config's where it is given, else the table's; a server of one's own is free.
+def listed_price(model: str) -> Price | None:
+    """The table's price of a model by its exact name, or by a name and a date, a version or `-latest`; None: not
+    listed."""
+    return PRICES.get(undated(model))
+
+
+def undated(model: str) -> str:
+    """A model's name without what only says which state of it: `models/` before it, a date, a version or `-latest`
+    after it."""
+    name = model.removeprefix("models/")
+    return re.sub(r"(?:-latest|[-@]20\d{6}|-20\d\d-\d\d-\d\d|-\d{3})$", "", name)
+
+
+def price(cfg, *, self_hosted: bool, model: str | None = None) -> Price:
+    """The price of `teacher.model`, or of the `model` that answers in its place: the config's where it is given, else
+    the table's; a server of one's own is free.
 
     Raises:
       UserError: no price is known and `budget.usd` needs one.
     """
     t = cfg.teacher
-    known = [name for name in PRICES if t.model.startswith(name)] if not self_hosted else []
-    base = PRICES[max(known, key=len)] if known else Price()
+    model = t.model if model is None else model
+    listed = None if self_hosted else listed_price(model)
+    known, base = listed is not None, listed or Price()
     given = {"input": t.price_input, "cached": t.price_cached, "output": t.price_output}
     given = {name: value for name, value in given.items() if value >= 0}
     if cfg.budget.usd and not known and not {"input", "output"} <= given.keys():
         raise UserError(
-            f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {t.model!r}, which no table has: set "
+            f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {model!r}, which no table has: set "
             "teacher.price_input and teacher.price_output (USD per million tokens; 0 for a server of your own)"
         )
     if not (self_hosted or known or {"input", "output"} <= given.keys()):
@@ -100,6 +120,7 @@ class Budget:
         self.journal, self.price = journal, price
         self.in_flight = 0
         self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
+        self.turn = None  # asyncio.Lock of the running loop: who waits for room looks for it, the others wait behind
         self.arrived = 0  # continuations, for the mean cost of one
         self.spent_here = Totals()
 
@@ -120,28 +141,30 @@ class Budget:
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
-        self.settled, self.in_flight = asyncio.Event(), 0
+        self.settled, self.turn, self.in_flight = asyncio.Event(), asyncio.Lock(), 0
 
     async def reserve(self, key: bytes, n: int, tokens_in: int, tokens_out: int) -> int:
         """Takes the upper bound of a call off the budget and returns the call's id.
 
-        Where the caps leave no room, waits while calls in flight, of any process of this host, may give some of theirs back.
+        Where the caps leave no room, waits while calls in flight, of any process of this host, may give some of theirs
+        back.
 
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
         """
         most = max(self.price.input, self.price.cached, self.price.written)
         usd = (tokens_in * most + tokens_out * self.price.output) / 1e6
-        while True:
-            call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
-            if isinstance(call, int):
-                self.in_flight += 1
-                return call
-            if not self.in_flight and not self.journal.in_flight():
-                raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
-            self.settled.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.settled.wait(), OTHERS_S)
+        async with self.turn:
+            while True:
+                call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
+                if isinstance(call, int):
+                    self.in_flight += 1
+                    return call
+                if not self.in_flight and not self.journal.in_flight():
+                    raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
+                self.settled.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.settled.wait(), OTHERS_S)
 
     def _used_up(self, cap: str, wanted: Totals) -> str:
         """What the caps were spent on, in one line."""
@@ -151,7 +174,8 @@ class Budget:
             held = f", {unknown.usd:.4f} of them reserved for {unknown.calls} calls whose cost is not known"
         return (
             f"budget.{cap} = {getattr(self.caps, cap)} is used up ({spent.calls} calls, {spent.tokens} tokens, "
-            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): raise it "
+            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): "
+            "raise it "
             "and start again to go on from the checkpoint"
         )
 
@@ -186,7 +210,9 @@ class Budget:
         """What each cap still allows; inf where there is none."""
         spent = self.journal.totals()
         names = ("usd", "tokens", "calls")
-        return {k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names}
+        return {
+            k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names
+        }
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
@@ -240,7 +266,9 @@ class Estimate:
         return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
 
 
-def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None) -> Estimate:
+def estimate(
+    cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None, most: int = 128
+) -> Estimate:
     """What the run will ask of the teacher, before the first call.
 
     Low: short prompts and answers, repeated input from the provider's cache, fast answers; high: every length at its
@@ -250,13 +278,17 @@ def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float]
     Args:
       cfg: the recipe.
       price: from `price()`.
-      takes_n: whether one call brings all N continuations of a chunk (the probe's answer).
-      latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much longer.
+      takes_n: whether one call brings several continuations of a chunk (the probe's answer).
+      most: how many at most.
+      latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much
+        longer.
       steps: optimizer steps still to come; `cfg.num_steps` by default.
     """
     t = cfg.teacher
     steps = cfg.num_steps if steps is None else steps
-    asked, sent, written, again = {"sft": _solutions, "opd": _scores}.get(cfg.objective.name, _audits)(cfg, takes_n)
+    asked, sent, written, again = {"sft": _solutions, "opd": _scores}.get(cfg.objective.name, _audits)(
+        cfg, most if takes_n else 1
+    )
     calls = tuple(steps * cfg.prompts_per_step * n * repeats for n, repeats in zip(asked, (1.0, 1.02, 1.1)))
     tokens_in = tuple(c * length for c, length in zip(calls, sent))
     tokens_out = tuple(c * length for c, length in zip(calls, written))
@@ -277,14 +309,22 @@ def estimate(cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float]
 
 
 def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
-    """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will end; ''."""
-    for name, low in (("usd", least.usd[0]), ("tokens", least.tokens_in[0] + least.tokens_out[0]), ("calls", least.calls[0])):
+    """A warning where what is left of a cap is less than the run takes at the least, with the step at which it will
+    end; ''."""
+    for name, low in (
+        ("usd", least.usd[0]),
+        ("tokens", least.tokens_in[0] + least.tokens_out[0]),
+        ("calls", least.calls[0]),
+    ):
         if steps and left[name] < low and not (name == "usd" and not least.price_known):
             form = ".2f" if name == "usd" else ",.0f"
             last = cfg.num_steps - steps + math.floor(steps * left[name] / low)
-            then = "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            then = (
+                "the run will stop" if cfg.budget.on_exhausted == "stop" else f"{cfg.budget.on_exhausted} begins early"
+            )
             return (
-                f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} at the "
+                f"warning: budget.{name} leaves {left[name]:{form}}, and the {steps} steps to come take {low:{form}} "
+                "at the "
                 f"least: {then}, at about step {last} of {cfg.num_steps}"
             )
     return ""
@@ -293,20 +333,21 @@ def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
 SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high
 
 
-def _audits(cfg, takes_n):
-    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has sent)."""
+def _audits(cfg, most):
+    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has
+    sent)."""
     a = cfg.audit
     fit = [min(1.0, share * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for share in SHARES]
-    per_audit = 1 if takes_n else a.num_continuations
+    per_audit = -(-a.num_continuations // most)
     calls = [cfg.num_generations * a.num_chunks * per_audit * f for f in fit]
     sent = [share * (cfg.max_prompt_length + cfg.max_completion_length / 2) for share in SHARES]
     each = a.chunk_tokens * a.num_continuations / per_audit
     return calls, sent, [each * share for share in (0.8, 0.95, 1.0)], 1 - 1 / (per_audit * a.num_chunks)
 
 
-def _solutions(cfg, takes_n):
+def _solutions(cfg, most):
     """The same for whole answers (`sft`)."""
-    per_prompt = 1 if takes_n else cfg.num_generations
+    per_prompt = -(-cfg.num_generations // most)
     written = [cfg.num_generations / per_prompt * cfg.max_completion_length * share for share in SHARES]
     return [per_prompt] * 3, [share * cfg.max_prompt_length for share in SHARES], written, 1 - 1 / per_prompt
 

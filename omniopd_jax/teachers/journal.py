@@ -1,16 +1,16 @@
 """The journal: what was asked of a paid teacher, what came back, and what it cost. Caching, exact resume, replay, data
 set.
 
-One SQLite file (WAL) a host, `journal.sqlite` in a folder on local disk; all processes of the host write to it. A continuation
-is found by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings, mode and prompt
-version) and by who asked (sample id, peak, index: method.md, section 5), so that samples stay fresh within a run. A
-result is written before it is used, and so are final failures and missed deadlines: a replay has the same n. Before a
-call goes out it is written down with the most that it can cost; a call that never reported back (kill -9, a lost
-answer) stays spent. Each text carries a checksum: one that changed on disk is refused by name.
+One SQLite file (WAL) a host, `journal.sqlite` in a folder on local disk; all processes of the host write to it. A
+continuation is found by what was asked (a hash of provider, model, messages and prefix as rendered, sampling settings,
+mode and prompt version) and by who asked (sample id, peak, index: method.md, section 5), so that samples stay fresh
+within a run. A result is written before it is used, and so are final failures and missed deadlines: a replay has the
+same n. Before a call goes out it is written down with the most that it can cost; a call that never reported back (kill
+-9, a lost answer) stays spent. Each text carries a checksum: one that changed on disk is refused by name.
 
-Safe under threads, processes and kill -9: every event is one transaction, begun `immediate`. Other journals in the folder (of
-earlier versions, one file a process; of another host, restored from a checkpoint) are read, and imported once, before the
-first write. A file that is corrupt, not a journal, or of another schema is refused, never repaired.
+Safe under threads, processes and kill -9: every event is one transaction, begun `immediate`. Other journals in the
+folder (of earlier versions, one file a process; of another host, restored from a checkpoint) are read, and imported
+once, before the first write. A file that is corrupt, not a journal, or of another schema is refused, never repaired.
 
     python -m omniopd_jax.teachers.journal export FOLDER OUT.jsonl
     python -m omniopd_jax.teachers.journal forget FOLDER SAMPLE_ID PEAK
@@ -18,13 +18,10 @@ first write. A file that is corrupt, not a journal, or of another schema is refu
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import re
-import secrets
-import shutil
 import sqlite3
 import sys
 import threading
@@ -32,31 +29,11 @@ import time
 import zlib
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import journal_file
+from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, restore
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
-APPLICATION_ID = 0x4F4D4F50  # "OMOP": tells our files from other people's
-SCHEMA_VERSION = 2
-READ = (1, 2)  # schemas that are read and imported
-NAME = "journal.sqlite"
-SCHEMA = """
-create table meta (id text not null);
-create table requests (key blob primary key, about text not null, messages blob not null, prefix blob not null);
-create table continuations (
-  key blob not null, sample_id text not null, peak integer not null, idx integer not null,
-  text text, finish text, error text, raw text, call integer, time real not null, sum blob not null,
-  primary key (key, sample_id, peak, idx)) without rowid;
-create table calls (
-  id integer primary key, writer integer, run text, key blob, n integer not null, status text not null, time real not null,
-  latency real, tokens_in integer, tokens_cached integer, tokens_out integer, usd real, max_tokens integer, max_usd real,
-  error text);
-create index asked on calls (writer) where status = 'asked';
-create table totals (calls integer not null, tokens integer not null, usd real not null);
-create table modes (provider text, model text, asked text, mode text, report text, time real,
-  primary key (provider, model, asked));
-create table writers (id integer primary key, pid integer not null, started text not null);
-create table imported (name text primary key, time real not null);
-insert into totals values (0, 0, 0.0);
-"""
+__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "main", "restore"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +66,10 @@ class Journal:
         self.own = self.writer = None  # the connection that writes, and this process's row in `writers`
         self.others = {}  # path -> read-only connection: files that are not imported (yet)
         for path in sorted(self.folder.glob("*.sqlite")) if self.folder.is_dir() else []:
-            self.others[path] = _open_checked(path)
+            self.others[path] = journal_file.open_checked(path)
         if self.path in self.others:
             done = {name for (name,) in self.others[self.path].execute("select name from imported")}
-            for path in [p for p, c in self.others.items() if p != self.path and _identity(p, c) in done]:
+            for path in [p for p, c in self.others.items() if p != self.path and journal_file.identity(p, c) in done]:
                 self.others.pop(path).close()
 
     # reading
@@ -106,17 +83,22 @@ class Journal:
         found, wanted = {}, set(indices)
         with self.mutex:
             for path, connection in self._named():
-                sums = "sum" if _version(connection) > 1 else "null"
+                sums = "sum" if journal_file.schema_of(connection) > 1 else "null"
                 sql = f"select idx, text, finish, error, raw, {sums} from continuations "
                 sql += "where key = ? and sample_id = ? and peak = ?"
                 for index, text, finish, error, raw, checksum in connection.execute(sql, (key, sample_id, peak)):
                     if index not in wanted or index in found:
                         continue
-                    if checksum is not None and checksum != _checksum(key, sample_id, peak, index, text, finish, error, raw):
+                    if checksum is not None and checksum != journal_file.checksum(
+                        key, sample_id, peak, index, text, finish, error, raw
+                    ):
                         raise UserError(
-                            f"{path}: text {index} of sample {sample_id} at peak {peak} is not the one that was written "
-                            "(its checksum differs): restore the file from a checkpoint's journal_snapshots, or buy the text "
-                            f"again after: python -m omniopd_jax.teachers.journal forget {self.folder} {sample_id} {peak}"
+                            f"{path}: text {index} of sample {sample_id} at peak {peak} is not the one that was "
+                            "written "
+                            "(its checksum differs): restore the file from a checkpoint's journal_snapshots, or buy "
+                            "the text "
+                            f"again after: python -m omniopd_jax.teachers.journal forget {self.folder} {sample_id} "
+                            f"{peak}"
                         )
                     found[index] = Continuation(index, text, finish) if error is None else Failure(index, error)
                 if len(found) == len(wanted):
@@ -124,9 +106,12 @@ class Journal:
         return found
 
     def count(self) -> int:
-        """Continuations that the folder holds, failures included."""
+        """Continuations that the folder holds, failures included, the probe's answers not."""
         with self.mutex:
-            return sum(c.execute("select count(*) from continuations").fetchone()[0] for c in self._connections())
+            return sum(
+                c.execute("select count(*) from continuations where sample_id != 'probe'").fetchone()[0]
+                for c in self._connections()
+            )
 
     def totals(self) -> Totals:
         """Spent so far by every process that writes to this folder."""
@@ -148,12 +133,13 @@ class Journal:
             self._look_again()
             rows = []
             for _, c in self._named():
-                mine = " and (run = ? or run is null)" if _version(c) > 1 else ""
+                mine = " and (run = ? or run is null)" if journal_file.schema_of(c) > 1 else ""
                 rows.append(c.execute(sql + mine, (run or self.run,) if mine else ()).fetchone())
             return sum((Totals(*row) for row in rows), Totals())
 
     def unknown(self) -> Totals:
-        """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or unstated."""
+        """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or
+        unstated."""
         sql = (
             "select count(*), coalesce(sum(max_tokens), 0), coalesce(sum(max_usd), 0) from calls "
             "where usd is null and status != 'unsent'"
@@ -171,7 +157,7 @@ class Journal:
                 "select w.pid, w.started, count(*) from calls c join writers w on w.id = c.writer "
                 "where c.status = 'asked' group by w.id"
             ).fetchall()
-        return sum(count for pid, started, count in rows if _started(pid) == started)
+        return sum(count for pid, started, count in rows if journal_file.process_started(pid) == started)
 
     def position(self) -> dict[str, dict[str, int]]:
         """How far each file has got, for a checkpoint's metadata: {file: {calls, continuations}}."""
@@ -189,6 +175,13 @@ class Journal:
         with self.mutex:
             rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
         return max(rows, key=lambda row: row[1])[0] if rows else None
+
+    def report(self, provider: str, model: str, asked: str) -> dict:
+        """The last probe's report on this teacher; {} where there is none."""
+        sql = "select report, time from modes where provider = ? and model = ? and asked = ?"
+        with self.mutex:
+            rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
+        return json.loads(max(rows, key=lambda row: row[1])[0]) if rows else {}
 
     # writing
 
@@ -213,7 +206,9 @@ class Journal:
           The call's id; or, where a cap would be overshot, the cap's name: `usd`, `tokens` or `calls`.
         """
         with self._write() as c:
-            after = Totals(*c.execute("select calls, tokens, usd from totals").fetchone()) + Totals(1, max_tokens, max_usd)
+            after = Totals(*c.execute("select calls, tokens, usd from totals").fetchone()) + Totals(
+                1, max_tokens, max_usd
+            )
             for name in ("usd", "tokens", "calls"):
                 cap = getattr(caps, name)
                 if cap and getattr(after, name) > cap + 1e-12:
@@ -224,15 +219,17 @@ class Journal:
             c.execute("update totals set calls = calls + 1, tokens = tokens + ?, usd = usd + ?", (max_tokens, max_usd))
             return cursor.lastrowid
 
-    def settle(self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()) -> Totals:
+    def settle(
+        self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()
+    ) -> Totals:
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
 
         Args:
           call: id from `ask`.
           status: `ok` (usage is billed), `rejected` (nothing is, but the call counts), `unsent` (nothing happened),
             `unknown` (stays spent in full).
-          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did not say,
-            it stays spent in full.
+          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did
+            not say, it stays spent in full.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
@@ -254,18 +251,25 @@ class Journal:
                 )
                 row = (tokens_in, cached, tokens_out, usd, call)
                 c.execute("update calls set tokens_in=?, tokens_cached=?, tokens_out=?, usd=? where id=?", row)
-            c.execute("update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call))
+            c.execute(
+                "update calls set status=?, latency=?, error=? where id=?", (status, latency, error or None, call)
+            )
             for key, sample_id, peak, k, raw in results:
-                _insert(c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time())
+                journal_file.insert_text(
+                    c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time()
+                )
         return billed
 
     def put_failure(self, key: bytes, sample_id: str, peak: int, failure: Failure) -> None:
         """Writes a failure that is final: a replay fails there too, and n is the same."""
         with self._write() as c:
-            _insert(c, key, sample_id, peak, failure.index, None, None, failure.error, None, None, time.time())
+            journal_file.insert_text(
+                c, key, sample_id, peak, failure.index, None, None, failure.error, None, None, time.time()
+            )
 
     def forget(self, sample_id: str, peak: int) -> int:
-        """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that were."""
+        """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that
+        were."""
         with self._write() as c:
             return c.execute("delete from continuations where sample_id = ? and peak = ?", (sample_id, peak)).rowcount
 
@@ -292,13 +296,13 @@ class Journal:
                 raise UserError(f"cannot copy the teacher's journal to {folder}: {e}") from None
 
     def export_jsonl(self, path) -> int:
-        """Writes every continuation as a line of JSON; returns how many. What several files hold is written once."""
+        """Writes every continuation but the probe's as a line of JSON, once; returns how many."""
         seen, lines = set(), 0
         with self.mutex, open(path, "w", encoding="utf-8") as out:
             for c in self._connections():
                 rows = c.execute(
                     "select k.key, sample_id, peak, idx, text, finish, error, raw, time, about, messages, prefix "
-                    "from continuations k left join requests r on r.key = k.key"
+                    "from continuations k left join requests r on r.key = k.key where sample_id != 'probe'"
                 )
                 for key, sample_id, peak, index, text, finish, error, raw, when, about, messages, prefix in rows:
                     if (who := (key, sample_id, peak, index)) in seen:
@@ -332,7 +336,7 @@ class Journal:
     def _look_again(self):
         """Opens the journal's file for reading where another process has made it since."""
         if self.own is None and self.path not in self.others and self.path.is_file():
-            self.others[self.path] = _open_checked(self.path)
+            self.others[self.path] = journal_file.open_checked(self.path)
 
     @contextlib.contextmanager
     def _write(self):
@@ -347,7 +351,8 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("rollback")
                 raise UserError(
-                    f"the teacher's journal {self.path} cannot be written: {e}; nothing more is asked until it can, and what "
+                    f"the teacher's journal {self.path} cannot be written: {e}; nothing more is asked until it can, "
+                    "and what "
                     "it holds is kept"
                 ) from None
             except BaseException:
@@ -355,14 +360,15 @@ class Journal:
                 raise
 
     def _own(self):
-        """The connection that writes. Made under a hidden name, so that no half-made file is seen; imports the others."""
+        """The connection that writes. Made under a hidden name, so that no half-made file is seen; imports the
+        others."""
         if self.own is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not self.path.exists():
-                    _create(self.path)
+                    journal_file.create(self.path)
                 if self.path not in self.others:
-                    self.others[self.path] = _open_checked(self.path)
+                    self.others[self.path] = journal_file.open_checked(self.path)
                 self.others.pop(self.path).close()
                 own = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=60.0)
                 own.execute("pragma journal_mode = wal")
@@ -371,8 +377,8 @@ class Journal:
                 )  # a killed process loses nothing; a power cut may lose the last calls
                 own.execute("begin immediate")
                 for path, other in list(self.others.items()):
-                    _import(own, other, _identity(path, other))
-                me = (os.getpid(), _started(os.getpid()))
+                    journal_file.import_into(own, other, journal_file.identity(path, other))
+                me = (os.getpid(), journal_file.process_started(os.getpid()))
                 self.writer = own.execute("insert into writers (pid, started) values (?, ?)", me).lastrowid
                 own.execute("commit")
             except (OSError, sqlite3.Error) as e:
@@ -381,133 +387,6 @@ class Journal:
                 connection.close()
             self.own, self.others = own, {}
         return self.own
-
-
-def _create(path: pathlib.Path) -> None:
-    """An empty journal at `path`, unless another process is quicker."""
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
-    try:
-        with contextlib.closing(sqlite3.connect(part)) as new:
-            new.executescript(f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}")
-            new.execute("insert into meta values (?)", (secrets.token_hex(8),))
-            new.commit()
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _insert(c, key, sample_id, peak, index, text, finish, error, raw, call, when):
-    checksum = _checksum(key, sample_id, peak, index, text, finish, error, raw)
-    row = (key, sample_id, peak, index, text, finish, error, raw, call, when, checksum)
-    c.execute("insert or replace into continuations values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-
-
-def _checksum(*parts) -> bytes:
-    """Of a stored text and all that it is found by."""
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _import(own, other, name: str) -> None:
-    """Takes over everything that another journal holds, once; where both have a text, the newer one is kept."""
-    if own.execute("select 1 from imported where name = ?", (name,)).fetchone():
-        return
-    own.executemany("insert or ignore into requests values (?, ?, ?, ?)", other.execute("select * from requests"))
-    texts = "select key, sample_id, peak, idx, text, finish, error, raw, time from continuations"
-    for key, sample_id, peak, index, text, finish, error, raw, when in other.execute(texts):
-        where = (key, sample_id, peak, index)
-        sql = "select time from continuations where key = ? and sample_id = ? and peak = ? and idx = ?"
-        here = own.execute(sql, where).fetchone()
-        if here is None or here[0] < when:
-            _insert(own, *where, text, finish, error, raw, None, when)
-    columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
-    marks = ", ".join("?" * 12)
-    own.executemany(f"insert into calls ({columns}) values ({marks})", other.execute(f"select {columns} from calls"))
-    spent = other.execute("select calls, tokens, usd from totals").fetchone()
-    own.execute("update totals set calls = calls + ?, tokens = tokens + ?, usd = usd + ?", spent)
-    for row in other.execute("select provider, model, asked, mode, report, time from modes").fetchall():
-        here = own.execute("select time from modes where provider = ? and model = ? and asked = ?", row[:3]).fetchone()
-        if here is None or here[0] < row[5]:
-            own.execute("insert or replace into modes values (?, ?, ?, ?, ?, ?)", row)
-    own.execute("insert into imported values (?, ?)", (name, time.time()))
-
-
-def _version(connection) -> int:
-    return connection.execute("pragma user_version").fetchone()[0]
-
-
-def _identity(path: pathlib.Path, connection) -> str:
-    """What a journal is known by, wherever it was copied to: its own id, in the first schema its file's name."""
-    return path.name if _version(connection) == 1 else connection.execute("select id from meta").fetchone()[0]
-
-
-def _started(pid: int) -> str:
-    """When a process began, '' where there is none: a number may be given to another process later."""
-    try:
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return ""
-        return "running"
-    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
-
-
-def _open_checked(path: pathlib.Path):
-    """A read-only connection. Raises `UserError` where the file is not a sound journal of this schema."""
-    advice = "move it out of the folder, or set teacher.journal to another one"
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30.0)
-        try:
-            made_by = connection.execute("pragma application_id").fetchone()[0]
-        except sqlite3.OperationalError:  # a read-only disk: no shared memory file can be made beside it
-            connection.close()
-            uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-            connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
-            made_by = connection.execute("pragma application_id").fetchone()[0]
-        version = connection.execute("pragma user_version").fetchone()[0]
-        if made_by != APPLICATION_ID:
-            connection.close()
-            raise UserError(f"{path} is not a teacher's journal; {advice}")
-        if version not in READ:
-            connection.close()
-            raise UserError(f"{path} is a journal of schema {version}, this version reads {SCHEMA_VERSION}; {advice}")
-        if (said := connection.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
-            connection.close()
-            raise UserError(f"{path} is corrupt ({said}); {advice}, or restore it from a checkpoint's copy")
-        return connection
-    except sqlite3.Error as e:
-        raise UserError(f"{path} is corrupt or not a teacher's journal ({e}); {advice}") from None
-
-
-def restore(snapshot, folder) -> int:
-    """Copies the files of a checkpoint's snapshot that `folder` lacks, before a resume on another machine.
-
-    Returns:
-      How many were copied.
-
-    Raises:
-      UserError: a file of the snapshot is no sound journal.
-    """
-    snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(snapshot.glob("*.sqlite")):
-        target = folder / path.name
-        if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
-            with contextlib.closing(_open_checked(path)) as there, contextlib.closing(_open_checked(target)) as here:
-                name = _identity(path, there)
-                known = (
-                    name == _identity(target, here) or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
-                )
-            target = target if known else folder / f"{name}.sqlite"
-        if not target.exists():
-            part = folder / f".{target.name}.part"
-            shutil.copyfile(path, part)
-            os.replace(part, target)
-            copied += 1
-    return copied
 
 
 def main(args) -> int:

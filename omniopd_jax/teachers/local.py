@@ -43,8 +43,8 @@ def _score(params, token_BL, prompt_length_B, T: int, model_cfg, compute):
 class LocalTeacher(Teacher):
     """See the module. `foreign_tokenizer` says whether its vocabulary differs from the student's.
 
-    The weights are held once: as the sampler wants them from the first request for text on, else as they were given, which
-    is what scoring takes.
+    The weights are held once: as the sampler wants them from the first request for text on, else as they were given,
+    which is what scoring takes.
     """
 
     white_box = frozenset({LOGP, DISTRIBUTION})
@@ -90,7 +90,9 @@ class LocalTeacher(Teacher):
         if self.foreign_tokenizer:
             raise UserError("objective.name = 'opd' needs a teacher with the student's tokenizer")
         if self._params is None:
-            raise UserError("a local teacher that has sampled text holds the sampler's weights alone: make one for scores")
+            raise UserError(
+                "a local teacher that has sampled text holds the sampler's weights alone: make one for scores"
+            )
         future = asyncio.get_running_loop().create_future()
         since = time.perf_counter()
         self._scoring.append((list(prompt_ids), list(token_ids), future))
@@ -142,7 +144,9 @@ class LocalTeacher(Teacher):
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
             for start in range(0, len(order), size):
                 part = order[start : start + size]
-                sampled = self._sample([ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p)
+                sampled = self._sample(
+                    [ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p
+                )
                 for i, continuations, tokens_out in zip(part, *sampled, strict=True):
                     request, future, since = items[i]
                     usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=tokens_out)
@@ -179,7 +183,8 @@ class LocalTeacher(Teacher):
         return answers, tokens_out
 
     def _tail_text(self, prefix: list[int], tail: list[int]) -> str:
-        """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its left."""
+        """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its
+        left."""
         near = prefix[-8:]
         whole = self._tokenizer.decode(near + tail, skip_special_tokens=True)
         return whole[len(self._tokenizer.decode(near, skip_special_tokens=True)) :]

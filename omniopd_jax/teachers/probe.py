@@ -21,11 +21,14 @@ from omniopd_jax.teachers.protocol import Continuation, Failure
 from omniopd_jax.teachers.traffic import now
 from omniopd_jax.teachers.wire import instruct, scoring
 
-COUNT = ({"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},)
+COUNT = (
+    {"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},
+)
 PREFIX = "one two three four five six seven"
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
 WHO = "probe"  # who asks, in the journal
+THOUGHTS = ("<think", "<thinking", "<|channel|>analysis", "<reasoning")  # how open models begin to think
 PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
 
 
@@ -39,6 +42,7 @@ class ProbeReport:
     latency_s: tuple[float, float]
     usd_per_call: float
     calls: int
+    answering: str = ""  # the model that answered, where it is another than the one asked for
 
     def table(self) -> str:
         """Plain text, one row a question."""
@@ -79,7 +83,10 @@ class _Probe:
         replayed = len(self.latencies) - self.calls
         kept = f", {replayed} answers from the journal" if replayed > 0 else ""
         self._row("probe", f"{self.calls} calls{kept}, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
-        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls)
+        answering = self.teacher.answering
+        if answering:
+            self._row("answered by", f"{answering}, not {self.client.model}")
+        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls, answering)
         self._save(report)
         return report
 
@@ -104,8 +111,10 @@ class _Probe:
             if e.outcome == "rejected" and e.kind == "stop":
                 raise UserError(self._refusal(e)) from None
             if e.outcome != "rejected":
+                between = wire.http.in_between(self.client.url, str(e))
                 raise UserError(
-                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or proxy"
+                    f"{self._where()} is not reachable ({e}): start it, or set teacher.base_url, network or "
+                    f"proxy{between}"
                 ) from None
             said = str(e)
         self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
@@ -120,7 +129,9 @@ class _Probe:
     async def _ask(self, messages, prefix, mode, *, n=1, seed=1) -> wire.Reply:
         """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
         while True:
-            call = wire.Call(messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode)
+            call = wire.Call(
+                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode
+            )
             try:
                 reply = await self._send(call)
             except wire.CallError as e:
@@ -139,7 +150,8 @@ class _Probe:
             return reply
 
     async def _send(self, call) -> wire.Reply:
-        """One question: from the journal, where this teacher has been asked it before, else through the run's own traffic.
+        """One question: from the journal, where this teacher has been asked it before, else through the run's own
+        traffic.
 
         Raises:
           CallError: refused, or not answered. A refusal is kept in the journal too.
@@ -171,8 +183,20 @@ class _Probe:
 
     def _key(self, call) -> bytes:
         """What a question is found by: all that decides how it goes out and who answers."""
-        about = [self.t.provider, self.client.model, self.client.url, self.t.tokenizer, self.t.chat_template_kwargs.to_dict()]
-        about += [sorted(self.client.seen.dropped), sorted(self.client.extra), wire.VERSION, instruct.VERSION, scoring.VERSION]
+        about = [
+            self.t.provider,
+            self.client.model,
+            self.client.url,
+            self.t.tokenizer,
+            self.t.chat_template_kwargs.to_dict(),
+        ]
+        about += [
+            sorted(self.client.seen.dropped),
+            sorted(self.client.extra),
+            wire.VERSION,
+            instruct.VERSION,
+            scoring.VERSION,
+        ]
         content = json.dumps(["probe", *about, dataclasses.asdict(call)], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
@@ -189,6 +213,7 @@ class _Probe:
             tuple(wire.Text(**t) for t in kept["texts"]), tuple(kept["logp"]),
             wire.Billed(**kept["billed"]) if kept["billed"] else None, kept["tokens_hidden"], model=kept["model"],
         )  # fmt: skip
+        self.teacher.served(reply.model)
         if isinstance(call, wire.Call):
             self.client.seen.answered(call, len(reply.texts))
         return reply
@@ -197,7 +222,8 @@ class _Probe:
         """The first way that gives log-probs of a prompt's tokens, for a teacher that scores (`opd`)."""
         tokenizer, said = self.client.tokenizer, []
         prompt, answer = (
-            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (self.client.render(COUNT), PREFIX)
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (self.client.render(COUNT), PREFIX)
         )
         for way in scoring.WAYS:
             try:
@@ -218,7 +244,8 @@ class _Probe:
             self._row("log-prob of 'one two ... seven'", f"{sum(reply.logp):.3f} nats in {len(answer)} tokens")
             return way
         raise UserError(
-            f"{self._where()} gives no log-probs of a prompt ({'; '.join(said)}), which objective.name = 'opd' needs: serve it "
+            f"{self._where()} gives no log-probs of a prompt ({'; '.join(said)}), which objective.name = 'opd' needs: "
+            "serve it "
             "with vLLM or SGLang, or load it here with teacher.provider = 'local'"
         )
 
@@ -247,7 +274,8 @@ class _Probe:
         return mode
 
     async def _try(self, mode) -> str:
-        """What a mode comes to: the best of up to three answers, since a teacher samples and a service has bad moments."""
+        """What a mode comes to: the best of up to three answers, since a teacher samples and a service has bad
+        moments."""
         seen = []
         while len(seen) < 3 and "continues" not in seen:
             try:
@@ -262,6 +290,15 @@ class _Probe:
         best = next(v for v in ("continues", "restarts", "unclear") if v in seen)
         self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
         return best
+
+    async def _whole(self, mode) -> str:
+        """What an empty prefix gets, as first chunks and whole solutions do: a teacher that thinks begins with its
+        thoughts."""
+        call = wire.Call(OPEN, "", 1, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), 13, mode)
+        try:
+            return begins(await self._send(call))
+        except wire.CallError as e:
+            return f"refused: {e}"
 
     async def _sampling(self, mode):
         """Does it sample, keep the seed, the cap on tokens and leading whitespace?"""
@@ -282,14 +319,29 @@ class _Probe:
             "NO: three answers are equal; a greedy teacher makes k_sem 0 or N (is do_sample on?)" if greedy else "yes",
         )
         seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
-        self._row("seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken")
+        self._row(
+            "seed", ("repeats" if texts[0] == texts[1] else "accepted, does not repeat") if seeded else "not taken"
+        )
         most = max(-(-reply.stated.tokens_out // len(reply.texts)) for reply in (first, again, other))
         self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
         self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
         self._row("hidden reasoning", "none")
+        self._row("a whole answer", await self._whole(mode))
         left_out = ", ".join(sorted(self.client.seen.dropped))
         if left_out:
             self._row("left out (refused)", left_out)
+
+
+def begins(reply) -> str:
+    """How an answer to an empty prefix begins: with the answer, or with thoughts, seen or hidden."""
+    text = reply.texts[0].text.lstrip()
+    if reply.tokens_hidden:
+        return f"begins with hidden thoughts ({reply.tokens_hidden} tokens): switch its thinking off, or raise the caps"
+    if text.startswith(THOUGHTS):
+        return (
+            "begins with its thoughts: teacher.chat_template_kwargs.enable_thinking = False, unless the student thinks"
+        )
+    return "begins with the answer"
 
 
 def verdict(text: str, mode: str) -> str:

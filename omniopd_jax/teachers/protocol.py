@@ -64,7 +64,8 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What was billed: calls on the wire, tokens in (`tokens_cached` of them from the provider's cache), out, dollars."""
+    """What was billed: calls on the wire, tokens in (`tokens_cached` of them from the provider's cache), out,
+    dollars."""
 
     calls: int = 0
     retries: int = 0
@@ -123,17 +124,21 @@ class Counts:
             "teacher/latency_p50": float(np.quantile(latency, 0.5)),
             "teacher/latency_p95": float(np.quantile(latency, 0.95)),
         }
-        self.__init__()
+        self.usage, self.wanted, self.replayed, self.failed, self.latencies = Usage(), 0, 0, 0, []
         return out
 
 
 class Teacher(Protocol):
-    """What the loop needs of a teacher. Those who subclass it write `continue_text` alone: the rest costs nothing and does
-    nothing, as of a teacher in process.
+    """What the loop needs of a teacher. Those who subclass it write `continue_text` alone: the rest costs nothing and
+    does nothing, as of a teacher in process.
     """
 
-    foreign_tokenizer: bool = False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
-    white_box: frozenset[str] = frozenset()  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
+    foreign_tokenizer: bool = (
+        False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
+    )
+    white_box: frozenset[str] = (
+        frozenset()
+    )  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
     model_cfg: Any = None  # of its weights, where it gives its DISTRIBUTION
     report: Any = None  # probe.ProbeReport, once `check` has probed it
     journal: Any = None  # journal.Journal: what was bought and what it cost
@@ -158,11 +163,13 @@ class Teacher(Protocol):
         return {}
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
-        """(M, N) that its budget allows the next step of `rows` responses; without a budget what the config asks for."""
+        """(M, N) that its budget allows the next step of `rows` responses; without a budget what the config asks
+        for."""
         return num_chunks, num_continuations
 
     def spent(self) -> Any:
-        """journal.Totals that this run has spent, over all its starts, unknown outcomes included; None: nothing is counted."""
+        """journal.Totals that this run has spent, over all its starts, unknown outcomes included; None: nothing is
+        counted."""
         return None
 
     def divide_budget(self, hosts: int) -> None:
@@ -170,7 +177,8 @@ class Teacher(Protocol):
 
 
 class PaidTeacher(Teacher, Protocol):
-    """A teacher whose calls cost money: journaled before use, capped before they go out, forecast before the first one."""
+    """A teacher whose calls cost money: journaled before use, capped before they go out, forecast before the first
+    one."""
 
     journal: Any  # journal.Journal
     budget: Any  # budget.Budget
@@ -186,7 +194,8 @@ class PaidTeacher(Teacher, Protocol):
 
 
 async def together(coroutines) -> list:
-    """Their results. What one raises is raised when all have ended, so that nothing paid for is lost: errors before stops."""
+    """Their results. What one raises is raised when all have ended, so that nothing paid for is lost: errors before
+    stops."""
     done = await asyncio.gather(*coroutines, return_exceptions=True)
     errors = [e for e in done if isinstance(e, BaseException)]
     if errors:

@@ -53,7 +53,7 @@ class RemoteTeacher(PaidTeacher):
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
         self.journal = Journal(folder, str(pathlib.Path(cfg.run_dir).absolute()))
         self.budget = money.Budget(cfg, self.journal, self.price)
-        self.traffic = Traffic(cfg, client, self.budget)
+        self.traffic = Traffic(cfg, client, self.budget, served=self.served)
         # known to be the student's own only where both are named; else continuations are trimmed by characters
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
         self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring
@@ -61,9 +61,12 @@ class RemoteTeacher(PaidTeacher):
         self.loop = None
         self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
+        self.answering = ""  # the model that answers, where it is another than the one asked for
         self.running = set()  # tasks that have calls out
         self.refused = 0
-        self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        self.stopped = (
+            None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        )
         self.counts = Counts()
 
     # the protocol
@@ -75,6 +78,8 @@ class RemoteTeacher(PaidTeacher):
           UserError: unreachable, refused, or impossible as a teacher, and what to change.
         """
         if self.replay == "only":
+            t = self.cfg.teacher
+            self.answering = self.journal.report(t.provider, t.model, t.continuation).get("answering", "")
             return f"teacher {self.client.model!r}: replay of {self.journal.count()} journal entries, no connection"
         await self._bind()
         self.report = await probe.probe_teacher(self)
@@ -111,7 +116,8 @@ class RemoteTeacher(PaidTeacher):
         return self.counts.add(ContinuationResult(continuations, failures, usage, now() - start, replayed))
 
     async def score_tokens(self, messages, prompt_ids, token_ids) -> np.ndarray:
-        """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32 [len(token_ids)], nats.
+        """White-box baseline: the teacher's log-prob of each of `token_ids` after `prompt_ids`; float32
+        [len(token_ids)], nats.
 
         From the journal where `replay` allows it. A score is never left out: what cannot be had ends the run.
 
@@ -122,7 +128,7 @@ class RemoteTeacher(PaidTeacher):
             return np.zeros(0, np.float32)
         start = now()
         try:
-            key, about = scoring.key(self.cfg, self.client.model, prompt_ids, token_ids)
+            key, about = scoring.key(self.cfg, self._named(), prompt_ids, token_ids)
             text, usage = self._known_score(key), Usage()
             if text is None and self.replay == "only":
                 raise TeacherStopped(
@@ -164,7 +170,8 @@ class RemoteTeacher(PaidTeacher):
         warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
         if not self.price.known:
             warning = "\n".join(filter(None, (
-                f"the price of {self.client.model!r} is not known, and with it what the run costs: set teacher.price_input and "
+                f"the price of {self.client.model!r} is not known, and with it what the run costs: set "
+                "teacher.price_input and "
                 "teacher.price_output (USD per million tokens)", warning,
             )))  # fmt: skip
         return estimate.table() + (f"\n{warning}" if warning else "")
@@ -177,7 +184,8 @@ class RemoteTeacher(PaidTeacher):
         """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`."""
         latency = self.report.latency_s if self.report else (1.0, 5.0)
         takes_n = bool(self.client.seen.takes_n)
-        return money.estimate(self.cfg, self.price, takes_n=takes_n, latency_s=latency, steps=steps)
+        most = self.client.most_texts
+        return money.estimate(self.cfg, self.price, takes_n=takes_n, latency_s=latency, steps=steps, most=most)
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) for the next step: see `Budget.allowance`."""
@@ -188,6 +196,27 @@ class RemoteTeacher(PaidTeacher):
         self.budget.divide(hosts)
 
     # inside
+
+    def served(self, model: str) -> None:
+        """Takes note of the model that answered, as it calls itself. Another one than asked for is reported once;
+        journal and price go by it from then on.
+
+        Raises:
+          TeacherStopped: it is another one and `teacher.pin_model` is set, or its price is not known and a budget needs
+          it.
+        """
+        if not model or model == self.answering or wire.same_model(self.client.model, model, self.client.self_hosted):
+            return
+        said = wire.scrub(f"teacher.model = {self.client.model!r} was asked, and {model[:80]!r} answers")
+        if self.cfg.teacher.pin_model:
+            raise TeacherStopped(f"{said}; teacher.pin_model allows no other: set teacher.model to one that is served")
+        try:
+            self.price = self.budget.price = money.price(self.cfg, self_hosted=self.client.self_hosted, model=model)
+        except UserError as e:
+            raise TeacherStopped(f"{said}: {e}") from None
+        self.answering = model
+        kept = "" if self.client.self_hosted else "; texts are kept under its name and priced as its"
+        self.traffic.report(f"warning: {said}{kept}")
 
     @contextlib.contextmanager
     def _under_way(self):
@@ -206,8 +235,9 @@ class RemoteTeacher(PaidTeacher):
             return  # this prefix is longer than the teacher's context; shorter ones are not
         if error.status == 404 or error.field == "temperature" or self.refused >= MAX_REFUSED:
             advice = {
-                "temperature": "set teacher.temperature = 1.0", "context": "its context is too short for the student's answers",
-            }.get(error.field, "check teacher.model and base_url")  # fmt: skip
+                "temperature": "set teacher.temperature = 1.0",
+                "context": "its context is too short for the student's answers",
+            }.get(error.field, "check teacher.model and base_url")
             raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
 
     async def _bind(self):
@@ -240,7 +270,10 @@ class RemoteTeacher(PaidTeacher):
         """What ends the run, after a checkpoint; whoever still waits for a turn finds it and does not try."""
         stop = error if isinstance(error, TeacherStopped) else TeacherStopped(str(error))
         if not isinstance(error, UserError):
-            what = f"the teacher {self.client.model!r} failed in a way that is not foreseen ({type(error).__name__}: {error})"
+            what = (
+                f"the teacher {self.client.model!r} failed in a way that is not foreseen "
+                f"({type(error).__name__}: {error})"
+            )
             stop = TeacherStopped(wire.scrub(" ".join(what.split())[:400]))
             stop.__cause__ = error  # for --verbosity=1
         self.stopped = self.stopped or stop
@@ -273,17 +306,23 @@ class RemoteTeacher(PaidTeacher):
                 sent = await self.traffic.send(call, key, deadline=deadline, accept=accept)
             except wire.CallError as e:
                 raise TeacherStopped(
-                    f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: {e}; "
+                    f"the teacher {self.client.model!r} gives no log-probs of {len(token_ids)} tokens after {first}: "
+                    f"{e}; "
                     "objective.name = 'opd' can leave no answer out: start again to go on from the checkpoint"
                 ) from None
             return rows[-1][3].text, _usage(sent)
+
+    def _named(self) -> str:
+        """The model that texts are kept under: the one that answers; a server of one's own has names of its own
+        making."""
+        return self.client.model if self.client.self_hosted else self.answering or self.client.model
 
     def _key(self, request, mode) -> tuple[bytes, dict]:
         """(hash of what is asked, what it says in words)."""
         t = self.cfg.teacher
         about = {
             "provider": t.provider,
-            "model": self.client.model,
+            "model": self._named(),
             "mode": mode,
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -301,7 +340,11 @@ def _own_format(t) -> dict:
     """What identifies a prompt's format beside the tokenizer's own template; {} where that is it."""
     given = {"template": t.template, "preamble": t.preamble, "stop_strings": list(t.stop_strings)}
     default = {"template": "chat", "preamble": "", "stop_strings": []}
-    return {k: v for k, v in given.items() if v != default[k]}
+    out = {k: v for k, v in given.items() if v != default[k]}
+    for key in out.keys() & {"template", "preamble"}:  # a file's content, not its name
+        with contextlib.suppress(OSError, ValueError):
+            out[key] = pathlib.Path(out[key]).expanduser().read_text()
+    return out
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:
@@ -337,27 +380,26 @@ class _Audit:
             self.teacher.journal.describe(self.key, about, self.request.messages, self.request.prefix)
             begun = now()
             deadline = begun + self.teacher.cfg.teacher.deadline_s
-            await self._ask(missing if client.seen.takes_n else missing[:1], missing, deadline)
+            await self._ask(missing[: client.most_texts] if client.seen.takes_n else missing[:1], missing, deadline)
             answered()  # the provider's cache is filled: the next prefix may go, and the rest of this one side by side
             while todo := tuple(i for i in missing if i not in self.found):
-                if client.seen.takes_n:
-                    await self._ask(todo, missing, deadline)
-                else:
-                    await self._side_by_side(todo, missing, deadline)
+                most = client.most_texts if client.seen.takes_n else 1
+                await self._side_by_side([todo[i : i + most] for i in range(0, len(todo), most)], missing, deadline)
         self._finish(begun)
         return self.found, self.usage
 
-    async def _side_by_side(self, todo, missing, deadline):
-        """One call an index; a stop waits for the others, whose texts are paid for."""
-        await together(self._ask((i,), missing, deadline) for i in todo)
+    async def _side_by_side(self, groups, missing, deadline):
+        """One call a group; a stop waits for the others, whose texts are paid for."""
+        await together(self._ask(group, missing, deadline) for group in groups)
 
     async def _ask(self, group, missing, deadline):
         """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""
         t, r = self.teacher, self.request
         while True:
             call = wire.Call(
-                r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode
-            )
+                r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode,
+                wanted=len(missing),
+            )  # fmt: skip
             try:
                 sent = await t.traffic.send(
                     call, self.key, deadline=deadline, accept=lambda reply, group=group: self._rows(reply, group)

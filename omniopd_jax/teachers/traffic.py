@@ -15,7 +15,9 @@ from omniopd_jax.teachers.wire import Call, CallError, Limits, Reply, ScoreCall
 
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 30.0
-TWICE_MORE = 2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+TWICE_MORE = (
+    2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
+)
 SILENT_S, SILENT_AGAIN_S = 10.0, 30.0  # when a service that does not answer is reported, and how often after that
 HEED_S = 60.0  # how long a limit holds that a header named, unless another answer names it again
 
@@ -138,9 +140,9 @@ class Order:
 class Traffic:
     """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
 
-    def __init__(self, cfg, client, budget):
+    def __init__(self, cfg, client, budget, served=lambda model: None):
         t = cfg.teacher
-        self.client, self.budget = client, budget
+        self.client, self.budget, self.served = client, budget, served
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
@@ -190,7 +192,7 @@ class Traffic:
             tries, answered = tries + 1, answered + (error.outcome != "unsent")
             error.attempts = tries
             again = False
-            if (error.kind == "stop" or error.status == 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
+            if error.status in (401, 403, 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
                 refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
             elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
@@ -198,7 +200,9 @@ class Traffic:
                 raise error
             if answered > self.max_retries:
                 raise error
-            ceiling = min(LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10))
+            ceiling = min(
+                LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10)
+            )
             wait = self.jitter.uniform(0, ceiling)  # full jitter
             if error.retry_after is not None:
                 wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
@@ -244,6 +248,7 @@ class Traffic:
             except Exception as e:  # whatever an answer set off: this call's failure, not the run's
                 raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
             latency = now() - start
+            self.served(reply.model)
             rows = accept(reply)
             settled = True
             usd = self.budget.settle(id_, "ok", reply.billed, latency=latency, results=rows)
@@ -307,7 +312,8 @@ class Traffic:
             said = now()
             silent = said - max(self.since, self.last_success)
             self.report(
-                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls wait, "
+                f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls "
+                "wait, "
                 f"the first is given up in {max(0.0, min(self.waiting.values()) - said):.0f} s"
             )
 

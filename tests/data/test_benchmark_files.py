@@ -32,14 +32,18 @@ def load(tmp_path, rows, name="", file="rows.jsonl", form="lines"):
 )
 def test_field_names_of_other_copies(tmp_path, name, row, text, answer):
     (prompt,) = load(tmp_path, [row], name).prompts
-    assert prompt.messages[0]["content"].startswith(text + "\n") and prompt.answer == answer
+    assert prompt.messages[0]["content"] == text and prompt.answer == answer
 
 
 def test_mbpp_as_it_was_first_published(tmp_path):
     row = {
-        "text": "Write a function.", "code": "def f(n):\n    return n.v", "task_id": 1, "test_setup_code": "n = Node(1)",
-        "test_list": ["assert f(n) == 1"], "challenge_test_list": [],
-    }  # fmt: skip
+        "text": "Write a function.",
+        "code": "def f(n):\n    return n.v",
+        "task_id": 1,
+        "test_setup_code": "n = Node(1)",
+        "test_list": ["assert f(n) == 1"],
+        "challenge_test_list": [],
+    }
     (prompt,) = load(tmp_path, [row], "mbpp").prompts
     assert json.loads(prompt.answer) == {"asserts": ["n = Node(1)", "assert f(n) == 1"], "prompt": "def f(n):\n"}
     assert prompt.messages[0]["content"].startswith("Write a function.")
@@ -75,11 +79,13 @@ def test_endings(tmp_path, file, form):
 @pytest.mark.parametrize(
     "row, says",
     [
-        ({"problem": "P", "answer": None}, "row 0"), ({"answer": "1"}, "problem"), ({"problem": "P", "answer": True}, "row 0"),
+        ({"problem": "P", "answer": None}, "row 0"),
+        ({"answer": "1"}, "problem"),
+        ({"problem": "P", "answer": True}, "row 0"),
         ({"problem": "P", "answer": "x", "grader": "code"}, "no JSON"),
         ({"problem": "P", "answer": {"asserts": "f(1)"}, "grader": "code"}, "no assertion"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_graded_are_named(tmp_path, row, says):
     with pytest.raises(UserError, match=says):
         load(tmp_path, [row])

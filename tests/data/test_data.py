@@ -1,8 +1,6 @@
 """Prompts from files, the hub and the small world; and their order, a pure function of seed and step."""
 
-import gzip
 import json
-import pathlib
 import time
 
 import numpy as np
@@ -11,13 +9,12 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniopd_jax import config, graders, world
+from omniopd_jax import config, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import template
 
 TOKENIZER = tiny.tokenizer()
-CASES_FILE = pathlib.Path(__file__).with_name("cases.jsonl")
 
 
 def small(**more):
@@ -37,7 +34,8 @@ def load(path, count=0):
     return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
 
 
-# --- JSONL --------------------------------------------------------------------------------------------------------------
+# --- JSONL
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_a_string_or_messages(tmp_path):
@@ -159,171 +157,8 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory, texts):
     assert [p.messages[0]["content"] for p in prompts] == list(dict.fromkeys(texts))
 
 
-# --- what other people's rows hold ----------------------------------------------------------------------------------------
-
-CASES = {json.loads(line)["name"]: json.loads(line)["row"] for line in CASES_FILE.read_text().splitlines() if line}
-TAKEN = {  # name -> (the settings that it names, the prompt that it is)
-    "dapo-processed, as JSONL with data.fields.answer=solution": ({"answer": "solution"}, ("1+1?", "2", None)),
-    "gsm8k, with data.fields.prompt=question": ({"prompt": "question"}, ("1+1?", "2", None)),
-    "content parts": ({}, ("1+1?", None, None)),
-    "code tests as an object: accepted, then JSONDecodeError at the first reward": (
-        {}, ("Write f.", '{"asserts": ["assert f(1) == 2"]}', None)
-    ),
-}  # fmt: skip
-REFUSED = {
-    "numina": r"no field `prompt`; the row's fields: problem, solution, messages; set data\.fields\.prompt",
-    "sharegpt": r"no field `prompt`; the row's fields: conversations; set data\.fields\.prompt",
-    "whole conversation: accepted, though the prompt ends in an answer": "`prompt` ends in the assistant's answer",
-}
-
-
-def with_fields(path, check=None, **fields):
-    c = small(**{f"data.fields.{k}": v for k, v in fields.items()})
-    return data.load(c, source="jsonl", split="", path=path, count=0, check=check)
-
-
-def read_one(folder, row, **fields):
-    (prompt,) = with_fields(write(folder, row), **fields).prompts
-    return prompt.messages[0]["content"], prompt.answer, prompt.solution
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_published_rows_are_taken_as_they_are_meant_or_one_line_says_what_to_set(tmp_path, name):
-    assert CASES.keys() == TAKEN.keys() | REFUSED.keys()
-    if name in TAKEN:
-        fields, wanted = TAKEN[name]
-        assert read_one(tmp_path, CASES[name], **fields) == wanted
-        return
-    with pytest.raises(UserError, match=f"line 1: .*{REFUSED[name]}") as caught:
-        read_one(tmp_path, CASES[name])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "fields", "wanted"),
-    [
-        ({"problem": "1+1?", "solution": "It is 2."}, {"prompt": "problem"}, ("1+1?", None, "It is 2.")),
-        ({"prompt": "1+1?", "reward": {"ground_truth": "2"}}, {"answer": "reward.ground_truth"}, ("1+1?", "2", None)),
-        ({"conversations": [{"from": "human", "value": "1+1?"}]}, {"prompt": "conversations"}, ("1+1?", None, None)),
-        ({"prompt": "a", "answer": 7.5}, {}, ("a", "7.5", None)),
-        ({"prompt": "a", "answer": ["1", "2"]}, {}, ("a", '["1", "2"]', None)),
-        ({"prompt": "a", "answer": None, "solution": None}, {}, ("a", None, None)),
-        ({"prompt": "a", "a.b": "x"}, {"answer": "a.b"}, ("a", "x", None)),
-        ({"prompt": [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]}, {}, ("ab", None, None)),
-    ],
-)  # fmt: skip
-def test_rows_of_other_forms(tmp_path, row, fields, wanted):
-    assert read_one(tmp_path, row, **fields) == wanted
-
-
-@pytest.mark.parametrize(
-    ("row", "fields", "said"),
-    [
-        ({"prompt": "a", "answer": {"ground_truth": "7"}}, {}, r"set data\.fields\.answer = 'answer\.ground_truth'"),
-        ({"prompt": "a", "answer": True}, {}, "`answer` = true is no answer"),
-        ({"prompt": "a", "solution": {"x": 1}}, {}, r"`solution` is no text; set data\.fields\.solution"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"prompt": "conversations"},
-         "`conversations` ends in the assistant's answer"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, {}, "and `content`, a text"),
-        ({"prompt": [{"from": 3, "value": "a"}]}, {}, "`role` and `content`, a text"),
-        ({"question": "a"}, {"prompt": "questions"}, r"no field `questions`; the row's fields: question; set data\.fields"),
-    ],
-)  # fmt: skip
-def test_rows_that_cannot_be_meant_so_are_one_line(tmp_path, row, fields, said):
-    path = write(tmp_path, {fields.get("prompt", "prompt"): "a good one"}, "", row)
-    with pytest.raises(UserError, match=f"line 3: .*{said}") as caught:
-        with_fields(path, **fields)
-    assert "\n" not in str(caught.value)
-
-
-def test_answers_are_checked_where_they_are_read(tmp_path):
-    """By the grader that will read them, with the line: not in step 40, when row 300 is drawn."""
-    path = write(tmp_path, {"prompt": "a", "answer": 7}, {"prompt": "b", "answer": None})
-    with pytest.raises(UserError, match=r"line 2: no answer; set data\.fields\.answer"):
-        with_fields(path, check=graders.make("math").check_answer)
-    path = write(tmp_path, {"prompt": "a", "answer": 7}, {"prompt": "b", "answer": ["7"]})
-    with pytest.raises(UserError, match="line 2: an answer for the math grader is text or a number; this is list"):
-        with_fields(path, check=graders.make("math").check_answer)
-    assert [p.answer for p in with_fields(path).prompts] == ["7", '["7"]']
-    path = write(tmp_path, {"prompt": "a", "answer": {"asserts": ["assert f(1) == 2"]}})
-    assert len(with_fields(path, check=graders.make("code").check_answer)) == 1
-
-
-def rows_of(folder, name, content: bytes):
-    (folder / name).write_bytes(content)
-    return [(p.id, p.messages[0]["content"], p.answer) for p in load(str(folder / name)).prompts]
-
-
-ROWS = [{"prompt": "a, \"b\"\nc", "answer": "1"}, {"prompt": "é", "answer": "2"}]
-WANTED = [("a, \"b\"\nc", "1"), ("é", "2")]
-LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.jsonl", b"\xef\xbb\xbf" + LINES),
-        ("p.jsonl", LINES.replace(b"\n", b"\r\n")),
-        ("p.jsonl.gz", gzip.compress(LINES, mtime=0)),
-        ("p.json", json.dumps(ROWS, indent=1).encode()),
-        ("p.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode()),
-        ("p.json", LINES),
-        ("p.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
-        ("p.csv", b'\xef\xbb\xbfprompt,answer\r\n"a, ""b""\nc",1\r\n\xc3\xa9,2\r\n'),
-        ("P.CSV", b'prompt,answer\n"a, ""b""\nc",1\n\xc3\xa9,2\n'),
-    ],
-)
-def test_the_forms_that_a_prompts_file_has(tmp_path, name, content):
-    assert [row[1:] for row in rows_of(tmp_path, name, content)] == WANTED
-
-
-def test_a_parquet_file(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "p.parquet")
-    assert [row[1:] for row in rows_of(tmp_path, "p.parquet", (tmp_path / "p.parquet").read_bytes())] == WANTED
-    with pytest.raises(UserError, match="not a parquet file"):
-        rows_of(tmp_path, "q.parquet", b"PAR1 nonsense")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text.*save it as UTF-8"),
-        ("p.jsonl", b'{"prompt": ' + b"[" * 200_000, "line 1: JSON that is nested too deep"),
-        ("p.jsonl", b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "line 1 is not JSON: Exceeds the limit"),
-        ("p.jsonl", b'{"prompt": "a", "answer": ' + b"[" * 600 + b"]" * 600 + b"}", None),
-        ("p.jsonl", b'{"prompt": "' + b"a" * 16_000_000 + b'"}', "line 1: longer than 16,000,000 bytes"),
-        ("p.jsonl.gz", gzip.compress(b"\n" * 60_000_000, mtime=0), "line 100001: more than 100,000 blank lines"),
-        ("p.jsonl.gz", gzip.compress((json.dumps(GOOD | {"x": "a" * 4_000_000}) + "\n").encode() * 8, mtime=0), "200 times its size"),
-        ("p.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "cannot be read"),
-        ("p.jsonl.gz", b"not gzip", "cannot be read"),
-        ("p.json", b"[" * 200_000, "nested too deep"),
-        ("p.json", b'[{"prompt": "a"}, 3]', "row 2: expected an object"),
-        ("p.csv", b"prompt,answer\na,1,2\n", "line 2: not as many fields"),
-        ("p.csv", b"prompt,answer\na\n", "line 2: not as many fields"),
-        ("p.csv", b"question\na\n", "line 2: no field `prompt`; the row's fields: question"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_files_that_hurt_are_one_line_within_bounds(tmp_path, name, content, said):
-    begun = time.perf_counter()
-    if said is None:
-        assert len(rows_of(tmp_path, name, content)) == 1
-        return
-    with pytest.raises(UserError, match=said) as caught:
-        rows_of(tmp_path, name, content)
-    assert "\n" not in str(caught.value) and time.perf_counter() - begun < 10
-
-
-def test_a_path_beside_the_small_world_is_refused(tmp_path):
-    """A real model would be trained on the toy world without a word."""
-    with pytest.raises(UserError, match=r"data\.path = 'p\.jsonl' is not read under data\.source = 'world'"):
-        data.load(small(), source="world", split="train", path="p.jsonl", count=4)
-
-
-# --- rendering and length -----------------------------------------------------------------------------------------------
+# --- rendering and length
+# -----------------------------------------------------------------------------------------------
 
 
 def encode(path, **more):
@@ -337,7 +172,8 @@ def test_encode_renders_with_the_generation_prompt(tmp_path):
 
 
 def test_encode_passes_the_students_template_settings_on(tmp_path):
-    """Qwen3's way: a prompt without thinking ends with an empty thought. The teacher's settings are not the student's."""
+    """Qwen3's way: a prompt without thinking ends with an empty thought. The teacher's settings are not the
+    student's."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template += "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
     c = small()
@@ -371,7 +207,8 @@ def test_encode_keeps_what_was_counted_before(tmp_path):
     assert encode(write(tmp_path, GOOD, GOOD, {"prompt": "x"})).duplicates == 1
 
 
-# --- the small world ----------------------------------------------------------------------------------------------------
+# --- the small world
+# ----------------------------------------------------------------------------------------------------
 
 
 def from_world(split, count=60, name="forks"):
@@ -392,6 +229,12 @@ def test_a_world_prompt_has_its_answer():
         assert world.grade(problem.right, p.answer)
 
 
+def test_a_path_beside_the_small_world_is_refused(tmp_path):
+    """A real model would be trained on the toy world without a word."""
+    with pytest.raises(UserError, match=r"data\.path = 'p\.jsonl' is not read under data\.source = 'world'"):
+        data.load(small(), source="world", split="train", path="p.jsonl", count=4)
+
+
 @pytest.mark.parametrize(
     ("name", "split", "said"),
     [("nowhere", "train", r"data\.name = 'nowhere'.*forks"), ("forks", "dev", r"'dev'.*test.*train")],
@@ -401,7 +244,8 @@ def test_an_unknown_world_or_split_names_the_choices(name, split, said):
         from_world(split, name=name)
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------
+# --- the hub
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -440,7 +284,9 @@ def test_hub_columns_are_mapped(hub):
 
 
 def test_a_missing_prompt_column_names_those_that_are_there(hub):
-    with pytest.raises(UserError, match=r"some/set, row 0: no field `prompt`.*question, solution, key, level; set data\.fi"):
+    with pytest.raises(
+        UserError, match=r"some/set, row 0: no field `prompt`.*question, solution, key, level; set data\.fi"
+    ):
         from_hub(**{"data.fields.prompt": "prompt"})
 
 
@@ -469,7 +315,8 @@ def test_the_librarys_offline_flags_are_put_back():
     assert before == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
-# --- the order ----------------------------------------------------------------------------------------------------------
+# --- the order
+# ----------------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**40), size=st.integers(1, 40), batch=st.integers(1, 50), first=st.integers(0, 5))
@@ -499,7 +346,8 @@ def test_the_order_depends_on_seed_and_step_alone():
 
 
 def test_the_order_is_the_same_in_every_release():
-    """A resumed run on a new machine goes on in the same order: these numbers may only change with a note in the docs."""
+    """A resumed run on a new machine goes on in the same order: these numbers may only change with a note in the
+    docs."""
     assert data.batch_indices(0, 0, 8, 10).tolist() == [0, 7, 8, 6, 9, 5, 1, 3]
 
 

@@ -75,15 +75,25 @@ def test_bootstrap_interval_covers_the_mean_and_shrinks():
 
 
 def completion(i, sample, correct, answer="1"):
-    return {"id": i, "sample": sample, "correct": correct, "answer": answer, "finish": "stop", "tokens": 4, "repeated": 0.0}
+    return {
+        "id": i,
+        "sample": sample,
+        "correct": correct,
+        "answer": answer,
+        "finish": "stop",
+        "tokens": 4,
+        "repeated": 0.0,
+    }
 
 
 def test_scores_of_a_benchmark():
     got = scores.of([completion(i, s, s < i, str(s >= i)) for i in range(3) for s in range(2)], vote=True)
     assert {k: v["mean"] for k, v in got.items() if isinstance(v, dict)} == {
-        "avg@2": pytest.approx(0.5), "pass@1": pytest.approx(0.5), "pass@2": pytest.approx(2 / 3),
+        "avg@2": pytest.approx(0.5),
+        "pass@1": pytest.approx(0.5),
+        "pass@2": pytest.approx(2 / 3),
         "maj@2": pytest.approx(0.5),  # wrong and right, one each: half
-    }  # fmt: skip
+    }
     assert (got["problems"], got["samples"]) == (3, 2)
     assert "| b | 3 | 50.0" in scores.table({"b": got})
     with pytest.raises(ValueError, match="as many of each"):
@@ -100,19 +110,23 @@ ROWS = {  # a row with each benchmark's own fields
     "olympiadbench": {"id": 9, "question": "1 + 1?", "context": "Add.", "final_answer": ["2"]},
     "gsm8k": {"question": "1000 + 1?", "answer": "It is.\n#### 1,001"},
     "humaneval": {
-        "task_id": "HumanEval/0", "prompt": 'def two():\n    """Two."""\n', "entry_point": "two",
+        "task_id": "HumanEval/0",
+        "prompt": 'def two():\n    """Two."""\n',
+        "entry_point": "two",
         "test": "def check(candidate):\n    assert candidate() == 2\n",
     },
     "mbpp": {"task_id": 2, "prompt": "Write two.", "test_list": ["assert two() == 2"], "test_imports": ["import math"]},
     "livecodebench": {
-        "question_id": "a1", "question_content": "Double.", "starter_code": "class Solution:\n    def two(self, n): ...",
+        "question_id": "a1",
+        "question_content": "Double.",
+        "starter_code": "class Solution:\n    def two(self, n): ...",
         "public_test_cases": json.dumps([{"input": "1\n", "output": "2", "testtype": "functional"}]),
         "private_test_cases": base64.b64encode(
             zlib.compress(pickle.dumps(json.dumps([{"input": "[3]", "output": "6", "testtype": "functional"}])))
         ).decode(),
         "metadata": '{"func_name": "two"}',
     },
-}  # fmt: skip
+}
 ANSWERS = {"amc23": "2.0", "gsm8k": "1001"}
 
 
@@ -211,7 +225,10 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     student, teacher = tiny.make_folders(folder)
     path = folder / "sums.jsonl"
-    rows = [{"id": f"p{i}", "problem": f"Tom has {i} pens. How many?", "answer": str(i), "grader": "world"} for i in range(5)]
+    rows = [
+        {"id": f"p{i}", "problem": f"Tom has {i} pens. How many?", "answer": str(i), "grader": "world"}
+        for i in range(5)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     cfg = tiny.recipe(student, teacher, folder / "run")
     return cfg, str(path), folder / "first", run(cfg, str(path), folder / "first")

@@ -26,10 +26,11 @@ SQUARE = {"asserts": "assert f(3) == 9 and f(5) == 25", "entry_point": "f"}
 GRADE = """
 import json, sys
 from omniopd_jax import graders
-limits = {"cpu_seconds": 2, "wall_seconds": 3, "memory_mb": 512}
-with graders.make("code", workers=3, isolation=sys.argv[2], **limits) as grader:
+limits = {"cpu_seconds": 1, "wall_seconds": 2, "memory_mb": 512}
+with graders.make("code", isolation=sys.argv[2]) as unhurried:
+    right = unhurried.grade("def f(x):\\n    return x * x", {"asserts": "assert f(3) == 9"})
+with graders.make("code", workers=4, isolation=sys.argv[2], **limits) as grader:
     pairs = [(p["program"], p["tests"]) for p in json.load(open(sys.argv[1]))]
-    right = grader.grade("def f(x):\\n    return x * x", {"asserts": "assert f(3) == 9"})
     print(json.dumps([str(right.reason)] + [[v.passed, v.reason, v.detail] for v in grader.grade_all(*zip(*pairs))]))
 """
 

@@ -144,7 +144,7 @@ FORMS = {
     "raises": "if f(3) != 9:\n    raise ValueError('wrong')\n",
     "exception that is wanted": "try:\n    f('a')\nexcept TypeError:\n    pass\nelse:\n    assert False\n",
     "exit code": "import sys\nok = f(3) == 9\nassert isinstance(ok, bool)\nsys.exit(0 if ok else 1)\n",
-}  # fmt: skip
+}
 NEVER = {
     "nobody calls": "def helper():\n    assert f(3) == 9\n",
     "an empty loop": "for x in []:\n    assert f(x) == 9\n",
@@ -171,17 +171,29 @@ def test_tests_that_evaluate_no_assertion_pass_nothing(code, form):
 @pytest.mark.parametrize(
     "name, answer, says",
     [
-        ("code", None, "null"), ("code", 3, "int 3"), ("code", "3", "int 3"), ("code", "null", "null"),
+        ("code", None, "null"),
+        ("code", 3, "int 3"),
+        ("code", "3", "int 3"),
+        ("code", "null", "null"),
         ("code", "x = 1", "no JSON"),
-        ("code", {"asserts": 5}, "'asserts'"), ("code", {"asserts": ""}, "no assertion"), ("code", [], "list"),
-        ("code", {"asserts": "assert True"}, "no assertion"), ("code", {"asserts": "assert f("}, "can't be read"),
+        ("code", {"asserts": 5}, "'asserts'"),
+        ("code", {"asserts": ""}, "no assertion"),
+        ("code", [], "list"),
+        ("code", {"asserts": "assert True"}, "no assertion"),
+        ("code", {"asserts": "assert f("}, "can't be read"),
         ("code", {"asserts": "def check(candidate):\n    assert candidate(1)"}, "entry_point"),
         ("code", {"stdin": "1"}, "stdin"),
-        ("code", {"stdin": ["1"], "stdout": [2]}, "'stdout'"), ("code", {"stdin": ["1"], "stdout": ["1", "2"]}, "1 inputs"),
-        ("math", None, "null"), ("math", True, "bool"), ("math", {"a": 1}, "dict"), ("math", "  ", "empty"),
-        ("reasoning_gym", "gsm", "DATASET"), ("reasoning_gym", None, "None"), ("world", 3, "3"),
+        ("code", {"stdin": ["1"], "stdout": [2]}, "'stdout'"),
+        ("code", {"stdin": ["1"], "stdout": ["1", "2"]}, "1 inputs"),
+        ("math", None, "null"),
+        ("math", True, "bool"),
+        ("math", {"a": 1}, "dict"),
+        ("math", "  ", "empty"),
+        ("reasoning_gym", "gsm", "DATASET"),
+        ("reasoning_gym", None, "None"),
+        ("world", 3, "3"),
     ],
-)  # fmt: skip
+)
 def test_answers_of_the_wrong_form_are_named(name, answer, says):
     with pytest.raises(graders.code.UserError, match=re.escape(says)):
         graders.make(name).check_answer(answer)
@@ -202,16 +214,23 @@ CODE_BLOCK, OTHER = "def f(x):\n    return x\n", "print(f(1))\n"
 @pytest.mark.parametrize(
     "text",
     [
-        f"```python\n{CODE_BLOCK}```", f"~~~python\n{CODE_BLOCK}~~~", f"Sure:\n```python\n{CODE_BLOCK}",
+        f"```python\n{CODE_BLOCK}```",
+        f"~~~python\n{CODE_BLOCK}~~~",
+        f"Sure:\n```python\n{CODE_BLOCK}",
         f"```\n{CODE_BLOCK}```",
-        f"```python\n{CODE_BLOCK}```\n```python\n{OTHER}```", f"```\n1\n```\n```Python3\n{CODE_BLOCK}```\n```\n2\n```",
-        f"```py\n{CODE_BLOCK.rstrip()}```\nDone.", f"1. So:\n   ```python\n{textwrap.indent(CODE_BLOCK, '   ')}   ```\n",
-        f"````python\n{CODE_BLOCK}````", f"```python title=a.py\n{CODE_BLOCK}```\n```text\n{OTHER}```", CODE_BLOCK,
+        f"```python\n{CODE_BLOCK}```\n```python\n{OTHER}```",
+        f"```\n1\n```\n```Python3\n{CODE_BLOCK}```\n```\n2\n```",
+        f"```py\n{CODE_BLOCK.rstrip()}```\nDone.",
+        f"1. So:\n   ```python\n{textwrap.indent(CODE_BLOCK, '   ')}   ```\n",
+        f"````python\n{CODE_BLOCK}````",
+        f"```python title=a.py\n{CODE_BLOCK}```\n```text\n{OTHER}```",
+        CODE_BLOCK,
         f"<think>```python\ndef f(x):\n    return 0\n```</think>\n```python\n{CODE_BLOCK}```",
         f"> ```python\n> {CODE_BLOCK}> ```",
-        f"```{{python}}\n{CODE_BLOCK}```", f"```bash\npip install x\n```\n```python\n{CODE_BLOCK}```\n```json\n{{}}\n```",
+        f"```{{python}}\n{CODE_BLOCK}```",
+        f"```bash\npip install x\n```\n```python\n{CODE_BLOCK}```\n```json\n{{}}\n```",
     ],
-)  # fmt: skip
+)
 def test_the_program_is_the_last_block_that_defines_what_is_asked(text):
     program = extract_program(text, ("f",))
     assert "return x" in program and "print" not in program and "`" not in program and "~" not in program

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,9 @@ def front(text: str) -> dict:
 
 @pytest.fixture
 def run(tmp_path):
-    cfg = runs.settings(**{"student.path": "Qwen/Qwen3-1.7B", "teacher.provider": "openai", "teacher.model": "Qwen3-32B"})
+    cfg = runs.settings(
+        **{"student.path": "Qwen/Qwen3-1.7B", "teacher.provider": "openai", "teacher.model": "Qwen3-32B"}
+    )
     return runs.write(tmp_path / "run", cfg=cfg)
 
 
@@ -35,7 +38,15 @@ def test_a_card_has_base_teacher_method_settings_results_cost_and_licence(run, t
     fields = front(text)
     assert fields["base_model"] == "Qwen/Qwen3-1.7B" and fields["base_model_relation"] == "finetune"
     assert fields["library_name"] == "transformers" and "omniopd" in fields["tags"] and fields["license"] == "other"
-    parts = ("# me/model", "`Qwen3-32B` (openai)", "arXiv 2606.01476", "20 of 20", "37.5% and 75.0%", "$0.40", "kl_coef` | `0.1`")
+    parts = (
+        "# me/model",
+        "`Qwen3-32B` (openai)",
+        "2606.01476",
+        "20 of 20",
+        "37.5% and 75.0%",
+        "$0.40",
+        "kl_coef` | `0.1`",
+    )
     for part in parts:
         assert part in text, part
     assert "licence" in text and "teacher's terms" in text
@@ -94,7 +105,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer({"error": f"bad token {self.headers.get('Authorization')}"}, 401)
-        about = {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
+        about = (
+            {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
+        )
         return self.answer(about)
 
     def do_POST(self):
@@ -105,7 +118,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if "/preupload/" in self.path:
             plain = {"uploadMode": "regular", "shouldIgnore": False}
             return self.answer({"files": [{"path": f["path"]} | plain for f in json.loads(body)["files"]]})
-        return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/model/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None})
+        where = f"http://{self.headers['Host']}/me/model/commit/1"
+        return self.answer({"commitUrl": where, "commitOid": "1" * 40, "pullRequestUrl": None})
 
 
 @pytest.fixture
@@ -126,7 +140,9 @@ def push(hub, folder, token=TOKEN):
     )
     where = f"http://127.0.0.1:{hub.server_address[1]}"
     env = tiny.environment(HF_ENDPOINT=where, HF_TOKEN=token, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
 
@@ -152,3 +168,15 @@ def test_a_refused_token_is_one_line_without_the_token(hub, tmp_path):
     said, log = push(hub, tmp_path, token="hf_" + "y" * 34)
     assert said.startswith("refused: --push_to_hub=me/model") and "\n" not in said
     assert "y" * 34 not in said + log and not [p for p, _ in hub.seen if "commit" in p]
+
+
+def test_a_folder_s_files_can_be_read_by_others_whatever_the_umask(tmp_path):
+    """Whoever serves a model may be another user than the one who exported it."""
+    before = os.umask(0o077)
+    try:
+        student, _ = tiny.make_folders(tmp_path)
+    finally:
+        os.umask(before)
+    files = {p.name: p.stat().st_mode & 0o777 for p in student.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= files.keys() and set(files.values()) == {0o644}
+    assert student.stat().st_mode & 0o777 == 0o755

@@ -20,7 +20,6 @@ def rows(name):
     return [json.loads(line) for line in (HERE / name).read_text().splitlines() if line]
 
 
-
 REAL = {  # config.json files of published checkpoints
     "Qwen3-0.6B": (
         {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -138,7 +137,11 @@ def test_what_is_not_implemented_is_refused_by_name(base, change, message):
 @pytest.mark.parametrize("case", rows("cases.jsonl"), ids=lambda c: c["name"])
 def test_a_published_field_that_changes_nothing_is_accepted(case):
     """Files that were refused once; what is read is what the same file says without such fields."""
-    used = {k: v for k, v in case["config"].items() if k not in ("is_llama_config", "qkv_bias", "use_qk_norm", "pruned_heads")}
+    used = {
+        k: v
+        for k, v in case["config"].items()
+        if k not in ("is_llama_config", "qkv_bias", "use_qk_norm", "pruned_heads")
+    }
     assert hf.model_config(case["config"], "f") == hf.model_config(used, "f")
 
 
@@ -163,20 +166,45 @@ def test_a_published_model_is_read_or_refused_as_the_table_in_the_docs_says(row)
         (base, field)
         for base in ("QWEN", "LLAMA", "MOE")
         for field in (
-            {"image_token_id": 7}, {"unk_token_id": 0}, {"_commit_hash": "a"}, {"trl_version": "0.9"}, {"version": "1.1"},
-            {"model_name": "x"}, {"initializer_factor": 1.0}, {"embedding_init_std": 0.1}, {"transformers.js_config": {"a": 1}},
-            {"anything_at_all": None}, {"final_logit_softcapping": None}, {"quantization_config": None}, {"resid_pdrop": 0.0},
-            {"hidden_dropout": 0}, {"alibi": False}, {"lm_head_bias": False}, {"logits_scaling": 1.0}, {"n_shared_experts": 0},
-            {"auto_map": {"AutoModelForSequenceClassification": "m.C"}}, {"hidden_act": "swish"}, {"min_length": 0},
-            {"attention_dropout": None}, {"is_decoder": True}, {"pruned_heads": {}},
+            {"image_token_id": 7},
+            {"unk_token_id": 0},
+            {"_commit_hash": "a"},
+            {"trl_version": "0.9"},
+            {"version": "1.1"},
+            {"model_name": "x"},
+            {"initializer_factor": 1.0},
+            {"embedding_init_std": 0.1},
+            {"transformers.js_config": {"a": 1}},
+            {"anything_at_all": None},
+            {"final_logit_softcapping": None},
+            {"quantization_config": None},
+            {"resid_pdrop": 0.0},
+            {"hidden_dropout": 0},
+            {"alibi": False},
+            {"lm_head_bias": False},
+            {"logits_scaling": 1.0},
+            {"n_shared_experts": 0},
+            {"auto_map": {"AutoModelForSequenceClassification": "m.C"}},
+            {"hidden_act": "swish"},
+            {"min_length": 0},
+            {"attention_dropout": None},
+            {"is_decoder": True},
+            {"pruned_heads": {}},
         )
-    ] + [
-        ("QWEN", {"use_qk_norm": True}), ("MOE", {"qk_layernorm": True}), ("LLAMA", {"use_qk_norm": False}),
-        ("QWEN", {"num_experts": 0}), ("QWEN", {"rope_scaling": {"rope_type": "default"}}),
-        ("LLAMA", {"qkv_bias": False}), ("LLAMA", {"mlp_only_layers": []}),
-        ("MOE", {"num_shared_experts": 0}), ("QWEN25", {"qkv_bias": True}), ("QWEN25", {"sliding_window": 131072}),
+    ]
+    + [
+        ("QWEN", {"use_qk_norm": True}),
+        ("MOE", {"qk_layernorm": True}),
+        ("LLAMA", {"use_qk_norm": False}),
+        ("QWEN", {"num_experts": 0}),
+        ("QWEN", {"rope_scaling": {"rope_type": "default"}}),
+        ("LLAMA", {"qkv_bias": False}),
+        ("LLAMA", {"mlp_only_layers": []}),
+        ("MOE", {"num_shared_experts": 0}),
+        ("QWEN25", {"qkv_bias": True}),
+        ("QWEN25", {"sliding_window": 131072}),
     ],
-)  # fmt: skip
+)
 def test_names_token_ids_versions_nulls_and_what_is_off_change_nothing(base, field):
     assert hf.model_config(BASES[base] | field, "f") == hf.model_config(BASES[base], "f")
 
@@ -184,27 +212,48 @@ def test_names_token_ids_versions_nulls_and_what_is_off_change_nothing(base, fie
 @pytest.mark.parametrize(
     ("base", "field"),
     [
-        ("QWEN", {"use_qk_norm": False}), ("LLAMA", {"use_qk_norm": True}), ("LLAMA", {"qkv_bias": True}),
-        ("QWEN25", {"qkv_bias": False}), ("LLAMA", {"rope_interleaved": True}), ("QWEN", {"alibi": True}),
-        ("MOE", {"n_shared_experts": 1}), ("QWEN", {"num_experts": 8}), ("LLAMA", {"logits_scaling": 8.0}),
-        ("LLAMA", {"embedding_multiplier": 12}), ("LLAMA", {"residual_multiplier": 0.22}), ("QWEN", {"resid_pdrop": 0.1}),
-        ("LLAMA", {"no_rope_layers": [1, 1, 0, 1]}), ("QWEN", {"lm_head_bias": True}), ("QWEN", {"use_rope": False}),
-        ("LLAMA", {"auto_map": {"AutoModelForCausalLM": "m.C"}}), ("LLAMA", {"pruned_heads": {"0": [1]}}),
-        ("QWEN", {"dual_chunk_attention_config": {"chunk_size": 8}}), ("QWEN", {"attention_multiplier": 0.1}),
-        ("LLAMA", {"quantization_config": {"quant_method": "fp8"}}), ("QWEN", {"layer_types": "sliding"}),
-        ("QWEN", {"x" * 5000: {"y": "z" * 5000}}), ("LLAMA", {"hidden_size": 10**80}), ("QWEN", {"rope_theta": float("inf")}),
-        ("QWEN", {"rms_norm_eps": float("nan")}), ("LLAMA", {"num_hidden_layers": 10**12}), ("QWEN", {"rope_theta": "1e6"}),
-        ("LLAMA", {"rope_scaling": {"rope_type": ["llama3"]}}), ("MISTRAL", {"sliding_window": 4096}),
-        ("LLAMA", {"model_type": {"a": 1}}), ("LLAMA", {"architectures": ["A\nB" * 900]}),
+        ("QWEN", {"use_qk_norm": False}),
+        ("LLAMA", {"use_qk_norm": True}),
+        ("LLAMA", {"qkv_bias": True}),
+        ("QWEN25", {"qkv_bias": False}),
+        ("LLAMA", {"rope_interleaved": True}),
+        ("QWEN", {"alibi": True}),
+        ("MOE", {"n_shared_experts": 1}),
+        ("QWEN", {"num_experts": 8}),
+        ("LLAMA", {"logits_scaling": 8.0}),
+        ("LLAMA", {"embedding_multiplier": 12}),
+        ("LLAMA", {"residual_multiplier": 0.22}),
+        ("QWEN", {"resid_pdrop": 0.1}),
+        ("LLAMA", {"no_rope_layers": [1, 1, 0, 1]}),
+        ("QWEN", {"lm_head_bias": True}),
+        ("QWEN", {"use_rope": False}),
+        ("LLAMA", {"auto_map": {"AutoModelForCausalLM": "m.C"}}),
+        ("LLAMA", {"pruned_heads": {"0": [1]}}),
+        ("QWEN", {"dual_chunk_attention_config": {"chunk_size": 8}}),
+        ("QWEN", {"attention_multiplier": 0.1}),
+        ("LLAMA", {"quantization_config": {"quant_method": "fp8"}}),
+        ("QWEN", {"layer_types": "sliding"}),
+        ("QWEN", {"x" * 5000: {"y": "z" * 5000}}),
+        ("LLAMA", {"hidden_size": 10**80}),
+        ("QWEN", {"rope_theta": float("inf")}),
+        ("QWEN", {"rms_norm_eps": float("nan")}),
+        ("LLAMA", {"num_hidden_layers": 10**12}),
+        ("QWEN", {"rope_theta": "1e6"}),
+        ("LLAMA", {"rope_scaling": {"rope_type": ["llama3"]}}),
+        ("MISTRAL", {"sliding_window": 4096}),
+        ("LLAMA", {"model_type": {"a": 1}}),
+        ("LLAMA", {"architectures": ["A\nB" * 900]}),
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_computation_is_one_short_line_that_names_it(base, field):
     where = "/a/long/path" * 30 + "/config.json"
     with pytest.raises(UserError) as error:
         hf.model_config(BASES[base] | field, where)
     message = str(error.value)
     assert len(message) <= 300 and "\n" not in message
-    assert next(iter(field))[:40].replace("architectures", "architecture") in message and "path/config.json: " in message
+    assert (
+        next(iter(field))[:40].replace("architectures", "architecture") in message and "path/config.json: " in message
+    )
 
 
 def test_mistral_without_a_window_is_computed_as_transformers_does(tmp_path):

@@ -1,5 +1,6 @@
 """Prompts as the model's template writes them, what ends an answer, and templates that are hostile or broken."""
 
+import dataclasses
 import resource
 import time
 
@@ -7,26 +8,32 @@ import hf_fixtures
 import pytest
 import tiny
 
-from omniopd_jax import config, hf
+from omniopd_jax import audit, config, experience, hf
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
 from omniopd_jax.hf import tokenizer as tokens
+from omniopd_jax.run import host
+from omniopd_jax.teachers.simulated import SimulatedTeacher
 
 USER = [{"role": "user", "content": "1 + 1?"}]
 TALK = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "2"}, *USER]
 LLAMA3 = (
-    "{{- bos_token }}{% for m in messages %}{{- '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}"
+    "{{- bos_token }}{% for m in messages %}{{- '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + "
+    "'<|im_end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 MISTRAL = (  # the answer follows the user's turn at once: no generation prompt to ignore
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('Only user and assistant') }}"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('Only user and "
+    "assistant') }}"
     "{% endif %}{% endfor %}"
 )
 QWEN3 = (  # loops with break, namespaces, generation blocks, tojson, kwargs
-    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
-    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{% generation %}{{ m.content }}"
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 "
+    "%}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{% generation %}{{ "
+    "m.content }}"
     "{% endgeneration %}{{- '<|im_end|>\n' }}{%- if loop.index0 > 50 %}{%- break %}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
     "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
@@ -42,7 +49,8 @@ def tokenizer(source=None):
     return tok
 
 
-# --- what it writes -----------------------------------------------------------------------------------------------------
+# --- what it writes
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [None, LLAMA3, QWEN3], ids=["chatml", "llama3", "qwen3"])
@@ -76,7 +84,9 @@ def test_the_plain_format_begins_with_the_start_token_where_the_tokenizer_does()
 
 def test_a_jinja_file_takes_the_place_of_the_tokenizers_own(tmp_path):
     file = tmp_path / "t.jinja"
-    file.write_text("{{ preamble }}Q: {{ messages[-1].content }}\nA:{% if not add_generation_prompt %} Zq7answer{% endif %}")
+    file.write_text(
+        "{{ preamble }}Q: {{ messages[-1].content }}\nA:{% if not add_generation_prompt %} Zq7answer{% endif %}"
+    )
     (tmp_path / "shots.txt").write_text("\nQ: 3?\nA: 3\n\n")
     made = template.make(
         tokenizer(), template=str(file), preamble=str(tmp_path / "shots.txt"), stop_strings=("\nQ:",), setting="teacher"
@@ -88,7 +98,8 @@ def test_a_jinja_file_takes_the_place_of_the_tokenizers_own(tmp_path):
         template.make(tokenizer(), template=str(file), preamble="x", setting="teacher")
 
 
-# --- what ends an answer ------------------------------------------------------------------------------------------------
+# --- what ends an answer
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("source", "end"), [(None, "<|im_end|>"), (LLAMA3, "<|im_end|>"), (MISTRAL, "<|pad|>")])
@@ -125,14 +136,44 @@ def test_an_answer_may_end_by_an_end_token_and_hold_no_stop_string():
     assert template.make(tok, template="plain").read(ids) == ("It is 12.", len(ids), False)
 
 
-# --- refused before weights load ----------------------------------------------------------------------------------------
+def test_a_solution_ends_with_the_turn_end_and_not_with_the_smallest_end_token():
+    """sft: the student learns to end its turn as the template does (Qwen3 has <|endoftext|>, a smaller id, as well)."""
+    tok = tokenizer()
+    tok.eos_token = "<|pad|>"  # 0; the template ends turns with <|im_end|>, 2
+    made = template.make(tok)
+    student = experience.Student(None, None, made, audit.Decoder(tok), made.end_ids((0,))[0])
+    prompt = data.Prompt("p", tuple(USER), solution="It is 2.")
+    drawn = experience.Drawn([prompt], [["s0", "s1"]])
+    cfg = config.default()
+    cfg.num_generations = 2
+
+    class Ends(SimulatedTeacher):
+        async def continue_text(self, request):
+            got = await super().continue_text(request)
+            ended = [dataclasses.replace(c, finish="stop" if c.index == 0 else "length") for c in got.continuations]
+            return dataclasses.replace(got, continuations=tuple(ended))
+
+    words, thread = tok("It is 2.", add_special_tokens=False)["input_ids"], host.AsyncThread()
+    try:
+        responses, _ = experience.solutions(Ends(["It is 2."]), thread, host.StopFlag(), drawn, student, cfg)
+    finally:
+        thread.close()
+    assert responses.tokens == [[*words, 2], words], "one cut off has no end"
+    assert experience.given_solutions(drawn, student, cfg).tokens == [[*words, 2]]
+
+
+# --- refused before weights load
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("", "no chat template.*set student.template = 'plain' for a base model"),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "ignores the generation"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            "ignores the generation",
+        ),
         ("{{ raise_exception('no thanks') }}", "gives no prompt for messages of user: no thanks"),
         ("{{ messages[0].content.nothing.at.all }}", "gives no prompt"),
         ("{% if %}", "gives no prompt for messages of user: Expected an expression"),
@@ -200,22 +241,23 @@ def test_a_tokenizer_past_the_embedding_and_positions_too_few():
     with pytest.raises(UserError, match=r"256 positions .* = 257: lower one"):
         tokens.check_fits(tok, cfg, 257)
     tok.add_tokens(["<|new|>"])
-    with pytest.raises(UserError, match=rf"token '<\|new\|>' has the id {tiny.VOCAB}, the model's embedding has {tiny.VOCAB}"):
+    with pytest.raises(
+        UserError, match=rf"token '<\|new\|>' has the id {tiny.VOCAB}, the model's embedding has {tiny.VOCAB}"
+    ):
         tokens.check_fits(tok, cfg, 10)
 
 
 @pytest.mark.parametrize(
     ("scaling", "most"),
     [
-        ({}, 256), ({"rope_type": "linear", "factor": 4.0}, 1024),
+        ({}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 256),
         ({"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 64}, 256),
     ],
-)  # fmt: skip
+)
 def test_positions_of_scaled_models(scaling, most):
-    import dataclasses
-
     _, cfg = tiny.random_model(tiny.VOCAB, 0)
     assert tokens.positions(dataclasses.replace(cfg, rope_scaling=tuple(scaling.items()))) == most
 
@@ -227,7 +269,8 @@ def test_end_tokens_that_are_none(tmp_path):
         hf.end_ids(tmp_path / "m")
 
 
-# --- bounds -------------------------------------------------------------------------------------------------------------
+# --- bounds
+# -------------------------------------------------------------------------------------------------------------
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 
@@ -237,8 +280,11 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
     [
         (LOOP, "takes more than 1 s"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end|takes more than"),
-        ("{% set ns = namespace(x='a' * 9999) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-         "needs more than 1024 MiB|takes more than"),
+        (
+            "{% set ns = namespace(x='a' * 9999) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ "
+            "ns.x }}",
+            "needs more than 1024 MiB|takes more than",
+        ),
         ("{{ 'a' * 99999999999 }}", "needs more than 1024 MiB|ended"),
         ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes 99,999,000 characters"),
         ("{{ ('%99999999999d' % 1) }}", "gives no prompt"),
@@ -246,7 +292,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
         ("{% for a in range(9999999999) %}{% endfor %}", "Range too big"),
     ],
     ids=["loops", "recursion", "doubling", "length", "much", "width", "list", "range"],
-)  # fmt: skip
+)
 def test_a_template_is_rendered_within_bounds(source, said, monkeypatch):
     """Of time and memory; and the next one is rendered as if nothing had been."""
     template.make(tokenizer())  # the worker runs

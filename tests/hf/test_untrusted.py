@@ -46,7 +46,9 @@ HEADERS = {
     "a negative shape": header(entry(shape=[-1])) + b"\0" * 4,
     "a truth as a size": header(entry(shape=[True])) + b"\0" * 4,
     "a million dimensions": header(entry(shape=[2] * 1_000_000)) + b"\0" * 4,
-    "a size of 4,000 digits": header(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, 4]}}'),
+    "a size of 4,000 digits": header(
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, 4]}}'
+    ),
     "offsets past the end": header(entry(data_offsets=[0, 2**40], shape=[2**38])),
     "three offsets": header(entry(data_offsets=[0, 4, 8])),
     "overlapping": header(entry() | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + b"\0" * 4,
@@ -108,12 +110,19 @@ def edited(student, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_hidden_layers": 10**9}, {"num_hidden_layers": 2**31 - 1}, {"hidden_size": 2**30, "num_attention_heads": 2**20},
-        {"vocab_size": 2**31 - 1}, {"intermediate_size": 2**31 - 1}, {"head_dim": 2**30}, {"num_hidden_layers": 10**40},
-        {"vocab_size": 10**4000}, {"num_hidden_layers": 0}, {"hidden_size": -1},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 2**31 - 1},
+        {"hidden_size": 2**30, "num_attention_heads": 2**20},
+        {"vocab_size": 2**31 - 1},
+        {"intermediate_size": 2**31 - 1},
+        {"head_dim": 2**30},
+        {"num_hidden_layers": 10**40},
+        {"vocab_size": 10**4000},
+        {"num_hidden_layers": 0},
+        {"hidden_size": -1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_layers_and_widths_against_the_files_real_size(edited, fields):
     """A billion layers are not enumerated, and nothing of that size is made."""
     folder = edited("config.json", fields)

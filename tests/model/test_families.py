@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 
 from omniopd_jax import hf, model, rollout, step
 from omniopd_jax.model import linear
@@ -86,8 +87,24 @@ def their_logits(reference, token, mask, position=None):
         return reference(token, attention_mask=mask, position_ids=position).logits.numpy()
 
 
-def our_logits(params, cfg, token, **how):
-    return np.asarray(jax.jit(lambda p, t: model.logits(p, cfg, model.hidden(p, cfg, t, **how)))(params, jnp.asarray(token)))
+@functools.partial(jax.jit, static_argnames="cfg")
+def forward(params, cfg, token, position, segment):
+    return model.logits(params, cfg, model.hidden(params, cfg, token, position_BL=position, segment_BL=segment))
+
+
+def our_logits(params, cfg, token, position=None, segment=None):
+    """By one program for rows of one shape, however they are padded or packed."""
+    position = np.broadcast_to(np.arange(token.shape[1], dtype=np.int32), token.shape) if position is None else position
+    segment = np.ones(token.shape, np.int32) if segment is None else segment
+    return np.asarray(forward(params, cfg, *map(jnp.asarray, (token, position, segment.astype(np.int32)))))
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """changed(name, function): a function of linear.py replaced, and nothing compiled before taken for it."""
+    forward.clear_cache()
+    yield lambda name, function: monkeypatch.setattr(linear, name, function)
+    forward.clear_cache()
 
 
 def gap(ours, theirs) -> float:
@@ -103,8 +120,7 @@ def test_logits_are_those_of_transformers_padded_on_either_side(loaded, family):
     assert theirs.std() > 2 and cfg.period == 3 and cfg.num_layers % cfg.period  # a scan of one period, and a rest
     assert gap(our_logits(params, cfg, token)[right], theirs) < MAX
     theirs = their_logits(reference, token, left, position)[left]
-    how = {"position_BL": jnp.asarray(position), "segment_BL": jnp.asarray(left, jnp.int32)}
-    assert gap(our_logits(params, cfg, token, **how)[left], theirs) < MAX
+    assert gap(our_logits(params, cfg, token, position, left)[left], theirs) < MAX
 
 
 WITHOUT = [
@@ -128,20 +144,20 @@ def test_leaving_a_part_out_is_seen(loaded, family, without):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["gate of attention", "gate of linear attention", "convolution", "decay", "beta"])
-def test_leaving_a_part_of_qwen35_out_is_seen(loaded, monkeypatch, part):
+def test_leaving_a_part_of_qwen35_out_is_seen(loaded, changed, part):
     reference, params, cfg, _ = loaded("qwen3_5")
     token, right, *_ = batch()
     theirs = their_logits(reference, token, right)[right]
     whole = linear.whole
     if part == "convolution":
-        monkeypatch.setattr(linear, "_convolve", lambda x, conv, segment: x)
+        changed("_convolve", lambda x, conv, segment: x)
     elif part in ("decay", "beta"):
         neutral = {"decay": (0.0, 1.0), "beta": (1.0, 0.0)}[part]  # factors of decay and of beta's distance to 1
 
         def other(qkv, conv, decay, beta, *rest):
             return whole(qkv, conv, decay * neutral[0], 1 + (beta - 1) * neutral[1], *rest)
 
-        monkeypatch.setattr(linear, "whole", other)
+        changed("whole", other)
     else:
         layers = dict(params["layers"])
         if part == "gate of attention":
@@ -153,32 +169,32 @@ def test_leaving_a_part_of_qwen35_out_is_seen(loaded, monkeypatch, part):
     assert gap(our_logits(params, cfg, token)[right], theirs) > 10 * MAX
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_segments_of_a_packed_row_see_nothing_of_each_other(loaded, family):
     """Three sequences in one row, cut off mid-chunk: the states are those of rows of their own."""
     _, params, cfg, _ = loaded(family)
     token, _, _, _ = batch()
     cuts = (37, 70, 43)
-    packed = np.concatenate([token[b, :n] for b, n in enumerate(cuts)])[None]
-    segment = np.repeat(np.arange(1, 4), cuts)[None].astype(np.int32)
-    position = np.concatenate([np.arange(n) for n in cuts])[None].astype(np.int32)
-    ours = our_logits(params, cfg, packed, position_BL=jnp.asarray(position), segment_BL=jnp.asarray(segment))[0]
-    alone = our_logits(params, cfg, token[:, : max(cuts)])
+    packed = np.concatenate([token[b, :n] for b, n in enumerate(cuts)])
+    segment, position = np.repeat(np.arange(1, 4), cuts), np.concatenate([np.arange(n, dtype=np.int32) for n in cuts])
+    rows = (np.broadcast_to(a, token.shape) for a in (packed, position, segment))
+    ours, alone = our_logits(params, cfg, *rows)[0], our_logits(params, cfg, token)
     want = np.concatenate([alone[b, :n] for b, n in enumerate(cuts)])
     assert gap(ours, want) < MAX
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leak", ["state", "convolution"])
-def test_a_segment_that_leaks_is_seen(loaded, monkeypatch, leak):
+def test_a_segment_that_leaks_is_seen(loaded, changed, leak):
     name = {"state": "_chunks", "convolution": "_convolve"}[leak]
     real = getattr(linear, name)
-    monkeypatch.setattr(linear, name, lambda *args: real(*args[:-1], None))
+    changed(name, lambda *args: real(*args[:-1], None))
     with pytest.raises(AssertionError):
         test_segments_of_a_packed_row_see_nothing_of_each_other(loaded, "qwen3_5")
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_follows_the_full_forward(loaded, family):
     """Prompts of three lengths, a cache that grows: the largest logit of the whole row, wherever it is clear."""
     _, params, cfg, _ = loaded(family)
@@ -300,7 +316,10 @@ def test_an_export_is_bit_exact_and_opened_by_transformers(loaded, family, tmp_p
     for (name, a), (_, b) in zip(theirs.state_dict().items(), reference.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     token = batch()[0][:, :30]
-    assert gap(their_logits(theirs, token, np.ones_like(token)), their_logits(reference, token, np.ones_like(token))) < 1e-6
+    assert (
+        gap(their_logits(theirs, token, np.ones_like(token)), their_logits(reference, token, np.ones_like(token)))
+        < 1e-6
+    )
 
 
 def test_the_chunks_are_the_recurrence():
@@ -329,3 +348,40 @@ def test_the_chunks_are_the_recurrence():
         np.testing.assert_allclose(out[b, :n], by_token, atol=2e-4)
         np.testing.assert_allclose(state.memory[b], last.memory[0], atol=2e-4)
         np.testing.assert_array_equal(state.conv[b], last.conv[0])
+
+
+def test_what_is_beside_the_text_model_is_carried_through_an_export(tmp_path):
+    """Qwen3.5 with a tower of images and heads that predict further tokens: transformers opens what comes out."""
+    text = SIZES | FAMILIES["qwen3_5"][2] | {"tie_word_embeddings": True}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 8,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+    }
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    reference = transformers.Qwen3_5ForConditionalGeneration(config).float().eval()
+    reference.save_pretrained(tmp_path / "in")
+    tensors = safetensors.torch.load_file(tmp_path / "in" / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.randn(3, 5)
+    safetensors.torch.save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    params, cfg = hf.load(tmp_path / "in")
+    params["final_norm"] = params["final_norm"] + 1
+    hf.save(tmp_path / "out", params, cfg, dtype="float32", source=tmp_path / "in")
+    again, loaded_cfg = hf.load(tmp_path / "out")
+    assert loaded_cfg == cfg and cfg.prefix == "model.language_model."
+    written = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= safetensors.torch.load_file(file)
+    assert set(written) == set(tensors)
+    changed = [name for name in tensors if not torch.equal(written[name], tensors[name])]
+    assert changed == ["model.language_model.norm.weight"]
+    theirs = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    token = batch()[0][:, :40]
+    assert gap(our_logits(again, cfg, token), their_logits(theirs, token, np.ones_like(token))) < MAX
+    hf.save(tmp_path / "text", params, cfg, dtype="float32")  # without its source: the text model alone
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32).eval()
+    assert type(alone) is transformers.Qwen3_5ForCausalLM
+    assert gap(our_logits(again, cfg, token), their_logits(alone, token, np.ones_like(token))) < MAX

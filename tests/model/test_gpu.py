@@ -77,7 +77,9 @@ def both():
 def test_the_update_in_float32_is_the_cpus(params, ref_params, model_cfg, make_cfg, both, remat):
     cfg, batch = make_cfg(**{"model.remat": remat, "micro_batches": 2}), make_batch()
     weight_BT, mask_BT = weights(batch, cfg)
-    run = jax.jit(functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg, compute=model.Compute(remat=remat)))
+    run = jax.jit(
+        functools.partial(step.loss_and_grads, model_cfg=model_cfg, cfg=cfg, compute=model.Compute(remat=remat))
+    )
     ours, want = (run(*args) for args in both((params, ref_params, batch, weight_BT, mask_BT)))
     assert abs(float(ours[0]) - float(want[0])) < 1e-5 * abs(float(want[0]))
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(want[1])):

@@ -1,4 +1,5 @@
-"""LoRA: adapters beside the projections against merged weights, in the loss, the sampler, a whole run and PEFT's own reader."""
+"""LoRA: adapters beside the projections against merged weights, in the loss, the sampler, a whole run and PEFT's own
+reader."""
 
 import dataclasses
 import functools
@@ -111,11 +112,21 @@ def test_the_gradient_is_the_chain_rule_through_merged_weights(
 
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "cfg", "compute", "teacher_cfg"))
-def taught(params, ref_params, batch, weight, mask, model_cfg, cfg, compute=None, teacher_params=None, teacher_cfg=None):
+def taught(
+    params, ref_params, batch, weight, mask, model_cfg, cfg, compute=None, teacher_params=None, teacher_cfg=None
+):
     return step.loss_and_grads(
-        params, ref_params, batch, weight, mask, model_cfg=model_cfg, cfg=cfg, compute=compute,
-        teacher_params=teacher_params, teacher_cfg=teacher_cfg,
-    )  # fmt: skip
+        params,
+        ref_params,
+        batch,
+        weight,
+        mask,
+        model_cfg=model_cfg,
+        cfg=cfg,
+        compute=compute,
+        teacher_params=teacher_params,
+        teacher_cfg=teacher_cfg,
+    )
 
 
 def test_the_reference_is_the_model_without_adapters(params, model_cfg, batch, cfg, new, adapters, compute):
@@ -133,7 +144,8 @@ def test_the_reference_is_the_model_without_adapters(params, model_cfg, batch, c
 
 
 def test_no_gradient_of_the_base_or_its_head_is_formed(params, model_cfg, batch, make_cfg, compute):
-    """No product of the update has the shape, in any order of axes, of a projection or of the head; the dense one has all."""
+    """No product of the update has the shape, in any order of axes, of a projection or of the head; the dense one has
+    all."""
     cfg = make_cfg(**{"lora.rank": 3})  # 2 would be the shape of k as well
     weight, mask = weights(batch, cfg)
     adapters = lora.init(jax.random.key(0), model_cfg, cfg.lora)
@@ -268,7 +280,9 @@ def test_evaluation_and_merged_export_answer_alike(folders, whole):
     other = runner.load_student(c, str(out))
     close(student.params, other.params, 1e-6)
     base = runner.load_student(c, None)
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), student.params["layers"][0], base.params["layers"][0])
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), student.params["layers"][0], base.params["layers"][0]
+    )
     assert all(moved[n] > 1e-5 for n in MATRICES)
 
 
@@ -289,7 +303,8 @@ def test_peft_opens_the_adapters_and_transformers_the_merged_model(folders, whol
     folder, base, _ = folders
     out = export.export(whole, folder / "adapter", dtype="float32", adapter=True)
     again = export.export(whole, folder / "adapter", dtype="float32", adapter=True)  # replaces itself
-    assert out == again and sorted(f.name for f in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = {f.name for f in out.iterdir()}
+    assert out == again and {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     names = set(load_file(out / "adapter_model.safetensors"))
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert first in names and len(names) == 2 * 7 * 2

@@ -22,7 +22,8 @@ from omniopd_jax.run import checkpoint, logging
 
 STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
-# Several processes compile for themselves, each time (processes.init): without LLVM's optimisation that is what takes long
+# Several processes compile for themselves, each time (processes.init): without LLVM's optimisation that is what takes
+# long
 FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 LAUNCH = str(tiny.REPO / "launch" / "multihost_cpu.sh")
 
@@ -37,9 +38,13 @@ class Launched:
 
     def __init__(self, count, values):
         self.process = subprocess.Popen(
-            [LAUNCH, str(count), *tiny.arguments(values)], cwd=tiny.REPO, env=tiny.environment(PYTHON=tiny.PYTHON, **FLAGS),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [LAUNCH, str(count), *tiny.arguments(values)],
+            cwd=tiny.REPO,
+            env=tiny.environment(PYTHON=tiny.PYTHON, **FLAGS),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self.lines, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -67,7 +72,9 @@ class Launched:
 
 
 def recipe(models, folder, **more):
-    return tiny.overrides(*models, folder) | {"num_steps": STEPS, "checkpoint.every": 1, "audit.log_per_step": 1000} | more
+    return (
+        tiny.overrides(*models, folder) | {"num_steps": STEPS, "checkpoint.every": 1, "audit.log_per_step": 1000} | more
+    )
 
 
 def audits(folder, step):
@@ -106,9 +113,17 @@ def grads_of(count, data, models, saved, folder):
     """What `multihost_worker` finds over `count` processes."""
     np.savez(folder / "batch.npz", **saved)
     env = FLAGS | {"OMNIOPD_COORDINATOR": f"127.0.0.1:{free_port()}", "OMNIOPD_NUM_PROCESSES": str(count)}
-    command = [tiny.PYTHON, "tests/support/multihost_worker.py", models[0], folder / "batch.npz", folder / "out.npz", str(data)]
+    command = [
+        tiny.PYTHON,
+        "tests/support/multihost_worker.py",
+        models[0],
+        folder / "batch.npz",
+        folder / "out.npz",
+        str(data),
+    ]
     workers = [
-        subprocess.Popen(command, cwd=tiny.REPO, env=tiny.environment(**env, OMNIOPD_PROCESS_ID=str(r))) for r in range(count)
+        subprocess.Popen(command, cwd=tiny.REPO, env=tiny.environment(**env, OMNIOPD_PROCESS_ID=str(r)))
+        for r in range(count)
     ]
     assert [w.wait(timeout=PATIENCE) for w in workers] == [0] * count
     with np.load(folder / "out.npz") as file:
@@ -233,7 +248,8 @@ def test_two_runs_of_four_processes_are_bit_identical_and_survive_a_kill(models,
 
 @pytest.mark.slow
 def test_the_whole_tiny_run_learns_over_two_processes_as_in_one(tmp_path):
-    """configs/tiny.py as it is: the same first batch, and an accuracy that differs by less than three standard errors."""
+    """configs/tiny.py as it is: the same first batch, and an accuracy that differs by less than three standard
+    errors."""
     values = {"audit.log_per_step": 10_000, "log.tensorboard": False}
     one = tiny.start(tiny.arguments(values | {"run_dir": tmp_path / "one"}), **FLAGS)
     assert one.communicate(timeout=PATIENCE)[0] and one.returncode == 0
@@ -289,7 +305,8 @@ def test_a_wrong_setting_of_one_process_ends_all_with_its_message(models, tmp_pa
     assert "prompts_per_step = 3" in run.text
 
 
-# --- the pieces, in one process -----------------------------------------------------------------------------------------
+# --- the pieces, in one process
+# -----------------------------------------------------------------------------------------
 
 
 def test_the_environment_says_how_to_start():
@@ -345,7 +362,9 @@ def test_a_tree_of_processes_waits_and_says_for_whom(monkeypatch, capsys):
 
 
 def test_dry_run_prints_a_command_a_process():
-    done = subprocess.run([LAUNCH, "2", "--dry-run", "--config=configs/tiny.py"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [LAUNCH, "2", "--dry-run", "--config=configs/tiny.py"], capture_output=True, text=True, timeout=30
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     for rank, line in enumerate(done.stdout.splitlines()):
         assert f"OMNIOPD_PROCESS_ID={rank}" in line and "omniopd_jax.main --config=configs/tiny.py" in line

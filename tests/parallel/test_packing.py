@@ -45,7 +45,9 @@ def rows_of(b: objective.Batch) -> list[list[int]]:
 
 def packed_batch(shards: int, micro_batches: int) -> objective.Batch:
     b = batch()
-    packed = packing.make(rows_of(b), b.prompt_length_B, most=MOST, shards=list(range(shards)), micro_batches=micro_batches)
+    packed = packing.make(
+        rows_of(b), b.prompt_length_B, most=MOST, shards=list(range(shards)), micro_batches=micro_batches
+    )
     assert packed.token_RL.size < 0.8 * b.token_BL.size and packed.owner_ZX.size < B * T
     assert packed.segment_RL.max() > 1
     return b.replace(token_BL=None, packed=packed)
@@ -71,9 +73,15 @@ def model_of(kind: str, model_cfg):
 def everything(params, ref, b, cfg, model_cfg, compute=None):
     """Score, weights, loss and gradient of one update: (stats, loss, gradients, loss stats)."""
     stats = step.score(
-        params, tokens_of(b), b.prompt_length_B, T, model_cfg=model_cfg, block=8, micro_batches=cfg.micro_batches,
+        params,
+        tokens_of(b),
+        b.prompt_length_B,
+        T,
+        model_cfg=model_cfg,
+        block=8,
+        micro_batches=cfg.micro_batches,
         compute=compute,
-    )  # fmt: skip
+    )
     weight, mask = objective.weights(stats.logp_BT, b, cfg)
     return stats, *step.loss_and_grads(params, ref, b, weight, mask, model_cfg=model_cfg, cfg=cfg, compute=compute)
 
@@ -117,7 +125,8 @@ def test_packed_equals_unpacked(model_cfg, make_cfg, kind, micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("kind", "micro_batches"), [("dense", 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("dense", 1), ("moe", 2)))]
+    ("kind", "micro_batches"),
+    [("dense", 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("dense", 1), ("moe", 2)))],
 )
 def test_packed_on_eight_devices_equals_unpacked_on_one(model_cfg, make_cfg, kind, micro_batches):
     want = unpacked(kind, model_cfg, settings(make_cfg))
@@ -131,11 +140,12 @@ def test_packed_on_eight_devices_equals_unpacked_on_one(model_cfg, make_cfg, kin
         functools.partial(everything, cfg=cfg, model_cfg=own_cfg, compute=model.Compute(mesh=mesh)),
         in_shardings=(where, where, rows),
         out_shardings=(rows, sharding.replicated(mesh), where, rows),
-    )  # fmt: skip
+    )
     assert_equal(many(params, ref, b), want)
 
 
-# --- what the comparison sees -------------------------------------------------------------------------------------------
+# --- what the comparison sees
+# -------------------------------------------------------------------------------------------
 
 
 def one_late(hidden_RLD, at_ZX):
@@ -177,7 +187,8 @@ def test_a_shifted_index_is_seen(model_cfg, make_cfg, monkeypatch, late):
         assert gap > 0.3 if late else gap < 2e-5, name
 
 
-# --- splash ---------------------------------------------------------------------------------------------------------------
+# --- splash
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -188,7 +199,8 @@ def test_splash_with_packed_rows_equals_xla(model_cfg, make_cfg):
     assert_equal(run(params, ref, packed_batch(1, 1), **how), want, 2e-5)
 
 
-# --- the packer -----------------------------------------------------------------------------------------------------------
+# --- the packer
+# -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -274,7 +286,8 @@ def test_first_fit_wastes_at_most_half(lengths, width):
 
 
 def test_what_goes_out_comes_back():
-    """`pack_values` and `unpack_values` are inverse on real tokens, whatever the shards and micro-batches; so is `places`."""
+    """`pack_values` and `unpack_values` are inverse on real tokens, whatever the shards and micro-batches; so is
+    `places`."""
     a_BT = np.random.default_rng(0).normal(size=(B, T)).astype(np.float32)
     real, mesh = np.arange(T)[None] < batch().length_B[:, None], sharding.default_mesh()
     for shards, n in ((1, 1), (1, 4), (4, 2)):
@@ -303,11 +316,14 @@ def test_rows_are_full_and_shapes_few():
         packing.choose_width(np.array([20, 20]), 16, 1)
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------
+# --- settings
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_cudnn_with_packing_is_refused_before_anything_loads(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"cudnn takes right-padded rows only.*model\.attention=xla, or packing\.length=0"):
+    with pytest.raises(
+        UserError, match=r"cudnn takes right-padded rows only.*model\.attention=xla, or packing\.length=0"
+    ):
         attention.resolve("cudnn", "bfloat16", packed=True)
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="cudnn"):

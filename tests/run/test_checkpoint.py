@@ -121,7 +121,10 @@ def test_the_fingerprint_is_the_meshes_same_and_every_bits_own(state_on):
     found = checkpoint.fingerprint(state)
     assert found == checkpoint.fingerprint(state_on((1, 1, 1))[0])
     embed = state.params["embed"]
-    for changed in (embed.at[3, 2].set(jnp.nextafter(embed[3, 2], 9.0)), embed.at[jnp.array([0, 1])].set(embed[:2][::-1])):
+    for changed in (
+        embed.at[3, 2].set(jnp.nextafter(embed[3, 2], 9.0)),
+        embed.at[jnp.array([0, 1])].set(embed[:2][::-1]),
+    ):
         assert checkpoint.fingerprint(state.replace(params=state.params | {"embed": changed})) != found
     assert checkpoint.fingerprint(state.replace(step=state.step + 1)) != found
 

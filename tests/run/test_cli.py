@@ -13,7 +13,8 @@ import tiny
 
 from omniopd_jax import config, objective, similarity, teachers
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import preflight
+from omniopd_jax.run import preflight, setup
+from omniopd_jax.teachers import simulated
 
 CONFIGS = sorted((tiny.REPO / "configs").glob("*.py"))
 SOURCES = [p for p in (tiny.REPO / "omniopd_jax").rglob("*.py") if p.name != "config.py"]
@@ -34,9 +35,12 @@ def files(tmp_path_factory):
     (folder / "good.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(8)))
     body = "from omniopd_jax import config\n\n\ndef get_config(arg=None):\n    c = config.default()\n    {}\n    return c\n"
     for name, line in {
-        "unknown_key": "c.audit.num_chunk = 3", "wrong_type": "c.num_steps = 'many'", "syntax": "c.num_steps = = 3",
-        "wrong_value": "c.audit.selection = 'best'", "missing_import": "import no_such_module",
-    }.items():  # fmt: skip
+        "unknown_key": "c.audit.num_chunk = 3",
+        "wrong_type": "c.num_steps = 'many'",
+        "syntax": "c.num_steps = = 3",
+        "wrong_value": "c.audit.selection = 'best'",
+        "missing_import": "import no_such_module",
+    }.items():
         (folder / f"{name}.py").write_text(body.format(line))
     return {"folder": folder, "student": student, "teacher": teacher, "number": itertools.count()}
 
@@ -109,24 +113,35 @@ CASES = {  # name -> (arguments, what the line must hold)
         ["reward.grader", "'taste'", "world"],
     ),
     "no grader for answers from a file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}), ["eval.grader", "empty", "math"],
+        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2}),
+        ["eval.grader", "empty", "math"],
+    ),
+    "a bucket as run_dir": (
+        lambda f: base(f, run_dir="gs://bucket/run"),
+        ["run_dir", "gs://bucket/run", "local folder"],
     ),
     "a file beside the small world": (
-        lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}), ["data.path", "good.jsonl", "data.source = 'jsonl'"],
+        lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}),
+        ["data.path", "good.jsonl", "data.source = 'jsonl'"],
     ),
     "grpo with one generation": (
-        lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}), ["num_generations = 1", "2 or more"],
+        lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}),
+        ["num_generations = 1", "2 or more"],
     ),
     "broken line 7": (lambda f: jsonl(f, "broken.jsonl"), ["broken.jsonl", "line 7"]),
     "empty prompt set": (lambda f: jsonl(f, "empty.jsonl"), ["empty.jsonl", "no prompts"]),
     "missing prompt file": (lambda f: jsonl(f, "nowhere.jsonl"), ["data.path", "nowhere.jsonl"]),
     "missing held-out file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl", "eval.grader": "math"}),
+        lambda f: jsonl(
+            f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": "/nowhere.jsonl", "eval.grader": "math"}
+        ),
         ["eval.path", "/nowhere.jsonl"],
     ),
     "held-out prompts without answers": (
         lambda f: jsonl(
-            f, "good.jsonl", **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl"), "eval.grader": "math"}
+            f,
+            "good.jsonl",
+            **{"eval.num_prompts": 2, "eval.path": str(f["folder"] / "good.jsonl"), "eval.grader": "math"},
         ),
         ["answer", "good.jsonl"],
     ),
@@ -162,6 +177,11 @@ def ended(files):
     cases = {name: make(files) for name, (make, _) in CASES.items()}
     several = {"student.path": "/no/student", "teacher.model": "/no/teacher", "data.name": "narnia"}
     cases["several mistakes"] = base(files, **several)
+    paid = {"teacher.provider": "anthropic", "teacher.model": "claude-haiku-4-5", "student.path": "/no/student"}
+    dear = base(
+        files, **paid, num_steps=500, prompts_per_step=64, **{"audit.num_chunks": 10, "audit.num_continuations": 10}
+    )
+    cases |= {"estimate": [*dear, "--estimate"], "dear": dear, "dear, --yes": [*dear, "--yes"]}
     return dict(zip(cases, tiny.commands(list(cases.values()), limit=300)))
 
 
@@ -194,6 +214,25 @@ def test_several_mistakes_are_told_at_once(ended):
     assert sorted(named) == ["data.name", "student.path", "teacher.model"]
 
 
+def test_an_estimate_is_printed_without_weights_and_without_a_call(ended):
+    """The student's folder does not exist and there is no key: neither is looked for."""
+    got = ended["estimate"]
+    assert got.code == 0 and got.err == ""
+    for word in ("calls", "tokens in", "dollars", "hours", "low", "middle", "high", "no cap is set"):
+        assert word in got.out
+
+
+def test_a_dear_run_without_a_cap_needs_to_be_confirmed(ended):
+    """Exit code 2 with the table; nothing waits for an answer at the terminal. With --yes the run's own checks
+    follow."""
+    got = ended["dear"]
+    assert (
+        got.code == 2 and "middle" in got.err and "--yes" in got.errors[-1] and "budget.confirm_usd" in got.errors[-1]
+    )
+    passed = ended["dear, --yes"]
+    assert passed.code == 2 and "/no/student" in passed.err and "--yes" not in passed.err
+
+
 def test_the_real_command_and_its_traceback_on_demand(files):
     """Through `python -m`, as a person types it: one line; with --verbosity=1 the traceback above it."""
     wrong = base(files, **{"audit.similarity": "bleu"})
@@ -214,7 +253,8 @@ def test_help_shows_the_flag():
     assert "Traceback" not in err
 
 
-# --- the recipes --------------------------------------------------------------------------------------------------------
+# --- the recipes
+# --------------------------------------------------------------------------------------------------------
 
 
 def recipe(path: pathlib.Path):
@@ -284,10 +324,7 @@ def test_the_math_recipe_is_the_published_method():
 def test_every_key_is_read_by_some_code():
     """No key without a reader: `cfg.section.key`, or the section under a short name (`o.key`, `fields.key`)."""
     text = "\n".join(p.read_text() for p in SOURCES)
-    keys = [
-        k for k in config.flat(config.default()) if not k.startswith("data.fields.")
-    ]  # read as a mapping, by data._hub
-    assert "fields.items()" in text
+    keys = list(config.flat(config.default()))
     unread = []
     for key in keys:
         section, _, leaf = key.rpartition(".")
@@ -345,3 +382,18 @@ def test_float32_products_are_asked_for_and_bfloat16_ones_left_alone():
         code += f"cli.setup_jax({dtype!r}); print(jax.config.jax_default_matmul_precision)\n"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tiny.REPO)
     assert out.stdout.split() == ["None", "highest"]
+
+
+def test_settings_of_the_teacher_that_surprise_are_said():
+    """A greedy teacher, and continuations that are cut because nobody said whose tokenizer it is."""
+    teacher = simulated.SimulatedTeacher(["a"], [1.0])
+    teacher.foreign_tokenizer = True
+    c = config.default()
+    c.teacher.provider, c.teacher.temperature = "openai", 0.0
+    greedy, cut = setup.remarks(c, teacher)
+    assert "teacher.temperature = 0" in greedy and "set teacher.tokenizer to student.path" in cut
+    c.teacher.temperature, c.teacher.tokenizer = 1.0, "folder"
+    assert setup.remarks(c, teacher) == []
+    c.objective.name = "sft"
+    c.teacher.temperature = 0.0
+    assert setup.remarks(c, teacher) == []

@@ -1,7 +1,6 @@
 """What a run will cost, before anything is bought: prices that are known, unknown and none; caps; the refusal."""
 
 import pytest
-import tiny
 
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
@@ -55,7 +54,11 @@ def test_a_dear_run_without_a_cap_is_refused_with_the_table(tmp_path):
     with pytest.raises(UserError) as refused:
         preview(tmp_path).confirm()
     assert refused.value.exit_code == 2
-    assert "middle" in str(refused.value) and "--yes" in str(refused.value) and "budget.confirm_usd = 20" in str(refused.value)
+    assert (
+        "middle" in str(refused.value)
+        and "--yes" in str(refused.value)
+        and "budget.confirm_usd = 20" in str(refused.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,15 +90,3 @@ def test_an_objective_without_a_teacher_buys_nothing(tmp_path):
     p = estimate.Preview(recipe(tmp_path), False)
     assert p.estimate is None and "nothing is bought" in p.text()
     p.confirm()
-
-
-def test_the_command_prints_the_table_and_reads_no_input(tmp_path, monkeypatch):
-    """--estimate ends with 0 and no folder; without it the run ends with 2 before its weights, which do not exist."""
-    values = {"teacher.provider": "anthropic", "teacher.model": "claude-haiku-4-5", "run_dir": str(tmp_path / "run")}
-    values["student.path"] = str(tmp_path / "nowhere")
-    values |= {"prompts_per_step": 64, "num_steps": 500, "max_completion_length": 7000, "audit.chunk_tokens": 50}
-    args = tiny.arguments(values)
-    shown, refused, passed = tiny.commands([[*args, "--estimate"], args, [*args, "--yes"]])
-    assert shown.code == 0 and "middle" in shown.out and "calls" in shown.out and not (tmp_path / "run").exists()
-    assert refused.code == 2 and any("--yes" in e for e in refused.errors) and any("middle" in e for e in refused.errors)
-    assert passed.code == 2 and "nowhere" in passed.err and "--yes" not in passed.err

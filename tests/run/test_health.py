@@ -151,4 +151,25 @@ def test_findings_say_what_was_seen_why_and_what_to_turn_and_become_metrics():
     assert [(f.check, bool(f.saw), bool(f.why), bool(f.turn)) for f in found] == [("truncation", True, True, True)]
     assert found[0].line().startswith("health: truncation: 40% of the responses")
     values = health.metrics(found)
-    assert values.pop("health/truncation") == 1 and set(values.values()) == {0} and len(values) == len(health.CHECKS) - 1
+    assert (
+        values.pop("health/truncation") == 1 and set(values.values()) == {0} and len(values) == len(health.CHECKS) - 1
+    )
+
+
+def test_a_resumed_run_says_what_it_would_have_said():
+    """Its checks go on from the lines and records of the steps before."""
+    every = [(runs.row(t), [runs.audit(t, i, continuations=[" same"] * 4) for i in range(20)], []) for t in range(20)]
+    whole = health.Watch(runs.flat(), [], [], [])
+    said = [[f.check for f in whole.step(*step)[0]] for step in every]
+    for start in (1, 7, 15):
+        before = every[:start]
+        audits = [a for _, of_step, _ in before[-health.WINDOW :] for a in of_step]
+        again = health.Watch(runs.flat(), [row for row, _, _ in before], audits, [])
+        assert [[f.check for f in again.step(*step)[0]] for step in every[start:]] == said[start:]
+    assert said[3] == [] and said[4] == ["teacher_not_sampling"], "100 audits are there"
+
+
+def test_a_warning_is_said_again_only_after_a_while():
+    watch = health.Watch(runs.flat(), [], [], [])
+    new = [bool(watch.step(runs.row(t, **{"completions/truncated_fraction": 0.9}), [], [])[1]) for t in STEPS]
+    assert new[0] and not any(new[1:])

@@ -82,7 +82,9 @@ def test_a_programs_text_is_read_with_its_loops():
     ],
 )
 def test_joined_and_asynchronous_collectives_count_what_they_move(line, dims, size, moved):
-    (one,) = hlo.collectives(f"ENTRY %main (x: f32[8,4]) -> f32[8,4] {{\n  %c = {line}, replica_groups=[1,4]<=[4]\n}}\n")
+    (one,) = hlo.collectives(
+        f"ENTRY %main (x: f32[8,4]) -> f32[8,4] {{\n  %c = {line}, replica_groups=[1,4]<=[4]\n}}\n"
+    )
     assert (one.dims, one.bytes, one.group, one.moved) == (dims, size, 4, moved)
 
 

@@ -28,13 +28,26 @@ def written(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"objective.name": "grpo"}, {"objective.advantage": "batch_mean"}, {"audit.num_chunks": 1}, {"anchor.kl_coef": 0.2},
-        {"teacher.model": "other"}, {"teacher.temperature": 0.5}, {"optimizer.learning_rate": 1e-4}, {"seed": 3},
-        {"student.path": "other"}, {"prior.alpha": 2.0}, {"temperature": 0.7}, {"data.num_prompts": 5}, {"lora.rank": 4},
-        {"eval.num_prompts": 9}, {"reward.coef": 0.5}, {"max_staleness": 1}, {"objective.clip": 0.3},
+        {"objective.name": "grpo"},
+        {"objective.advantage": "batch_mean"},
+        {"audit.num_chunks": 1},
+        {"anchor.kl_coef": 0.2},
+        {"teacher.model": "other"},
+        {"teacher.temperature": 0.5},
+        {"optimizer.learning_rate": 1e-4},
+        {"seed": 3},
+        {"student.path": "other"},
+        {"prior.alpha": 2.0},
+        {"temperature": 0.7},
+        {"data.num_prompts": 5},
+        {"lora.rank": 4},
+        {"eval.num_prompts": 9},
+        {"reward.coef": 0.5},
+        {"max_staleness": 1},
+        {"objective.clip": 0.3},
     ],
     ids=lambda c: next(iter(c)),
-)  # fmt: skip
+)
 def test_a_setting_that_changes_results_is_named(written, change):
     key = next(iter(change))
     with pytest.raises(UserError, match=rf"{key} was .*, is .*resume\.allow"):
@@ -46,12 +59,21 @@ def test_a_setting_that_changes_results_is_named(written, change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_steps": 9}, {"checkpoint.every": 7}, {"log.tensorboard": True}, {"eval.every": 1}, {"budget.usd": 5.0},
-        {"teacher.max_concurrency": 2}, {"teacher.timeout_s": 9.0}, {"teacher.replay": "only"}, {"mesh.fsdp": 1},
-        {"micro_batches": 2}, {"profile.steps": "1:2"}, {"teacher.base_url": "http://other:1/v1"},
+        {"num_steps": 9},
+        {"checkpoint.every": 7},
+        {"log.tensorboard": True},
+        {"eval.every": 1},
+        {"budget.usd": 5.0},
+        {"teacher.max_concurrency": 2},
+        {"teacher.timeout_s": 9.0},
+        {"teacher.replay": "only"},
+        {"mesh.fsdp": 1},
+        {"micro_batches": 2},
+        {"profile.steps": "1:2"},
+        {"teacher.base_url": "http://other:1/v1"},
     ],
     ids=lambda c: next(iter(c)),
-)  # fmt: skip
+)
 def test_a_setting_that_changes_no_result_may_change(written, change):
     identity.check_same_run(recipe(**change), DIGESTS, written)
 
@@ -74,12 +96,13 @@ def test_a_run_of_an_earlier_version_goes_on(written, capsys):
     """Removed keys at their default are left out, new ones had their default, and inputs get their digests."""
     old = json.loads(written.read_text())
     old.pop("digests")
-    old["teacher"]["hedge_s"] = 0.0
+    old["teacher"] |= {"hedge_s": 0.0, "lanes": 3}
+    old["reward"]["grader"] = "world"
     del old["resume"], old["eval"]["suffix"]
     written.write_text(json.dumps(old))
     identity.check_same_run(recipe(), DIGESTS, written)
     said = capsys.readouterr().out
-    assert "teacher.hedge_s" in said and "from before inputs were compared" in said
+    assert "teacher.lanes" in said and "hedge_s" not in said and "from before inputs were compared" in said
     with pytest.raises(UserError, match="eval.suffix was '', is 'x'"):
         identity.check_same_run(recipe(**{"eval.suffix": "x"}), DIGESTS, written)
 

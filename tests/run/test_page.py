@@ -82,7 +82,9 @@ def test_what_is_beyond_the_bounds_is_chosen_by_the_rule_and_counted(tmp_path, m
     assert len(run["audits"]) == 100 and run["left_out"] == {"audits": 540, "responses": 60}
     for step in range(20):
         own = [a for a in run["audits"] if a["step"] == step]
-        assert len(own) == 5 and sum(a["whole"] >= 0 for a in own) == 2, "a step's share; those of whole responses first"
+        assert len(own) == 5 and sum(a["whole"] >= 0 for a in own) == 2, (
+            "a step's share; those of whole responses first"
+        )
 
 
 def test_a_page_never_exceeds_its_bytes(tmp_path, monkeypatch):
@@ -97,6 +99,7 @@ def test_a_page_never_exceeds_its_bytes(tmp_path, monkeypatch):
     assert len(html) <= whole - 100_000 and run["left_out"]["audits"] == 400 - len(run["audits"]) > 0
 
 
+@pytest.mark.slow
 def test_200_steps_of_real_lengths_stay_within_5_mb_and_20_seconds(tmp_path):
     """Chunks of 50 words that no other chunk has, 10 continuations each, answers of 400 tokens."""
     rng, words = random.Random(0), [f"w{i:x}" for i in range(50_000)]
@@ -106,9 +109,12 @@ def test_200_steps_of_real_lengths_stay_within_5_mb_and_20_seconds(tmp_path):
         return " " + " ".join(rng.choices(words, k=n))
 
     audits = [
-        runs.audit(t, i, chunk=say(50), continuations=[say(50) for _ in range(10)], similarity=[0.2] * 10, prefix_end=say(80))
-        for t in range(200) for i in range(10)
-    ]  # fmt: skip
+        runs.audit(
+            t, i, chunk=say(50), continuations=[say(50) for _ in range(10)], similarity=[0.2] * 10, prefix_end=say(80)
+        )
+        for t in range(200)
+        for i in range(10)
+    ]
     pieces = [say(1) for _ in range(400)]
     whole = [runs.completion(t, 0, 400, pieces=rng.sample(pieces, 400)) for t in range(200)]
     runs.lines(folder / "audits.jsonl", audits)
@@ -167,7 +173,9 @@ def test_a_run_that_goes_on_is_no_finished_one(tmp_path):
 
 def test_an_unknown_price_is_unknown_and_a_local_teacher_is_free(tmp_path):
     paid = runs.settings(**{"teacher.provider": "openai", "teacher.model": "gpt-of-tomorrow"})
-    rows = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0, "teacher/price_known": 0}) for t in range(5)]
+    rows = [
+        runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0, "teacher/price_known": 0}) for t in range(5)
+    ]
     (run,) = made(runs.write(tmp_path / "unknown", 5, cfg=paid, rows=rows))["runs"]
     assert facts(run)["teacher cost"] == "unknown"
     free = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0}) for t in range(5)]

@@ -18,15 +18,32 @@ pytestmark = pytest.mark.browser
 selenium = pytest.importorskip("selenium", reason="make test-browser installs it")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 AXE = pathlib.Path(__file__).resolve().parents[2] / ".cache" / "axe" / "package" / "axe.min.js"
 HOSTILE = (
-    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "</script><script>window.hacked = 1",
-    "\u202e\u200fdlrow", "\x1b[31mred\x1b[0m", "nul \x00 nul", "half \ud83d pair", "' onmouseover='window.hacked = 1",
-    "`${window.hacked = 1}`", "javascript:window.hacked=1", "@DATA@ @SCRIPT@", "&lt;b&gt; &amp;", "]]> -->",
-)  # fmt: skip
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "</script><script>window.hacked = 1",
+    "\u202e\u200fdlrow",
+    "\x1b[31mred\x1b[0m",
+    "nul \x00 nul",
+    "half \ud83d pair",
+    "' onmouseover='window.hacked = 1",
+    "`${window.hacked = 1}`",
+    "javascript:window.hacked=1",
+    "@DATA@ @SCRIPT@",
+    "&lt;b&gt; &amp;",
+    "]]> -->",
+)
 
 
 @contextlib.contextmanager
@@ -128,9 +145,13 @@ def test_three_audits_open_by_click_with_aligned_continuations(wide, page):
     for i in (0, 3, 7):
         wide.find_elements("css selector", ".audit")[i].click()
         seen.add(text(wide, "#detail"))
-        assert count(wide, ".continuations li") >= 1 and "k_sem" in text(wide, "#detail") and "audit=" in wide.current_url
+        assert (
+            count(wide, ".continuations li") >= 1 and "k_sem" in text(wide, "#detail") and "audit=" in wide.current_url
+        )
     assert len(seen) == 3
-    assert count(wide, "#detail .chunk.chosen") == 1 and count(wide, "#detail .t") > 10 and count(wide, "#detail .h9") >= 1
+    assert (
+        count(wide, "#detail .chunk.chosen") == 1 and count(wide, "#detail .t") > 10 and count(wide, "#detail .h9") >= 1
+    )
     assert count(wide, "#detail mark.differs") > 0
 
 
@@ -162,7 +183,10 @@ def test_filter_sort_and_audit_come_back_from_the_url(wide, page):
     opened(wide, page, "#step=3&grade=right&sort=agreement&order=down&search=Problem%203&audit=3.s3-3.2")
     shown = [e.text for e in wide.find_elements("css selector", ".audit")]
     assert len(shown) == 2 and all("step 3" in s and "right" in s for s in shown)
-    assert text(wide, "#detail h3").startswith("Step 3, token 2") and text(wide, "select[name=grade] option:checked") == "right"
+    assert (
+        text(wide, "#detail h3").startswith("Step 3, token 2")
+        and text(wide, "select[name=grade] option:checked") == "right"
+    )
     wide.find_element("css selector", "input[name=search]").send_keys("x")
     assert count(wide, ".audit") == 0 and "search=Problem%203x" in wide.current_url
 
@@ -269,10 +293,15 @@ def test_200_steps_with_2000_audits_are_made_quickly_and_usable_within_2_seconds
 
 def test_two_runs_are_laid_over_each_other_and_their_settings_listed(wide, tmp_path):
     a = runs.write(tmp_path / "first")
-    b = runs.write(tmp_path / "second", 10, cfg=runs.settings(**{"optimizer.learning_rate": 5e-4}))
+    cut = [runs.row(t, **{"completions/truncated_fraction": 0.9}) for t in range(10)]
+    b = runs.write(tmp_path / "second", 10, cfg=runs.settings(**{"optimizer.learning_rate": 5e-4}), rows=cut)
     opened(wide, written(tmp_path, a, b))
     assert count(wide, "#verdict .card") == 2 and "optimizer.learning_rate" in text(wide, "#settings table")
     assert "first, k_sem" in text(wide, "#curves") and "second, k_sem" in text(wide, "#curves")
+    assert "second: truncation" in text(wide, "#health")
+    lengths = "[...document.querySelectorAll('#curves figure')].find((f) => f.textContent.includes('Response length'))"
+    shown = wide.execute_script(f"return {lengths}.querySelector('.legend').textContent")
+    assert "first, mean 30" in shown and "second, mean 30" in shown, "a shorter run shows its own last value"
     wide.execute_script("setState({run: 1, audit: '', step: ''})")
     assert text(wide, "select[name=run] option:checked") == "second" and errors(wide) == []
 
@@ -291,10 +320,26 @@ def test_runs_in_any_state_open_without_complaint(wide, tmp_path, state):
     elif state == "earlier version":
         runs.write(folder)
         keep = (
-            "step", "prompt_id", "sample_id", "peak", "entropy", "chunk", "continuations", "similarity", "k_sem", "n", "kept",
-            "pi_bar", "pi_hat", "weight", "latency_s", "cost_usd",
-        )  # fmt: skip
-        runs.lines(folder / "audits.jsonl", [{k: runs.audit(t, i)[k] for k in keep} for t in range(5) for i in range(8)])
+            "step",
+            "prompt_id",
+            "sample_id",
+            "peak",
+            "entropy",
+            "chunk",
+            "continuations",
+            "similarity",
+            "k_sem",
+            "n",
+            "kept",
+            "pi_bar",
+            "pi_hat",
+            "weight",
+            "latency_s",
+            "cost_usd",
+        )
+        runs.lines(
+            folder / "audits.jsonl", [{k: runs.audit(t, i)[k] for k in keep} for t in range(5) for i in range(8)]
+        )
         for name in ("completions.jsonl", "evaluations.jsonl"):
             (folder / name).unlink()
     else:

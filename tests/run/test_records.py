@@ -1,4 +1,5 @@
-"""Records of audits, whole responses and evaluations: what they hold, their bounds, and that what is left out is counted."""
+"""Records of audits, whole responses and evaluations: what they hold, their bounds, and that what is left out is
+counted."""
 
 import dataclasses
 import json
@@ -73,7 +74,12 @@ def test_an_audit_says_who_asked_where_and_what_came(step, cfg, decoder, tokens)
     (first, *_), _, left, _ = made(step, decoder, grade=grade)
     assert first["question"] == "Question 0" and first["answer"] == "7" and first["grade"] is True and left == 0
     assert (first["step"], first["prompt_id"], first["sample_id"], first["response"]) == (3, "p0", "s0", 0)
-    assert (first["peak"], first["response_tokens"], first["cost_usd"], first["latency_s"]) == (1, len(tokens[0]), 0.5, 0.25)
+    assert (first["peak"], first["response_tokens"], first["cost_usd"], first["latency_s"]) == (
+        1,
+        len(tokens[0]),
+        0.5,
+        0.25,
+    )
     assert first["prefix_end"] == decoder.text(tokens[0][:1]) and first["prefix_characters"] == len(first["prefix_end"])
     assert TEXTS[0].startswith(first["prefix_end"] + first["chunk"])
     assert (first["explained"], first["restarted"], first["n"]) == (1, 0, N)
@@ -102,7 +108,11 @@ def test_audits_are_bounded_and_taken_over_the_whole_batch(step, decoder, limit)
     audits, _, left, _ = made(step, decoder, limit=limit, completions=0)
     total = len(step.feedback.audits)
     assert len(audits) == min(limit, total) and left == total - len(audits)
-    even = [step.feedback.audits[i * total // limit] for i in range(len(audits))] if limit < total else step.feedback.audits
+    even = (
+        [step.feedback.audits[i * total // limit] for i in range(len(audits))]
+        if limit < total
+        else step.feedback.audits
+    )
     assert [(a["sample_id"], a["peak"]) for a in audits] == [(a.request.sample_id, a.request.peak) for a in even]
 
 
@@ -130,7 +140,10 @@ def test_audits_of_whole_responses_come_first(step, cfg, decoder):
 
 
 def test_grades_are_the_step_s_rewards_where_it_has_them(step, decoder):
-    assert records.grades(step.responses, np.array([1, 0, 0.5, 1], np.float32), None, decoder, [0, 2]) == {0: 1.0, 2: 0.5}
+    assert records.grades(step.responses, np.array([1, 0, 0.5, 1], np.float32), None, decoder, [0, 2]) == {
+        0: 1.0,
+        2: 0.5,
+    }
     assert records.grades(step.responses, None, None, decoder, [0]) == {}
 
 
@@ -155,7 +168,9 @@ def test_failures_and_lone_surrogates_survive_as_json(step, cfg, decoder):
 def test_an_answer_that_starts_over_is_told_from_one_that_goes_on():
     prefix = "First we count all the apples that Ann has, then"
     assert records.restarts(prefix, "First we count all the apples again")
-    assert not records.restarts(prefix, " we take away") and not records.restarts("First", "First we count all the apples")
+    assert not records.restarts(prefix, " we take away") and not records.restarts(
+        "First", "First we count all the apples"
+    )
     assert records.explains("Sure! Here is the rest: 7") and not records.explains(" so there are 7")
 
 

@@ -86,7 +86,9 @@ def test_an_evaluation_during_the_run_is_shown(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "step 5/20  held-out accuracy 75.0%"
 
 
-@pytest.mark.parametrize("text", ["\x1b[31mred", "a\x07b", "x\u202ey", "half \ud83d", "nul \x00", "\x9b31m", "a\rb"], ids=ascii)
+@pytest.mark.parametrize(
+    "text", ["\x1b[31mred", "a\x07b", "x\u202ey", "half \ud83d", "nul \x00", "\x9b31m", "a\rb"], ids=ascii
+)
 def test_what_a_terminal_would_obey_is_shown_as_an_escape(text, capsys):
     terminal.say(text)
     shown = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Trackers: the same names everywhere, tables, the config; none ever stops a run. Read back with their own libraries."""
+"""Trackers: the same names everywhere, tables, the config; none ever stops a run. Read back with their own
+libraries."""
 
 import json
 import subprocess
@@ -142,9 +143,8 @@ def test_a_trackio_run_is_read_back_with_its_own_library(tmp_path):
         "print(test_trackers.fill(['trackio'], pathlib.Path(sys.argv[1])))\n"
     )
     env = tiny.environment(TRACKIO_DIR=str(tmp_path / "trackio"), TRACKIO_PROJECT="mine")
-    done = subprocess.run(
-        [sys.executable, "-c", write, str(tmp_path / "run")], cwd=tiny.REPO, env=env, capture_output=True, text=True, timeout=240
-    )
+    start = [sys.executable, "-c", write, str(tmp_path / "run")]
+    done = subprocess.run(start, cwd=tiny.REPO, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "[]" in done.stdout, done.stderr
     read = (
         "import json\n"

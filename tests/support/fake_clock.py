@@ -1,4 +1,5 @@
-"""An event loop whose clock jumps to the next timer when nothing else is ready: waits of hours are tested in no time."""
+"""An event loop whose clock jumps to the next timer when nothing else is ready: waits of hours are tested in no
+time."""
 
 import asyncio
 import selectors

@@ -1,8 +1,8 @@
 """Answers that no service should send, one kind a line, for all three protocols; seeded where they draw.
 
 `KINDS[name] = (makes, expected)`: `makes(shape, answer)` turns a good answer into what goes out, an object, bytes, or
-(status, headers, bytes); `expected` is what may become of it: `text` (the texts that were sent, no other), `nothing` (no
-continuation), or `stop` (no continuation, and the run ends in one line).
+(status, headers, bytes); `expected` is what may become of it: `text` (the texts that were sent, no other), `nothing`
+(no continuation), or `stop` (no continuation, and the run ends in one line).
 """
 
 import gzip
@@ -43,7 +43,10 @@ class OpenAIShape:
 
     @staticmethod
     def tool(choice):
-        choice["message"] |= {"content": None, "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f"}}]}
+        choice["message"] |= {
+            "content": None,
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f"}}],
+        }
 
     @staticmethod
     def parts(choice, *texts):
@@ -347,7 +350,7 @@ KINDS = {
 def _bomb():
     coder = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16)
     block = b" " * (1 << 20)
-    return b"".join([*(coder.compress(block) for _ in range(512)), coder.flush()])
+    return b"".join([*(coder.compress(block) for _ in range(64)), coder.flush()])
 
 
-BOMB = _bomb()  # half a GB in half a MB
+BOMB = _bomb()  # 64 MB in 64 kB

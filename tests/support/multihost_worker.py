@@ -16,7 +16,13 @@ from ml_collections import FrozenConfigDict
 from omniopd_jax import hf, model, objective, step, vocab
 from omniopd_jax.parallel import processes, sharding
 
-SETTINGS = {"micro_batches": 2, "audit.num_chunks": 2, "vocab_block": 16, "prior.alpha": 1.0, "max_completion_length": 24}
+SETTINGS = {
+    "micro_batches": 2,
+    "audit.num_chunks": 2,
+    "vocab_block": 16,
+    "prior.alpha": 1.0,
+    "max_completion_length": 24,
+}
 FIELDS = ("token_BL", "prompt_length_B", "length_B", "peak_BM", "k_sem_BM", "n_BM")
 
 

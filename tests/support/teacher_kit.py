@@ -16,9 +16,15 @@ def cfg_for(url, provider, folder, **overrides):
     c = config.default()
     c.run_dir = str(folder)
     settings = {
-        "teacher.provider": provider, "teacher.model": "m", "teacher.base_url": url, "teacher.continuation": MODE[provider],
-        "teacher.timeout_s": 2.0, "teacher.deadline_s": 20.0, "audit.num_chunks": 2, "audit.num_continuations": 4,
-    }  # fmt: skip
+        "teacher.provider": provider,
+        "teacher.model": "m",
+        "teacher.base_url": url,
+        "teacher.continuation": MODE[provider],
+        "teacher.timeout_s": 2.0,
+        "teacher.deadline_s": 20.0,
+        "audit.num_chunks": 2,
+        "audit.num_continuations": 4,
+    }
     c.update_from_flattened_dict(settings | overrides)
     return c
 

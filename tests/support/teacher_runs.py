@@ -1,4 +1,5 @@
-"""Whole runs for the teachers' end-to-end tests: `python -m omniopd_jax.main` in a process of its own, quickly, killable.
+"""Whole runs for the teachers' end-to-end tests: `python -m omniopd_jax.main` in a process of its own, quickly,
+killable.
 
 One process imports everything once and forks a run a request, so that a run costs its own seconds and not the imports'.
 """
@@ -134,10 +135,21 @@ class Runner:
 
 
 SIZES = {
-    "num_steps": 3, "prompts_per_step": 4, "num_generations": 2, "rollout_groups": 2, "max_completion_length": 32,
-    "audit.num_chunks": 2, "audit.chunk_tokens": 6, "audit.num_continuations": 3, "audit.log_per_step": 1000,
-    "data.num_prompts": 64, "eval.num_prompts": 0, "checkpoint.every": 1, "checkpoint.keep": 2, "log.tensorboard": False,
-}  # fmt: skip
+    "num_steps": 3,
+    "prompts_per_step": 4,
+    "num_generations": 2,
+    "rollout_groups": 2,
+    "max_completion_length": 32,
+    "audit.num_chunks": 2,
+    "audit.chunk_tokens": 6,
+    "audit.num_continuations": 3,
+    "audit.log_per_step": 1000,
+    "data.num_prompts": 64,
+    "eval.num_prompts": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 2,
+    "log.tensorboard": False,
+}
 
 
 def wire(server, **more) -> dict:

@@ -55,13 +55,15 @@ def _instructed(messages):
 
 
 class OpenAI:
-    """`/v1/chat/completions`, `/v1/completions`, `/v1/models`: openai-openapi, with vLLM's and DeepSeek's extensions."""
+    """`/v1/chat/completions`, `/v1/completions`, `/v1/models`: openai-openapi, with vLLM's and DeepSeek's
+    extensions."""
 
     name = "openai"
     TOO_LONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens."
     SHARED = {
         "model": _string, "n": _integer(1, 128), "temperature": _number(0, 2), "top_p": _number(0, 1),
         "seed": _integer(-(2**63), 2**63 - 1), "max_tokens": _integer(1, 2**31),
+        "stop": lambda v: _string(v) or (isinstance(v, list) and len(v) <= 4 and all(map(_string, v))),
     }  # fmt: skip
     CHAT = SHARED | {
         "messages": lambda v: isinstance(v, list) and bool(v), "max_completion_tokens": _integer(1, 2**31),
@@ -109,7 +111,9 @@ class OpenAI:
             if isinstance(body["prompt"], str):
                 return cls.asked(body, body["prompt"], raw=True)
             ids = body["prompt"]
-            scores = {"score": {k: body.get(k) for k in (*cls.IDS, "prompt_logprobs", "echo", "logprobs")} | {"ids": ids}}
+            scores = {
+                "score": {k: body.get(k) for k in (*cls.IDS, "prompt_logprobs", "echo", "logprobs")} | {"ids": ids}
+            }
             return cls.asked(body, " ".join(map(str, ids)), raw=True) | scores | {"tokens_in": len(ids)}
         if path != "/v1/chat/completions":
             raise Refusal(404, f"Unknown request URL: POST {path}", "")
@@ -160,9 +164,16 @@ class OpenAI:
     def asked(body, context, *, raw=False, restart=False):
         most = body.get("max_tokens") or body.get("max_completion_tokens") or 16
         return {
-            "context": context, "n": body.get("n", 1), "seed": body.get("seed"), "max_tokens": most, "chat": not raw,
-            "thinks": False, "restart": restart, "completion": "prompt" in body, "model": body["model"],
-        }  # fmt: skip
+            "context": context,
+            "n": body.get("n", 1),
+            "seed": body.get("seed"),
+            "max_tokens": most,
+            "chat": not raw,
+            "thinks": False,
+            "restart": restart,
+            "completion": "prompt" in body,
+            "model": body["model"],
+        }
 
     @staticmethod
     def answer(asked, texts, usage):
@@ -171,24 +182,31 @@ class OpenAI:
         for i, text in enumerate(texts):
             choice = {"index": i, "finish_reason": "length" if text or usage["hidden"] else "stop", "logprobs": None}
             choice |= (
-                {"text": text} if asked["completion"] else {"message": {"role": "assistant", "content": text, "refusal": None}}
+                {"text": text}
+                if asked["completion"]
+                else {"message": {"role": "assistant", "content": text, "refusal": None}}
             )
             choices.append(choice)
         total = usage["in"] + usage["out"]
         return {
-            "id": "cmpl-1", "object": "text_completion" if asked["completion"] else "chat.completion", "created": 1,
-            "model": asked["model"], "choices": choices,
+            "id": "cmpl-1",
+            "object": "text_completion" if asked["completion"] else "chat.completion",
+            "created": 1,
+            "model": asked["model"],
+            "choices": choices,
             "usage": {
-                "prompt_tokens": usage["in"], "completion_tokens": usage["out"], "total_tokens": total,
+                "prompt_tokens": usage["in"],
+                "completion_tokens": usage["out"],
+                "total_tokens": total,
                 "prompt_tokens_details": {"cached_tokens": usage["in"] // 2},
                 "completion_tokens_details": {"reasoning_tokens": usage["hidden"]},
             },
-        }  # fmt: skip
-
+        }
 
     @classmethod
     def scored(cls, owner, asked):
-        """The choice of a request whose prompt is token ids: vLLM's `prompt_logprobs`, or `echo` as vLLM and SGLang have it."""
+        """The choice of a request whose prompt is token ids: vLLM's `prompt_logprobs`, or `echo` as vLLM and SGLang
+        have it."""
         want, ids = asked["score"], list(asked["score"]["ids"])
         choice = {"index": 0, "text": " x", "finish_reason": "length", "logprobs": None, "stop_reason": None}
         if owner.scores is None or owner.misfit == "missing":
@@ -248,7 +266,12 @@ class Anthropic:
 
     @staticmethod
     def error(status, message, field):
-        kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kinds = {
+            400: "invalid_request_error",
+            401: "authentication_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+        }
         kind = kinds.get(status, "overloaded_error" if status in (503, 529) else "api_error")
         return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"}
 
@@ -261,18 +284,25 @@ class Anthropic:
         if body["model"] not in owner.models:
             raise Refusal(404, f"model: {body['model']}", "")
         if "temperature" in body and "top_p" in body:
-            raise Refusal(400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one.", "")
-        turns, marks = [], 0
+            raise Refusal(
+                400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one.", ""
+            )
+        turns, marks, sequence = [], 0, [("system", str(body.get("system", "")), False)]
         for i, message in enumerate(body["messages"]):
-            _fields(message, {"role": lambda v: v in ("user", "assistant"), "content": lambda v: bool(v)}, f"messages.{i}.")
+            _fields(
+                message, {"role": lambda v: v in ("user", "assistant"), "content": lambda v: bool(v)}, f"messages.{i}."
+            )
             _need(message, "role", "content")
             blocks = message["content"]
             blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
             for block in blocks:
                 allowed = {"type": lambda v: v == "text", "text": lambda v: isinstance(v, str) and bool(v.strip())}
-                _fields(block, allowed | {"cache_control": lambda v: v == {"type": "ephemeral"}}, f"messages.{i}.content.")
+                _fields(
+                    block, allowed | {"cache_control": lambda v: v == {"type": "ephemeral"}}, f"messages.{i}.content."
+                )
                 marks += "cache_control" in block
             turns.append({"role": message["role"], "content": "".join(block["text"] for block in blocks)})
+            sequence += [(message["role"], block["text"], "cache_control" in block) for block in blocks]
         if marks > 4:
             raise Refusal(400, f"A maximum of 4 blocks with cache_control may be provided. Found {marks}.", "")
         if turns[0]["role"] != "user":
@@ -282,7 +312,8 @@ class Anthropic:
             if "prefill" not in owner.extensions:
                 raise Refusal(
                     400,
-                    "This model does not support assistant message prefill. The conversation must end with a user message.",
+                    "This model does not support assistant message prefill. The conversation must end with a user "
+                    "message.",
                     "",
                 )
             if turns[-1]["content"] != turns[-1]["content"].rstrip():
@@ -290,12 +321,40 @@ class Anthropic:
         answer = _instructed(turns)
         thinks = owner.model_thinks == "always" or (owner.model_thinks and "thinking" not in body)
         return {
-            "context": answer if answer is not None else context, "n": 1, "seed": None, "max_tokens": body["max_tokens"],
-            "chat": role != "assistant", "thinks": thinks, "model": body["model"],
-        }  # fmt: skip
+            "context": answer if answer is not None else context,
+            "n": 1,
+            "seed": None,
+            "max_tokens": body["max_tokens"],
+            "chat": role != "assistant",
+            "thinks": thinks,
+            "model": body["model"],
+            "cache": cls.cache(owner, sequence),
+        }
+
+    LOOK_BACK = 20  # blocks before a mark at which an earlier entry is looked for
+
+    @classmethod
+    def cache(cls, owner, sequence):
+        """(fresh, read, written) tokens of a request, by the marks that it carries; None where the server keeps no
+        cache."""
+        if owner.cache_least is None:
+            return None
+        ends, before, hashes = [], 0, []
+        for i, (_, text, _) in enumerate(sequence):
+            before += len(text)
+            ends.append(before // 4)
+            hashes.append(hash(tuple((role, t) for role, t, _ in sequence[: i + 1])))
+        marked = [i for i, (*_, mark) in enumerate(sequence) if mark and ends[i] >= owner.cache_least]
+        with owner.lock:
+            near = {k for i in marked for k in range(max(0, i - cls.LOOK_BACK), i + 1)}
+            read = max((ends[k] for k in near if hashes[k] in owner.cached), default=0)
+            owner.cached |= {hashes[i] for i in marked}
+        written = max((ends[i] for i in marked), default=0)
+        return ends[-1] - max(written, read), read, max(0, written - read)
 
     @staticmethod
     def answer(asked, texts, usage):
+        fresh, read, written = asked["cache"] or (usage["in"] - usage["in"] // 2, usage["in"] // 2, 0)
         content = [{"type": "text", "text": texts[0]}] if texts[0] else []
         if usage["hidden"]:
             content = [{"type": "thinking", "thinking": "", "signature": "x"}]
@@ -303,8 +362,8 @@ class Anthropic:
             "id": "msg_1", "type": "message", "role": "assistant", "model": asked["model"], "content": content,
             "stop_reason": "max_tokens" if texts[0] or usage["hidden"] else "end_turn", "stop_sequence": None,
             "usage": {
-                "input_tokens": usage["in"] - usage["in"] // 2, "cache_read_input_tokens": usage["in"] // 2,
-                "cache_creation_input_tokens": 0, "output_tokens": usage["out"],
+                "input_tokens": fresh, "cache_read_input_tokens": read,
+                "cache_creation_input_tokens": written, "output_tokens": usage["out"],
                 "output_tokens_details": {"thinking_tokens": usage["hidden"]},
             },
         }  # fmt: skip
@@ -315,12 +374,23 @@ class Gemini:
 
     name = "gemini"
     TOO_LONG = "The input token count (1048700) exceeds the maximum number of tokens allowed (1048576)."
-    THINKING = {"thinkingBudget", "includeThoughts", "thinkingLevel", "thinking_budget", "include_thoughts", "thinking_level"}
+    THINKING = {
+        "thinkingBudget",
+        "includeThoughts",
+        "thinkingLevel",
+        "thinking_budget",
+        "include_thoughts",
+        "thinking_level",
+    }
     CONFIG = {
-        "temperature": _number(0, 2), "topP": _number(0, 1), "topK": _integer(1, 1000), "candidateCount": _integer(1, 8),
-        "maxOutputTokens": _integer(1, 65536), "seed": _integer(-(2**31), 2**31 - 1),
+        "temperature": _number(0, 2),
+        "topP": _number(0, 1),
+        "topK": _integer(1, 1000),
+        "candidateCount": _integer(1, 8),
+        "maxOutputTokens": _integer(1, 65536),
+        "seed": _integer(-(2**31), 2**31 - 1),
         "thinkingConfig": lambda v: isinstance(v, dict) and v.keys() <= Gemini.THINKING,
-    }  # fmt: skip
+    }
 
     @staticmethod
     def sent_key(headers):
@@ -331,7 +401,12 @@ class Gemini:
         name = path.split("?")[0].partition("/models/")[2]
         if name not in owner.models:
             raise Refusal(404, f"models/{name} is not found for API version v1beta", "")
-        return 200, {"name": f"models/{name}", "displayName": "Test", "inputTokenLimit": 1000000, "outputTokenLimit": 65536}
+        return 200, {
+            "name": f"models/{name}",
+            "displayName": "Test",
+            "inputTokenLimit": 1000000,
+            "outputTokenLimit": 65536,
+        }
 
     @staticmethod
     def error(status, message, field):
@@ -352,8 +427,14 @@ class Gemini:
         name, _, verb = path.split("?")[0].partition("/models/")[2].partition(":")
         if verb != "generateContent" or name not in owner.models:
             raise Refusal(404, f"models/{name} is not found for API version v1beta, or is not supported for {verb}", "")
-        _fields(body, {"contents": lambda v: isinstance(v, list) and bool(v), "generationConfig": lambda v: isinstance(v, dict),
-                       "systemInstruction": lambda v: isinstance(v, dict)})  # fmt: skip
+        _fields(
+            body,
+            {
+                "contents": lambda v: isinstance(v, list) and bool(v),
+                "generationConfig": lambda v: isinstance(v, dict),
+                "systemInstruction": lambda v: isinstance(v, dict),
+            },
+        )
         _need(body, "contents")
         config = body.get("generationConfig", {})
         _fields(config, cls.CONFIG, "generationConfig.", refuses=owner.refuses)
@@ -376,21 +457,27 @@ class Gemini:
         restart = role == "assistant" and "prefill" not in owner.extensions
         answer = _instructed(turns)
         return {
-            "context": "" if restart else answer if answer is not None else context, "n": config.get("candidateCount", 1),
-            "seed": config.get("seed"), "max_tokens": config.get("maxOutputTokens", 64), "restart": restart,
-            "chat": role != "assistant", "thinks": bool(owner.model_thinks) and budget != 0, "model": name,
-        }  # fmt: skip
+            "context": "" if restart else answer if answer is not None else context,
+            "n": config.get("candidateCount", 1),
+            "seed": config.get("seed"),
+            "max_tokens": config.get("maxOutputTokens", 64),
+            "restart": restart,
+            "chat": role != "assistant",
+            "thinks": bool(owner.model_thinks) and budget != 0,
+            "model": name,
+        }
 
     @staticmethod
     def answer(asked, texts, usage):
         texts = ["one two three" if asked["restart"] else text for text in texts]
         candidates = [
             {
-                "index": i, "finishReason": "MAX_TOKENS" if text or usage["hidden"] else "STOP",
+                "index": i,
+                "finishReason": "MAX_TOKENS" if text or usage["hidden"] else "STOP",
                 "content": {"role": "model", **({"parts": [{"text": text}]} if text else {})},
             }
             for i, text in enumerate(texts)
-        ]  # fmt: skip
+        ]
         count = {"promptTokenCount": usage["in"], "candidatesTokenCount": usage["out"] - usage["hidden"]}
         count |= {"cachedContentTokenCount": usage["in"] // 2, "totalTokenCount": usage["in"] + usage["out"]}
         if usage["hidden"]:

@@ -23,14 +23,54 @@ import time
 from wire_protocols import Anthropic, Gemini, OpenAI, Refusal
 
 FAULTS = (
-    "429", "429_after", "500", "503", "reset", "stall", "truncated", "cut", "empty", "language", "megabyte", "html", "html_502",
-)  # fmt: skip
+    "429",
+    "429_after",
+    "500",
+    "503",
+    "reset",
+    "stall",
+    "truncated",
+    "cut",
+    "empty",
+    "language",
+    "megabyte",
+    "html",
+    "html_502",
+)
 WORDS = (
-    "the", "small", "red", "fox", "adds", "apples", "to", "nine", "pears", "and", "then", "divides", "all", "of", "them", "by",
-)  # fmt: skip
+    "the",
+    "small",
+    "red",
+    "fox",
+    "adds",
+    "apples",
+    "to",
+    "nine",
+    "pears",
+    "and",
+    "then",
+    "divides",
+    "all",
+    "of",
+    "them",
+    "by",
+)
 NUMBERS = (
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
-)  # fmt: skip
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+)
 LANGUAGE = "Это совсем другой язык, и он не имеет отношения к задаче."
 
 
@@ -53,7 +93,8 @@ class WireServer:
         # + "prefix", "prefill", "ignore_unknown", "prompt_logprobs", "echo"
         self.honours_n = True
         self.refuses = set()  # request fields that get a 400 by name
-        self.model_thinks = False  # True: spends max_tokens on hidden reasoning unless told not to; "always": cannot stop
+        # True: spends max_tokens on hidden reasoning unless told not to; "always": cannot stop
+        self.model_thinks = False
         self.scores = None  # ids -> log-prob of each, None for the first: what a white-box teacher gives
         self.misfit = None  # how these are wrong: "missing", "count", "ids", "nan", "zero", "nameless"
         self.name_of = lambda token: ""  # a token's text
@@ -64,7 +105,9 @@ class WireServer:
         self.rng = random.Random(0)
         self.retry_after_s, self.stall_s, self.delay_s = 0.2, 30.0, 0.0
         self.headers = {}  # sent with every answer
-        self.mangle = None  # the body of a 200 answer -> what goes out in its place: an object, bytes, (status, headers, bytes)
+        # the body of a 200 answer -> what goes out in its place: an object, bytes, (status, headers, bytes)
+        self.mangle = None
+        self.cache_least, self.cached = None, set()  # Anthropic: the least tokens that are cached; None: half of all is
         self.max_context = None  # characters; longer requests get the provider's own 400
         self.log, self.lock, self.log_file = [], threading.Lock(), None
         self.in_flight = self.most_in_flight = 0
@@ -185,9 +228,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         protocol = _protocol(self)
         self.entry = {
-            "generates": True, "time": time.time(), "port": self.client_address[1], "provider": protocol.name,
-            "path": self.path, "proxied": self.proxied, "body": None, "fault": None, "status": None, "texts": [], "usage": None,
-        }  # fmt: skip
+            "generates": True,
+            "time": time.time(),
+            "port": self.client_address[1],
+            "provider": protocol.name,
+            "path": self.path,
+            "proxied": self.proxied,
+            "body": None,
+            "fault": None,
+            "status": None,
+            "texts": [],
+            "usage": None,
+        }
         with owner.lock:
             owner.log.append(self.entry)
             owner.in_flight += 1

@@ -1,4 +1,5 @@
-"""A key is written nowhere: not in any of its usual forms, not by any of the ways that an answer has into a file or a line."""
+"""A key is written nowhere: not in any of its usual forms, not by any of the ways that an answer has into a file or a
+line."""
 
 import asyncio
 import base64
@@ -38,7 +39,13 @@ FORMS = {
 
 def leaks(form: str) -> str:
     """What of a key may nowhere be found: the form without what stands around the key."""
-    return form.strip().strip('"').replace("Authorization: Bearer ", "").replace("https://h/v1?key=", "").replace("&x=1", "")
+    return (
+        form.strip()
+        .strip('"')
+        .replace("Authorization: Bearer ", "")
+        .replace("https://h/v1?key=", "")
+        .replace("&x=1", "")
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +58,8 @@ def key(monkeypatch):
 def test_a_key_is_hidden_in_each_of_its_forms(form):
     said = f"we saw {FORMS[form](KEY)} here"
     hidden = wire.scrub(said)
-    middle = leaks(FORMS[form](KEY))[3:-6]  # base64 of a longer text shares its first characters with what stands before
+    # base64 of a longer text shares its first characters with what stands before
+    middle = leaks(FORMS[form](KEY))[3:-6]
     assert "***" in hidden and middle not in hidden and hidden.startswith("we saw") and hidden.endswith("here")
 
 
@@ -69,7 +77,9 @@ def test_a_word_that_is_no_secret_changes_no_text(monkeypatch):
 
 WAYS = {  # how an answer may carry a key -> what the server does
     "a text": {"speak": lambda form: lambda *_: f" so {form} it is"},
-    "an error's message": {"mangle": lambda form: lambda a: (500, {}, json.dumps({"error": {"message": form}}).encode())},
+    "an error's message": {
+        "mangle": lambda form: lambda a: (500, {}, json.dumps({"error": {"message": form}}).encode())
+    },
     "an error's page": {"mangle": lambda form: lambda a: (503, {}, f"<p>{form}</p>".encode())},
     "a refusal": {"mangle": lambda form: lambda a: (400, {}, json.dumps({"error": {"message": form}}).encode())},
     "an error inside 200": {"mangle": lambda form: lambda a: {"error": {"code": 500, "message": form}}},
@@ -115,9 +125,11 @@ def test_no_answer_brings_a_key_into_a_file_or_a_line(provider, tmp_path, monkey
     everything |= {str(p): p.read_bytes() for p in pathlib.Path(tmp_path).rglob("*") if p.is_file()}
     assert len(everything) >= 5
     found = [
-        (name, where) for name, form in FORMS.items() for where, content in everything.items()
+        (name, where)
+        for name, form in FORMS.items()
+        for where, content in everything.items()
         if leaks(form(KEY))[3:-6].encode() in content
-    ]  # fmt: skip
+    ]
     assert not found
 
 
@@ -137,7 +149,9 @@ def test_no_character_that_a_terminal_obeys_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("omniopd_jax.teachers.traffic.FIRST_BACKOFF_S", 0.01)
     evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ereversed\u2066\r\x08"
     with WireServer(mangle=lambda a: (500, {}, json.dumps({"error": {"message": evil}}).encode())) as server:
-        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.max_retries": 0, "teacher.continuation": "auto"})
+        c = cfg_for(
+            server.url("openai"), "openai", tmp_path, **{"teacher.max_retries": 0, "teacher.continuation": "auto"}
+        )
         with pytest.raises(UserError) as e:
             check(c)
         [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.max_retries": 0}), request())

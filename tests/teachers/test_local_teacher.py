@@ -124,7 +124,8 @@ def test_usage_counts_the_rendered_prompt(teacher):
     )
 
 
-# --- a teacher that says what we tell it to -----------------------------------------------------------------------------
+# --- a teacher that says what we tell it to
+# -----------------------------------------------------------------------------
 
 
 def script(tok, text: str, *, end: bool):
@@ -144,7 +145,9 @@ def script(tok, text: str, *, end: bool):
     for a, b in zip(chain, chain[1:]):
         table[a, b] = 60.0
     params |= {"embed": jax.numpy.eye(V), "head": jax.numpy.asarray(table) / V**0.5}
-    return LocalTeacher(params, cfg, template.make(tok), end_ids=(tok.eos_token_id,), foreign_tokenizer=False), len(chain) - 1
+    return LocalTeacher(params, cfg, template.make(tok), end_ids=(tok.eos_token_id,), foreign_tokenizer=False), len(
+        chain
+    ) - 1
 
 
 @pytest.mark.parametrize("text", [" so7", "so 7", "\tx y", "é 日😀", " a\t"], ids=repr)
@@ -210,7 +213,8 @@ def test_the_answer_so_far_is_an_unfinished_turn_of_the_teachers_template(folder
         assert text == tok.apply_chat_template(turns, tokenize=False, continue_final_message=True)
 
 
-# --- making one ---------------------------------------------------------------------------------------------------------
+# --- making one
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_its_own_tokenizer_is_told_from_a_foreign_one(folders, make, tmp_path):

@@ -75,9 +75,12 @@ def test_two_processes_share_a_cap_and_use_it_up(cap, honest, tmp_path):
     tests = pathlib.Path(__file__).parents[1]
     with WireServer(delay_s=0.05, mangle=None if honest else lying()) as server:
         code = WORKER.format(
-            support=str(tests / "support"), repo=str(tests.parent), url=server.url("openai"), folder=str(tmp_path),
+            support=str(tests / "support"),
+            repo=str(tests.parent),
+            url=server.url("openai"),
+            folder=str(tmp_path),
             settings=PRICE | {f"budget.{cap}": CAPS[cap], "teacher.max_concurrency": 16},
-        )  # fmt: skip
+        )
         workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
         assert [w.wait(timeout=120) for w in workers] == [0, 0]
     spent, _ = totals_of(tmp_path / "journal")

@@ -49,12 +49,14 @@ def test_200_concurrent_calls_never_overshoot(cap, share, tmp_path, monkeypatch)
     if cap == "calls":
         assert stops and f"budget.{cap}" in str(stops[0]) and spent["calls"] == 57
     elif share == 0.0:
-        assert spent[cap] > 0.3 * caps[cap] or not stops  # the reserve is given back: small answers do not block the rest
+        # the reserve is given back: small answers do not block the rest
+        assert spent[cap] > 0.3 * caps[cap] or not stops
     journal = Journal(tmp_path / "journal")
     totals = journal.totals()
     journal.close()
     assert totals.usd >= spent["usd"] - 1e-9 and totals.tokens >= spent["tokens"]
-    # a request on a connection that the server has just reset may never be read: its outcome is unknown, so it stays spent
+    # a request on a connection that the server has just reset may never be read: its outcome is unknown, so it stays
+    # spent
     [file] = (tmp_path / "journal").glob("*.sqlite")
     with contextlib.closing(sqlite3.connect(file)) as db:
         unknown = db.execute("select count(*) from calls where status = 'unknown'").fetchone()[0]
@@ -83,7 +85,7 @@ import asyncio
 import contextlib
 from teacher_kit import cfg_for, request, teacher_of
 async def run():
-    c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40}})
+    c = cfg_for({url!r}, "openai", {folder!r}, **{{"budget.calls": 40, "teacher.timeout_s": 30.0, "teacher.deadline_s": 90.0}})
     async with teacher_of(c) as t:
         await asyncio.gather(*(t.continue_text(request(sys.argv[1] + str(i), n=1)) for i in range(40)), return_exceptions=True)
 asyncio.run(run())
@@ -93,7 +95,9 @@ asyncio.run(run())
 def test_processes_that_share_a_folder_share_the_cap(tmp_path):
     here = pathlib.Path(__file__).parents[1]
     with WireServer(delay_s=0.02) as server:
-        code = WORKER.format(tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(tmp_path))
+        code = WORKER.format(
+            tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(tmp_path)
+        )
         workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
         assert [w.wait(timeout=60) for w in workers] == [0, 0]
         assert len(server.calls()) == 40
@@ -114,7 +118,9 @@ def test_a_call_of_unknown_outcome_stays_spent(tmp_path):
 
 def test_an_answer_that_does_not_say_what_it_used_stays_spent_in_full(tmp_path):
     with WireServer(mangle=lambda answer: {k: v for k, v in answer.items() if k != "usage"}) as server:
-        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE | {"budget.usd": 0.007, "teacher.max_concurrency": 1})
+        c = cfg_for(
+            server.url("openai"), "openai", tmp_path, **PRICE | {"budget.usd": 0.007, "teacher.max_concurrency": 1}
+        )
         results, stops = spend(c, [request(f"s{i}", n=1) for i in range(4)])
         assert len(results) == len(server.calls()) == 1 and len(stops) == 3 and "budget.usd" in str(stops[0])
     journal = Journal(tmp_path / "journal")
@@ -149,8 +155,15 @@ def test_the_estimate_has_ranges_and_prints(tmp_path):
 
 
 def test_the_estimate_of_the_baselines(tmp_path):
-    sizes = {"num_steps": 2, "prompts_per_step": 3, "num_generations": 4, "max_completion_length": 100, "max_prompt_length": 60}
-    asks = {"sft": ((6, 24), 60, 100), "opd": ((24, 24), 160, 1)}  # calls with n and without, most tokens in and out a text
+    sizes = {
+        "num_steps": 2,
+        "prompts_per_step": 3,
+        "num_generations": 4,
+        "max_completion_length": 100,
+        "max_prompt_length": 60,
+    }
+    # calls with n and without, most tokens in and out a text
+    asks = {"sft": ((6, 24), 60, 100), "opd": ((24, 24), 160, 1)}
     for name, (calls, most_in, most_out) in asks.items():
         c = cfg_for("", "openai", tmp_path, **sizes | {"objective.name": name})
         for takes_n, count in zip((True, False), calls):
@@ -160,7 +173,9 @@ def test_the_estimate_of_the_baselines(tmp_path):
             assert all(0 < low <= middle <= high for low, middle, high in (e.usd, e.hours))
 
 
-@pytest.mark.parametrize("way,expect", [("stop", (10, 10)), ("fewer_audits", (2, 10)), ("fewer_continuations", (10, 2))])
+@pytest.mark.parametrize(
+    "way,expect", [("stop", (10, 10)), ("fewer_audits", (2, 10)), ("fewer_continuations", (10, 2))]
+)
 def test_the_allowance(way, expect, tmp_path):
     settings = {"budget.calls": 104, "budget.on_exhausted": way, "audit.num_chunks": 10, "audit.num_continuations": 10}
     with WireServer(honours_n=False) as server:

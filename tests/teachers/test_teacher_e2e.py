@@ -1,4 +1,5 @@
-"""The whole loop with a teacher over the wire: faults, outages, kill -9, replay, secrets. The server's log is the judge."""
+"""The whole loop with a teacher over the wire: faults, outages, kill -9, replay, secrets. The server's log is the
+judge."""
 
 import contextlib
 import json
@@ -77,7 +78,8 @@ def test_thirty_percent_faults_then_a_replay_offline(steps, runner, tmp_path, ca
         noisy = wire(server) | settings | {"log.tensorboard": True}
         first = runner.run(tmp_path / "first", noisy, env=key, args=["--verbosity=1"])
         assert first.code == 0, first.err[-3000:]
-        assert all(w in first.err for w in ("HTTP Request: POST", "send_request_headers")), first.err[:3000]  # the SDK's logs
+        # the SDK's logs
+        assert all(w in first.err for w in ("HTTP Request: POST", "send_request_headers")), first.err[:3000]
         assert list((tmp_path / "first" / "tensorboard").iterdir())
         assert_counts_are_the_servers(first, server)
         kinds = {entry["fault"] for entry in server.calls()} - {None}
@@ -88,7 +90,9 @@ def test_thirty_percent_faults_then_a_replay_offline(steps, runner, tmp_path, ca
     assert sum(m["teacher/retries"] for m in steps_seen) > 0
     assert_mark_is_nowhere(first)
 
-    offline = wire(server) | settings | {"teacher.replay": "only", "teacher.journal": str(tmp_path / "first" / "journal")}
+    offline = (
+        wire(server) | settings | {"teacher.replay": "only", "teacher.journal": str(tmp_path / "first" / "journal")}
+    )
     again = runner.run(tmp_path / "again", offline, env={"OPENAI_API_KEY": None})
     assert again.code == 0, again.err[-3000:]
     assert tiny.same(first.params(), again.params())
@@ -140,7 +144,8 @@ def test_total_failure_stops_with_a_checkpoint_and_the_resumed_run_goes_on(kind,
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["in training", "in the probe"])
 def test_a_signal_while_the_server_hangs_ends_the_run_in_silence(when, runner, tmp_path):
-    """What is open is cancelled and awaited: no traceback, nothing destroyed while pending; the silence itself is told."""
+    """What is open is cancelled and awaited: no traceback, nothing destroyed while pending; the silence itself is
+    told."""
     with WireServer(stall_s=120.0) as server:
         settings = wire(server) | {"num_steps": 6, "teacher.timeout_s": 100.0, "teacher.deadline_s": 300.0}
         if when == "in the probe":
@@ -149,6 +154,7 @@ def test_a_signal_while_the_server_hangs_ends_the_run_in_silence(when, runner, t
         if when == "in training":
             until(lambda: len(run.metrics()) >= 1, run)
             server.kinds, server.share = ["stall"], 1.0
+        until((run.folder / "run.err").exists, run)
         until(lambda: "has not answered for 1" in run.err, run)
         start = time.monotonic()
         run.kill(signal.SIGTERM)
@@ -240,7 +246,9 @@ def served(tmp_path_factory):
     shutil.copytree(tiny.TRAINED / "teacher", folder)
     generation = json.loads((folder / "generation_config.json").read_text())
     # without do_sample it is greedy, whatever temperature a request names; top_k's own default would be 50
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "top_k": 0, "top_p": 1.0}))
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation | {"do_sample": True, "top_k": 0, "top_p": 1.0})
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -269,19 +277,28 @@ def test_the_whole_run_distils_from_transformers_serve(served, runner, tmp_path)
     """A real server: probed, continued by raw completion, one text a call (it ignores n), and what it says is used."""
     url, folder = served
     settings = {
-        "teacher.provider": "openai", "teacher.base_url": url, "teacher.model": str(folder), "teacher.tokenizer": str(folder),
-        "teacher.continuation": "auto", "teacher.timeout_s": 120.0, "teacher.deadline_s": 600.0, "num_steps": 3,
+        "teacher.provider": "openai",
+        "teacher.base_url": url,
+        "teacher.model": str(folder),
+        "teacher.tokenizer": str(folder),
+        "teacher.continuation": "auto",
+        "teacher.timeout_s": 120.0,
+        "teacher.deadline_s": 600.0,
+        "num_steps": 3,
         "teacher.max_concurrency": 4,
-    }  # fmt: skip
+    }
     run = runner.start(tmp_path / "run", settings).wait(580)
     assert run.code == 0, run.err[-3000:]
     report = json.loads((tmp_path / "run" / "teacher_probe.json").read_text())
     rows = dict(report["rows"])
-    assert report["mode"] == "completion" and rows["texts a call"] == "one" and rows["samples at temperature 1"] == "yes"
+    assert (
+        report["mode"] == "completion" and rows["texts a call"] == "one" and rows["samples at temperature 1"] == "yes"
+    )
     assert len(run.metrics()) == 3 and all(math.isfinite(m["loss"]) for m in run.metrics())
     audits = run.audits()
     assert audits and all(a["n"] == N and not a["failures"] for a in audits)
-    assert any(len(set(a["continuations"])) > 1 for a in audits)  # it samples, though this teacher is seldom in two minds
+    # it samples, though this teacher is seldom in two minds
+    assert any(len(set(a["continuations"])) > 1 for a in audits)
     # it is the small world's teacher, so it often writes what the student wrote
     assert sum(a["k_sem"] for a in audits) / sum(a["n"] for a in audits) > 0.5
     assert all(m["teacher/calls"] >= m["audit/chunks"] * N for m in run.metrics())

@@ -78,7 +78,9 @@ def test_corners(prefix, text, expect):
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=7), min_size=8, max_size=20)
 new = st.lists(st.text("stuvwxyz", min_size=1, max_size=7), min_size=1, max_size=12)
-decoration = st.sampled_from(["{}", '"{}"', "...{}", "…{}", "Sure! Here is the continuation: {}", "```\n{}\n```", "“{}”"])
+decoration = st.sampled_from(
+    ["{}", '"{}"', "...{}", "…{}", "Sure! Here is the continuation: {}", "```\n{}\n```", "“{}”"]
+)
 
 
 @given(words, new, decoration, st.sampled_from(["", "tail", "all"]))

@@ -128,7 +128,9 @@ def test_a_snapshot_is_whole_while_others_write(tmp_path):
         i = 0
         while not stop.is_set():
             call = j.ask(b"k" * 16, 1, 10, 0.5, Totals())
-            j.settle(call, "ok", usage=(4, 1, 2, 0.25), results=[(b"k" * 16, f"s{t}", 0, Continuation(i, "x", "stop"), None)])
+            j.settle(
+                call, "ok", usage=(4, 1, 2, 0.25), results=[(b"k" * 16, f"s{t}", 0, Continuation(i, "x", "stop"), None)]
+            )
             written.append((t, i))
             i += 1
 
@@ -163,7 +165,9 @@ def _writer(folder, name, n):
     for i in range(n):
         call = j.ask(b"k" * 16, 1, 10, 0.0, Totals(calls=150))
         if isinstance(call, int):
-            j.settle(call, "ok", usage=(1, 0, 1, 0.0), results=[(b"k" * 16, name, 0, Continuation(i, "x", "stop"), None)])
+            j.settle(
+                call, "ok", usage=(1, 0, 1, 0.0), results=[(b"k" * 16, name, 0, Continuation(i, "x", "stop"), None)]
+            )
     j.close()
 
 
@@ -196,7 +200,9 @@ def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
     with WireServer(delay_s=0.05, honours_n=False) as server:
 
         def run(folder):
-            code = RUN.format(tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(folder))
+            code = RUN.format(
+                tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(folder)
+            )
             return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
         whole = run(tmp_path / "whole")
@@ -315,12 +321,14 @@ def old_file(folder, name, who, *, usd):
             tokens = (10, 0, 5) if billed else (None,) * 3
             row = (b"k" * 16, 1, status, 1.0, *tokens, billed, 15, usd)
             db.execute(
-                "insert into calls (key, n, status, time, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd) "
+                "insert into calls (key, n, status, time, tokens_in, tokens_cached, tokens_out, usd, max_tokens, "
+                "max_usd) "
                 "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
             )  # fmt: skip
         for i in range(3):
             db.execute(
-                "insert into continuations (key, sample_id, peak, idx, text, finish, time) values (?, ?, 3, ?, ?, 'stop', 1.0)",
+                "insert into continuations (key, sample_id, peak, idx, text, finish, time) values (?, ?, 3, ?, ?, "
+                "'stop', 1.0)",
                 (b"k" * 16, who, i, f"old {i}"),
             )
         db.execute("insert into modes values ('openai', 'm', 'auto', 'prefill', '{}', 1.0)")
@@ -334,7 +342,9 @@ def test_journals_of_the_first_schema_are_read_and_imported_once(tmp_path):
     for _ in range(3):  # read before any write, then imported, then again
         j = Journal(tmp_path)
         assert j.get(b"k" * 16, "a", 3, range(3)) == j.get(b"k" * 16, "b", 3, range(3)) == want
-        assert j.totals() == Totals(4, 60, 1.5) and j.unknown() == Totals(2, 30, 0.75) and j.spent() == Totals(4, 60, 1.5)
+        assert (
+            j.totals() == Totals(4, 60, 1.5) and j.unknown() == Totals(2, 30, 0.75) and j.spent() == Totals(4, 60, 1.5)
+        )
         assert j.mode("openai", "m", "auto") == "prefill"
         j.put_mode("openai", "n", "auto", "prefix", {})
         assert j.totals() == Totals(4, 60, 1.5) and j.count() == 6

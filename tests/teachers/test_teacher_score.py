@@ -203,7 +203,9 @@ def test_they_are_journaled_paid_once_and_budgeted(server_of, cfg_for):
     out = pathlib.Path(c.run_dir) / "out.jsonl"
     assert kept.export_jsonl(out) == 3
     kept.close()
-    line = next(x for x in map(json.loads, out.read_text().splitlines()) if json.loads(x["prefix"]) == sum(pairs()[0], []))
+    line = next(
+        x for x in map(json.loads, out.read_text().splitlines()) if json.loads(x["prefix"]) == sum(pairs()[0], [])
+    )
     assert line["mode"] == "score" and np.array_equal(np.array(json.loads(line["text"]), np.float32), first[0])
 
     c.teacher.replay, c.teacher.base_url = "only", ""  # no key, no server, no probe
@@ -242,7 +244,8 @@ def runner():
 
 @pytest.mark.slow
 def test_a_whole_run_distils_over_the_wire_and_replays_offline(runner, server_of, tmp_path):
-    """opd with the small world's own teacher behind vLLM's protocol, against the same run with that teacher in process."""
+    """opd with the small world's own teacher behind vLLM's protocol, against the same run with that teacher in
+    process."""
     folder = str(tiny.TRAINED / "teacher")
     tokenizer = hf.load_tokenizer(folder)
     server = server_of(scores=forward(folder), name_of=lambda i: tokenizer.decode([i]))

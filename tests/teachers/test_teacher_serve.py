@@ -88,9 +88,12 @@ def test_continuations_by_completion_and_by_instruction(served, tmp_path):
 def test_it_gives_no_log_probs_and_is_refused_for_opd(served, tmp_path):
     url, folder = served
     settings = {
-        "objective.name": "opd", "student.path": str(folder), "teacher.model": str(folder), "teacher.tokenizer": str(folder),
+        "objective.name": "opd",
+        "student.path": str(folder),
+        "teacher.model": str(folder),
+        "teacher.tokenizer": str(folder),
         "teacher.timeout_s": 30.0,
-    }  # fmt: skip
+    }
     with pytest.raises(UserError, match="gives no log-probs of a prompt") as e:
         check(cfg_for(url, "openai", tmp_path, **settings))
     assert "prompt_logprobs: HTTP" in str(e.value) and "echo: HTTP" in str(e.value)

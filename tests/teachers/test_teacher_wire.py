@@ -49,7 +49,11 @@ def test_a_request_brings_its_continuations_and_says_what_it_cost(provider, serv
     assert server.arrived() == 4 and result.replayed == 0
     tokens_in, tokens_out = sum(e["usage"]["in"] for e in log), sum(e["usage"]["out"] for e in log)
     cached = sum(e["usage"]["in"] // 2 for e in log)
-    assert (result.usage.tokens_in, result.usage.tokens_cached, result.usage.tokens_out) == (tokens_in, cached, tokens_out)
+    assert (result.usage.tokens_in, result.usage.tokens_cached, result.usage.tokens_out) == (
+        tokens_in,
+        cached,
+        tokens_out,
+    )
     assert result.usage.cost_usd == pytest.approx(((tokens_in - cached) * 2 + cached * 1 + tokens_out * 10) / 1e6)
 
 
@@ -156,6 +160,20 @@ def test_the_other_openai_modes(mode, extension, server_of, tmp_path):
         assert body["messages"][-1] == {"role": "assistant", "content": "The sum is"} | (
             {"prefix": True} if mode == "prefix" else {}
         )
+
+
+def test_a_base_teacher_behind_a_server_is_asked_in_the_plain_format(server_of, tmp_path):
+    """By raw completion alone, after worked examples; its answer ends where it begins another question."""
+    server = server_of(extensions={"completion"}, speak=lambda *a: " and 4 is 7.\n\nQuestion: What")
+    (tmp_path / "shots.txt").write_text("Question: 1 + 1?\nAnswer: 2\n")
+    settings = {"teacher.template": "plain", "teacher.preamble": str(tmp_path / "shots.txt")}
+    settings["teacher.continuation"] = "completion"
+    [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **settings), request(prefix=" The sum of 3", n=2))
+    assert texts(result) == [" and 4 is 7.\n"] * 2 and {c.finish for c in result.continuations} == {"stop"}
+    body = server.calls()[0]["body"]
+    examples = "Question: 1 + 1?\nAnswer: 2\n\n"
+    assert body["prompt"] == f"{examples}Be brief.\n\nQuestion: Add 3 and 4.\nAnswer: The sum of 3"
+    assert body["stop"] == ["\nQuestion:"]
 
 
 def test_instruct_asks_for_the_next_words_and_cuts_what_is_repeated(server_of, tmp_path):
@@ -388,12 +406,16 @@ asyncio.run(run())
 def test_a_key_is_written_nowhere(server_of, tmp_path):
     mark = "sk-MARKEDKEY-0123456789abcdef"
     bad = {
-        p: server_of(p, key="other" if p == "gemini" else mark, share=0.6, retry_after_s=0.05, stall_s=3.0) for p in PROVIDERS
+        p: server_of(p, key="other" if p == "gemini" else mark, share=0.6, retry_after_s=0.05, stall_s=3.0)
+        for p in PROVIDERS
     }
     env = os.environ | {name: mark for names in wire.KEYS.values() for name in names}
     here = pathlib.Path(__file__).parents[1]
     code = SECRET_RUN.format(
-        tests=str(here / "support"), repo=str(here.parent), urls={p: s.url(p) for p, s in bad.items()}, folder=str(tmp_path)
+        tests=str(here / "support"),
+        repo=str(here.parent),
+        urls={p: s.url(p) for p, s in bad.items()},
+        folder=str(tmp_path),
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -412,3 +434,27 @@ def test_scrub():
 
 def test_failure_is_a_value():
     assert Failure(1, "x") == Failure(1, "x")
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("http_proxy", "::::"),
+        ("http_proxy", "socks9://x:1"),
+        ("http_proxy", "http://[::1"),
+        ("http_proxy", "http://127.0.0.1:9"),
+        ("HTTPS_PROXY", "nonsense.invalid"),
+        ("all_proxy", "http://h.invalid:99999"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+        ("SSL_CERT_FILE", "/etc/passwd"),
+        ("http_proxy", "http://user:pa55word@127.0.0.1:9"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named_in_one_line(name, value, tmp_path, monkeypatch):
+    for other in (*wire.secrets.PROXIES, "NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    url = "http://h.invalid/v1" if name == "http_proxy" else "https://h.invalid/v1"
+    with pytest.raises(UserError, match=name) as e:
+        check(cfg_for(url, "openai", tmp_path, **{"teacher.deadline_s": 3.0}))
+    assert "\n" not in str(e.value) and "pa55word" not in str(e.value)

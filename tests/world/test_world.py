@@ -309,7 +309,9 @@ def test_worlds_share_a_model_only_where_its_corpus_is_the_same():
         forks_texts, same_texts, other_texts = (world.corpus(w, role, 2000, 0) for w in ("forks", same, other))
         assert forks_texts == same_texts and forks_texts != other_texts
         owners = {small_world.CHECKPOINTS[w][world.ROLES.index(role)] for w in ("forks", same)}
-        assert owners == {f"forks/{role}"} and small_world.CHECKPOINTS[other][world.ROLES.index(role)] == f"{other}/{role}"
+        assert (
+            owners == {f"forks/{role}"} and small_world.CHECKPOINTS[other][world.ROLES.index(role)] == f"{other}/{role}"
+        )
 
 
 def test_the_checkpoints_in_git_are_whole_small_and_speak_one_tokenizer():

@@ -94,9 +94,16 @@ class Sandbox:
           UserError: this machine can't isolate programs, and `unsafe` is false.
         """
         spec = {
-            "programs": programs, "preamble": preamble, "cases": stdin, "limits": dataclasses.asdict(self.limits),
-            "unsafe": self.unsafe, "prefix": sys.base_prefix, "python": NAME, "work": "/work", "paths": PATHS[self._chosen()],
-        }  # fmt: skip
+            "programs": programs,
+            "preamble": preamble,
+            "cases": stdin,
+            "limits": dataclasses.asdict(self.limits),
+            "unsafe": self.unsafe,
+            "prefix": sys.base_prefix,
+            "python": NAME,
+            "work": "/work",
+            "paths": PATHS[self._chosen()],
+        }
         folder = None
         try:
             if self.unsafe:
@@ -127,9 +134,12 @@ class Sandbox:
                 return
             if not self._works:
                 raise UserError(
-                    f"the code grader can't isolate programs on this machine ({refused[:300]}): allow user namespaces (sysctl "
-                    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux 5.14 or newer), or run "
-                    "them unprotected: --unsafe with omniopd_jax.evaluate, the grader code_unsafe in a recipe, unsafe=True "
+                    f"the code grader can't isolate programs on this machine ({refused[:300]}): allow user namespaces "
+                    "(sysctl "
+                    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; Linux 5.14 or newer), "
+                    "or run "
+                    "them unprotected: --unsafe with omniopd_jax.evaluate, the grader code_unsafe in a recipe, "
+                    "unsafe=True "
                     "in Python"
                 )
             if pause is not None:  # it has worked before: the machine is short of something

@@ -38,8 +38,11 @@ def make(folder: str, number: int, most: int) -> str | None:
     try:
         os.mkdir(group)
         for name, value in (
-            ("memory.limit_in_bytes", most), ("memory.memsw.limit_in_bytes", most), ("memory.max", most), ("memory.swap.max", 0)
-        ):  # fmt: skip
+            ("memory.limit_in_bytes", most),
+            ("memory.memsw.limit_in_bytes", most),
+            ("memory.max", most),
+            ("memory.swap.max", 0),
+        ):
             if os.path.exists(f"{group}/{name}"):
                 with open(f"{group}/{name}", "w") as f:
                     f.write(str(value))

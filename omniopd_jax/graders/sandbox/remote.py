@@ -25,9 +25,11 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 CLASSES = {  # besides the built-in ones: classes that are the same on both sides, by module
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"), "decimal": ("Decimal",), "fractions": ("Fraction",),
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
     "datetime": ("date", "datetime", "time", "timedelta"),
-}  # fmt: skip
+}
 
 
 class Gone(Exception):
@@ -171,7 +173,8 @@ def load(path, count):
 
 
 def serve(fd, path, count, preamble):
-    """Runs `preamble` and the program at `path` (`load`) as a module, then answers requests until the other side ends."""
+    """Runs `preamble` and the program at `path` (`load`) as a module, then answers requests until the other side
+    ends."""
     kept = []
 
     def keep(value):

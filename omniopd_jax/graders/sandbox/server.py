@@ -15,7 +15,8 @@ import cgroup
 
 
 def main():
-    """Serves until the other end of standard input closes. Arguments: bytes of a control group, bubblewrap's path or ""."""
+    """Serves until the other end of standard input closes. Arguments: bytes of a control group, bubblewrap's path or
+    ""."""
     # here once, for every child that judges asserts, and from the machine's own files
     import collections  # noqa: F401
     import datetime  # noqa: F401

@@ -48,14 +48,33 @@ class Chosen:
 
     def _audit(self, a: dict, place: int) -> dict:
         plain = (
-            "step", "prompt_id", "sample_id", "response", "peak", "response_tokens", "prefix_characters",
-            "prefix_perplexity", "entropy", "similarity", "k_sem", "n", "kept", "pi_bar", "pi_hat", "weight", "latency_s",
-            "cost_usd", "grade", "chance",
-        )  # fmt: skip
+            "step",
+            "prompt_id",
+            "sample_id",
+            "response",
+            "peak",
+            "response_tokens",
+            "prefix_characters",
+            "prefix_perplexity",
+            "entropy",
+            "similarity",
+            "k_sem",
+            "n",
+            "kept",
+            "pi_bar",
+            "pi_hat",
+            "weight",
+            "latency_s",
+            "cost_usd",
+            "grade",
+            "chance",
+        )
         out = {key: a[key] for key in plain if a.get(key) is not None}
         for key in ("prompt_id", "sample_id"):
             out[key] = str(out[key])[:200]
-        out |= {key: self._text(a[key]) for key in ("question", "answer", "prefix_end", "chunk") if a.get(key) is not None}
+        out |= {
+            key: self._text(a[key]) for key in ("question", "answer", "prefix_end", "chunk") if a.get(key) is not None
+        }
         out["continuations"] = [self._text(t) for t in a["continuations"][:CONTINUATIONS]]
         out["failures"] = len(a.get("failures") or ())
         return out | {"whole": place}
@@ -78,7 +97,11 @@ class Chosen:
 
     def _answer(self, e: dict) -> dict:
         texts = {key: self._text(e.get(key)) for key in ("question", "answer", "text")}
-        return {"step": e["step"], "prompt_id": str(e.get("prompt_id"))[:200], "correct": bool(e.get("correct"))} | texts
+        return {
+            "step": e["step"],
+            "prompt_id": str(e.get("prompt_id"))[:200],
+            "correct": bool(e.get("correct")),
+        } | texts
 
 
 def _per_step(records: list[dict], limit: int, first=lambda r: False) -> list[dict]:
@@ -113,6 +136,7 @@ def _answers(records: list[dict], limit: int) -> list[dict]:
 
 
 RULE = (
-    "Each step has an equal share. Within a step, audits of the responses that are shown whole come first, the others are "
+    "Each step has an equal share. Within a step, audits of the responses that are shown whole come first, the others "
+    "are "
     "taken evenly over the step; of the evaluations' answers, the same prompts before and after."
 )

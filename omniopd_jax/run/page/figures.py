@@ -72,7 +72,8 @@ def _comparable(a: dict) -> bool:
 
 
 def verdict(folder, found: list[dict]) -> dict:
-    """{"headline": text, "facts": [[label, value], ...]}: before and after, interval, cost, time, what the checks say."""
+    """{"headline": text, "facts": [[label, value], ...]}: before and after, interval, cost, time, what the checks
+    say."""
     points = health.evaluations(folder.rows)
     before, after = folder.summary.get("accuracy_before"), folder.summary.get("accuracy_after")
     if before is None and points and points[0][0] == 0:
@@ -154,7 +155,9 @@ def agreement(folder, phi) -> dict:
     if by_chance:
         out |= {"chance": histogram(by_chance), "chance_mean": _mean(by_chance), "chance_count": len(by_chance)}
         out["source"] = source
-    graded = [(a["k_sem"] / a["n"], bool(a["grade"] > 0)) for a in kept if a.get("n") and _number(a.get("grade")) is not None]
+    graded = [
+        (a["k_sem"] / a["n"], bool(a["grade"] > 0)) for a in kept if a.get("n") and _number(a.get("grade")) is not None
+    ]
     if graded:
         for name, wanted in (("right", True), ("wrong", False)):
             values = [k for k, grade in graded if grade == wanted]

@@ -27,17 +27,21 @@ class Folder:
         self.path = pathlib.Path(path).expanduser()
         self.name, self.notes = self.path.name or str(path), []
         if not self.path.is_dir():
-            raise UserError(f"{path}: no such run folder")
+            raise UserError(f"{str(path)!r}: no such run folder")
         files = {kind: sorted(self.path.glob(f"{kind}*.jsonl"), key=_process) for kind in KINDS}
         config_file = self.path / "config.json"
         if not any(files.values()) and not config_file.is_file():
-            raise UserError(f"{path} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir")
+            raise UserError(
+                f"{str(path)!r} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir"
+            )
         self.config = _flat({k: v for k, v in self._object(config_file).items() if k != "digests"})
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
         self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])
         forms = {"audits": _is_audit, "completions": _is_completion, "evaluations": _is_answer}
-        self.audits, self.completions, self.evaluations = (self._known(kind, read[kind], f) for kind, f in forms.items())
+        self.audits, self.completions, self.evaluations = (
+            self._known(kind, read[kind], f) for kind, f in forms.items()
+        )
         self._notes()
 
     def state(self) -> str:
@@ -67,7 +71,9 @@ class Folder:
             why = f"the objective {self.objective} asks for none" if taught else "none was written"
             self.notes.append(f"no audits: {why}")
         elif not any("question" in a for a in self.audits):
-            self.notes.append("written by an earlier version: its audits hold no question, prefix or place in the response")
+            self.notes.append(
+                "written by an earlier version: its audits hold no question, prefix or place in the response"
+            )
         if not self.completions:
             self.notes.append("no whole responses were kept (completions.jsonl)")
         if not self.evaluations and self.config.get("eval.num_prompts"):
@@ -134,8 +140,17 @@ def _is_completion(c: dict) -> bool:
     pieces, entropy, chunks = (c.get(key) for key in ("pieces", "entropy", "chunks"))
     if not all(isinstance(part, list) for part in (pieces, entropy, chunks)) or not isinstance(c.get("text"), str):
         return False
-    figures = [*entropy, c.get("tokens"), c.get("chunk_tokens"), *(k.get("peak") for k in chunks if isinstance(k, dict))]
-    return all(isinstance(p, str) for p in pieces) and all(isinstance(x, (int, float)) for x in figures) and "sample_id" in c
+    figures = [
+        *entropy,
+        c.get("tokens"),
+        c.get("chunk_tokens"),
+        *(k.get("peak") for k in chunks if isinstance(k, dict)),
+    ]
+    return (
+        all(isinstance(p, str) for p in pieces)
+        and all(isinstance(x, (int, float)) for x in figures)
+        and "sample_id" in c
+    )
 
 
 def _is_answer(e: dict) -> bool:
@@ -150,5 +165,7 @@ def _flat(config: dict, prefix: str = "") -> dict:
         elif isinstance(value, (int, float, bool)):
             out[prefix + key] = value
         else:
-            out[prefix + key] = (value if isinstance(value, str) else json.dumps(value, default=str))[:CONFIG_CHARACTERS]
+            out[prefix + key] = (value if isinstance(value, str) else json.dumps(value, default=str))[
+                :CONFIG_CHARACTERS
+            ]
     return out

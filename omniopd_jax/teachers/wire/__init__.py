@@ -1,11 +1,13 @@
 """What the providers share: one call and its reply, what an error means, secrets, HTTP clients.
 
-A provider's client (`openai`, `anthropic`, `gemini`) turns a `Call` into one HTTP exchange and either returns a `Reply` or
-raises a `CallError`, which says whether asking again can help and whether it may have been billed. Retries, limits, money and
-memory are not its business: `traffic`, `budget`, `journal`. Every answer is read by `read`, bounded and checked by `http`.
+A provider's client (`openai`, `anthropic`, `gemini`) turns a `Call` into one HTTP exchange and either returns a `Reply`
+or raises a `CallError`, which says whether asking again can help and whether it may have been billed. Retries, limits,
+money and memory are not its business: `traffic`, `budget`, `journal`. Every answer is read by `read`, bounded and
+checked by `http`.
 """
 
 import os
+import re
 
 from omniopd_jax.teachers.wire import http, read, secrets
 from omniopd_jax.teachers.wire.calls import Billed, Call, CallError, Limits, Reply, ScoreCall, Text, text_of
@@ -23,11 +25,41 @@ from omniopd_jax.teachers.wire.read import as_promised, malformed
 from omniopd_jax.teachers.wire.secrets import KEYS, api_key, base_url, check_key_may_go, hide_keys, scrub
 
 __all__ = [
-    "KEYS", "MODES", "VERSION", "Billed", "Call", "CallError", "Connection", "Learner", "Limits", "Reply",
-    "ScoreCall", "Text", "after_prefix", "api_key", "as_promised", "bare", "base_url", "check_key_may_go", "clean",
-    "duration", "exchange", "from_exception", "from_status", "hide_keys", "http", "limits", "malformed", "named_field", "read",
-    "retry_after", "scrub", "secrets", "text_of",
-]  # fmt: skip
+    "KEYS",
+    "MODES",
+    "VERSION",
+    "Billed",
+    "Call",
+    "CallError",
+    "Connection",
+    "Learner",
+    "Limits",
+    "Reply",
+    "ScoreCall",
+    "Text",
+    "after_prefix",
+    "api_key",
+    "as_promised",
+    "bare",
+    "base_url",
+    "check_key_may_go",
+    "clean",
+    "duration",
+    "exchange",
+    "from_exception",
+    "from_status",
+    "hide_keys",
+    "http",
+    "limits",
+    "malformed",
+    "named_field",
+    "read",
+    "retry_after",
+    "same_model",
+    "scrub",
+    "secrets",
+    "text_of",
+]
 MODES = ("completion", "prefill", "continue_final_message", "prefix", "instruct")
 VERSION = 1  # of how a mode is put on the wire: part of every journal key
 SINGLE = 3  # calls in a row for n texts that brought one: then they are asked for one by one
@@ -85,6 +117,21 @@ class Learner:
         if call.n == 1 and self.n_suspected:
             self.takes_n, self.n_suspected = True, False
         return False
+
+
+def same_model(asked: str, served: str, self_hosted: bool) -> bool:
+    """Whether the model that answered is the one that was asked for: by name, or a state of it (a date, a version).
+
+    A server of one's own may call it by its path or by an alias of its own making: one name that holds the other will
+    do.
+    """
+    a, b = (_family(name) for name in (asked, served))
+    return a == b or (self_hosted and (a in b or b in a))
+
+
+def _family(name: str) -> str:
+    short = name.removeprefix("models/").rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"(?:-latest|[-@]20\d{6}|-20\d\d-\d\d-\d\d|-\d{3})$", "", short)
 
 
 def bare(prefix: str) -> tuple[str, str]:

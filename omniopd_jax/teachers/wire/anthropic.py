@@ -6,7 +6,9 @@
 - `prefill` (a last assistant turn) up to Claude 4.5; later models answer 400 to it: `instruct`.
 - A prefill must not end in whitespace: it is taken off and put back.
 - Thinking is switched off in every call; a model that cannot (Opus 5.5, Fable) is refused by the probe.
-- Two cache marks: the prompt, and the unfinished answer, whose nested prefixes the response's later calls find again.
+- Up to three cache marks: the prompt, the unfinished answer's last whole block, its end. The answer goes out in blocks
+of one
+  size, so that the nested prefixes of a response find each other's blocks in the service's cache.
 """
 
 import dataclasses
@@ -17,6 +19,12 @@ from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct
 
 OFFICIAL = "https://api.anthropic.com"
+BLOCK = 4096  # characters of an answer's block
+CHARACTERS = 4  # of a token, for the least that is cached
+# the least tokens that the service caches, by the beginning of a model's name (platform.claude.com/docs, prompt
+# caching)
+LEAST = {"claude-haiku-4-5": 4096, "claude-opus-4-5": 4096, "claude-opus-4-6": 4096, "claude-haiku-3": 2048}
+LEAST_OF_OTHERS = 1024
 
 
 def make(cfg):
@@ -28,6 +36,7 @@ class AnthropicClient:
     """One call to `/v1/messages` at a time; knows nothing of retries or money."""
 
     provider = "anthropic"
+    most_texts = 1  # a call
     takes_seed = False
 
     def __init__(self, cfg):
@@ -108,22 +117,17 @@ class AnthropicClient:
         system = "\n\n".join(wire.text_of(m) for m in call.messages if m["role"] == "system")
         turns = [{"role": m["role"], "content": wire.text_of(m)} for m in call.messages if m["role"] != "system"]
         sent, space = wire.bare(call.prefix)
+        answer = len(turns) if sent else None  # which turn is the unfinished answer
         if sent and call.mode == "instruct":
             turns = instruct.messages(turns, sent, call.max_tokens)
             space = ""
         elif sent:
             turns.append({"role": "assistant", "content": sent})
-        marks = {len(turns) - 1, next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), 1) - 1}
-        if sent and call.mode == "instruct":
-            marks = {
-                len(turns) - 2,
-                len(turns) - 3,
-            }  # the instruction's words change with max_tokens only, but come last
-        for i in marks:
-            if i >= 0 and turns[i]["content"].strip():
-                block = {"type": "text", "text": turns[i]["content"], "cache_control": {"type": "ephemeral"}}
-                turns[i] = {"role": turns[i]["role"], "content": [block]}
-        body = {"model": self.model, "max_tokens": call.max_tokens, "messages": turns}
+        body = {
+            "model": self.model,
+            "max_tokens": call.max_tokens,
+            "messages": self._marked(turns, answer, system, call.wanted),
+        }
         if system:
             body["system"] = system
         if "thinking" not in self.seen.dropped:
@@ -134,6 +138,32 @@ class AnthropicClient:
         if call.top_p != 1.0:
             extra["top_p"] = call.top_p
         return body, extra, sent, space
+
+    def _marked(self, turns, answer: int | None, system: str, wanted: int) -> list[dict]:
+        """The turns with cache marks: at the end of the prompt, of the answer's last whole block, and of the answer.
+
+        The answer is cut into blocks of one size, so that a longer prefix of the same answer begins with the same
+        blocks: the service finds what an earlier call has written under them. A mark is left out where it cannot pay:
+          where there
+        is less before it than the service caches, or, at the answer's end, where nobody asks for the same prefix again.
+        """
+        least = next((n for name, n in LEAST.items() if self.model.startswith(name)), LEAST_OF_OTHERS) * CHARACTERS
+        out, before = [], len(system)
+        for i, turn in enumerate(turns):
+            parts = _blocks(turn["content"]) if i == answer else [turn["content"]]
+            last_of_prompt = i == (len(turns) if answer is None else answer) - 1
+            blocks = []
+            for k, part in enumerate(parts):
+                before += len(part)
+                whole = i == answer and k == len(parts) - 2
+                end = wanted > 1 and (i == answer or answer is None) and k == len(parts) - 1
+                block = {"type": "text", "text": part}
+                if part.strip() and before >= least and (last_of_prompt or whole or end):
+                    block["cache_control"] = {"type": "ephemeral"}
+                blocks.append(block)
+            plain = len(blocks) == 1 and "cache_control" not in blocks[0]
+            out.append({"role": turn["role"], "content": turn["content"] if plain else blocks})
+        return out
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the service has refused by name."""
@@ -173,3 +203,16 @@ class AnthropicClient:
 
 def _field(message: str) -> str:
     return "thinking" if "thinking" in message.lower() else wire.named_field(message)
+
+
+def _blocks(text: str) -> list[str]:
+    """`text` in blocks of BLOCK characters, the last one shorter; none is white space alone, which the service
+    refuses."""
+    out = []
+    for start in range(0, len(text), BLOCK):
+        part = text[start : start + BLOCK]
+        if out and not part.strip():
+            out[-1] += part
+        else:
+            out.append(part)
+    return out

@@ -7,7 +7,10 @@ from omniopd_jax.teachers.wire.secrets import scrub
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names."""
+    """One exchange with a provider: `n` continuations of `prefix`, in the way that `mode` names.
+
+    `wanted`: how many texts are wanted of this prefix in all, by this call and others: whether a cache of it can pay.
+    """
 
     messages: tuple
     prefix: str
@@ -17,6 +20,7 @@ class Call:
     top_p: float
     seed: int
     mode: str
+    wanted: int = 1
 
     def max_input_tokens(self) -> int:
         """An upper bound: no tokenizer makes more tokens than bytes; 1,024 more for templates and our instruction."""
@@ -25,7 +29,8 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreCall:
-    """One exchange that writes next to nothing: the log-probs of `token_ids` after `prompt_ids`, in the student's tokens."""
+    """One exchange that writes next to nothing: the log-probs of `token_ids` after `prompt_ids`, in the student's
+    tokens."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -42,8 +47,8 @@ class ScoreCall:
 class Text:
     """One text that came back.
 
-    `finish` is `stop` or `length`; `withheld`, where the provider kept (part of) it back; or `failed`, where no text came at
-    all (null content, reasoning or a tool call alone): `why` says so. Neither of the last two is an empty text.
+    `finish` is `stop` or `length`; `withheld`, where the provider kept (part of) it back; or `failed`, where no text
+    came at all (null content, reasoning or a tool call alone): `why` says so. Neither of the last two is an empty text.
     """
 
     text: str
@@ -53,7 +58,8 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Billed:
-    """Tokens that an answer says it used. `tokens_in` holds the cached and the cache-writing ones, `tokens_out` the hidden."""
+    """Tokens that an answer says it used. `tokens_in` holds the cached and the cache-writing ones, `tokens_out` the
+    hidden."""
 
     tokens_in: int
     tokens_out: int
@@ -77,8 +83,8 @@ class Limits:
 class Reply:
     """What one exchange brought.
 
-    `billed` is None where the answer does not say what it used, or says what cannot be. `logp` is what a `ScoreCall` asked
-    for. `model` is the one that answered, as it calls itself.
+    `billed` is None where the answer does not say what it used, or says what cannot be. `logp` is what a `ScoreCall`
+    asked for. `model` is the one that answered, as it calls itself.
     """
 
     texts: tuple[Text, ...]

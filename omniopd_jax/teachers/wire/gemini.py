@@ -1,10 +1,12 @@
 """Google's Gemini API (`generateContent`), through google-genai.
 
 - `prefill`: a last turn of role `model` is continued; `instruct` where it is not.
-- `candidateCount` asks for n texts where the model takes it; a seed is taken.
+- `candidateCount` asks for n texts where the model takes it, at most 8; a seed is taken.
 - Thinking is switched off by `thinkingBudget = 0` (2.5 Flash); a model that cannot (2.5 Pro) is refused by the probe.
 - `topP` always goes out, at 1.0 too: left out, the service takes its own 0.95, which is not the method's distribution.
-  Its `topK` (64) has no value that means "all", and stays.
+A model
+  that refuses it (3.7 and 3.8 flash) is asked without, as it is for temperature and the thinking budget; the probe says
+  so. Its `topK` (64) has no value that means "all", and stays.
 - Prompt caching is implicit: nested prefixes in ascending order are all it needs.
 """
 
@@ -27,6 +29,7 @@ class GeminiClient:
     """One `generateContent` at a time; knows nothing of retries or money."""
 
     provider = "gemini"
+    most_texts = 8  # a call
     takes_seed = True
 
     def __init__(self, cfg):
@@ -92,7 +95,9 @@ class GeminiClient:
         """One exchange. Raises `CallError`."""
         contents, config, sent, space = self._body(call)
         with wire.exchange():
-            raw = await self.connection.sdk.aio.models.generate_content(model=self.model, contents=contents, config=config)
+            raw = await self.connection.sdk.aio.models.generate_content(
+                model=self.model, contents=contents, config=config
+            )
         answer = wire.read.json_object(raw.sdk_http_response.body.encode())
         with wire.as_promised():
             reply = self._reply(answer, raw.sdk_http_response.headers or {}, sent, space, call.mode)
@@ -111,10 +116,13 @@ class GeminiClient:
         elif sent:
             turns = [*turns, {"role": "assistant", "content": sent}]
         contents = [
-            types.Content(role="model" if m["role"] == "assistant" else "user", parts=[types.Part(text=wire.text_of(m))])
+            types.Content(
+                role="model" if m["role"] == "assistant" else "user", parts=[types.Part(text=wire.text_of(m))]
+            )
             for m in turns
         ]
         settings = {"temperature": call.temperature, "top_p": call.top_p, "max_output_tokens": call.max_tokens}
+        settings = {k: v for k, v in settings.items() if k not in self.seen.dropped}
         settings["automatic_function_calling"] = types.AutomaticFunctionCallingConfig(disable=True)
         settings["should_return_http_response"] = True  # the SDK's own reading believes whatever it is sent
         if call.n > 1:
@@ -130,7 +138,7 @@ class GeminiClient:
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the service has refused by name."""
         # thinking: of a model that knows none; one that cannot stop it is caught by the probe
-        return self.seen.learn(error, call, {"seed", "thinking"})
+        return self.seen.learn(error, call, {"seed", "thinking", "temperature", "top_p"})
 
     def _reply(self, answer, headers, sent, space, mode) -> wire.Reply:
         candidates = answer.get("candidates")
@@ -176,5 +184,12 @@ class GeminiClient:
 
 
 def _field(message: str) -> str:
-    low = message.lower()
-    return next((f for f in ("thinking", "seed", "candidateCount") if f.lower() in low), "") or wire.named_field(message)
+    low = message.lower().replace("_", "")
+    names = {
+        "thinking": "thinking",
+        "candidatecount": "candidateCount",
+        "topp": "top_p",
+        "temperature": "temperature",
+        "seed": "seed",
+    }
+    return next((field for name, field in names.items() if name in low), "") or wire.named_field(message)

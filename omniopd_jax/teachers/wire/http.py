@@ -1,8 +1,8 @@
 """One HTTP client for all three SDKs: what it reads is bounded, and what goes wrong becomes a `CallError` in one place.
 
-The SDKs hand every request to `Bounded.send`. It reads at most `max_bytes` of an answer, compressed or not, turns every status
-but 2xx into a `CallError`, and looks into a 2xx answer for JSON and for an error inside. A 3xx is not followed: a key would go
-wherever the server says.
+The SDKs hand every request to `Bounded.send`. It reads at most `max_bytes` of an answer, compressed or not, turns every
+status but 2xx into a `CallError`, and looks into a 2xx answer for JSON and for an error inside. A 3xx is not followed:
+a key would go wherever the server says.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from omniopd_jax.teachers.wire.secrets import PROXIES, is_loopback, scrub
 
 MAX_REPLY = 8 << 20  # bytes of an answer: 128 texts of 32k characters, with room
 MAX_SCORES = 128 << 20  # of an answer with log-probs: some 1 kB a token of the longest context
-CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NO_PROXY", "no_proxy")
+CERTIFICATES, NO_PROXIES = ("SSL_CERT_FILE", "SSL_CERT_DIR"), ("NO_PROXY", "no_proxy")
 MAX_ERROR = 1 << 16  # bytes of an error's page that are looked at
 TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic and Gemini say that a request does not fit
     r"context[ _-]?(?:length|size|window)|maximum context|(?:prompt|input|request)s? (?:is|are) too (?:long|large)|"
@@ -30,7 +30,17 @@ TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic an
     r"max_model_len|max_new_tokens`? must be <=",
     re.IGNORECASE,
 )
-FIELDS = ("n", "seed", "top_p", "max_tokens", "temperature", "chat_template_kwargs", "reasoning_effort", "thinking", "stop")
+FIELDS = (
+    "n",
+    "seed",
+    "top_p",
+    "max_tokens",
+    "temperature",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "thinking",
+    "stop",
+)
 MAYBE_BILLED = frozenset({499, 502, 504, 520, 524})  # a proxy gave up on a server that may have finished the answer
 
 
@@ -59,7 +69,9 @@ def client_of(url: str, timeout_s: float, max_connections: int, *, max_bytes: in
                 await response.aclose()
             _check(response.status_code, response.headers, body, name_field)
             headers = [
-                (k, v) for k, v in response.headers.multi_items() if k.lower() not in ("content-encoding", "content-length")
+                (k, v)
+                for k, v in response.headers.multi_items()
+                if k.lower() not in ("content-encoding", "content-length")
             ]
             return httpx2.Response(response.status_code, headers=headers, content=body, request=request)
 
@@ -79,12 +91,27 @@ def client_of(url: str, timeout_s: float, max_connections: int, *, max_bytes: in
 
 
 def _environment(error: Exception) -> str:
-    """One line on the proxy and certificate variables, of which one cannot be used."""
-    names = [name for name in (*PROXIES, *CERTIFICATES) if os.environ.get(name)]
-    said = ", ".join(f"{name} = {scrub(os.environ[name])!r}" for name in names) or "none is set"
+    """One line on the proxy or certificate variables, of which one cannot be used."""
+    names = CERTIFICATES if isinstance(error, OSError) else PROXIES + NO_PROXIES  # ssl's errors are OSErrors
+    what = scrub(" ".join(str(error).split()))[:200]
     return (
-        f"the teacher's HTTP client cannot be made ({scrub(str(error))[:200]}): correct or unset one of these variables: {said}"
+        f"the teacher's HTTP client cannot be made ({what}): correct or unset {_as_set(names) or 'its proxy variables'}"
     )
+
+
+def in_between(url: str, error: str) -> str:
+    """The variables that stand between this machine and `url`, for the line that says that it cannot be reached; ''."""
+    if is_loopback(url):
+        return ""
+    scheme = url.partition(":")[0]
+    names = [n for n in PROXIES if n.lower() in (f"{scheme}_proxy", "all_proxy")]
+    names += CERTIFICATES if "certificate" in error.lower() or "ssl" in error.lower() else ()
+    said = _as_set(names)
+    return f"; on the way {said} (correct or unset it where it is not meant)" if said else ""
+
+
+def _as_set(names) -> str:
+    return ", ".join(f"{name} = {scrub(os.environ[name])!r}" for name in names if os.environ.get(name))
 
 
 async def _read(response, max_bytes: int) -> bytes:
@@ -137,12 +164,18 @@ def _check(status: int, headers, body: bytes, name_field) -> None:
     answer = read.json_object(body, headers.get("content-type", ""))
     if found := read.error_in(answer):
         # what its own code says; without one, that asking again may help
-        error = from_status(found.status or 500, found.message, headers, field=_field(found, name_field), details=answer)
+        error = from_status(
+            found.status or 500, found.message, headers, field=_field(found, name_field), details=answer
+        )
         told = f" {found.status}" if found.status else ""
         raise CallError(
-            f"HTTP 200 with an error{told} inside: {found.message}", error.kind, outcome=error.outcome, status=error.status,
-            retry_after=error.retry_after, field=error.field,
-        )  # fmt: skip
+            f"HTTP 200 with an error{told} inside: {found.message}",
+            error.kind,
+            outcome=error.outcome,
+            status=error.status,
+            retry_after=error.retry_after,
+            field=error.field,
+        )
 
 
 def _field(found: read.Inside, name_field) -> str:
@@ -169,14 +202,20 @@ def from_status(status: int, message: str, headers, *, field: str = "", details=
     low = message.lower()
     if status in (401, 403) or (status == 400 and re.search(r"api[ _]key", low)):
         return CallError(text, "stop", status=401 if status == 400 else status)
-    if status == 402 or "credit balance" in low or (status == 429 and ("insufficient_quota" in low or "billing" in low)):
+    if (
+        status == 402
+        or "credit balance" in low
+        or (status == 429 and ("insufficient_quota" in low or "billing" in low))
+    ):
         return CallError(text, "stop", status=status)
     if status == 429 and "request too large" in low:  # more tokens than a whole minute allows
         return CallError(text, "refused", status=status, field="context")
     if status in (408, 409, 425, 429, 499) or status >= 500 and status not in (501, 505):
         wait = retry_after(headers)
         if wait is None and details is not None:
-            found = re.search(r"['\"]retryDelay['\"]: ?['\"](\d+(?:\.\d+)?)s", json.dumps(details, default=str)[:MAX_ERROR])
+            found = re.search(
+                r"['\"]retryDelay['\"]: ?['\"](\d+(?:\.\d+)?)s", json.dumps(details, default=str)[:MAX_ERROR]
+            )
             wait = float(found.group(1)) if found and float(found.group(1)) > 0 else None
         outcome = "unknown" if status in MAYBE_BILLED else "rejected"
         return CallError(text, "retry", outcome=outcome, status=status, retry_after=wait)
@@ -213,8 +252,8 @@ def named_field(message: str) -> str:
 
 
 def retry_after(headers) -> float | None:
-    """Seconds from `retry-after-ms` or `Retry-After` (a number or a date); None where they ask for no wait at all: absent,
-    malformed, 0, negative or past. Then the usual back-off applies."""
+    """Seconds from `retry-after-ms` or `Retry-After` (a number or a date); None where they ask for no wait at all:
+    absent, malformed, 0, negative or past. Then the usual back-off applies."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = (headers.get(name) or "").strip()
         if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
@@ -272,7 +311,14 @@ class Connection:
     """A provider's SDK over one HTTP client, made for the running event loop."""
 
     def __init__(
-        self, url: str, timeout_s: float, max_connections: int, make_sdk, *, max_bytes: int = MAX_REPLY, name_field=named_field
+        self,
+        url: str,
+        timeout_s: float,
+        max_connections: int,
+        make_sdk,
+        *,
+        max_bytes: int = MAX_REPLY,
+        name_field=named_field,
     ):
         self.url, self.timeout_s, self.max_connections, self.make_sdk = url, timeout_s, max_connections, make_sdk
         self.max_bytes, self.name_field = max_bytes, name_field

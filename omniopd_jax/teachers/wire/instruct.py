@@ -23,7 +23,9 @@ PREAMBLE = re.compile(
     r"continuation|my continuation)\b[^\n]{0,120}?(?::|\.\.\.|…)\s*)",
     re.IGNORECASE,
 )
-ASSENT = re.compile(r"^\s*(?:sure|certainly|of course|absolutely|understood|got it)\b[^\n:]{0,60}[!.:]\s*\n+", re.IGNORECASE)
+ASSENT = re.compile(
+    r"^\s*(?:sure|certainly|of course|absolutely|understood|got it)\b[^\n:]{0,60}[!.:]\s*\n+", re.IGNORECASE
+)
 MIN_OVERLAP = 12  # characters that a repeated tail must have: shorter ones occur by themselves ("1 + 1 + 1")
 MIN_RESTART = 24  # characters from the answer's start that count as starting over
 

@@ -34,6 +34,7 @@ class OpenAIClient:
     """One call to a chat or completions endpoint at a time; knows nothing of retries or money."""
 
     provider = "openai"
+    most_texts = 128  # a call
     takes_seed = True
 
     def __init__(self, cfg, needs: str = TEXT):
@@ -102,7 +103,15 @@ class OpenAIClient:
         names = [str(m.get("id")) for m in listed]
         if self.self_hosted and names and self.model not in names and not any(self.model in n for n in names):
             served = wire.scrub(", ".join(name[:80] for name in names[:8]))
-            raise UserError(f"teacher.model = {self.model!r} is not served at {wire.scrub(self.url)}; it serves: {served}")
+            raise UserError(
+                f"teacher.model = {self.model!r} is not served at {wire.scrub(self.url)}; it serves: {served}"
+            )
+        ends = next((m.get("shutdown_date") for m in listed if m.get("id") == self.model), None)
+        if isinstance(ends, str | int) and ends:
+            return (
+                f"lists {len(names)} models; {self.model} is shut down on {str(ends)[:40]}: choose its successor "
+                "in time"
+            )
         engine = next((str(m.get("owned_by")) for m in listed if m.get("owned_by")), "")
         if engine in ("vllm", "sglang"):
             return f"{engine}: start it with its own sampling defaults off (vLLM: --generation-config vllm)"
@@ -151,7 +160,8 @@ class OpenAIClient:
         return reply
 
     async def score(self, call: wire.ScoreCall) -> wire.Reply:
-        """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized again.
+        """Log-probs of given tokens, by `/v1/completions` with the ids themselves as the prompt: nothing is tokenized
+        again.
 
         Raises:
           CallError: as `call`; `refused` with the field `logprobs` where the server gives none, `stop` where what it
@@ -159,12 +169,16 @@ class OpenAIClient:
         """
         body = {"model": self.model, "prompt": [*call.prompt_ids, *call.token_ids], "max_tokens": call.max_tokens}
         with wire.exchange():
-            raw = await self.connection.sdk.completions.with_raw_response.create(**body, extra_body=scoring.WAYS[call.way])
+            raw = await self.connection.sdk.completions.with_raw_response.create(
+                **body, extra_body=scoring.WAYS[call.way]
+            )
         answer = wire.read.json_object(raw.http_response.content)
         with wire.as_promised():
             logp, names = scoring.read(answer, call)
             texts = tuple(wire.Text(name, "length") for name in names)
-            return wire.Reply(texts, logp, billed=_billed(answer), limits=wire.limits(raw.headers), model=_model(answer))
+            return wire.Reply(
+                texts, logp, billed=_billed(answer), limits=wire.limits(raw.headers), model=_model(answer)
+            )
 
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the server has refused by name."""
@@ -219,15 +233,20 @@ class OpenAIClient:
             texts.append(text)
         wrote = any(text.text for text in texts)
         billed = _billed(answer, wrote=wrote)
-        told = wire.read.told(wire.read.told(answer.get("usage")).get("completion_tokens_details")).get("reasoning_tokens")
+        told = wire.read.told(wire.read.told(answer.get("usage")).get("completion_tokens_details")).get(
+            "reasoning_tokens"
+        )
         told = told if isinstance(told, int) and told > 0 else 0
         hidden = told or (hidden and (billed.tokens_out if billed else 0) or hidden)
-        return wire.Reply(tuple(texts), billed=billed, tokens_hidden=hidden, limits=wire.limits(headers), model=_model(answer))
+        return wire.Reply(
+            tuple(texts), billed=billed, tokens_hidden=hidden, limits=wire.limits(headers), model=_model(answer)
+        )
 
     def render(self, messages) -> str:
         """The prompt as the teacher's template writes it, up to where the answer begins.
 
-        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own questions.
+        Without a tokenizer and a template the messages' texts alone, a blank line between: for the probe's own
+        questions.
         """
         if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"

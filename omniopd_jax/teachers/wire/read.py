@@ -1,7 +1,7 @@
 """How an answer is read, for all three protocols: JSON, an error inside it, what became of each text, what was billed.
 
-Nothing that a server writes is believed further than it must be: a field of another type, an impossible number or a missing
-text has one meaning here, whichever protocol it came by.
+Nothing that a server writes is believed further than it must be: a field of another type, an impossible number or a
+missing text has one meaning here, whichever protocol it came by.
 """
 
 import contextlib
@@ -13,13 +13,32 @@ from omniopd_jax.teachers.wire.calls import Billed, CallError, Text
 
 MAX_TOKENS = 2**40  # more than any call could use, and well inside SQLite's integers
 # names that servers have for an end of the model's own making, and for the length cap
-STOP = frozenset({
-    "stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "end", "done", "complete", "completed", "finished",
-    "finish_reason_unspecified",
-})  # fmt: skip
-LENGTH = frozenset({
-    "length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "model_context_window_exceeded",
-})  # fmt: skip
+STOP = frozenset(
+    {
+        "stop",
+        "eos",
+        "eos_token",
+        "end_turn",
+        "stop_sequence",
+        "stop_token",
+        "end",
+        "done",
+        "complete",
+        "completed",
+        "finished",
+        "finish_reason_unspecified",
+    }
+)
+LENGTH = frozenset(
+    {
+        "length",
+        "max_tokens",
+        "max_output_tokens",
+        "max_completion_tokens",
+        "model_length",
+        "model_context_window_exceeded",
+    }
+)
 WITHHELD = re.compile(
     r"filter|safety|refus|block|abort|cancel|moderat|guard|policy|recit|prohibit|spii|sensitive|language|error|fail|timeout|"
     r"overload|unavailable|malformed|^other$|image_",
@@ -48,7 +67,9 @@ def json_object(data: bytes, kind: str = "") -> dict:
     try:
         body = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        what = {"RecursionError": "JSON nested too deep", "JSONDecodeError": "a body that is no JSON"}.get(type(e).__name__)
+        what = {"RecursionError": "JSON nested too deep", "JSONDecodeError": "a body that is no JSON"}.get(
+            type(e).__name__
+        )
         body, said = None, what or "a body that cannot be read"
     else:
         if isinstance(body, list) and len(body) == 1:  # Gemini's way to send an error
@@ -72,7 +93,9 @@ def as_promised():
     except CallError:
         raise
     except Exception as e:  # an answer may be anything
-        raise CallError(f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown") from None
+        raise CallError(
+            f"HTTP 200 with a malformed body ({type(e).__name__}: {e})", "retry", outcome="unknown"
+        ) from None
 
 
 # errors
@@ -99,7 +122,9 @@ def error_in(answer) -> Inside | None:
         return _inside(found, answer)
     if answer.get("object") == "error" or answer.get("type") == "error" or answer.get("success") is False:
         return _inside(answer, {})
-    has_texts = any(name in answer for name in ("choices", "candidates", "content", "data", "promptFeedback", "id", "name"))
+    has_texts = any(
+        name in answer for name in ("choices", "candidates", "content", "data", "promptFeedback", "id", "name")
+    )
     if not has_texts and (answer.get("detail") or answer.get("message")):
         return _inside(answer, {})
     return None
@@ -132,7 +157,9 @@ def _status_of(error, around) -> int | None:
                 value = int(value.strip()[-3:])
             if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
                 return value
-    names = " ".join(str(place.get(k)) for place in places for k in ("code", "type", "status") if isinstance(place.get(k), str))
+    names = " ".join(
+        str(place.get(k)) for place in places for k in ("code", "type", "status") if isinstance(place.get(k), str)
+    )
     for said in (names, _message_of(error)):
         for status, pattern in STATUS:
             if re.search(pattern, said, re.IGNORECASE):
@@ -203,8 +230,11 @@ def _written(content) -> tuple[str | None, dict]:
 # money
 
 
-def billed(tokens_in, tokens_out, *, cached=None, written=None, hidden=None, total=None, wrote: bool = True) -> Billed | None:
-    """What an answer says it used, or None where it does not say: a part is missing, negative, no whole number, or cannot be.
+def billed(
+    tokens_in, tokens_out, *, cached=None, written=None, hidden=None, total=None, wrote: bool = True
+) -> Billed | None:
+    """What an answer says it used, or None where it does not say: a part is missing, negative, no whole number, or
+    cannot be.
 
     Args:
       tokens_in: all of the input, with the cached and the cache-writing tokens in it.
@@ -218,7 +248,12 @@ def billed(tokens_in, tokens_out, *, cached=None, written=None, hidden=None, tot
     if any(not whole(value) for value in parts):
         return None
     tokens_in, tokens_out, cached, written, hidden = parts
-    if tokens_in == 0 or cached + written > tokens_in or (wrote and tokens_out == 0) or hidden > max(tokens_out, _or_0(total)):
+    if (
+        tokens_in == 0
+        or cached + written > tokens_in
+        or (wrote and tokens_out == 0)
+        or hidden > max(tokens_out, _or_0(total))
+    ):
         return None
     if total is not None and not whole(total):
         return None

@@ -1,12 +1,13 @@
 """Log-probs of the student's own tokens from an OpenAI-compatible server, for the white-box objective `opd`.
 
-The ids are sent as they are, so nothing is tokenized again, and what comes back must be for exactly these ids: their number
-and each id are compared, and every value must be a log-probability. Nothing is filled in: a score that is missing or does
-not fit ends the run with what is wrong.
+The ids are sent as they are, so nothing is tokenized again, and what comes back must be for exactly these ids: their
+number and each id are compared, and every value must be a log-probability. Nothing is filled in: a score that is
+missing or does not fit ends the run with what is wrong.
 
 Two ways that servers have, tried in this order by the probe:
 
-- `prompt_logprobs` (vLLM): one dict a prompt token, token id -> `{"logprob", "rank", "decoded_token"}`, None for the first.
+- `prompt_logprobs` (vLLM): one dict a prompt token, token id -> `{"logprob", "rank", "decoded_token"}`, None for the
+first.
 - `echo` (SGLang, vLLM): `echo` with `logprobs`; the ids come as `prompt_token_ids`, or as names `token_id:N`.
 
 llama.cpp and `transformers serve` give neither, nor do the OpenAI, Anthropic and Gemini services.
@@ -30,7 +31,8 @@ def read(answer: dict, call: wire.ScoreCall) -> tuple[tuple[float, ...], tuple[s
     """(log-probs of `call.token_ids` in nats, the server's names of all tokens sent or '' where it gives none).
 
     Raises:
-      CallError: `refused`, field `logprobs`, where there are no log-probs at all; `stop` where their number or their ids
+      CallError: `refused`, field `logprobs`, where there are no log-probs at all; `stop` where their number or their
+      ids
         are not those that were sent, or a value is no log-probability.
     """
     choices = answer.get("choices")
@@ -69,7 +71,9 @@ def _from_prompt_logprobs(choice, sent):
     for i, (row, token) in enumerate(zip(rows, sent)):
         entry = (row or {}).get(str(token))
         if i and entry is None:
-            raise _unfit(f"token {token} was sent at position {i}, and the server scored {', '.join(row or {}) or 'none'}")
+            raise _unfit(
+                f"token {token} was sent at position {i}, and the server scored {', '.join(row or {}) or 'none'}"
+            )
         values.append(entry["logprob"] if entry else None)
         names.append((entry or {}).get("decoded_token") or "")
     return values, names
@@ -86,10 +90,14 @@ def _from_echo(choice, sent):
     if names and all(name.startswith("token_id:") for name in names):
         told = [int(name.removeprefix("token_id:")) for name in names]
         if told != sent:
-            raise _unfit(f"{len(sent)} token ids were sent, and the server scored others ({_first_difference(sent, told)})")
+            raise _unfit(
+                f"{len(sent)} token ids were sent, and the server scored others ({_first_difference(sent, told)})"
+            )
         names = []
     elif choice.get("prompt_token_ids") is None:
-        raise _unfit("the server does not say which tokens it scored: neither `prompt_token_ids` nor names `token_id:N`")
+        raise _unfit(
+            "the server does not say which tokens it scored: neither `prompt_token_ids` nor names `token_id:N`"
+        )
     return values, names or [""] * len(sent)
 
 

@@ -1,8 +1,8 @@
 """Keys and addresses: where a key comes from, where it may go, and how it is kept out of everything that is written.
 
-A key is known by its value in the environment, whatever it looks like; it is found in text in the forms in which servers,
-proxies and SDKs repeat it: as typed, URL-encoded, escaped as JSON, in base64 (also inside a longer base64 text), in another
-case. What merely looks like a key is hidden too.
+A key is known by its value in the environment, whatever it looks like; it is found in text in the forms in which
+servers, proxies and SDKs repeat it: as typed, URL-encoded, escaped as JSON, in base64 (also inside a longer base64
+text), in another case. What merely looks like a key is hidden too.
 """
 
 import base64
@@ -21,10 +21,28 @@ KEYS = {
 }
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 # what people set where a server wants some key: hiding such a word would only change texts
-NO_SECRETS = frozenset({
-    "none", "empty", "null", "test", "dummy", "local", "key", "token", "no-key", "nokey", "not-needed", "unused", "anything",
-    "ollama", "vllm", "sglang", "sk-none", "xxx",
-})  # fmt: skip
+NO_SECRETS = frozenset(
+    {
+        "none",
+        "empty",
+        "null",
+        "test",
+        "dummy",
+        "local",
+        "key",
+        "token",
+        "no-key",
+        "nokey",
+        "not-needed",
+        "unused",
+        "anything",
+        "ollama",
+        "vllm",
+        "sglang",
+        "sk-none",
+        "xxx",
+    }
+)
 LONG = 8  # characters from which a key is hidden inside words too
 _LOOKS = (
     (re.compile(r"(?i)\b(sk-[\w-]{6}|AIza)[\w-]{6,}"), "***"),
@@ -51,7 +69,8 @@ def hide_keys(text: str) -> str:
 def _known() -> set[str]:
     names = [os.environ.get(name, "") for name in sum(KEYS.values(), ())]
     for name in PROXIES:
-        names.append(urllib.parse.unquote(urllib.parse.urlsplit(os.environ.get(name, "")).password or ""))
+        found = re.match(r"[^/@]*(?://)?[^/@:]*:([^/@]+)@", os.environ.get(name, ""))  # whatever else is wrong with it
+        names.append(urllib.parse.unquote(found.group(1)) if found else "")
     values = {v for name in names for v in (name, name.strip())} | _found_in_urls
     return {v for v in values if len(v.strip()) >= 3 and v.strip().lower() not in NO_SECRETS}
 
@@ -119,7 +138,8 @@ def check_key_may_go(cfg, provider: str, url: str) -> None:
         return
     if (name := next((n for n in KEYS[provider] if os.environ.get(n, "").strip()), None)) is not None:
         raise UserError(
-            f"{name} would be sent unencrypted to {scrub(url)}: use https, unset it (a server of your own may need none), or "
+            f"{name} would be sent unencrypted to {scrub(url)}: use https, unset it (a server of your own may need "
+            "none), or "
             "set teacher.key_over_http = True"
         )
 
@@ -137,17 +157,21 @@ def check_url(url: str) -> str:
         raise UserError("teacher.base_url must not carry a password or a key: put it in the environment")
     if parts.query or parts.fragment:
         raise UserError(
-            f"teacher.base_url = {scrub(url.split('?')[0].split('#')[0])!r} must end with the path: no '?...', no '#...'"
+            f"teacher.base_url = {scrub(url.split('?')[0].split('#')[0])!r} must end with the path: no '?...', no "
+            "'#...'"
         )
     _found_in_urls.update(s for s in parts.path.split("/") if _like_a_key(s))
     return url.rstrip("/")
 
 
 def public_url(url: str) -> str:
-    """An address as it may be written to a file: without what looks like a key in its path, without name and password."""
+    """An address as it may be written to a file: without what looks like a key in its path, without name and
+    password."""
     parts = urllib.parse.urlsplit(url)
     path = "/".join("***" if _like_a_key(s) else s for s in parts.path.split("/"))
-    return hide_keys(re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}"))
+    return hide_keys(
+        re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}")
+    )
 
 
 def _like_a_key(segment: str) -> bool:

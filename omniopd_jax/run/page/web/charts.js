@@ -49,7 +49,7 @@ function figure(title, unit, summary, series, data, options, atRest) {
     let at = index;
     if (at === null || at === undefined) {
       if (atRest) { values[i].textContent = atRest[i]; return; }
-      for (at = column.length - 1; at > 0 && column[at] === null; at--);
+      for (at = column.length - 1; at > 0 && (column[at] === null || column[at] === undefined); at--);
     }
     values[i].textContent = number(column[at]);
   });

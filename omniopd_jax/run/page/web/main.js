@@ -27,13 +27,15 @@ function verdictSection() {
     el("p", { class: "hint" }, `Made ${Data.made}. A call is one request to the teacher; one call may bring several continuations.`));
 }
 
-function healthSection(run) {
-  const cards = run.health.map((f) => el("li", { class: "finding " + (f.now ? "now" : "past") },
-    el("h3", {}, f.check.replaceAll("_", " "), el("span", { class: "badge" }, f.now ? "warns now" : "warned earlier")),
+function healthSection() {
+  const many = Data.runs.length > 1, found = Data.runs.flatMap((run) => run.health.map((f) => [run, f]));
+  const cards = found.map(([run, f]) => el("li", { class: "finding " + (f.now ? "now" : "past") },
+    el("h3", {}, many && [el("bdi", {}, run.label), ": "], f.check.replaceAll("_", " "), el("span", { class: "badge" }, f.now ? "warns now" : "warned earlier")),
     el("p", {}, f.saw + "."),
     el("p", {}, el("b", {}, "Why it matters: "), f.why + "."), el("p", {}, el("b", {}, "What to turn: "), f.turn + "."),
     el("p", { class: "hint" }, `Steps ${f.first} to ${f.last}, ${f.steps} of ${run.curves.x.step.length}.`)));
-  return section("health", "Health", cards.length ? el("ul", { class: "findings" }, cards) : el("p", { class: "fine" }, run.curves.x.step.length ? "No check warned at any step." : "Nothing to check yet."));
+  const steps = Data.runs.some((run) => run.curves.x.step.length);
+  return section("health", "Health", cards.length ? el("ul", { class: "findings" }, cards) : el("p", { class: "fine" }, steps ? "No check warned at any step." : "Nothing to check yet."));
 }
 
 function curvesSection(run) {
@@ -104,7 +106,7 @@ function render() {
   const run = currentRun(), place = scrollY;
   Browser.open = null;
   fill(document.getElementById("top"), header());
-  fill(document.getElementById("main"), verdictSection(), healthSection(run), curvesSection(run), agreementSection(run),
+  fill(document.getElementById("main"), verdictSection(), healthSection(), curvesSection(run), agreementSection(run),
     browserSection(run), answersSection(run), settingsSection(run));
   updateBrowser(run);
   drawAll();

@@ -1,0 +1,182 @@
+"""A journal's file: its schema, how it is made, checked, imported and restored. What is written in it: journal.py."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import secrets
+import shutil
+import sqlite3
+import time
+
+from omniopd_jax.errors import UserError
+
+APPLICATION_ID = 0x4F4D4F50  # "OMOP": tells our files from other people's
+SCHEMA_VERSION = 2
+READ = (1, 2)  # schemas that are read and imported
+NAME = "journal.sqlite"
+SCHEMA = """
+create table meta (id text not null);
+create table requests (key blob primary key, about text not null, messages blob not null, prefix blob not null);
+create table continuations (
+  key blob not null, sample_id text not null, peak integer not null, idx integer not null,
+  text text, finish text, error text, raw text, call integer, time real not null, sum blob not null,
+  primary key (key, sample_id, peak, idx)) without rowid;
+create table calls (
+  id integer primary key, writer integer, run text, key blob, n integer not null, status text not null, time real not null,
+  latency real, tokens_in integer, tokens_cached integer, tokens_out integer, usd real, max_tokens integer, max_usd real,
+  error text);
+create index asked on calls (writer) where status = 'asked';
+create table totals (calls integer not null, tokens integer not null, usd real not null);
+create table modes (provider text, model text, asked text, mode text, report text, time real,
+  primary key (provider, model, asked));
+create table writers (id integer primary key, pid integer not null, started text not null);
+create table imported (name text primary key, time real not null);
+insert into totals values (0, 0, 0.0);
+"""
+
+
+def create(path: pathlib.Path) -> None:
+    """An empty journal at `path`, unless another process is quicker."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
+    try:
+        with contextlib.closing(sqlite3.connect(part)) as new:
+            new.executescript(
+                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}"
+            )
+            new.execute("insert into meta values (?)", (secrets.token_hex(8),))
+            new.commit()
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def insert_text(c, key, sample_id, peak, index, text, finish, error, raw, call, when) -> None:
+    """Writes a text, or a final failure, with its checksum."""
+    mark = checksum(key, sample_id, peak, index, text, finish, error, raw)
+    row = (key, sample_id, peak, index, text, finish, error, raw, call, when, mark)
+    c.execute("insert or replace into continuations values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def checksum(*parts) -> bytes:
+    """Of a stored text and all that it is found by."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def import_into(own, other, name: str) -> None:
+    """Takes over everything that another journal holds, once; where both have a text, the newer one is kept.
+
+    Raises:
+      UserError: a text of the other journal is not the one that was written.
+    """
+    new = schema_of(other) > 1
+    if own.execute("select 1 from imported where name = ?", (name,)).fetchone():
+        return
+    own.executemany("insert or ignore into requests values (?, ?, ?, ?)", other.execute("select * from requests"))
+    texts = f"select key, sample_id, peak, idx, text, finish, error, raw, time, {'sum' if new else 'null'} from continuations"
+    for key, sample_id, peak, index, text, finish, error, raw, when, mark in other.execute(texts):
+        where = (key, sample_id, peak, index)
+        if mark is not None and mark != checksum(*where, text, finish, error, raw):
+            raise UserError(
+                f"journal {name}: text {index} of sample {sample_id} at peak {peak} is not the one that was written "
+                "(its "
+                "checksum differs): take another copy of that journal, or move its file out of the folder"
+            )
+        sql = "select time from continuations where key = ? and sample_id = ? and peak = ? and idx = ?"
+        here = own.execute(sql, where).fetchone()
+        if here is None or here[0] < when:
+            insert_text(own, *where, text, finish, error, raw, None, when)
+    columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
+    columns += ", run" if new else ""
+    marks = ", ".join("?" for _ in columns.split(","))
+    own.executemany(f"insert into calls ({columns}) values ({marks})", other.execute(f"select {columns} from calls"))
+    spent = other.execute("select calls, tokens, usd from totals").fetchone()
+    own.execute("update totals set calls = calls + ?, tokens = tokens + ?, usd = usd + ?", spent)
+    for row in other.execute("select provider, model, asked, mode, report, time from modes").fetchall():
+        here = own.execute("select time from modes where provider = ? and model = ? and asked = ?", row[:3]).fetchone()
+        if here is None or here[0] < row[5]:
+            own.execute("insert or replace into modes values (?, ?, ?, ?, ?, ?)", row)
+    own.execute("insert into imported values (?, ?)", (name, time.time()))
+
+
+def schema_of(connection) -> int:
+    """The version of a journal's schema."""
+    return connection.execute("pragma user_version").fetchone()[0]
+
+
+def identity(path: pathlib.Path, connection) -> str:
+    """What a journal is known by, wherever it was copied to: its own id, in the first schema its file's name."""
+    return path.name if schema_of(connection) == 1 else connection.execute("select id from meta").fetchone()[0]
+
+
+def process_started(pid: int) -> str:
+    """When a process began, '' where there is none: a number may be given to another process later."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return ""
+        return "running"
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
+
+
+def open_checked(path: pathlib.Path):
+    """A read-only connection. Raises `UserError` where the file is not a sound journal of this schema."""
+    advice = "move it out of the folder, or set teacher.journal to another one"
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False, timeout=30.0
+        )
+        try:
+            made_by = connection.execute("pragma application_id").fetchone()[0]
+        except sqlite3.OperationalError:  # a read-only disk: no shared memory file can be made beside it
+            connection.close()
+            uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+            connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+            made_by = connection.execute("pragma application_id").fetchone()[0]
+        version = connection.execute("pragma user_version").fetchone()[0]
+        if made_by != APPLICATION_ID:
+            connection.close()
+            raise UserError(f"{path} is not a teacher's journal; {advice}")
+        if version not in READ:
+            connection.close()
+            raise UserError(f"{path} is a journal of schema {version}, this version reads {SCHEMA_VERSION}; {advice}")
+        if (said := connection.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+            connection.close()
+            raise UserError(f"{path} is corrupt ({said}); {advice}, or restore it from a checkpoint's copy")
+        return connection
+    except sqlite3.Error as e:
+        raise UserError(f"{path} is corrupt or not a teacher's journal ({e}); {advice}") from None
+
+
+def restore(snapshot, folder) -> int:
+    """Copies the files of a checkpoint's snapshot that `folder` lacks, before a resume on another machine.
+
+    Returns:
+      How many were copied.
+
+    Raises:
+      UserError: a file of the snapshot is no sound journal.
+    """
+    snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(snapshot.glob("*.sqlite")):
+        target = folder / path.name
+        if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
+            with contextlib.closing(open_checked(path)) as there, contextlib.closing(open_checked(target)) as here:
+                name = identity(path, there)
+                known = (
+                    name == identity(target, here)
+                    or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
+                )
+            target = target if known else folder / f"{name}.sqlite"
+        if not target.exists():
+            part = folder / f".{target.name}.part"
+            shutil.copyfile(path, part)
+            os.replace(part, target)
+            copied += 1
+    return copied

@@ -1,0 +1,169 @@
+"""A run's checkpoint as a Hugging Face folder: parameters read alone, every end token, files that other readers
+open."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_fixtures
+import jax
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from omniopd_jax import config, export, hf, model, step
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import trained as trained_run
+from omniopd_jax.run.checkpoint import Checkpoints
+
+BASE = model.ModelConfig(
+    family="qwen3", vocab_size=38, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=8, qk_norm=True, tied=True,
+)  # fmt: skip
+
+
+def random_params(cfg, seed=0) -> dict:
+    """Numpy parameters, none of them constant."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param
+    )
+
+
+def same_bits(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small tied Qwen3 on disk, one file, float32."""
+    hf.save(tmp_path / "m", random_params(BASE), BASE, dtype="float32")
+    return tmp_path / "m"
+
+
+# --- the command
+
+
+def test_export_names_a_run_or_one_of_its_steps(tmp_path):
+    assert trained_run.locate(tmp_path) == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints") == (tmp_path, None)
+    assert trained_run.locate(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
+
+
+def run_of(folder, trained, tmp_path, **student):
+    """A run directory with one checkpoint, of the student in `folder`."""
+    checkpoints = Checkpoints(tmp_path / "run", keep=5)
+    state = step.new_state(trained, FrozenConfigDict(config.default()), jax.random.key(0))
+    checkpoints.save(state.replace(step=jax.numpy.int32(7)), {})
+    checkpoints.close()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"student": {"path": str(folder)} | student}))
+    return tmp_path / "run"
+
+
+def test_export_of_a_checkpoint(folder, tmp_path):
+    """A student whose template ends a turn with a token that its own files do not name, and no generation_config."""
+    tokenizer = hf_fixtures.tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    hf.save(folder, random_params(BASE), BASE, tokenizer)
+    trained = jax.tree.map(jax.numpy.asarray, random_params(BASE, seed=3))
+    run = run_of(folder, trained, tmp_path)
+    umask = os.umask(0o077)
+    try:
+        out = export.export(run / "checkpoints" / "7", tmp_path / "out", dtype="float32")
+    finally:
+        os.umask(umask)
+    assert same_bits(hf.load(out)[0], trained)
+    assert {oct(f.stat().st_mode)[-3:] for f in out.iterdir()} == {"644"} and oct(out.stat().st_mode)[-3:] == "755"
+    assert not (out / "generation_config.json").exists()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [0, 2]
+    assert hf.end_ids(out, hf.load_tokenizer(out)) == (0, 2)
+    again = hf.load_tokenizer(out)
+    assert again.chat_template == tokenizer.chat_template and "<|extra|>" in again.all_special_tokens
+    assert again("a<|extra|>b").input_ids == tokenizer("a<|extra|>b").input_ids
+    written = json.loads((out / "tokenizer_config.json").read_text())  # as transformers 4 reads it
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and written["additional_special_tokens"] == [
+        "<|extra|>"
+    ]
+    assert not {"extra_special_tokens", "backend"} & written.keys()
+    wider = dataclasses.replace(BASE, hidden_size=32)
+    hf.save(folder, random_params(wider), wider, tokenizer)
+    with pytest.raises(UserError, match="not trained from the model in"):
+        export.export(run, tmp_path / "out2")
+
+
+def test_generation_defaults_are_the_students_with_every_end_token(folder, tmp_path):
+    generation = {"temperature": 0.6, "eos_token_id": 0}
+    hf.save(folder, random_params(BASE), BASE, hf_fixtures.tokenizer(), generation_config=generation)
+    run = run_of(folder, random_params(BASE), tmp_path, template="plain")
+    out = export.export(run, tmp_path / "out")
+    assert hf.generation_config(out) == {"temperature": 0.6, "eos_token_id": [0, 2]}
+
+
+def test_reading_a_checkpoint_reads_its_parameters_alone(tmp_path):
+    """On the host as numpy, or each device its part; of the bytes a third, for the rest are the optimizer's moments."""
+    rng = np.random.default_rng(0)
+    cfg = dataclasses.replace(BASE, vocab_size=20_000, hidden_size=64)
+    trained = jax.tree.map(
+        lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param
+    )
+    state = step.new_state(
+        jax.tree.map(jax.numpy.asarray, trained), FrozenConfigDict(config.default()), jax.random.key(0)
+    )
+    noise = jax.tree.map(lambda a: jax.numpy.asarray(rng.standard_normal(a.shape).astype(a.dtype)), state.opt_state)
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run, keep=1)
+    checkpoints.save(state.replace(opt_state=noise, step=jax.numpy.int32(1)), {})
+    checkpoints.close()
+    hf.save(tmp_path / "m", trained, cfg)
+    (run / "config.json").write_text(json.dumps({"student": {"path": str(tmp_path / "m")}}))
+
+    def read_bytes():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read_bytes()
+    got = trained_run.read(run, None)
+    assert read_bytes() - before < 1.5 * 4 * model.num_params(cfg)
+    assert all(type(a) is np.ndarray for a in jax.tree.leaves(got.params)) and same_bits(got.whole(), trained)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tp": 2})
+    params = trained_run.read(run, 1, mesh).whole(mesh)
+    assert same_bits(params, trained)
+    wanted = model.param_shardings(cfg, mesh)
+    assert all(a.sharding == s for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(wanted)))
+
+
+def test_the_export_command_on_a_run_of_two_checkpoints(folder, tmp_path, params, model_cfg, make_cfg):
+    """The real Orbax files; the newest step unless one is named; a wrong call is one line and exit code 2."""
+    hf.save(folder, params, model_cfg, hf_fixtures.tokenizer())
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run, keep=5)
+    for number in (3, 5):
+        grown = jax.tree.map(lambda a, number=number: a * number, params)
+        state = step.new_state(grown, make_cfg(), jax.random.key(0))
+        checkpoints.save(state.replace(step=jax.numpy.int32(number)), {})
+    checkpoints.close()
+    (run / "config.json").write_text(json.dumps({"student": {"path": str(folder)}}))
+    for source, number in ((run, 5), (run / "checkpoints" / "3", 3)):
+        export.export(source, tmp_path / "out", dtype="float32")
+        assert same_bits(hf.load(tmp_path / "out")[0], jax.tree.map(lambda a, number=number: a * number, params))
+    with pytest.raises(UserError, match="no step 4"):
+        export.export(run / "checkpoints" / "4", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "--checkpoint is missing"), (["--checkpoint=x", "--out=y"], "not a run"), (["--chekpoint=x"], "chekpoint")],
+)
+def test_a_wrong_export_command_is_one_line(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "omniopd_jax.export", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=hf_fixtures.CHILD_ENV)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr

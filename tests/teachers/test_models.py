@@ -1,0 +1,186 @@
+"""The providers' models of November 2026: what they refuse, what they cost, who answers in whose place."""
+
+import asyncio
+
+import pytest
+from teacher_kit import EXTENSIONS, ask, cfg_for, check, request, teacher_of
+from wire_protocols import OpenAI
+from wire_server import WireServer, speak
+
+from omniopd_jax.teachers import TeacherStopped, budget, wire
+
+
+@pytest.mark.parametrize(
+    "name,like",
+    [
+        ("gpt-4.1-mini", "gpt-4.1-mini"), ("gpt-4.1-mini-2025-04-14", "gpt-4.1-mini"), ("gpt-4o-latest", "gpt-4o"),
+        ("claude-haiku-4-5-20251001", "claude-haiku-4-5"), ("claude-opus-4-1@20250805", "claude-opus-4-1"),
+        ("models/gemini-2.5-flash", "gemini-2.5-flash"), ("gemini-2.5-flash-001", "gemini-2.5-flash"),
+    ],
+)  # fmt: skip
+def test_a_price_is_found_by_exact_name_or_a_dated_one(name, like):
+    assert budget.listed_price(name) == budget.PRICES[like]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-5.2-pro",
+        "gpt-5-pro",
+        "gpt-4o-audio-preview",
+        "gpt-4.1-mini-search",
+        "claude-opus-4-9",
+        "claude-opus-4",
+        "claude-sonnet-5-7",
+        "gemini-2.5-flash-image",
+        "gemini-2.5-flash-lite-preview",
+        "gpt-4.1-miniature",
+        "my-gpt-4o",
+        "",
+    ],
+)
+def test_the_price_of_a_name_that_only_begins_alike_is_unknown(name):
+    assert budget.listed_price(name) is None
+
+
+def test_opus_4_1_costs_what_it_costs():
+    """It once counted a third: a cap of $100 let $300 through."""
+    assert budget.listed_price("claude-opus-4-1-20250805").output == 75.0
+
+
+@pytest.mark.parametrize(
+    "asked,served,same",
+    [
+        ("gpt-4o", "gpt-4o-2024-11-20", True), ("gemini-2.5-flash", "gemini-3.5-flash-lite", False),
+        ("claude-haiku-4-5", "claude-haiku-4-5-20251001", True), ("gpt-4o", "gpt-4o-mini", False),
+        ("models/gemini-2.5-flash", "gemini-2.5-flash", True),
+    ],
+)  # fmt: skip
+def test_the_model_that_answers_is_known_by_its_name(asked, served, same):
+    assert wire.same_model(asked, served, False) is same
+
+
+def test_a_server_of_ones_own_may_call_a_model_by_its_path():
+    assert wire.same_model("Qwen/Qwen3-32B", "/models/Qwen3-32B", True)
+    assert not wire.same_model("Qwen/Qwen3-32B", "llama-3-8b", True)
+
+
+def rerouted(tmp_path, monkeypatch, capfd, **settings):
+    """(the teacher, what was said) after two requests to a service that answers with another model."""
+    monkeypatch.setenv("GEMINI_API_KEY", "a-key-0123456789")
+
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            teacher.client.self_hosted = False
+            for who in ("s0", "s1"):
+                await teacher.continue_text(request(who, n=1))
+            return teacher
+
+    with WireServer(extensions={"prefill"}, models=["gemini-2.5-flash"],
+                    mangle=lambda a: a | {"modelVersion": "gemini-3.8-flash"}) as server:  # fmt: skip
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"teacher.model": "gemini-2.5-flash"} | settings)
+        return asyncio.run(run(c)), capfd.readouterr().err
+
+
+def test_another_model_that_answers_is_reported_once_and_priced(tmp_path, monkeypatch, capfd):
+    teacher, said = rerouted(tmp_path, monkeypatch, capfd)
+    assert said.count("'gemini-2.5-flash' was asked, and 'gemini-3.8-flash' answers") == 1
+    assert teacher.price == teacher.budget.price == budget.PRICES["gemini-3.8-flash"]
+
+
+def test_a_pinned_model_lets_no_other_answer(tmp_path, monkeypatch, capfd):
+    with pytest.raises(TeacherStopped, match="'gemini-3.8-flash' answers; teacher.pin_model"):
+        rerouted(tmp_path, monkeypatch, capfd, **{"teacher.pin_model": True})
+
+
+def test_20_audits_of_10_texts_on_gemini_are_40_calls(tmp_path):
+    with WireServer(extensions=EXTENSIONS["gemini"]) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"audit.num_continuations": 10})
+        results = ask(c, *(request(f"s{i}", n=10) for i in range(20)))
+        assert all(len(r.continuations) == 10 for r in results) and len(server.calls()) == 40
+        asked = sorted(e["body"]["generationConfig"]["candidateCount"] for e in server.calls())
+        assert asked == [2] * 20 + [8] * 20
+    estimate = budget.estimate(c, budget.Price(), takes_n=True, latency_s=(1.0, 1.0), steps=1, most=8)
+    one = budget.estimate(c, budget.Price(), takes_n=True, latency_s=(1.0, 1.0), steps=1)
+    assert estimate.calls[0] == 2 * one.calls[0]
+
+
+@pytest.mark.parametrize("field", ["temperature", "topP", "seed", "thinkingConfig"])
+def test_a_sampling_field_that_gemini_refuses_is_left_out_and_said(field, tmp_path):
+    """3.7 and 3.8 flash refuse temperature and top_p, and end no model turn: `instruct`."""
+    with WireServer(extensions=set(), refuses={field}) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"teacher.continuation": "auto"})
+        _, report = check(c)
+        assert report.mode == "instruct" and dict(report.rows)["left out (refused)"]
+        [result] = ask(c, request())
+        assert len(result.continuations) == 4
+        assert field not in server.calls()[-1]["body"]["generationConfig"]
+
+
+PREFIX = "".join(f"step {i}: we add the numbers and carry the one. " for i in range(340))  # some 4,000 tokens
+
+
+def bill(tmp_path, least, prefixes, n=4):
+    """(dollars, calls as the server saw them) of one response's audits."""
+    with WireServer(extensions=EXTENSIONS["anthropic"], cache_least=least) as server:
+        prices = {"teacher.price_input": 1.0, "teacher.price_cached": 0.1, "teacher.price_output": 5.0}
+        c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **prices)
+
+        async def run():
+            async with teacher_of(c) as teacher:
+                teacher.budget.price = teacher.price = budget.Price(1.0, 0.1, 5.0, 1.25)
+                out = [await teacher.continue_text(request("s", len(p), p, n=n)) for p in prefixes]
+                return sum(r.usage.cost_usd for r in out)
+
+        return asyncio.run(run()), server.calls()
+
+
+def test_nested_prefixes_of_an_answer_hit_anthropics_cache(tmp_path):
+    prefixes = [PREFIX[:k] for k in (9_000, 11_000, 13_500, 16_000)]
+    usd, calls = bill(tmp_path, 1024, prefixes)
+    out = sum(e["usage"]["out"] for e in calls) * 5.0 / 1e6
+    tokens = [len(p) / 4 for p in prefixes]
+    # one growing block: each prefix is written once and read three times, and none finds the one before it
+    one_block = sum(t * (1.25 + 3 * 0.1) for t in tokens) / 1e6
+    assert usd - out < 0.75 * one_block
+    without = sum(4 * t for t in tokens) / 1e6
+    assert usd - out < 0.3 * without
+    for entry in calls:
+        blocks = [b for m in entry["body"]["messages"] if isinstance(m["content"], list) for b in m["content"]]
+        assert sum("cache_control" in b for b in blocks) <= 4
+        assert all(b["text"].strip() for b in blocks)
+
+
+def test_a_mark_that_cannot_pay_is_left_out(tmp_path):
+    _, calls = bill(tmp_path, 1024, [PREFIX[:2000]])  # less than is cached
+    assert "cache_control" not in str([e["body"] for e in calls])
+    usd, calls = bill(tmp_path / "one", 1024, [PREFIX[:4090]], n=1)  # nobody asks again
+    assert "cache_control" not in str([e["body"] for e in calls])
+
+
+def test_what_is_sent_is_the_prefix_whatever_its_blocks(tmp_path):
+    for k in (4095, 4096, 4097, 8192, 12_289):
+        _, calls = bill(tmp_path / str(k), 1024, [PREFIX[:k]], n=1)
+        content = calls[-1]["body"]["messages"][-1]["content"]
+        sent = content if isinstance(content, str) else "".join(b["text"] for b in content)
+        assert sent == PREFIX[:k].rstrip()
+
+
+def test_the_probe_reports_when_a_model_is_shut_down(tmp_path, monkeypatch):
+    listing = {"object": "list", "data": [{"id": "m", "object": "model", "shutdown_date": "2027-01-14"}]}
+    monkeypatch.setattr(OpenAI, "describe", staticmethod(lambda owner, path: (200, listing)))
+    with WireServer() as server:
+        _, report = check(cfg_for(server.url("openai"), "openai", tmp_path))
+    assert "shut down on 2027-01-14" in dict(report.rows)["reachable, key accepted"]
+
+
+@pytest.mark.parametrize("begins,said", [("<think>Let me", "with its thoughts"), ("A fox", "with the answer")])
+def test_the_probe_says_how_a_whole_answer_begins(begins, said, tmp_path):
+    """Only an empty prefix shows it: a teacher that thinks goes on with an answer that has begun."""
+
+    def speaks(context, max_tokens, seed, index):
+        return begins if seed == 13 else speak(context, max_tokens, seed, index)
+
+    with WireServer(speak=speaks) as server:
+        _, report = check(cfg_for(server.url("openai"), "openai", tmp_path))
+    assert said in dict(report.rows)["a whole answer"]
