@@ -50,7 +50,16 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     student.student.update(got.config["student"])
     end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
-    hf.save(out, params, got.model_cfg, tokenizer, dtype=dtype, generation_config=generation, end_ids=end_ids)
+    hf.save(
+        out,
+        params,
+        got.model_cfg,
+        tokenizer,
+        dtype=dtype,
+        generation_config=generation,
+        end_ids=end_ids,
+        source=got.student,
+    )
     return pathlib.Path(out)
 
 

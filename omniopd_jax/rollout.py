@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniopd_jax import model
-from omniopd_jax.model import attention, lora, rope
+from omniopd_jax.model import attention, linear, lora, rope
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run.batching import bucket, pad_rows  # noqa: F401  called as rollout.bucket
 
@@ -37,7 +37,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class SamplerState:
-    """Carry of the decode loop. hidden_BD produces the next token; `cache` holds (k_BKSH, v_BKSH) a layer."""
+    """Carry of the decode loop. hidden_BD produces the next token; `cache`: (k_BKSH, v_BKSH) or a linear.State per layer."""
 
     cache: list
     hidden_BD: jax.Array
@@ -62,12 +62,12 @@ def _prepare(params, *, cfg, compute):
     if lora.attached(params):
         params = lora.merge(params, compute.lora_scale, compute.dtype)
     else:
-        params = jax.tree.map(lambda a: a.astype(compute.dtype), params)
+        params = model.cast(params, compute.dtype)
     if compute.mesh.size > 1:
         where = model.param_shardings(cfg, compute.mesh, sharding.DECODE_RULES)
         params = jax.lax.with_sharding_constraint(params, where)
-    params = model.unstack(params, compute.dtype)
-    return params | {"layers": [p | {n: _matrix(p[n]) for n in "qkv"} for p in params["layers"]]}
+    params = model.unstack(params, cfg, compute.dtype)
+    return params | {"layers": [p | {n: _matrix(p[n]) for n in "qkv" if n in p} for p in params["layers"]]}
 
 
 def _matrix(w_DQH):
@@ -76,7 +76,8 @@ def _matrix(w_DQH):
 
 def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angles, attend):
     """`model.layer` with a layer of prepared parameters."""
-    heads = {n: p[n].reshape(p[n].shape[0], -1, cfg.head_dim) for n in "qkv"}
+    number = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
+    heads = {name: p[name].reshape(p[name].shape[0], n, -1) for name, n in number.items() if name in p}
     return model.layer(x_BLD, p | heads, cfg, compute, angles, attend)
 
 
@@ -124,18 +125,24 @@ def sample(
 def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, compute, num_samples: int, T: int) -> SamplerState:
     B, P = prompt_BP.shape
     position_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    angles = rope.tables(cfg, position_BP)
-    x_BPD = params["embed"][prompt_BP]
+    angles = {kind: rope.tables(cfg, position_BP, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    x_BPD = model.scaled(params["embed"][prompt_BP], cfg)
     cache = []
-    for p in params["layers"]:
+    for kind, p in zip(cfg.kinds, params["layers"], strict=True):
 
-        def attend(q, k, v):
+        def attend(q, k, v, kind=kind):
             cache.append(tuple(jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, T), (0, 0))) for a in (k, v)))
-            return attention.attend(q, k, v, length_B=prompt_length_B, backend=compute.attention, mesh=compute.mesh)
+            how = {"backend": compute.attention, "mesh": compute.mesh} | model.attention_of(cfg, kind)
+            return attention.attend(q, k, v, length_B=prompt_length_B, **how)
 
-        x_BPD = _layer(x_BPD, p, cfg, compute, angles, attend)
+        def recur(qkv, decay, beta, p=p):
+            out, state = linear.whole(qkv, p["conv"], decay, beta, cfg, length_B=prompt_length_B)
+            cache.append(state)
+            return out
+
+        x_BPD = _layer(x_BPD, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend)
     last_BD = jnp.take_along_axis(x_BPD, prompt_length_B[:, None, None] - 1, axis=1)[:, 0]
-    last_BD = model.rms_norm(last_BD, params["final_norm"], cfg.norm_eps)
+    last_BD = model.norm(last_BD, params["final_norm"], cfg)
     cache, last_BD, length_B = jax.tree.map(
         lambda a: jnp.repeat(a, num_samples, axis=0), (cache, last_BD, prompt_length_B)
     )
@@ -151,7 +158,11 @@ def _constrain(state: SamplerState, mesh) -> SamplerState:
     def put(a, *axes):
         return sharding.constrain(a, mesh, sharding.ROWS, *axes)
 
-    cache = jax.tree.map(lambda a: put(a, sharding.DECODE_RULES["kv_heads"]), state.cache)
+    heads = sharding.DECODE_RULES["kv_heads"]
+    cache = [
+        jax.tree.map(put if isinstance(layer, linear.State) else lambda a: put(a, heads), layer)
+        for layer in state.cache
+    ]
     return state.replace(
         cache=cache, hidden_BD=put(state.hidden_BD), prompt_length_B=put(state.prompt_length_B),
         out=jax.tree.map(put, state.out),
@@ -161,7 +172,8 @@ def _constrain(state: SamplerState, mesh) -> SamplerState:
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "P"), donate_argnames=("state",))
 def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_ids, *, cfg, compute, P: int):
     """Decodes until `limit` tokens or all rows are done. Returns (state, all rows done)."""
-    slot_1S = jnp.arange(state.cache[0][0].shape[2], dtype=jnp.int32)[None]
+    S = next(layer[0].shape[2] for layer in state.cache if not isinstance(layer, linear.State))
+    slot_1S = jnp.arange(S, dtype=jnp.int32)[None]
 
     def cond(s: SamplerState):
         return (s.t < limit) & ~jnp.all(s.out.finished_B)
@@ -174,30 +186,43 @@ def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_i
         out = _write(s.out, s.t, drawn, end_ids)
         token_B = jax.lax.dynamic_slice_in_dim(out.token_BT, s.t, 1, axis=1)
         seen_BS = (slot_1S < s.prompt_length_B[:, None]) | ((slot_1S >= P) & (slot_1S <= P + s.t))
+        seen = {"full": seen_BS}
+        if cfg.window:
+            back_BS = jnp.where(slot_1S < P, s.prompt_length_B[:, None] + s.t - slot_1S, P + s.t - slot_1S)
+            seen["sliding"] = seen_BS & (back_BS < cfg.window)
         with jax.named_scope("decode"):
             position_B1 = (s.prompt_length_B + s.t)[:, None]
-            hidden_BD, cache = _one_token(params, cfg, compute, token_B, position_B1, s.cache, P + s.t, seen_BS)
+            hidden_BD, cache = _one_token(params, cfg, compute, token_B, position_B1, s.cache, P + s.t, seen)
         return _constrain(s.replace(cache=cache, hidden_BD=hidden_BD, t=s.t + 1, out=out), compute.mesh)
 
     state = jax.lax.while_loop(cond, body, state)
     return state, jnp.all(state.out.finished_B)
 
 
-def _one_token(params, cfg, compute, token_B1, position_B1, cache, slot, seen_BS):
-    """One token a row through all layers: (hidden_BD after the last norm, the cache with its slot written)."""
-    angles = rope.tables(cfg, position_B1)
-    x_B1D = params["embed"][token_B1]
+def _one_token(params, cfg, compute, token_B1, position_B1, cache, slot, seen: dict):
+    """One token a row through all layers: (hidden_BD after the last norm, the cache with its slot written).
+
+    Args:
+      seen: of a kind of layer, the slots [B, S] that it attends to.
+    """
+    angles = {kind: rope.tables(cfg, position_B1, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    x_B1D = model.scaled(params["embed"][token_B1], cfg)
     new = []
-    for p, (k_BKSH, v_BKSH) in zip(params["layers"], cache, strict=True):
+    for kind, p, held in zip(cfg.kinds, params["layers"], cache, strict=True):
 
-        def attend(q, k, v, k_BKSH=k_BKSH, v_BKSH=v_BKSH):
-            k_BKSH = jax.lax.dynamic_update_slice_in_dim(k_BKSH, k.swapaxes(1, 2), slot, axis=2)
-            v_BKSH = jax.lax.dynamic_update_slice_in_dim(v_BKSH, v.swapaxes(1, 2), slot, axis=2)
+        def attend(q, k, v, held=held, kind=kind):
+            k_BKSH = jax.lax.dynamic_update_slice_in_dim(held[0], k.swapaxes(1, 2), slot, axis=2)
+            v_BKSH = jax.lax.dynamic_update_slice_in_dim(held[1], v.swapaxes(1, 2), slot, axis=2)
             new.append((k_BKSH, v_BKSH))
-            return attention.grouped(q, k_BKSH, v_BKSH, seen_BS[:, None])
+            return attention.grouped(q, k_BKSH, v_BKSH, seen[kind][:, None], model.attention_of(cfg, kind)["scale"])
 
-        x_B1D = _layer(x_B1D, p, cfg, compute, angles, attend)
-    return model.rms_norm(x_B1D[:, 0], params["final_norm"], cfg.norm_eps), new
+        def recur(qkv, decay, beta, held=held, p=p):
+            out, state = linear.step(qkv, p["conv"], decay, beta, cfg, held)
+            new.append(state)
+            return out
+
+        x_B1D = _layer(x_B1D, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend)
+    return model.norm(x_B1D[:, 0], params["final_norm"], cfg), new
 
 
 def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
@@ -222,6 +247,8 @@ def _grow(state: SamplerState, *, S: int, T: int) -> SamplerState:
     A layer at a time, so that never two whole caches are alive.
     """
     for i, layer in enumerate(state.cache):
+        if isinstance(layer, linear.State):
+            continue  # as large as it was
         state.cache[i] = jax.block_until_ready(_wider(layer, axis=2, size=S))
     out = {name: getattr(state.out, name) for name in ("token_BT", "logp_model_BT", "logp_sampler_BT")}
     return state.replace(out=state.out.replace(**_wider(out, axis=1, size=T)))

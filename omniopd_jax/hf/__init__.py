@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from omniopd_jax import model
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.hf import bounded, hub, safetensors
+from omniopd_jax.hf import bounded, hub, layered, safetensors
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.hf.config import model_config
 from omniopd_jax.hf.hub import resolve
@@ -100,7 +101,7 @@ def load(
 
 def save(
     folder, params: dict, model_cfg: model.ModelConfig, tokenizer=None, *, dtype: str = "bfloat16",
-    shard_bytes: float = 5e9, generation_config: dict | None = None, end_ids: tuple[int, ...] = (),
+    shard_bytes: float = 5e9, generation_config: dict | None = None, end_ids: tuple[int, ...] = (), source=None,
 ) -> None:  # fmt: skip
     """Writes a folder that transformers and vLLM open: safetensors, configs, tokenizer, chat template.
 
@@ -115,6 +116,8 @@ def save(
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
       generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
         empty: none is written.
+      source: the folder that the model was loaded from: what it holds beside the text model (a tower of images, heads
+        that predict further tokens) is taken over, tensors and config, as it is. None: the text model alone is written.
       end_ids: every token that ends an answer; empty: as generation_config or else the tokenizer says.
 
     Raises:
@@ -129,8 +132,15 @@ def save(
     config = hf_config.config_json(
         model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS}
     )
+    beside: dict = {}
+    if source is not None and model_cfg.family in layered.FAMILIES:
+        source = hub.resolve(source)
+        beside = safetensors.carried(safetensors.find(source), model_cfg)
+        config = layered.around(config, bounded.read_json(source / "config.json"))
+    else:
+        model_cfg = dataclasses.replace(model_cfg, prefix=layered.PREFIX)
     with _placed(folder, "config.json") as work:
-        safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes)
+        safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes, beside=beside)
         if work is not None:
             bounded.write_json(work / "config.json", config)
             if generation:

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import fields
+from omniopd_jax.hf import fields, layered
 from omniopd_jax.model import ModelConfig
 
 ARCHITECTURES = {  # config.json's name -> our family; the first of a family is what an export is called
@@ -17,8 +17,13 @@ ARCHITECTURES = {  # config.json's name -> our family; the first of a family is 
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",  # without its sliding window the same computation, tensor for tensor
     "Qwen3MoeForCausalLM": "qwen3_moe",
-}
-MODEL_TYPES = {"qwen3": ("qwen3",), "qwen2": ("qwen2",), "llama": ("llama", "mistral"), "qwen3_moe": ("qwen3_moe",)}
+    "Gemma3ForCausalLM": "gemma3",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+} | layered.WRAPPERS
+MODEL_TYPES = {
+    "qwen3": ("qwen3",), "qwen2": ("qwen2",), "llama": ("llama", "mistral"), "qwen3_moe": ("qwen3_moe",),
+    "gemma3": ("gemma3_text", "gemma3"), "qwen3_5": ("qwen3_5_text", "qwen3_5"),
+}  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LONGEST = 300  # characters of an error here
 MOST = 2**31 - 1  # of any size
@@ -94,6 +99,10 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     left = dict(config_json)
     family = _family(left, where)
     moe = family == "qwen3_moe"
+    inner = config_json.get("text_config") if family in layered.FAMILIES else None
+    if isinstance(inner, dict):  # the text part of a model of images and text; what is around it is carried, not read
+        tied = {k: config_json[k] for k in ("tie_word_embeddings",) if k in config_json}
+        left = tied | {k: v for k, v in inner.items() if k not in ("model_type", "architectures")}
 
     def take(key: str, default: Any = _REQUIRED):
         value = left.pop(key, None)
@@ -112,6 +121,15 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     asked_bias = take("attention_bias", bias)
     if family == "qwen2" and asked_bias is not True:
         raise UserError(f"{where}: attention_bias = {asked_bias} is not implemented: Qwen2's q, k, v have biases")
+    special = {"tied": None}
+    if family in layered.FAMILIES:
+        positions = left.get("max_position_embeddings")
+
+        def rope(entry: dict):
+            return _rope_entry(dict(entry), None, positions, f"{where}: rope_parameters")
+
+        special = {"tied": None, "prefix": layered.WRAPPED_PREFIX if isinstance(inner, dict) else layered.PREFIX}
+        special |= layered.FAMILIES[family](left, size, take, rope, where)
     for key, allowed in ONLY.items():
         if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
             raise UserError(f"{where}: {key} = {_shown(value)} is not implemented; only {_either(allowed)} is")
@@ -119,10 +137,10 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise UserError(f"{where}: layer_types = {_shown(kinds)} is not implemented; only full_attention is")
     positions = size("max_position_embeddings")
-    theta, scaling = _rope(left, positions, where)
+    theta, scaling = _rope(left, positions, where) if family not in layered.FAMILIES else (None, None)
     if family == "llama" and (window := left.pop("sliding_window", None)) is not None:
         raise UserError(f"{where}: sliding_window = {_shown(window)} is not implemented; only null is")
-    cfg = ModelConfig(
+    common = dict(
         family=family,
         vocab_size=size("vocab_size"),
         hidden_size=D,
@@ -130,17 +148,18 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
         num_layers=size("num_hidden_layers"),
         num_heads=Q,
         num_kv_heads=size("num_key_value_heads", Q if family == "llama" else _REQUIRED),
-        head_dim=size("head_dim", _REQUIRED if family == "qwen3" else D // Q),
+        head_dim=special.get("head_dim") or size("head_dim", _REQUIRED if family == "qwen3" else D // Q),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=take("rms_norm_eps", 1e-6),
-        tied=take("tie_word_embeddings", False),
+        tied=take("tie_word_embeddings", False) if special["tied"] is None else special["tied"],
         qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=asked_bias,
         out_bias=asked_bias and family != "qwen2",
         max_positions=positions,
         **(_experts(left, take, size, where) if moe else {}),
     )
+    cfg = ModelConfig(**common | {k: v for k, v in special.items() if v is not None})
     unknown = sorted(k for k, v in left.items() if not fields.inert(k, v, family))
     if unknown:
         reason = fields.REASONS.get(unknown[0], "")
@@ -198,7 +217,10 @@ def config_json(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-    if model_config(out, "export") != cfg:
+    if cfg.family in layered.FAMILIES:
+        out |= layered.config_json(cfg)
+        out = {k: v for k, v in out.items() if k != "use_sliding_window"}
+    if model_config(out, "export") != dataclasses.replace(cfg, prefix=layered.PREFIX):
         raise ValueError(f"this model has no config.json: {cfg}")
     return out | {k: token_ids.get(k) for k in TOKEN_IDS}
 
@@ -298,6 +320,10 @@ def _check(cfg: ModelConfig, where: str) -> None:
         )
     if cfg.head_dim % 2:
         raise UserError(f"{where}: head_dim = {cfg.head_dim} is not even, which RoPE needs")
+    if cfg.linear_value_heads % max(cfg.linear_key_heads, 1):
+        raise UserError(
+            f"{where}: linear_num_value_heads = {cfg.linear_value_heads} is no multiple of linear_num_key_heads"
+        )
     if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
         raise UserError(f"{where}: num_experts_per_tok = {cfg.experts_per_token} of num_experts = {cfg.num_experts}")
 

@@ -99,12 +99,9 @@ ARCHITECTURES = {  # published models that are often asked for, and what of them
     "GraniteForCausalLM": "Granite scales embeddings, attention, residuals and logits by factors of its own",
     "GraniteMoeForCausalLM": "Granite scales embeddings, attention, residuals and logits by factors of its own",
     "Gemma2ForCausalLM": "Gemma 2 has norms after each part, soft-capped logits and sliding windows",
-    "Gemma3ForCausalLM": "Gemma 3 has norms after each part, sliding windows and a second RoPE",
-    "Gemma3ForConditionalGeneration": "Gemma 3 with a vision tower; and it has norms after each part and sliding windows",
     "MixtralForCausalLM": "Mixtral's experts are named and routed otherwise than Qwen3's",
     "Qwen2MoeForCausalLM": "Qwen2-MoE has a shared expert beside the routed ones",
     "Qwen3NextForCausalLM": "Qwen3-Next has linear attention in three of four layers",
-    "Qwen3_5ForConditionalGeneration": "Qwen3.5 has linear attention in three of four layers",
     "Qwen2_5_VLForConditionalGeneration": "a model of images and text; text models are trained here",
     "Qwen3VLForConditionalGeneration": "a model of images and text; text models are trained here",
     "Mistral3ForConditionalGeneration": "a model of images and text; text models are trained here",
@@ -130,7 +127,7 @@ def inert(key: str, value, family: str) -> bool:
     if value is None or key in IGNORED or NAMES.fullmatch(key):
         return True
     if key in QK_NORM:
-        return value is (family in ("qwen3", "qwen3_moe"))
+        return value is (family in ("qwen3", "qwen3_moe", "gemma3", "qwen3_5"))
     if key in BIAS:
         return value is (family == "qwen2")
     if key == "auto_map":  # code of its own for the model; for a classifier or a tokenizer it changes nothing here

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from omniopd_jax import model
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import bounded
+from omniopd_jax.hf import bounded, layered
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -142,19 +142,27 @@ def check(tensors: dict[str, Tensor], table: dict, cfg: model.ModelConfig, folde
                     f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json says {list(p.hf_shape)}"
                 )
     if cfg.tied and "lm_head.weight" in left:
-        head, embed = left.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
+        head, embed = left.pop("lm_head.weight"), tensors[table["embed"].hf]
         if head.shape != embed.shape or head.dtype != embed.dtype or not _equal(head.view(), embed.view()):
             raise UserError(
                 f"{head.file}: tensor lm_head.weight differs from model.embed_tokens.weight, but config.json says "
                 "tie_word_embeddings: true; set it to false if the model has its own head"
             )
     left = {n: t for n, t in left.items() if not n.endswith(".rotary_emb.inv_freq")}  # old exports store the angles too
+    left = {n: t for n, t in left.items() if n not in carried(left, cfg)}
     if left:
         name = min(left)
         raise UserError(
             f"{left[name].file}: tensor {name} belongs to no parameter of {cfg.family}"
             + (f" (and {len(left) - 1} more: {', '.join(sorted(left)[1:4])})" if len(left) > 1 else "")
         )
+
+
+def carried(tensors: dict[str, Tensor], cfg: model.ModelConfig) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the text model, which an export takes over as it is: towers of images, heads that
+    predict further tokens. Empty for a family that has none."""
+    known = cfg.family in layered.FAMILIES
+    return {name: t for name, t in tensors.items() if known and name.startswith(layered.CARRIED)}
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
@@ -170,7 +178,8 @@ def named(p: model.Param) -> Iterator[tuple[tuple[int, ...], str]]:
     lead = len(p.shape) - len(p.perm)
     keys = ("layer", "expert")[:lead]
     for at in np.ndindex(*p.shape[:lead]):
-        yield at, p.hf.format(**dict(zip(keys, at)))
+        number = (p.layers[at[0]], *at[1:]) if p.layers else at
+        yield at, p.hf.format(**dict(zip(keys, number)))
 
 
 def read(p: model.Param, tensors: dict[str, Tensor], index, dtype) -> np.ndarray:
@@ -186,8 +195,15 @@ def read(p: model.Param, tensors: dict[str, Tensor], index, dtype) -> np.ndarray
     return out
 
 
-def write(work: Path | None, params: dict, table: dict, dtype, shard_bytes: float, single: str = SINGLE) -> None:
-    """All tensors into one file or shards with an index; `work` None: only take part in the gathers."""
+def write(
+    work: Path | None, params: dict, table: dict, dtype, shard_bytes: float, single: str = SINGLE,
+    beside: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """All tensors into one file or shards with an index; `work` None: only take part in the gathers.
+
+    Args:
+      beside: tensors that are written as they are, as a shard of their own (`carried`).
+    """
     from safetensors.numpy import save_file
 
     leaves, tree = jax.tree.flatten(table, is_leaf=model.is_param)
@@ -204,8 +220,9 @@ def write(work: Path | None, params: dict, table: dict, dtype, shard_bytes: floa
                 room = shard_bytes
             plan[-1].append((p, array, layer))
             room -= nbytes
-    files = [single] if len(plan) == 1 else [
-        f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]  # fmt: skip
+    count = len(plan) + bool(beside)
+    files = [single] if count == 1 else [
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]  # fmt: skip
     mapped, total = {}, 0
     for file, parts in zip(files, plan):
         here: dict[str, np.ndarray] = {}
@@ -217,7 +234,12 @@ def write(work: Path | None, params: dict, table: dict, dtype, shard_bytes: floa
             save_file(here, work / file, metadata={"format": "pt"})
             mapped |= dict.fromkeys(here, file)
             total += sum(a.nbytes for a in here.values())
-    if work is not None and len(plan) > 1:
+    if work is not None and beside:
+        here = {name: np.ascontiguousarray(t.view()) for name, t in beside.items()}
+        save_file(here, work / files[-1], metadata={"format": "pt"})
+        mapped |= dict.fromkeys(here, files[-1])
+        total += sum(a.nbytes for a in here.values())
+    if work is not None and count > 1:
         bounded.write_json(
             work / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))}
         )

@@ -1,4 +1,4 @@
-"""One decoder for the Qwen3, Qwen2 and Llama families: pure functions over a nested dict of arrays.
+"""One decoder for the Qwen, Llama and Gemma families: pure functions over a nested dict of arrays.
 
 Shape letters, for the whole project (names end in them, einsums use them):
 
@@ -11,25 +11,30 @@ Shape letters, for the whole project (names end in them, einsums use them):
     Z parts of a packed batch (shards x micro-batches)
     J queries that share a key/value head, (Q / K) x L
     W blocks of the vocabulary                       U columns of one block
+    O value heads of linear attention                I tokens of its chunks
 
 `table(cfg)` declares every parameter once: shape, logical axes, init, and the Hugging Face tensor it is. Loading,
-sharding, init and export all read it. Layers are stacked along a leading axis and scanned in training; the sampler
-unstacks them once an iteration (`unstack`).
+sharding, init and export all read it. Layers are stacked along a leading axis and scanned in training, those of several
+kinds a period at a time; the sampler unstacks them once an iteration (`unstack`).
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax.model import attention, cpu, moe, rope
+from omniopd_jax.model import attention, cpu, linear, moe, rope
 from omniopd_jax.model.compute import Compute
 from omniopd_jax.model.table import (
+    FLOAT32,
     ModelConfig,
     Param,
+    cast,
     count,
     fits,
     init,
     is_param,
+    layer_slices,
+    layers_of,
     num_params,
     param_shardings,
     table,
@@ -38,9 +43,10 @@ from omniopd_jax.model.table import (
 from omniopd_jax.parallel import sharding
 
 __all__ = [
-    "Compute", "Head", "ModelConfig", "Param", "cast_layers", "count", "fits", "head", "hidden", "init", "is_param",
-    "layer", "logits", "lookup", "mlp", "num_params", "param_shardings", "project", "qkv", "rms_norm", "stored_head",
-    "table", "table_shardings", "unstack",
+    "Compute", "FLOAT32", "Head", "ModelConfig", "Param", "attention_of", "cast", "cast_layers", "count", "fits",
+    "head", "hidden", "init", "is_param", "layer", "layer_slices", "layers_of", "logits", "lookup", "mlp", "norm",
+    "num_params", "param_shardings", "project", "qkv", "rms_norm", "scaled", "stored_head", "table",
+    "table_shardings", "unstack",
 ]  # fmt: skip
 
 
@@ -86,21 +92,66 @@ def hidden(
     if position_BL is None:
         position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
     with jax.named_scope("embed"):
-        x_BLD = lookup(params["embed"], token_BL, compute)
-    angles = rope.tables(cfg, position_BL)
+        x_BLD = scaled(lookup(params["embed"], token_BL, compute), cfg)
+    angles = {kind: rope.tables(cfg, position_BL, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
 
-    def body(x_BLD, p):
-        if compute.host_layers:
-            p = jax.device_put(p, jax.memory.Space.Device)
+    def one(kind: str):
+        def run(x_BLD, p):
+            if compute.host_layers:
+                p = jax.device_put(p, jax.memory.Space.Device)
 
-        def attend(q, k, v):
-            return attention.attend(q, k, v, segment_BL=segment_BL, backend=compute.attention, mesh=compute.mesh)
+            def attend(q, k, v):
+                return attention.attend(
+                    q,
+                    k,
+                    v,
+                    segment_BL=segment_BL,
+                    backend=compute.attention,
+                    mesh=compute.mesh,
+                    **attention_of(cfg, kind),
+                )
 
-        return layer(x_BLD, p, cfg, compute, angles, attend), None
+            def recur(*args):
+                return linear.whole(args[0], p["conv"], *args[1:], cfg, segment_BL)[0]
+
+            return layer(x_BLD, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend), None
+
+        return _remat(run, compute.remat)
 
     with jax.named_scope("layers"):
-        x_BLD, _ = jax.lax.scan(_remat(body, compute.remat), x_BLD, params["layers"])
-    return rms_norm(x_BLD, params["final_norm"], cfg.norm_eps)
+        x_BLD = _over_layers(one, x_BLD, params["layers"], cfg)
+    return norm(x_BLD, params["final_norm"], cfg)
+
+
+def _over_layers(one, x_BLD, stacked: dict, cfg: ModelConfig):
+    """`one(kind)(x_BLD, p) -> (x_BLD, None)` of every layer in turn: a scan over periods of kinds, then the rest."""
+    if cfg.period == 1:
+        return jax.lax.scan(one(cfg.kinds[0]), x_BLD, stacked)[0]
+    run = {kind: one(kind) for kind in dict.fromkeys(cfg.kinds)}
+    periods, held = cfg.num_layers // cfg.period, layers_of(cfg)
+    each = {name: sum(i < cfg.period for i in held[name.split("_lora_")[0]]) for name in stacked}  # layers of a period
+
+    def body(x_BLD, p):
+        for i in range(cfg.period):
+            x_BLD, _ = run[cfg.kinds[i]](x_BLD, layer_slices(p, cfg, i))
+        return x_BLD, None
+
+    whole = {name: a[: periods * each[name]].reshape(periods, each[name], *a.shape[1:]) for name, a in stacked.items()}
+    x_BLD, _ = jax.lax.scan(body, x_BLD, whole)
+    for i in range(periods * cfg.period, cfg.num_layers):
+        x_BLD, _ = run[cfg.kinds[i]](x_BLD, layer_slices(stacked, cfg, i))
+    return x_BLD
+
+
+def attention_of(cfg: ModelConfig, kind: str) -> dict:
+    """What `attention.attend` is told of a kind of layer."""
+    scale = None if cfg.query_scale is None else cfg.query_scale**-0.5
+    return {"window": cfg.window if kind == "sliding" else 0, "scale": scale}
+
+
+def scaled(x_BLD, cfg: ModelConfig):
+    """Embeddings as the first layer takes them; the factor is rounded to their dtype, as the reference does."""
+    return x_BLD * jnp.asarray(cfg.hidden_size**0.5, x_BLD.dtype) if cfg.scaled_embeddings else x_BLD
 
 
 def lookup(embed, token_BL, compute: Compute):
@@ -117,25 +168,47 @@ def lookup(embed, token_BL, compute: Compute):
 
 
 def layer(x_BLD, p: dict, cfg: ModelConfig, compute: Compute, angles, attend):
-    """One decoder layer; `attend(q_BLQH, k_BLKH, v_BLKH) -> out_BLQH` is the caller's (training, prefill, decode)."""
-    q_BLQH, k_BLKH, v_BLKH = qkv(rms_norm(x_BLD, p["attn_norm"], cfg.norm_eps), p, cfg, compute, angles)
+    """One decoder layer; `attend(q_BLQH, k_BLKH, v_BLKH) -> out_BLQH` is the caller's (training, prefill, decode).
+
+    Of a linear layer `attend` is what `linear.mix` calls `recur`, and there are no angles.
+    """
+    h_BLD = norm(x_BLD, p["attn_norm"], cfg)
+    if "linear_qkv" in p:
+        with jax.named_scope("linear"):
+            y_BLD = linear.mix(h_BLD, p, cfg, lambda x, name: project(x, p, name, compute), attend)
+    else:
+        y_BLD = attention_part(h_BLD, p, cfg, compute, angles, attend)
+    if cfg.post_norms:
+        y_BLD = norm(y_BLD, p["attn_out_norm"], cfg)
+    x_BLD += y_BLD
+    with jax.named_scope("mlp"):
+        y_BLD = mlp(norm(x_BLD, p["mlp_norm"], cfg), p, cfg, compute)
+        return x_BLD + (norm(y_BLD, p["mlp_out_norm"], cfg) if cfg.post_norms else y_BLD)
+
+
+def attention_part(h_BLD, p: dict, cfg: ModelConfig, compute: Compute, angles, attend):
+    """Projections, attention, its gate, and the projection back."""
+    q_BLQH, k_BLKH, v_BLKH, gate_BLQH = qkv(h_BLD, p, cfg, compute, angles)
     with jax.named_scope("attention"):
         out_BLQH = attend(q_BLQH, k_BLKH, v_BLKH)
+        if cfg.attention_gate:
+            out_BLQH *= jax.nn.sigmoid(gate_BLQH)
         y_BLD = project(out_BLQH, p, "o", compute, axes=2)
-    x_BLD += y_BLD + p["o_bias"].astype(compute.dtype)[None, None] if cfg.out_bias else y_BLD
-    with jax.named_scope("mlp"):
-        return x_BLD + mlp(rms_norm(x_BLD, p["mlp_norm"], cfg.norm_eps), p, cfg, compute)
+    return y_BLD + p["o_bias"].astype(compute.dtype)[None, None] if cfg.out_bias else y_BLD
 
 
 def qkv(x_BLD, p: dict, cfg: ModelConfig, compute: Compute, angles):
-    """Projections, biases, per-head norms (Qwen3) and rotary embedding: (q_BLQH, k_BLKH, v_BLKH)."""
+    """Projections, biases, per-head norms and rotary embedding: (q_BLQH, k_BLKH, v_BLKH, gate_BLQH or None)."""
     with jax.named_scope("qkv"):
         q, k, v = (project(x_BLD, p, name, compute) for name in "qkv")
+        gate = None
         if cfg.qkv_bias:
             q, k, v = (a + p[f"{n}_bias"].astype(compute.dtype)[None, None] for a, n in ((q, "q"), (k, "k"), (v, "v")))
+        if cfg.attention_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
         if cfg.qk_norm:
-            q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
-        return rope.rotate(q, angles), rope.rotate(k, angles), v
+            q, k = norm(q, p["q_norm"], cfg), norm(k, p["k_norm"], cfg)
+        return rope.rotate(q, angles), rope.rotate(k, angles), v, gate
 
 
 def project(x, p: dict, name: str, compute: Compute, axes: int = 1):
@@ -158,11 +231,19 @@ def project(x, p: dict, name: str, compute: Compute, axes: int = 1):
 
 
 def mlp(x_BLD, p: dict, cfg: ModelConfig, compute: Compute):
-    """SwiGLU, or the mixture of experts where the layer has a router."""
+    """A gated feed-forward, or the mixture of experts where the layer has a router."""
     if cfg.num_experts:
         return moe.experts(x_BLD, p, cfg, compute.dtype)
     gate_BLF, up_BLF = (project(x_BLD, p, name, compute) for name in ("gate", "up"))
-    return project(jax.nn.silu(gate_BLF) * up_BLF, p, "down", compute)
+    act = jax.nn.silu if cfg.activation == "silu" else jax.nn.gelu  # the latter by tanh
+    return project(act(gate_BLF) * up_BLF, p, "down", compute)
+
+
+def norm(x, w, cfg: ModelConfig):
+    """`rms_norm` as the family has it: times w, or times 1 + w in float32."""
+    if not cfg.zero_centred_norms:
+        return rms_norm(x, w, cfg.norm_eps)
+    return rms_norm(x.astype(jnp.float32), 1.0 + w.astype(jnp.float32), cfg.norm_eps).astype(x.dtype)
 
 
 def rms_norm(x, scale, eps: float):
@@ -173,11 +254,10 @@ def rms_norm(x, scale, eps: float):
     return (y.astype(x.dtype)) * scale.astype(x.dtype).reshape(shape)
 
 
-def unstack(params: dict, dtype) -> dict:
+def unstack(params: dict, cfg: ModelConfig, dtype) -> dict:
     """Cast to `dtype`, `layers` as a list: for the sampler, once an iteration."""
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
-    count = len(jax.tree.leaves(params["layers"])[0])
-    return params | {"layers": [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(count)]}
+    params = cast(params, dtype)
+    return params | {"layers": [layer_slices(params["layers"], cfg, i) for i in range(cfg.num_layers)]}
 
 
 def cast_layers(params: dict, dtype) -> dict:
@@ -186,7 +266,7 @@ def cast_layers(params: dict, dtype) -> dict:
     A layer's leaf is used once a pass and in `dtype`: its gradient comes in that dtype, as its product does, and the
     sum over micro-batches belongs in the masters'.
     """
-    return params | {"layers": jax.tree.map(lambda a: a.astype(dtype), params["layers"])}
+    return params | {"layers": cast(params["layers"], dtype)}
 
 
 def _remat(body, name: str):

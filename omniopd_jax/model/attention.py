@@ -54,14 +54,19 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
     return name
 
 
-def attend(q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: str, mesh=None):
-    """Causal attention with grouped heads: scale H**-0.5, softmax in float32.
+def attend(
+    q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, window: int = 0, scale: float | None = None,
+    backend: str, mesh=None,
+):  # fmt: skip
+    """Causal attention with grouped heads, softmax in float32.
 
     Args:
       q_BLQH, k_BLKH, v_BLKH: Q a multiple of K.
       segment_BL: int32; a token sees only its own segment. None: the whole row, causal.
       length_B: int32, real tokens of right-padded rows. The outputs at real tokens do not depend on it (attention is
         causal); cudnn skips what lies beyond, and returns zeros there.
+      window: tokens that a token sees, itself included; 0: all before it.
+      scale: of the scores; None: H**-0.5.
       backend: a name of `BACKENDS`.
       mesh: the mesh whose rows and heads splash must split by hand; None: one device. xla and cudnn split themselves.
 
@@ -72,31 +77,35 @@ def attend(q_BLQH, k_BLKH, v_BLKH, *, segment_BL=None, length_B=None, backend: s
       UserError: cudnn with segments: its public call knows lengths, not segments.
     """
     if backend in ("splash", "splash_interpret"):
-        run = functools.partial(_splash, interpret=backend == "splash_interpret")
+        run = functools.partial(_splash, window=window, scale=scale, interpret=backend == "splash_interpret")
         return _split(run, q_BLQH, k_BLKH, v_BLKH, segment_BL, mesh or sharding.default_mesh())
     if backend == "cudnn":  # not named: its output is kept with the kernel's other results (`saved_by_kernel`), once
-        return _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B)
+        return _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B, window, scale)
     if backend != "xla":
         raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}; resolve() comes first")
-    return checkpoint_name(_causal(q_BLQH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL), "context")
+    out_BLQH = _causal(q_BLQH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), segment_BL, window, scale)
+    return checkpoint_name(out_BLQH, "context")
 
 
-def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL):
+def _causal(q_BLQH, k_BKLH, v_BKLH, segment_BL, window: int, scale):
     """Causal attention a block of queries at a time, each over the keys up to its end: most of what is masked is not
     made."""
     L = q_BLQH.shape[1]
     size = max(XLA_BLOCK, -(-L // XLA_BLOCKS)) if L > 2 * XLA_BLOCK else L
     out = []
     for start in range(0, L, size):
-        S = min(start + size, L)
-        mask = (jnp.arange(S)[None] <= jnp.arange(start, S)[:, None])[None]
+        S, first = min(start + size, L), max(0, start + 1 - window) if window else 0
+        query, key = jnp.arange(start, S)[:, None], jnp.arange(first, S)[None]
+        mask = (key <= query)[None]
+        if window:
+            mask = mask & (query - key < window)[None]
         if segment_BL is not None:
-            mask = mask & (segment_BL[:, start:S, None] == segment_BL[:, None, :S])
-        out.append(grouped(q_BLQH[:, start:S], k_BKLH[:, :, :S], v_BKLH[:, :, :S], mask))
+            mask = mask & (segment_BL[:, start:S, None] == segment_BL[:, None, first:S])
+        out.append(grouped(q_BLQH[:, start:S], k_BKLH[:, :, first:S], v_BKLH[:, :, first:S], mask, scale))
     return jnp.concatenate(out, axis=1)
 
 
-def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS):
+def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS, scale: float | None = None):
     """The product itself over keys [B, K, S, H] (the cache's layout); `mask_BLS` says who sees whom, B may be 1.
 
     The queries of a group are rows of one product (J = Q / K * L): as axes of their own the CPU takes three times as
@@ -105,7 +114,8 @@ def grouped(q_BLQH, k_BKSH, v_BKSH, mask_BLS):
     B, L, Q, H = q_BLQH.shape
     K, S = k_BKSH.shape[1:3]
     q_BKJH = q_BLQH.reshape(B, L, K, Q // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    score = jnp.einsum("bkjh,bksh->bkjs", q_BKJH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    score = jnp.einsum("bkjh,bksh->bkjs", q_BKJH, k_BKSH, preferred_element_type=jnp.float32)
+    score *= H**-0.5 if scale is None else scale
     score = score.reshape(B, K, Q // K, L, S)
     score = jnp.where(mask_BLS[:, None, None], score, jnp.finfo(jnp.float32).min)
     p_BKJS = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype).reshape(B, K, -1, S)
@@ -122,7 +132,7 @@ def saved_by_kernel(primitive, *_, **__) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B):
+def _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B, window: int, scale):
     if segment_BL is not None:
         raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or do not pack")
     lengths = None if length_B is None else length_B.astype(jnp.int32)
@@ -130,7 +140,8 @@ def _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B):
     # its backward kernel takes even lengths alone; causal, so no real token sees what is added on the right
     q, k, v = (jnp.pad(a, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for a in (q_BLQH, k_BLKH, v_BLKH))
     out_BLQH = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, scale=q_BLQH.shape[-1] ** -0.5, implementation="cudnn",
+        q, k, v, is_causal=True, scale=q_BLQH.shape[-1] ** -0.5 if scale is None else scale, implementation="cudnn",
+        local_window_size=(window - 1, 0) if window else None,
         query_seq_lengths=lengths, key_value_seq_lengths=lengths,
     )  # fmt: skip
     return out_BLQH[:, :L]
@@ -149,7 +160,7 @@ def _split(run, q_BLQH, k_BLKH, v_BLKH, segment_BL, mesh):
     return split(q_BLQH, k_BLKH, v_BLKH, segment_BL)
 
 
-def _splash(q_BLQH, k_BLKH, v_BLKH, segment_BL, *, interpret: bool):
+def _splash(q_BLQH, k_BLKH, v_BLKH, segment_BL, *, window: int, scale, interpret: bool):
     """The Pallas TPU kernel: grouped heads share their keys in it, whole blocks above the diagonal are skipped."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -157,14 +168,18 @@ def _splash(q_BLQH, k_BLKH, v_BLKH, segment_BL, *, interpret: bool):
     _, L, Q, H = q_BLQH.shape
     block = SPLASH_BLOCK if L >= SPLASH_BLOCK else L + -L % LANES
     pad = -L % block  # on the right: causal, so no real token sees it
-    mask = masks.MultiHeadMask([masks.CausalMask((L + pad, L + pad))] * Q)
+    shape = (L + pad, L + pad)
+    one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    mask = masks.MultiHeadMask([one] * Q)
     sizes = kernel.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     run = kernel.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
     )
-    q = (q_BLQH.astype(jnp.float32) * H**-0.5).astype(q_BLQH.dtype)  # the kernel does not scale
+    q = (q_BLQH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)).astype(
+        q_BLQH.dtype
+    )  # the kernel does not scale
     q, k, v = (jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (q, k_BLKH, v_BLKH))
     if segment_BL is None:
         out_BQLH = jax.vmap(run)(q, k, v)

@@ -22,6 +22,11 @@ LEAVES = {  # PEFT's name of a module -> (its leaf in model.table, axes of its i
     "gate_proj": ("gate", 1),
     "up_proj": ("up", 1),
     "down_proj": ("down", 1),
+    "in_proj_qkv": ("linear_qkv", 1),
+    "in_proj_z": ("linear_z", 1),
+    "in_proj_b": ("linear_b", 1),
+    "in_proj_a": ("linear_a", 1),
+    "out_proj": ("linear_out", 1),
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -43,6 +48,8 @@ def table(model_cfg: model.ModelConfig, settings) -> dict:
     base, layers = model.table(model_cfg)["layers"], {}
     for target in settings.targets:
         name, inputs = LEAVES[target]
+        if name not in base:
+            raise UserError(f"lora.targets: {model_cfg.family} has no {target}")
         layers |= _pair(name, base[name], inputs, settings.rank)
     return {"layers": layers}
 
@@ -59,11 +66,11 @@ def _pair(name: str, p: model.Param, inputs: int, rank: int) -> dict:
     stem = "base_model.model." + p.hf.removesuffix(".weight")
     a = model.Param(
         (layers, *into, rank), ("layers", *into_axes, "rank"), f"{stem}.lora_A.weight", (rank, math.prod(into)),
-        (rank, *into), (*range(1, 1 + len(into)), 0), "uniform", math.prod(into),
+        (rank, *into), (*range(1, 1 + len(into)), 0), "uniform", math.prod(into), p.layers,
     )  # fmt: skip
     b = model.Param(
         (layers, rank, *out), ("layers", "rank", *out_axes), f"{stem}.lora_B.weight", (math.prod(out), rank),
-        (*out, rank), (len(out), *range(len(out))), "zeros",
+        (*out, rank), (len(out), *range(len(out))), "zeros", 0, p.layers,
     )  # fmt: skip
     return {f"{name}_lora_a": a, f"{name}_lora_b": b}
 
@@ -122,15 +129,15 @@ def merge(params: dict, scale: float, dtype) -> dict:
     A layer at a time, so that no float32 copy of a stack is made.
     """
 
-    def layer(p: dict) -> dict:
-        out = {}
-        for name, w in p.items():
-            if f"{name}_lora_a" in p:
-                a, b = p[f"{name}_lora_a"], p[f"{name}_lora_b"]
-                w = w.astype(jnp.float32) + scale * jnp.tensordot(a, b, axes=1, precision="highest")
-            if "_lora_" not in name:
-                out[name] = w.astype(dtype)
-        return out
+    def whole(w, a, b):
+        return (w.astype(jnp.float32) + scale * jnp.tensordot(a, b, axes=1, precision="highest")).astype(dtype)
 
-    rest = {k: v.astype(dtype) for k, v in params.items() if k != "layers"}
-    return rest | {"layers": jax.lax.map(layer, params["layers"])}
+    layers = params["layers"]
+    merged = {
+        name: jax.lax.map(lambda wab: whole(*wab), (w, layers[f"{name}_lora_a"], layers[f"{name}_lora_b"]))
+        for name, w in layers.items()
+        if f"{name}_lora_a" in layers
+    }
+    kept = {name: w for name, w in layers.items() if "_lora_" not in name and name not in merged}
+    rest = {name: a for name, a in params.items() if name != "layers"}
+    return model.cast(rest, dtype) | {"layers": model.cast(kept, dtype) | merged}

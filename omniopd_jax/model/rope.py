@@ -1,5 +1,6 @@
 """Rotary position embedding: inverse frequencies with each family's scaling, and the rotation."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,8 +10,14 @@ import numpy as np
 from omniopd_jax.model.table import ModelConfig
 
 
-def tables(cfg: ModelConfig, position_BL):
-    """float32 (sin, cos), each [B, L, 1, H/2], with the family's frequency scaling."""
+def tables(cfg: ModelConfig, position_BL, kind: str = "full"):
+    """float32 (sin, cos), each [B, L, 1, H/2] (half of `rotary_dim`), with the family's frequency scaling.
+
+    Args:
+      kind: of the layer; a sliding one may have a base of its own, without scaling.
+    """
+    if kind == "sliding" and cfg.local_rope_theta is not None:
+        cfg = dataclasses.replace(cfg, rope_theta=cfg.local_rope_theta, rope_scaling=())
     freq, gain = frequencies(cfg)
     angle = position_BL[:, :, None, None].astype(jnp.float32) * freq[None, None, None, :]
     return jnp.sin(angle) * gain, jnp.cos(angle) * gain
@@ -19,6 +26,10 @@ def tables(cfg: ModelConfig, position_BL):
 def rotate(x_BLQH, rope):
     """Rotary embedding of queries or keys, half-split pairs, computed in float32."""
     sin, cos = rope
+    turned = 2 * sin.shape[-1]
+    if turned < x_BLQH.shape[-1]:
+        head, rest = jnp.split(x_BLQH, [turned], axis=-1)
+        return jnp.concatenate([rotate(head, rope), rest], axis=-1)
     a, b = jnp.split(x_BLQH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLQH.dtype)
 
@@ -29,7 +40,7 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, np.float32]:
 
     In numpy, so that no backend's power function enters: at position 8,000 an ulp of a frequency is 1e-3 of an angle.
     """
-    H = cfg.head_dim
+    H = cfg.rotary_dim or cfg.head_dim
     freq = 1 / np.float32(cfg.rope_theta) ** (np.arange(0, H, 2, dtype=np.float32) / np.float32(H))
     s = dict(cfg.rope_scaling)
     if not s:
@@ -51,7 +62,7 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, np.float32]:
 
 def _yarn(cfg: ModelConfig, freq: np.ndarray, s: dict) -> tuple[np.ndarray, np.float32]:
     """YaRN: a ramp between interpolated and original frequencies, and a gain on sin and cos."""
-    H, old = cfg.head_dim, s["original_max_position_embeddings"]
+    H, old = cfg.rotary_dim or cfg.head_dim, s["original_max_position_embeddings"]
 
     def pair(rotations):  # the (fractional) pair that turns `rotations` times within the original context
         return H * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))

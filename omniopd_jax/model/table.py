@@ -14,12 +14,14 @@ from jax.sharding import PartitionSpec as P
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
 
+FLOAT32 = ("a_log", "dt_bias")  # leaves that are computed with in float32 whatever the rest is in
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What a config.json says of the architecture. How a run computes it is `compute.Compute`."""
 
-    family: str  # qwen3 | qwen2 | llama | qwen3_moe
+    family: str  # qwen3 | qwen2 | llama | qwen3_moe | gemma3 | qwen3_5
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -39,6 +41,39 @@ class ModelConfig:
     expert_size: int = 0
     normalize_experts: bool = True
     max_positions: int = 32_768
+    # of families whose layers differ, or whose parts do
+    layer_kinds: tuple[str, ...] = ()  # of each layer: full | sliding | linear; empty: full, all of them
+    window: int = 0  # sliding: tokens that a token sees, itself included
+    local_rope_theta: float | None = None  # sliding: the base of its own RoPE, which is not scaled
+    rotary_dim: int = 0  # how much of a head RoPE turns; 0: all of it
+    query_scale: float | None = None  # attention scores are divided by its root; None: by that of head_dim
+    zero_centred_norms: bool = False  # a norm's factor is 1 + w
+    post_norms: bool = False  # norms of what attention and feed-forward give, before it is added
+    scaled_embeddings: bool = False  # times the root of hidden_size
+    activation: str = "silu"  # silu | gelu_tanh
+    attention_gate: bool = False  # q_proj gives a gate too: attention's output times its sigmoid
+    linear_key_heads: int = 0  # linear: heads of query and key, and of value, their widths, the convolution's width
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
+    conv_width: int = 0
+    prefix: str = "model."  # of the text model's tensors in the file
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.layer_kinds or ("full",) * self.num_layers
+
+    @property
+    def period(self) -> int:
+        """Layers after which the kinds repeat."""
+        kinds = self.kinds
+        return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of a linear layer's convolution: its queries, keys and values."""
+        return 2 * self.linear_key_heads * self.linear_key_dim + self.linear_value_heads * self.linear_value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +86,63 @@ class Param:
     hf_shape: tuple[int, ...]  # in the file
     view: tuple[int, ...]  # the same with the heads split off
     perm: tuple[int, ...]
-    init: str = "normal"  # normal | ones | zeros; adapters: uniform | zeros
+    init: str = "normal"  # normal | ones | zeros | log_uniform; adapters: uniform | zeros
     fan_in: int = 0
+    layers: tuple[int, ...] = ()  # the numbers of the layers that a stacked leaf holds
 
 
 def table(cfg: ModelConfig) -> dict:
-    """Every parameter of the model, as a nested dict of `Param` with the structure of the parameters."""
-    V, D, F, Q, K, H = (
-        cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim,
-    )  # fmt: skip
-    layer = {
-        "attn_norm": _vector(D, "input_layernorm.weight"),
-        "mlp_norm": _vector(D, "post_attention_layernorm.weight"),
-        "q": _heads(D, Q, H, "heads", "self_attn.q_proj.weight"),
+    """Every parameter of the model, as a nested dict of `Param` with the structure of the parameters.
+
+    A leaf of `layers` is stacked over the layers that have it (`Param.layers`): all of them, or those of one kind.
+    """
+    V, D = cfg.vocab_size, cfg.hidden_size
+    every = tuple(range(cfg.num_layers))
+    linear = tuple(i for i, kind in enumerate(cfg.kinds) if kind == "linear")
+    attention = tuple(i for i in every if i not in linear)
+
+    def stack(part: dict, layers: tuple[int, ...]) -> dict:
+        return {
+            name: dataclasses.replace(
+                p, shape=(len(layers), *p.shape), axes=("layers", *p.axes), layers=layers,
+                hf=f"{cfg.prefix}layers.{{layer}}.{p.hf}",
+            )
+            for name, p in part.items()
+        }  # fmt: skip
+
+    layers = stack(_norms(cfg), every) | stack(_attention(cfg), attention) | stack(_mlp(cfg), every)
+    if linear:
+        layers |= stack(_linear(cfg), linear)
+    embed = f"{cfg.prefix}embed_tokens.weight"
+    out = {
+        "embed": Param((V, D), ("vocab", "embed"), embed, (V, D), (V, D), (0, 1), fan_in=D),
+        "layers": layers,
+        "final_norm": _vector(D, f"{cfg.prefix}norm.weight", init=_norm_init(cfg)),
+    }
+    if not cfg.tied:
+        out["head"] = _matrix((D, V), ("embed", "vocab"), "lm_head.weight")
+    return out
+
+
+def _norm_init(cfg: ModelConfig) -> str:
+    return "zeros" if cfg.zero_centred_norms else "ones"
+
+
+def _norms(cfg: ModelConfig) -> dict:
+    """Of the residual stream."""
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if cfg.post_norms:
+        names = {
+            "attn_norm": "input_layernorm", "attn_out_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm", "mlp_out_norm": "post_feedforward_layernorm",
+        }  # fmt: skip
+    return {k: _vector(cfg.hidden_size, f"{hf}.weight", init=_norm_init(cfg)) for k, hf in names.items()}
+
+
+def _attention(cfg: ModelConfig) -> dict:
+    D, Q, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    out = {
+        "q": _heads(D, Q, H * (1 + cfg.attention_gate), "heads", "self_attn.q_proj.weight"),
         "k": _heads(D, K, H, "kv_heads", "self_attn.k_proj.weight"),
         "v": _heads(D, K, H, "kv_heads", "self_attn.v_proj.weight"),
         "o": Param(
@@ -72,37 +151,52 @@ def table(cfg: ModelConfig) -> dict:
         ),
     }  # fmt: skip
     if cfg.qk_norm:
-        layer |= {n: _vector(H, f"self_attn.{n}.weight", axis=None) for n in ("q_norm", "k_norm")}
+        out |= {n: _vector(H, f"self_attn.{n}.weight", axis=None, init=_norm_init(cfg)) for n in ("q_norm", "k_norm")}
     if cfg.qkv_bias:
         for name, n, axis in (("q", Q, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
             key = f"self_attn.{name}_proj.bias"
-            layer[f"{name}_bias"] = Param((n, H), (axis, None), key, (n * H,), (n, H), (0, 1), "zeros")
+            out[f"{name}_bias"] = Param((n, H), (axis, None), key, (n * H,), (n, H), (0, 1), "zeros")
     if cfg.out_bias:
-        layer["o_bias"] = _vector(D, "self_attn.o_proj.bias", init="zeros")
-    if cfg.num_experts:
-        E, F = cfg.num_experts, cfg.expert_size
-        layer["router"] = _matrix((D, E), ("embed", None), "mlp.gate.weight")
-        for name, shape, axes in (
-            ("gate", (D, F), ("embed", "ff")), ("up", (D, F), ("embed", "ff")), ("down", (F, D), ("ff", "embed")),
-        ):  # fmt: skip
-            p = _matrix(shape, axes, f"mlp.experts.{{expert}}.{name}_proj.weight")
-            layer[name] = dataclasses.replace(p, shape=(E, *shape), axes=("experts", *axes))
-    else:
-        layer["gate"] = _matrix((D, F), ("embed", "ff"), "mlp.gate_proj.weight")
-        layer["up"] = _matrix((D, F), ("embed", "ff"), "mlp.up_proj.weight")
-        layer["down"] = _matrix((F, D), ("ff", "embed"), "mlp.down_proj.weight")
+        out["o_bias"] = _vector(D, "self_attn.o_proj.bias", init="zeros")
+    return out
 
-    def stack(p: Param) -> Param:
-        hf = f"model.layers.{{layer}}.{p.hf}"
-        return dataclasses.replace(p, shape=(cfg.num_layers, *p.shape), axes=("layers", *p.axes), hf=hf)
 
-    out = {
-        "embed": Param((V, D), ("vocab", "embed"), "model.embed_tokens.weight", (V, D), (V, D), (0, 1), fan_in=D),
-        "layers": {name: stack(p) for name, p in layer.items()},
-        "final_norm": _vector(D, "model.norm.weight"),
+def _linear(cfg: ModelConfig) -> dict:
+    """Of a gated delta net (linear.py): query, key and value are one projection, which tp does not split."""
+    D, heads, channels = cfg.hidden_size, cfg.linear_value_heads, cfg.conv_channels
+    values = heads * cfg.linear_value_dim
+    conv = Param(
+        (channels, cfg.conv_width), (None, None), "linear_attn.conv1d.weight", (channels, 1, cfg.conv_width),
+        (channels, cfg.conv_width), (0, 1), fan_in=cfg.conv_width,
+    )  # fmt: skip
+    return {
+        "linear_qkv": _matrix((D, channels), ("embed", None), "linear_attn.in_proj_qkv.weight"),
+        "linear_z": _matrix((D, values), ("embed", None), "linear_attn.in_proj_z.weight"),
+        "linear_b": _matrix((D, heads), ("embed", None), "linear_attn.in_proj_b.weight"),
+        "linear_a": _matrix((D, heads), ("embed", None), "linear_attn.in_proj_a.weight"),
+        "conv": conv,
+        "dt_bias": _vector(heads, "linear_attn.dt_bias", axis=None),
+        "a_log": _vector(heads, "linear_attn.A_log", axis=None, init="log_uniform"),
+        "linear_norm": _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None),
+        "linear_out": _matrix((values, D), (None, "embed"), "linear_attn.out_proj.weight"),
     }
-    if not cfg.tied:
-        out["head"] = _matrix((D, V), ("embed", "vocab"), "lm_head.weight")
+
+
+def _mlp(cfg: ModelConfig) -> dict:
+    D, F = cfg.hidden_size, cfg.intermediate_size
+    if not cfg.num_experts:
+        return {
+            "gate": _matrix((D, F), ("embed", "ff"), "mlp.gate_proj.weight"),
+            "up": _matrix((D, F), ("embed", "ff"), "mlp.up_proj.weight"),
+            "down": _matrix((F, D), ("ff", "embed"), "mlp.down_proj.weight"),
+        }
+    E, F = cfg.num_experts, cfg.expert_size
+    out = {"router": _matrix((D, E), ("embed", None), "mlp.gate.weight")}
+    for name, shape, axes in (
+        ("gate", (D, F), ("embed", "ff")), ("up", (D, F), ("embed", "ff")), ("down", (F, D), ("ff", "embed")),
+    ):  # fmt: skip
+        p = _matrix(shape, axes, f"mlp.experts.{{expert}}.{name}_proj.weight")
+        out[name] = dataclasses.replace(p, shape=(E, *shape), axes=("experts", *axes))
     return out
 
 
@@ -119,6 +213,26 @@ def _matrix(shape: tuple[int, int], axes: tuple, hf: str) -> Param:
     return Param(shape, axes, hf, shape[::-1], shape[::-1], (1, 0), fan_in=shape[0])
 
 
+@functools.lru_cache
+def layers_of(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name of a leaf of `layers` -> the numbers of the layers that it is stacked over."""
+    return {name: p.layers for name, p in table(cfg)["layers"].items()}
+
+
+def layer_slices(stacked: dict, cfg: ModelConfig, i: int) -> dict:
+    """The leaves of layer i of a stacked `layers`."""
+    layers = {name: layers_of(cfg)[name.split("_lora_")[0]] for name in stacked}
+    return {name: a[layers[name].index(i)] for name, a in stacked.items() if i in layers[name]}
+
+
+def cast(params: dict, dtype) -> dict:
+    """`params`, or a part of them, in `dtype`, but for the leaves that are computed with in float32."""
+    return {
+        name: cast(a, dtype) if isinstance(a, dict) else a.astype(jnp.float32 if name in FLOAT32 else dtype)
+        for name, a in params.items()
+    }
+
+
 def is_param(x) -> bool:
     """Leaf test for `jax.tree.map` over a table."""
     return isinstance(x, Param)
@@ -133,10 +247,12 @@ def fits(params: dict, table: dict) -> bool:
 
 
 def init(key: jax.Array, cfg: ModelConfig) -> dict:
-    """Random float32 parameters: normal, standard deviation fan_in**-0.5 (embeddings 0.02); norms one, biases zero."""
+    """Random float32 parameters: normal, standard deviation fan_in**-0.5 (embeddings 0.02); norms 1, biases 0."""
     leaves, tree = jax.tree.flatten(table(cfg), is_leaf=is_param)
 
     def one(key, p: Param):
+        if p.init == "log_uniform":
+            return jnp.log(jax.random.uniform(key, p.shape, jnp.float32, 0.01, 16.0))
         if p.init != "normal":
             return jnp.full(p.shape, float(p.init == "ones"), jnp.float32)
         scale = 0.02 if "embed_tokens" in p.hf or "lm_head" in p.hf else p.fan_in**-0.5

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from omniopd_jax import model, objective, rollout, step, vocab
 from omniopd_jax.errors import UserError
-from omniopd_jax.model import attention, lora
+from omniopd_jax.model import attention, linear, lora
 from omniopd_jax.parallel import packing, sharding
 from omniopd_jax.run import flops, hlo, preflight, setup
 from omniopd_jax.run.topologies import devices, model_config
@@ -139,10 +139,12 @@ class Plan:
             shape, spec = a.shape[1:], a.sharding.spec[1:]
             if name in ("q", "k", "v"):  # the heads and their width as one axis
                 shape, spec = (shape[0], shape[1] * shape[2]), spec[:2]
-            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=NamedSharding(self.mesh, P(*spec)))
+            dtype = jnp.float32 if name in model.FLOAT32 else a.dtype
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, P(*spec)))
 
-        one = {name: layer(name, a) for name, a in stacked["layers"].items()}
-        return stacked | {"layers": [one] * self.model_cfg.num_layers}
+        one, held = {name: layer(name, a) for name, a in stacked["layers"].items()}, model.layers_of(self.model_cfg)
+        layers = [{name: a for name, a in one.items() if i in held[name]} for i in range(self.model_cfg.num_layers)]
+        return stacked | {"layers": layers}
 
     def sampler_state(self) -> rollout.SamplerState:
         """The decode loop's carry with the longest cache."""
@@ -152,6 +154,11 @@ class Plan:
             (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), self.compute.dtype,
             sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
         )  # fmt: skip
+        state = linear.State(
+            row(c.conv_width - 1, c.conv_channels, dtype=self.compute.dtype),
+            row(c.linear_value_heads, c.linear_key_dim, c.linear_value_dim),
+        )  # fmt: skip
+        cache = [state if kind == "linear" else (kv, kv) for kind in c.kinds]
         i32, T = jnp.int32, self.T
         out = rollout.Rollout(
             row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T)
@@ -160,7 +167,7 @@ class Plan:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.rows(self.mesh))
         hidden = row(c.hidden_size, dtype=self.compute.dtype)
         t = jax.ShapeDtypeStruct((), i32, sharding=sharding.replicated(self.mesh))
-        return rollout.SamplerState([(kv, kv)] * c.num_layers, hidden, row(dtype=i32), key, t, out)
+        return rollout.SamplerState(cache, hidden, row(dtype=i32), key, t, out)
 
     def lower(self, name: str):
         """The pass, lowered: (lowered, bytes a chip donated, bytes a chip that the run holds beside the arguments)."""

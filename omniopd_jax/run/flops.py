@@ -7,6 +7,7 @@ counted: this is model FLOPs utilisation.
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -55,11 +56,25 @@ def chip_of(kind: str) -> Chip | None:
 
 def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:
     """(parameters of the layers' products that one token passes, parameters of the output projection)."""
-    D, Q, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    ff = 3 * D * cfg.intermediate_size
-    if cfg.num_experts:
-        ff = 3 * D * cfg.expert_size * cfg.experts_per_token + D * cfg.num_experts
-    return cfg.num_layers * (D * H * (2 * Q + 2 * K) + ff), D * cfg.vocab_size
+    layers = 0
+    for p in model.table(cfg)["layers"].values():
+        if len(p.hf_shape) == 2:  # a projection; not a vector, nor a convolution
+            size = math.prod(p.shape)
+            layers += size * cfg.experts_per_token // cfg.num_experts if "experts" in p.axes else size
+    return layers, cfg.hidden_size * cfg.vocab_size
+
+
+def mixing(cfg: model.ModelConfig, n: int) -> float:
+    """FLOPs of what mixes the n tokens of a row, in all layers: attention's two products, or the delta rule's three and
+    its convolution. The latter is counted as the recurrence; chunks take more.
+    """
+    width = min(cfg.window, n) if cfg.window else n
+    pairs = {"full": n * (n + 1) / 2, "sliding": width * (width + 1) / 2 + (n - width) * width}
+    delta = (
+        6 * cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim + 2 * cfg.conv_width * cfg.conv_channels
+    )
+    attention = 4 * cfg.num_heads * cfg.head_dim
+    return sum(float(n * delta) if kind == "linear" else attention * pairs[kind] for kind in cfg.kinds)
 
 
 def forward(cfg: model.ModelConfig, lengths, heads) -> float:
@@ -70,10 +85,7 @@ def forward(cfg: model.ModelConfig, lengths, heads) -> float:
       heads: positions of each row that meet the vocabulary.
     """
     layers, head = matmul_params(cfg)
-    # a token at place i meets i + 1 keys in two products
-    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
-    pairs = sum(n * (n + 1) / 2 for n in lengths)
-    return 2.0 * layers * sum(lengths) + attention * pairs + 2.0 * head * sum(heads)
+    return 2.0 * layers * sum(lengths) + sum(mixing(cfg, n) for n in lengths) + 2.0 * head * sum(heads)
 
 
 def update(
@@ -109,9 +121,14 @@ def decode_bytes(cfg: model.ModelConfig, prompts, responses, *, rows_together: i
     layers, head = matmul_params(cfg)
     batches = -(-len(responses) // rows_together)
     weights = (layers + head) * max(responses, default=0) * batches
-    per_token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
-    cache = sum(n * p + n * (n + 1) / 2 for p, n in zip(prompts, responses)) * per_token
-    return float(itemsize) * (weights + cache)
+    per_slot = 2 * cfg.num_kv_heads * cfg.head_dim
+    slots = {"full": 0.0, "sliding": 0.0, "linear": 0.0}
+    for p, n in zip(prompts, responses):
+        slots["full"] += n * p + n * (n + 1) / 2
+        slots["sliding"] += sum(min(cfg.window, p + t + 1) for t in range(n)) if cfg.window else 0
+    cache = per_slot * sum(slots[kind] for kind in cfg.kinds)
+    state = 4.0 * cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim * cfg.kinds.count("linear")
+    return float(itemsize) * (weights + cache) + state * sum(responses)
 
 
 def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None) -> dict:

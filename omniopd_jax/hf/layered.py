@@ -1,0 +1,127 @@
+"""config.json of families whose layers differ: Gemma 3 (sliding and full attention) and Qwen3.5 (linear and full).
+
+Both come as a text model alone or as the text part of a model of images and text (`text_config`); of the latter the
+text model is trained, and the rest is carried through to an export as it was (`CARRIED`).
+"""
+
+from collections.abc import Callable
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.model import ModelConfig
+
+WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Qwen3_5ForConditionalGeneration": "qwen3_5"}
+PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's tensors, alone and within a wrapper
+CARRIED = (
+    "model.visual.",
+    "mtp.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)  # tensors of no text parameter
+KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
+
+
+def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: str) -> dict:
+    """ModelConfig's fields beyond the common ones; takes what it reads out of `left`."""
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if (cap := left.pop(key, None)) is not None:
+            raise UserError(f"{where}: {key} = {cap!r} is not implemented; only null is")
+    if left.pop("use_bidirectional_attention", False):
+        raise UserError(f"{where}: use_bidirectional_attention = True is not implemented; only False is")
+    for key in ("hidden_activation", "hidden_act"):
+        if (act := left.pop(key, None)) not in (None, "gelu_pytorch_tanh"):
+            raise UserError(f"{where}: {key} = {act!r} is not implemented; only 'gelu_pytorch_tanh' is")
+    pattern = take("sliding_window_pattern", 6)
+    take("_sliding_window_pattern", None)
+    kinds = _kinds(left, where, ("full", "sliding"), lambda i: "full" if (i + 1) % pattern == 0 else "sliding")
+    entries = left.get("rope_parameters")
+    if isinstance(entries, dict) and "full_attention" in entries:  # transformers 5
+        del left["rope_parameters"]
+        theta, scaling = rope(entries["full_attention"])
+        local, local_scaling = rope(entries.get("sliding_attention") or {"rope_theta": 10_000.0})
+        if local_scaling:
+            raise UserError(f"{where}: rope_parameters.sliding_attention is scaled, which is not implemented")
+        for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
+            left.pop(key, None)
+    else:
+        entry = {"rope_theta": left.pop("rope_theta", None) or 1_000_000.0} | (left.pop("rope_scaling", None) or {})
+        (theta, scaling), local = rope(entry), float(left.pop("rope_local_base_freq", None) or 10_000.0)
+    return {
+        "head_dim": size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
+        "window": size("sliding_window", 4096), "local_rope_theta": local,
+        "query_scale": float(take("query_pre_attn_scalar", 256)),
+        "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh",
+        "qk_norm": True,
+        "tied": take("tie_word_embeddings", True),
+    }  # fmt: skip
+
+
+def qwen3_5(left: dict, size: Callable, take: Callable, rope: Callable, where: str) -> dict:
+    """As `gemma3`."""
+    interval = take("full_attention_interval", 4)
+    kinds = _kinds(left, where, ("full", "linear"), lambda i: "full" if (i + 1) % interval == 0 else "linear")
+    entry = dict(take("rope_parameters", None) or take("rope_scaling", None) or {})
+    part = entry.pop("partial_rotary_factor", None) or left.pop("partial_rotary_factor", None) or 0.25
+    left.pop("partial_rotary_factor", None)
+    theta = left.pop("rope_theta", None)
+    for key in ("mrope_section", "mrope_interleaved"):  # on text its three axes count alike
+        entry.pop(key, None)
+    if entry.get("rope_type") == "mrope":
+        entry["rope_type"] = "default"
+    theta, scaling = rope(({} if theta is None else {"rope_theta": theta}) | entry)
+    left.pop("attn_output_gate", None)
+    head_dim = size("head_dim", 256)
+    return {
+        "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
+        "rotary_dim": int(head_dim * part), "zero_centred_norms": True, "attention_gate": True, "qk_norm": True,
+        "linear_key_heads": size("linear_num_key_heads", 16), "linear_value_heads": size("linear_num_value_heads", 32),
+        "linear_key_dim": size("linear_key_head_dim", 128), "linear_value_dim": size("linear_value_head_dim", 128),
+        "conv_width": size("linear_conv_kernel_dim", 4),
+    }  # fmt: skip
+
+
+FAMILIES = {"gemma3": gemma3, "qwen3_5": qwen3_5}
+
+
+def _kinds(left: dict, where: str, known: tuple[str, ...], default: Callable[[int], str]) -> tuple[str, ...]:
+    layers, found = left.get("num_hidden_layers"), left.pop("layer_types", None)
+    if found is None:
+        return tuple(map(default, range(layers))) if isinstance(layers, int) else ()
+    if not isinstance(found, list) or len(found) != layers or any(KINDS.get(str(k)) not in known for k in found):
+        raise UserError(
+            f"{where}: layer_types must name one of {', '.join(k for k in KINDS if KINDS[k] in known)} per layer"
+        )
+    return tuple(KINDS[k] for k in found)
+
+
+def config_json(cfg: ModelConfig) -> dict:
+    """What a config.json of these families holds beyond the common fields, or otherwise."""
+    names = {kind: name for name, kind in KINDS.items()}
+    scaling = dict(cfg.rope_scaling) or {"rope_type": "default"}
+    out = {"model_type": f"{cfg.family}_text", "layer_types": [names[kind] for kind in cfg.kinds]}
+    if cfg.family == "gemma3":
+        return out | {
+            "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": int(cfg.query_scale),
+            "sliding_window": cfg.window, "rope_theta": None, "rope_local_base_freq": None, "rope_scaling": None,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": cfg.rope_theta} | scaling,
+                "sliding_attention": {"rope_theta": cfg.local_rope_theta, "rope_type": "default"},
+            },
+            "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
+        }  # fmt: skip
+    return out | {
+        "rope_theta": None, "rope_scaling": None,
+        "rope_parameters": scaling
+        | {"rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rotary_dim / cfg.head_dim},
+        "linear_num_key_heads": cfg.linear_key_heads, "linear_num_value_heads": cfg.linear_value_heads,
+        "linear_key_head_dim": cfg.linear_key_dim, "linear_value_head_dim": cfg.linear_value_dim,
+        "linear_conv_kernel_dim": cfg.conv_width,
+    }  # fmt: skip
+
+
+def around(ours: dict, source: dict) -> dict:
+    """The config.json `ours` with what the source's says beside the text model; in a wrapper, in place of its text."""
+    text = source.get("text_config")
+    if not isinstance(text, dict):
+        return source | ours
+    named = {key: value for key, value in ours.items() if key not in ("architectures",)}
+    return source | {"text_config": text | named, "dtype": ours["dtype"]}
