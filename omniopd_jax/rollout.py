@@ -37,7 +37,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class SamplerState:
-    """Carry of the decode loop. hidden_BD produces the next token; `cache`: (k_BKSH, v_BKSH) or a linear.State per layer."""
+    """Carry of the decode loop. hidden_BD produces the next token; cache: (k_BKSH, v_BKSH) or linear.State by layer."""
 
     cache: list
     hidden_BD: jax.Array

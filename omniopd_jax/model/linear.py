@@ -139,6 +139,8 @@ def _chunks(q, k, v, decay, beta, segment_BL):
         return (memory, segment_BI[:, -1]), out
 
     first = (jnp.zeros((B, heads, k.shape[-1], v.shape[-1]), jnp.float32), segment_BL[:, 0])
+    # the backward pass makes a chunk's products again: kept, they are a dozen times what the states between chunks take
+    one = jax.checkpoint(one, prevent_cse=False)
     (memory, _), out = jax.lax.scan(one, first, (*map(chunked, (q, k, v, decay, beta)), segment))
     out = out.swapaxes(2, 3).swapaxes(0, 1).reshape(B, L + pad, heads, -1)
     return out[:, :L], memory
