@@ -79,12 +79,18 @@ def qwen3_5(left: dict, size: Callable, take: Callable, rope: Callable, where: s
     }  # fmt: skip
 
 
+MOST_LAYERS = 10_000  # whose kinds are written out before any tensor has been seen
+
 FAMILIES = {"gemma3": gemma3, "qwen3_5": qwen3_5}
 
 
 def _kinds(left: dict, where: str, known: tuple[str, ...], default: Callable[[int], str]) -> tuple[str, ...]:
     layers, found = left.get("num_hidden_layers"), left.pop("layer_types", None)
     if found is None:
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise UserError(
+                f"{where}: num_hidden_layers = {layers} without layer_types; at most {MOST_LAYERS} are read"
+            )
         return tuple(map(default, range(layers))) if isinstance(layers, int) else ()
     if not isinstance(found, list) or len(found) != layers or any(KINDS.get(str(k)) not in known for k in found):
         raise UserError(

@@ -5,6 +5,7 @@ Hugging Face tensor that it is. Loading, sharding, init and export all read it.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ class Param:
     perm: tuple[int, ...]
     init: str = "normal"  # normal | ones | zeros | log_uniform; adapters: uniform | zeros
     fan_in: int = 0
-    layers: tuple[int, ...] = ()  # the numbers of the layers that a stacked leaf holds
+    layers: Sequence[int] = ()  # the numbers of the layers that a stacked leaf holds
 
 
 def table(cfg: ModelConfig) -> dict:
@@ -97,11 +98,11 @@ def table(cfg: ModelConfig) -> dict:
     A leaf of `layers` is stacked over the layers that have it (`Param.layers`): all of them, or those of one kind.
     """
     V, D = cfg.vocab_size, cfg.hidden_size
-    every = tuple(range(cfg.num_layers))
-    linear = tuple(i for i, kind in enumerate(cfg.kinds) if kind == "linear")
-    attention = tuple(i for i in every if i not in linear)
+    every = range(cfg.num_layers)  # never enumerated: the number may be a lie until the tensors have been seen
+    linear = tuple(i for i, kind in enumerate(cfg.layer_kinds) if kind == "linear")
+    attention = tuple(i for i in every if i not in linear) if linear else every
 
-    def stack(part: dict, layers: tuple[int, ...]) -> dict:
+    def stack(part: dict, layers: Sequence[int]) -> dict:
         return {
             name: dataclasses.replace(
                 p, shape=(len(layers), *p.shape), axes=("layers", *p.axes), layers=layers,
@@ -214,7 +215,7 @@ def _matrix(shape: tuple[int, int], axes: tuple, hf: str) -> Param:
 
 
 @functools.lru_cache
-def layers_of(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+def layers_of(cfg: ModelConfig) -> dict[str, Sequence[int]]:
     """Name of a leaf of `layers` -> the numbers of the layers that it is stacked over."""
     return {name: p.layers for name, p in table(cfg)["layers"].items()}
 

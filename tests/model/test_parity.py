@@ -134,7 +134,7 @@ def check_parts(loaded, case):
     angles = rope.tables(cfg, jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape))
     x = params["embed"][token]
     close(x, seen["embed"], "embeddings")
-    for i, p in enumerate(model.unstack(params, "float32")["layers"]):
+    for i, p in enumerate(model.unstack(params, cfg, "float32")["layers"]):
         h = model.rms_norm(x, p["attn_norm"], cfg.norm_eps)
         close(h, seen[f"{i}.input_layernorm"], f"layer {i}: first norm")
         # what the residual gains when the mlp is switched off is the attention block alone
