@@ -129,7 +129,10 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
             return _rope_entry(dict(entry), None, positions, f"{where}: rope_parameters")
 
         special = {"tied": None, "prefix": layered.WRAPPED_PREFIX if isinstance(inner, dict) else layered.PREFIX}
-        special |= layered.FAMILIES[family](left, size, take, rope, where)
+        try:
+            special |= layered.FAMILIES[family](left, size, take, rope, where)
+        except (TypeError, ValueError, OverflowError, AttributeError) as e:
+            raise UserError(f"{where}: rope or scale of a {family} is not what it should be: {str(e)[:100]}") from None
     for key, allowed in ONLY.items():
         if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
             raise UserError(f"{where}: {key} = {_shown(value)} is not implemented; only {_either(allowed)} is")

@@ -30,7 +30,7 @@ def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: st
     for key in ("hidden_activation", "hidden_act"):
         if (act := left.pop(key, None)) not in (None, "gelu_pytorch_tanh"):
             raise UserError(f"{where}: {key} = {act!r} is not implemented; only 'gelu_pytorch_tanh' is")
-    pattern = take("sliding_window_pattern", 6)
+    pattern = size("sliding_window_pattern", 6)
     take("_sliding_window_pattern", None)
     kinds = _kinds(left, where, ("full", "sliding"), lambda i: "full" if (i + 1) % pattern == 0 else "sliding")
     entries = left.get("rope_parameters")
@@ -45,10 +45,13 @@ def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: st
     else:
         entry = {"rope_theta": left.pop("rope_theta", None) or 1_000_000.0} | (left.pop("rope_scaling", None) or {})
         (theta, scaling), local = rope(entry), float(left.pop("rope_local_base_freq", None) or 10_000.0)
+    query_scale = float(take("query_pre_attn_scalar", 256))
+    if not 0 < query_scale < 1e9 or not 0 < local < 1e12:
+        raise UserError(f"{where}: query_pre_attn_scalar and rope_local_base_freq must be above 0")
     return {
         "head_dim": size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
         "window": size("sliding_window", 4096), "local_rope_theta": local,
-        "query_scale": float(take("query_pre_attn_scalar", 256)),
+        "query_scale": query_scale,
         "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh",
         "qk_norm": True,
         "tied": take("tie_word_embeddings", True),
@@ -57,7 +60,7 @@ def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: st
 
 def qwen3_5(left: dict, size: Callable, take: Callable, rope: Callable, where: str) -> dict:
     """As `gemma3`."""
-    interval = take("full_attention_interval", 4)
+    interval = size("full_attention_interval", 4)
     kinds = _kinds(left, where, ("full", "linear"), lambda i: "full" if (i + 1) % interval == 0 else "linear")
     entry = dict(take("rope_parameters", None) or take("rope_scaling", None) or {})
     part = entry.pop("partial_rotary_factor", None) or left.pop("partial_rotary_factor", None) or 0.25
@@ -69,6 +72,8 @@ def qwen3_5(left: dict, size: Callable, take: Callable, rope: Callable, where: s
         entry["rope_type"] = "default"
     theta, scaling = rope(({} if theta is None else {"rope_theta": theta}) | entry)
     left.pop("attn_output_gate", None)
+    if not isinstance(part, float | int) or not 0 < part <= 1:
+        raise UserError(f"{where}: partial_rotary_factor must be above 0 and at most 1")
     head_dim = size("head_dim", 256)
     return {
         "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,

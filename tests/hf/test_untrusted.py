@@ -183,3 +183,30 @@ def test_a_json_file_that_is_larger_than_such_a_file_is(tmp_path):
         f.truncate(20 << 30)
     one_line_within_bounds(lambda: bounded.read_json(file, 1_000_000), "larger than 1,000,000 bytes")
     one_line_within_bounds(lambda: bounded.read_json(tmp_path), "cannot be read")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window_pattern": 0, "full_attention_interval": 0},
+        {"rope_parameters": 5},
+        {"rope_parameters": {"full_attention": 3}, "rope_scaling": "x"},
+        {"rope_scaling": "x"},
+        {"query_pre_attn_scalar": "x", "partial_rotary_factor": "x"},
+        {"query_pre_attn_scalar": 0, "partial_rotary_factor": float("nan")},
+        {"rope_local_base_freq": "x", "partial_rotary_factor": 2},
+        {"num_hidden_layers": 10**9},
+        {"layer_types": [[1]] * 4},
+    ],
+    ids=str,
+)
+def test_what_families_of_several_layer_kinds_read_is_checked(fields, family):
+    names = {"gemma3": "Gemma3ForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
+    plain = {
+        "architectures": [names[family]], "model_type": f"{family}_text", "vocab_size": 99, "hidden_size": 64,
+        "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    assert hf.model_config(plain, "here").family == family
+    one_line_within_bounds(lambda: hf.model_config(plain | fields, "here"), "here")
