@@ -34,6 +34,7 @@ CHOICES = {
     "model.attention": ("auto", "xla", "splash", "cudnn"),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of lora.targets
+LINEAR_TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")  # Qwen3.5's linear layers take too
 
 PAGE_HEAD = """# Config keys
 

@@ -151,7 +151,7 @@ def _check_updates(c: ConfigDict) -> None:
 
 def _check_lora(c: ConfigDict) -> None:
     for name in c.lora.targets:
-        one_of(name, config.TARGETS, "lora.targets")
+        one_of(name, config.TARGETS + config.LINEAR_TARGETS, "lora.targets")
     if not c.lora.targets or len(set(c.lora.targets)) < len(c.lora.targets):
         raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one projection, and each once")
     if not c.lora.alpha > 0:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.torch
+from ml_collections import ConfigDict
 
-from omniopd_jax import hf, model, rollout, step
-from omniopd_jax.model import linear
+from omniopd_jax import config, hf, model, rollout, step
+from omniopd_jax.model import linear, lora
 from omniopd_jax.parallel import sharding
 
 torch = pytest.importorskip("torch")
@@ -320,6 +321,28 @@ def test_an_export_is_bit_exact_and_opened_by_transformers(loaded, family, tmp_p
         gap(their_logits(theirs, token, np.ones_like(token)), their_logits(reference, token, np.ones_like(token)))
         < 1e-6
     )
+
+
+@pytest.mark.slow
+def test_adapters_on_linear_layers_are_the_merged_weights(loaded):
+    """Every projection of a Qwen3.5 carries one; each has a gradient."""
+    _, params, cfg, _ = loaded("qwen3_5")
+    settings = ConfigDict({"rank": 2, "alpha": 3.0, "targets": config.TARGETS + config.LINEAR_TARGETS})
+    adapters = lora.init(jax.random.key(0), cfg, settings)
+    adapters = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), adapters)
+    assert set(lora.LEAVES) == set(settings.targets) and len(adapters["layers"]) == 2 * len(settings.targets)
+    token, compute = jnp.asarray(batch()[0][:, :70]), model.Compute(lora_scale=lora.scale(settings))
+
+    def total(adapters, weight_BLD):
+        hidden_BLD = model.hidden(lora.attach(params, adapters), cfg, token, compute=compute)
+        return (hidden_BLD * weight_BLD).sum(), hidden_BLD
+
+    weight_BLD = jax.random.normal(jax.random.key(1), (*token.shape, cfg.hidden_size))
+    grads, ours = jax.jit(jax.grad(total, has_aux=True))(adapters, weight_BLD)
+    merged = jax.jit(lambda p: lora.merge(p, compute.lora_scale, "float32"))(lora.attach(params, adapters))
+    want, plain = (jax.jit(lambda p: model.hidden(p, cfg, token))(p) for p in (merged, params))
+    assert gap(np.asarray(ours), np.asarray(want)) < MAX < 0.1 < gap(np.asarray(ours), np.asarray(plain))
+    assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(grads))
 
 
 def test_the_chunks_are_the_recurrence():
