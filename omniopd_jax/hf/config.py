@@ -4,7 +4,7 @@ approximated; what changes nothing (names, versions, token ids, fields that are 
 """
 
 import dataclasses
-import math
+import sys
 from typing import Any
 
 from omniopd_jax.errors import UserError
@@ -116,23 +116,28 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
             raise UserError(f"{where}: {key} = {_shown(value)} is not a positive whole number that a model could have")
         return value
 
+    def number(key: str, default: float) -> float:
+        return float(_number(take(key, default), f"{where}: {key}"))
+
     D, Q = size("hidden_size"), size("num_attention_heads")
     bias = {"qwen2": True}.get(family, False)
     asked_bias = take("attention_bias", bias)
     if family == "qwen2" and asked_bias is not True:
         raise UserError(f"{where}: attention_bias = {asked_bias} is not implemented: Qwen2's q, k, v have biases")
-    special = {"tied": None}
+    special = {}  # of families whose layers differ: what overrides the common fields
     if family in layered.FAMILIES:
         positions = left.get("max_position_embeddings")
 
-        def rope(entry: dict):
-            return _rope_entry(dict(entry), None, positions, f"{where}: rope_parameters")
+        def entries(key: str) -> dict:
+            return _object(take(key, None) or {}, f"{where}: {key}")
 
-        special = {"tied": None, "prefix": layered.WRAPPED_PREFIX if isinstance(inner, dict) else layered.PREFIX}
-        try:
-            special |= layered.FAMILIES[family](left, size, take, rope, where)
-        except (TypeError, ValueError, OverflowError, AttributeError) as e:
-            raise UserError(f"{where}: rope or scale of a {family} is not what it should be: {str(e)[:100]}") from None
+        def rope(entry, base=None):
+            what = f"{where}: rope_parameters"
+            return _rope_entry({"rope_theta": base} | _object(entry, what), None, positions, what)
+
+        read = layered.Read(left, take, size, number, entries, rope, where)
+        prefix = layered.WRAPPED_PREFIX if isinstance(inner, dict) else layered.PREFIX
+        special = {"prefix": prefix} | layered.FAMILIES[family](read)
     for key, allowed in ONLY.items():
         if key in left and (moe or key not in MOE_ONLY) and (value := left.pop(key)) not in allowed:
             raise UserError(f"{where}: {key} = {_shown(value)} is not implemented; only {_either(allowed)} is")
@@ -140,7 +145,7 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise UserError(f"{where}: layer_types = {_shown(kinds)} is not implemented; only full_attention is")
     positions = size("max_position_embeddings")
-    theta, scaling = _rope(left, positions, where) if family not in layered.FAMILIES else (None, None)
+    theta, scaling = (None, ()) if special else _rope(left, positions, where)
     if family == "llama" and (window := left.pop("sliding_window", None)) is not None:
         raise UserError(f"{where}: sliding_window = {_shown(window)} is not implemented; only null is")
     common = dict(
@@ -155,14 +160,14 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=take("rms_norm_eps", 1e-6),
-        tied=take("tie_word_embeddings", False) if special["tied"] is None else special["tied"],
+        tied=take("tie_word_embeddings", family == "gemma3"),
         qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=asked_bias,
         out_bias=asked_bias and family != "qwen2",
         max_positions=positions,
         **(_experts(left, take, size, where) if moe else {}),
     )
-    cfg = ModelConfig(**common | {k: v for k, v in special.items() if v is not None})
+    cfg = ModelConfig(**common | special)
     unknown = sorted(k for k, v in left.items() if not fields.inert(k, v, family))
     if unknown:
         reason = fields.REASONS.get(unknown[0], "")
@@ -260,9 +265,7 @@ def _rope(left: dict, positions: int, where: str) -> tuple[float, tuple]:
         entry = left.pop(key, None)
         if not entry:
             continue
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: {key} = {_shown(entry)} is not an object")
-        found.append(_rope_entry(dict(entry), top, positions, f"{where}: {key}"))
+        found.append(_rope_entry(_object(entry, f"{where}: {key}"), top, positions, f"{where}: {key}"))
     if len(set(found)) > 1:
         raise UserError(
             f"{where}: rope_parameters and rope_scaling disagree: {_shown(found[0])} and {_shown(found[1])}"
@@ -331,11 +334,18 @@ def _check(cfg: ModelConfig, where: str) -> None:
         raise UserError(f"{where}: num_experts_per_tok = {cfg.experts_per_token} of num_experts = {cfg.num_experts}")
 
 
+def _object(value, what: str) -> dict:
+    """A copy of a JSON object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{what} = {_shown(value)} is not an object")
+    return dict(value)
+
+
 def _number(value, what: str):
     """A positive, finite number, or None as it is."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{what} = {_shown(value)} is not a positive number")
     return value
 

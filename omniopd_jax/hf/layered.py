@@ -5,23 +5,42 @@ text model is trained, and the rest is carried through to an export as it was (`
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import ModelConfig
 
 WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Qwen3_5ForConditionalGeneration": "qwen3_5"}
 PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's tensors, alone and within a wrapper
-CARRIED = (
-    "model.visual.",
-    "mtp.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)  # tensors of no text parameter
+CARRIED = ("model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.")  # of no text parameter
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
-def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: str) -> dict:
-    """ModelConfig's fields beyond the common ones; takes what it reads out of `left`."""
+class Read(NamedTuple):
+    """How a config.json is read: what is taken is gone from `left`, what is not what it should be is a UserError.
+
+    Attributes:
+      left: its fields that nobody has read yet.
+      take: (key, default) -> the value.
+      size: (key, default) -> a positive whole number.
+      number: (key, default) -> a positive float.
+      entries: (key) -> an object, empty where there is none.
+      rope: (an entry of RoPE, its base where the entry has none) -> (base, scaling).
+      where: for errors.
+    """
+
+    left: dict
+    take: Callable
+    size: Callable
+    number: Callable
+    entries: Callable
+    rope: Callable
+    where: str
+
+
+def gemma3(read: Read) -> dict:
+    """ModelConfig's fields beyond the common ones, or otherwise."""
+    left, where = read.left, read.where
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if (cap := left.pop(key, None)) is not None:
             raise UserError(f"{where}: {key} = {cap!r} is not implemented; only null is")
@@ -30,50 +49,48 @@ def gemma3(left: dict, size: Callable, take: Callable, rope: Callable, where: st
     for key in ("hidden_activation", "hidden_act"):
         if (act := left.pop(key, None)) not in (None, "gelu_pytorch_tanh"):
             raise UserError(f"{where}: {key} = {act!r} is not implemented; only 'gelu_pytorch_tanh' is")
-    pattern = size("sliding_window_pattern", 6)
-    take("_sliding_window_pattern", None)
-    kinds = _kinds(left, where, ("full", "sliding"), lambda i: "full" if (i + 1) % pattern == 0 else "sliding")
+    pattern = read.size("sliding_window_pattern", 6)
+    left.pop("_sliding_window_pattern", None)
+    kinds = _kinds(read, ("full", "sliding"), lambda i: "full" if (i + 1) % pattern == 0 else "sliding")
     entries = left.get("rope_parameters")
     if isinstance(entries, dict) and "full_attention" in entries:  # transformers 5
         del left["rope_parameters"]
-        theta, scaling = rope(entries["full_attention"])
-        local, local_scaling = rope(entries.get("sliding_attention") or {"rope_theta": 10_000.0})
+        theta, scaling = read.rope(entries["full_attention"])
+        local, local_scaling = read.rope(entries.get("sliding_attention") or {})
         if local_scaling:
             raise UserError(f"{where}: rope_parameters.sliding_attention is scaled, which is not implemented")
         for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
             left.pop(key, None)
     else:
-        entry = {"rope_theta": left.pop("rope_theta", None) or 1_000_000.0} | (left.pop("rope_scaling", None) or {})
-        (theta, scaling), local = rope(entry), float(left.pop("rope_local_base_freq", None) or 10_000.0)
-    query_scale = float(take("query_pre_attn_scalar", 256))
-    if not 0 < query_scale < 1e9 or not 0 < local < 1e12:
-        raise UserError(f"{where}: query_pre_attn_scalar and rope_local_base_freq must be above 0")
+        theta, scaling = read.rope(read.entries("rope_scaling"), read.take("rope_theta", 1_000_000.0))
+        local = read.number("rope_local_base_freq", 10_000.0)
+    query_scale = read.number("query_pre_attn_scalar", 256)
+    if query_scale >= 1e9 or local >= 1e12:
+        raise UserError(f"{where}: query_pre_attn_scalar or rope_local_base_freq is too large")
     return {
-        "head_dim": size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
-        "window": size("sliding_window", 4096), "local_rope_theta": local,
-        "query_scale": query_scale,
+        "head_dim": read.size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
+        "window": read.size("sliding_window", 4096), "local_rope_theta": local, "query_scale": query_scale,
         "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh",
         "qk_norm": True,
-        "tied": take("tie_word_embeddings", True),
     }  # fmt: skip
 
 
-def qwen3_5(left: dict, size: Callable, take: Callable, rope: Callable, where: str) -> dict:
+def qwen3_5(read: Read) -> dict:
     """As `gemma3`."""
+    left, size = read.left, read.size
     interval = size("full_attention_interval", 4)
-    kinds = _kinds(left, where, ("full", "linear"), lambda i: "full" if (i + 1) % interval == 0 else "linear")
-    entry = dict(take("rope_parameters", None) or take("rope_scaling", None) or {})
-    part = entry.pop("partial_rotary_factor", None) or left.pop("partial_rotary_factor", None) or 0.25
-    left.pop("partial_rotary_factor", None)
-    theta = left.pop("rope_theta", None)
+    kinds = _kinds(read, ("full", "linear"), lambda i: "full" if (i + 1) % interval == 0 else "linear")
+    entry = read.entries("rope_parameters") or read.entries("rope_scaling")
+    outer = left.pop("partial_rotary_factor", None)
+    part = entry.pop("partial_rotary_factor", None) or outer or 0.25
+    if not isinstance(part, float | int) or not 0 < part <= 1:
+        raise UserError(f"{read.where}: partial_rotary_factor must be above 0 and at most 1")
     for key in ("mrope_section", "mrope_interleaved"):  # on text its three axes count alike
         entry.pop(key, None)
     if entry.get("rope_type") == "mrope":
         entry["rope_type"] = "default"
-    theta, scaling = rope(({} if theta is None else {"rope_theta": theta}) | entry)
+    theta, scaling = read.rope(entry, read.take("rope_theta", None))
     left.pop("attn_output_gate", None)
-    if not isinstance(part, float | int) or not 0 < part <= 1:
-        raise UserError(f"{where}: partial_rotary_factor must be above 0 and at most 1")
     head_dim = size("head_dim", 256)
     return {
         "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
@@ -89,7 +106,8 @@ MOST_LAYERS = 10_000  # whose kinds are written out before any tensor has been s
 FAMILIES = {"gemma3": gemma3, "qwen3_5": qwen3_5}
 
 
-def _kinds(left: dict, where: str, known: tuple[str, ...], default: Callable[[int], str]) -> tuple[str, ...]:
+def _kinds(read: Read, known: tuple[str, ...], default: Callable[[int], str]) -> tuple[str, ...]:
+    left, where = read.left, read.where
     layers, found = left.get("num_hidden_layers"), left.pop("layer_types", None)
     if found is None:
         if isinstance(layers, int) and layers > MOST_LAYERS:

@@ -18,6 +18,8 @@ sharding, init and export all read it. Layers are stacked along a leading axis a
 kinds a period at a time; the sampler unstacks them once an iteration (`unstack`).
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -100,16 +102,10 @@ def hidden(
             if compute.host_layers:
                 p = jax.device_put(p, jax.memory.Space.Device)
 
-            def attend(q, k, v):
-                return attention.attend(
-                    q,
-                    k,
-                    v,
-                    segment_BL=segment_BL,
-                    backend=compute.attention,
-                    mesh=compute.mesh,
-                    **attention_of(cfg, kind),
-                )
+            attend = functools.partial(
+                attention.attend, segment_BL=segment_BL, backend=compute.attention, mesh=compute.mesh,
+                **attention_of(cfg, kind),
+            )  # fmt: skip
 
             def recur(*args):
                 return linear.whole(args[0], p["conv"], *args[1:], cfg, segment_BL)[0]

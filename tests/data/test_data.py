@@ -1,37 +1,20 @@
 """Prompts from files, the hub and the small world; and their order, a pure function of seed and step."""
 
-import json
 import time
 
 import numpy as np
 import pytest
 import tiny
+from data_files import load, small, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniopd_jax import config, world
+from omniopd_jax import world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import template
 
 TOKENIZER = tiny.tokenizer()
-
-
-def small(**more):
-    c = config.default()
-    c.update_from_flattened_dict(more)
-    return c
-
-
-def write(tmp_path, *records, name="prompts.jsonl"):
-    """A JSONL file; a record that is a string or bytes is written as it stands."""
-    raw = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records]
-    (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
-    return str(tmp_path / name)
-
-
-def load(path, count=0):
-    return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
 
 
 # --- JSONL

@@ -6,30 +6,14 @@ import pathlib
 import time
 
 import pytest
+from data_files import load, small, write
 
-from omniopd_jax import config, graders
+from omniopd_jax import graders
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 
 CASES_FILE = pathlib.Path(__file__).with_name("cases.jsonl")
 GOOD = {"prompt": "a question"}
-
-
-def small(**more):
-    c = config.default()
-    c.update_from_flattened_dict(more)
-    return c
-
-
-def write(tmp_path, *records, name="prompts.jsonl"):
-    """A JSONL file; a record that is a string or bytes is written as it stands."""
-    raw = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records]
-    (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
-    return str(tmp_path / name)
-
-
-def load(path, count=0):
-    return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
 
 
 # --- what other people's rows hold

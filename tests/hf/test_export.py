@@ -12,6 +12,7 @@ import hf_fixtures
 import jax
 import numpy as np
 import pytest
+from hf_params import BASE, random_params, same_bits
 from ml_collections import FrozenConfigDict
 
 from omniopd_jax import config, export, hf, model, step
@@ -19,34 +20,6 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
-
-BASE = model.ModelConfig(
-    family="qwen3", vocab_size=38, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=8, qk_norm=True, tied=True,
-)  # fmt: skip
-
-
-def random_params(cfg, seed=0) -> dict:
-    """Numpy parameters, none of them constant."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: rng.standard_normal(p.shape).astype(np.float32), model.table(cfg), is_leaf=model.is_param
-    )
-
-
-def same_bits(a, b) -> bool:
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
-    )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small tied Qwen3 on disk, one file, float32."""
-    hf.save(tmp_path / "m", random_params(BASE), BASE, dtype="float32")
-    return tmp_path / "m"
-
 
 # --- the command
 

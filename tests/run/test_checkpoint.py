@@ -233,7 +233,8 @@ while not (run / "done").exists():
     points.latest()
     points.close()
     count += 1
-    (run.parent / "reads").write_text(str(count))
+    (run.parent / "reads.new").write_text(str(count))
+    (run.parent / "reads.new").replace(run.parent / "reads")
 """
 
 

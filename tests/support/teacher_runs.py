@@ -17,8 +17,7 @@ import tiny
 from omniopd_jax import teachers
 from omniopd_jax.run import checkpoint
 
-_FORK = """
-import json, os, runpy, sys, traceback
+_REQUESTS = """
 import ml_collections.config_flags, openai, transformers
 import omniopd_jax.train, orbax.checkpoint
 from omniopd_jax import hf
@@ -27,26 +26,9 @@ from omniopd_jax.teachers.wire import openai
 hf.load_tokenizer("omniopd_jax/world/checkpoints/forks/student")  # transformers imports torch only now
 for line in sys.stdin:
     args, env, out, err = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            for number, name in ((1, out), (2, err)):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            for name, value in env.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-            sys.argv = ["main.py", *args]
-            runpy.run_module("omniopd_jax.main", run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+    pid = fork(args, out, err, env)
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(code_of(pid), flush=True)
 """
 
 
@@ -100,7 +82,7 @@ class Runner:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _FORK], cwd=tiny.REPO, env=tiny.environment(), text=True,
+            [sys.executable, "-c", tiny.FORK + _REQUESTS], cwd=tiny.REPO, env=tiny.environment(), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

@@ -95,35 +95,44 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
-# Imports once what every command imports, then forks a command a case: each case is `python -m omniopd_jax.main` as a
-# person runs it, without paying four seconds for JAX again. No device is touched before the fork.
-_FORK = """
+# `python -m omniopd_jax.main` as a person runs it, in a process forked after the imports: no four seconds for JAX again.
+# No device is touched before the fork.
+FORK = """
 import json, os, runpy, signal, sys, traceback
+def fork(args, out, err, env={}, limit=0):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.alarm(limit)
+        for number, name in ((1, out), (2, err)):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for name, value in env.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        sys.argv = ["main.py", *args]
+        runpy.run_module("omniopd_jax.main", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+def code_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+_COMMANDS = """
 import ml_collections.config_flags, datasets, huggingface_hub, jinja2, rapidfuzz.process, transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import omniopd_jax.teachers.local, omniopd_jax.teachers.wire.openai
 import omniopd_jax.train
 folder, limit = sys.argv[1], int(sys.argv[2])
 for i, args in enumerate(json.load(open(f"{folder}/cases.json"))):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            signal.alarm(limit)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{folder}/{i}.{name}", os.O_WRONLY | os.O_CREAT), number)
-            sys.argv = ["main.py", *args]
-            runpy.run_module("omniopd_jax.main", run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+    code = code_of(fork(args, f"{folder}/{i}.out", f"{folder}/{i}.err", limit=limit))
     with open(f"{folder}/{i}.code", "w") as f:
-        f.write(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+        f.write(str(code))
 """
 
 
@@ -131,7 +140,7 @@ def commands(cases: list[list[str]], limit: int = 30) -> list[Ended]:
     """Runs the main command once a case, at most `limit` seconds each, in processes forked after the imports."""
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, "cases.json").write_text(json.dumps(cases))
-        args = [PYTHON, "-c", _FORK, folder, str(limit)]
+        args = [PYTHON, "-c", FORK + _COMMANDS, folder, str(limit)]
         done = subprocess.run(args, cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         read = [
