@@ -315,14 +315,13 @@ def sample(
 
 def key_data(key: jax.Array, ids) -> np.ndarray:
     """The numbers of one key a row (`row_keys`), on the host: what `stream` takes."""
-    return np.asarray(
-        jax.device_get(_key_data(key, jax.device_put(np.asarray(ids, np.uint32), sharding.replicated_like(key))))
-    )
+    own = jax.device_put((jax.device_get(jax.random.key_data(key)), np.asarray(ids, np.uint32)))  # this process's alone
+    return np.asarray(jax.device_get(_key_data(*own)))
 
 
 @jax.jit
-def _key_data(key, id_B):
-    return jax.random.key_data(_row_keys(key, id_B))
+def _key_data(numbers, id_B):
+    return jax.random.key_data(_row_keys(jax.random.wrap_key_data(numbers), id_B))
 
 
 def row_keys(key: jax.Array, ids) -> jax.Array:
