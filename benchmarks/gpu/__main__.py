@@ -165,7 +165,7 @@ def update(case: dict) -> dict:
 
 
 def decode(case: dict) -> dict:
-    """`rollout.sample` of all rows to the full length, no end token; the shared prefill also by itself."""
+    """`rollout.sample` of all rows to the full length, no end token; the prefill with one token also by itself."""
     model_cfg, compute = MODEL_CFG, model.Compute("bfloat16", attention="cudnn")
     prompts = case["rows"] // SAMPLES
     params = rollout.prepare(jax.jit(lambda k: model.init(k, model_cfg))(jax.random.key(0)), model_cfg, compute=compute)
@@ -181,8 +181,11 @@ def decode(case: dict) -> dict:
         return jax.block_until_ready(out)
 
     def prefill():
-        how = {"cfg": model_cfg, "compute": compute, "num_samples": SAMPLES, "T": 256}
-        jax.block_until_ready(rollout._prefill(params, token, length, keys, **how))
+        jax.block_until_ready(
+            rollout.sample(
+                params, model_cfg, token, length, keys, max_new_tokens=1, num_samples=SAMPLES, compute=compute
+            )
+        )
 
     began = time.perf_counter()
     sample()

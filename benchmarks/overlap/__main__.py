@@ -60,7 +60,7 @@ from omniopd_jax.teachers.remote import RemoteTeacher
 FIXED = {
     "prompts_per_step": 16,
     "num_generations": 4,
-    "rollout_groups": 4,
+    "rollout.parts": 4,
     "max_completion_length": 64,
     "max_prompt_length": 160,
     "audit.num_chunks": 4,
@@ -136,13 +136,14 @@ def measure(case: Case, steps: int, folder: str) -> None:
     run = fake_run(cfg, SlowClient(case.scale))
     state = TrainState(None, None, None, None)
     seconds = {k: case.device_s * share / case.scale for k, share in SHARES.items()}
-    groups = cfg.rollout_groups
+    groups = cfg.rollout.parts
 
     count = itertools.count()
 
     def sample(params, drawn, student, key, cfg):
-        time.sleep(seconds["rollout"] / groups)
-        return canned(student, drawn, cfg)
+        for part in np.array_split(np.arange(cfg.prompts_per_step * cfg.num_generations), groups):
+            time.sleep(seconds["rollout"] / groups)
+            yield canned(student, drawn, cfg, part)
 
     def score(passes, policy, responses, student, cfg):
         rows = len(responses.tokens)
@@ -201,15 +202,19 @@ def fake_run(cfg, client) -> setup.Run:
         logging.PhaseTimer(),
         None,
         None,
+        {},
     )
 
 
-def canned(student, drawn, cfg) -> experience.Responses:
+def canned(student, drawn, cfg, place_B) -> experience.Responses:
     """Full-length responses, all alike: who asks differs by the sample id."""
-    T, rows = cfg.max_completion_length, len(drawn.prompts) * cfg.num_generations
+    T, G, names = cfg.max_completion_length, cfg.num_generations, sum(drawn.sample_ids, [])
     ids = (student.template.tokenizer("She adds 3 and 4 apples to nine pears. ")["input_ids"] * T)[:T]
-    prompts = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
-    return experience.Responses(prompts, sum(drawn.sample_ids, []), [ids] * rows, np.ones(rows, bool))
+    prompts, rows = [drawn.prompts[b // G] for b in place_B], len(place_B)
+    own = [names[b] for b in place_B]
+    return experience.Responses(
+        prompts, own, [ids] * rows, np.ones(rows, bool), np.zeros((rows, T), np.float32), place_B
+    )  # fmt: skip
 
 
 def scores(rows: int, cfg, mesh) -> experience.Scores:
@@ -223,9 +228,9 @@ def scores(rows: int, cfg, mesh) -> experience.Scores:
 def warm(run) -> None:
     """Compiles and imports outside the clock."""
     cfg, student = run.cfg, run.student
-    drawn = experience.draw(run.prompts, cfg, 0).groups(cfg.rollout_groups)[0]
-    responses = canned(student, drawn, cfg)
-    rows = len(responses.tokens)
+    drawn = experience.draw(run.prompts, cfg, 0)
+    rows = cfg.prompts_per_step * cfg.num_generations // cfg.rollout.parts
+    responses = canned(student, drawn, cfg, np.arange(rows))
     experience.peaks(scores(rows, cfg, student.mesh), responses, student, cfg, cfg.audit.num_chunks)
     run.similarity(["a"], ["b"])
     if cfg.max_staleness:
@@ -273,7 +278,7 @@ class Perfect:
 
 def bound(case: Case, steps: int) -> float:
     """Seconds that `steps` steps take under perfect scheduling."""
-    concurrency, groups = FIXED["teacher.max_concurrency"], FIXED["rollout_groups"]
+    concurrency, groups = FIXED["teacher.max_concurrency"], FIXED["rollout.parts"]
     part = {k: case.device_s * share for k, share in SHARES.items()}
     sim, clock, begun = Perfect(concurrency, case.order == "ascending"), 0.0, 0
     for t in range(steps):
@@ -290,7 +295,7 @@ def bound(case: Case, steps: int) -> float:
 
 def strict_bound(case: Case, steps: int) -> float:
     """A time that no schedule beats, on-policy: from each group on, its longest chain and all work over the slots."""
-    concurrency, groups = FIXED["teacher.max_concurrency"], FIXED["rollout_groups"]
+    concurrency, groups = FIXED["teacher.max_concurrency"], FIXED["rollout.parts"]
     sampled = case.device_s * (SHARES["rollout"] + SHARES["score"])
     total = 0.0
     for t in range(steps):

@@ -73,7 +73,15 @@ class Launched:
 
 def recipe(models, folder, **more):
     return (
-        tiny.overrides(*models, folder) | {"num_steps": STEPS, "checkpoint.every": 1, "audit.log_per_step": 1000} | more
+        tiny.overrides(*models, folder)
+        | {
+            "num_steps": STEPS,
+            "checkpoint.every": 1,
+            "audit.log_per_step": 1000,
+            "rollout.slots": 4,
+            "rollout.parts": 2,
+        }
+        | more
     )
 
 
