@@ -12,7 +12,7 @@ import safetensors.torch
 from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf, model, rollout, step
-from omniopd_jax.model import linear, lora
+from omniopd_jax.model import linear, lora, rope
 from omniopd_jax.parallel import sharding
 
 torch = pytest.importorskip("torch")
@@ -168,6 +168,14 @@ def test_leaving_a_part_of_qwen35_out_is_seen(loaded, changed, part):
             layers["linear_z"] = jnp.zeros_like(layers["linear_z"]) + 0.01
         params = params | {"layers": layers}
     assert gap(our_logits(params, cfg, token)[right], theirs) > 10 * MAX
+
+
+@pytest.mark.parametrize(("width", "theta"), [(256, 1e6), (256, 1e4), (64, 1e7), (128, 1e6)])
+def test_frequencies_are_torchs_bit_by_bit(width, theta):
+    """But for two by an ulp: at token 800 an ulp moves an angle by 1e-4, and Gemma-3-270M's logits by 1e-3."""
+    cfg = model.ModelConfig("gemma3", 8, 8, 8, 1, 2, 1, width, rope_theta=theta)
+    theirs = 1.0 / (theta ** (torch.arange(0, width, 2).float() / width))
+    assert (rope.frequencies(cfg)[0] != theirs.numpy()).sum() <= 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
