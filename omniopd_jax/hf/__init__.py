@@ -74,7 +74,7 @@ def load(
     cfg = read_config(folder, setting=setting)
     dtype = np.dtype(jnp.dtype(dtype or "float32"))
     tensors = safetensors.find(folder)
-    table = model.table(cfg)
+    table = model.table(layered.in_file(cfg, tensors))
     safetensors.check(tensors, table, cfg, folder)
 
     def one(p: model.Param, where):
@@ -135,7 +135,8 @@ def save(
     beside: dict = {}
     if source is not None and model_cfg.family in layered.FAMILIES:
         source = hub.resolve(source)
-        beside = safetensors.carried(safetensors.find(source), model_cfg)
+        found = safetensors.find(source)
+        beside, model_cfg = safetensors.carried(found, model_cfg), layered.in_file(model_cfg, found)
         config = layered.around(config, bounded.read_json(source / "config.json"))
     else:
         model_cfg = dataclasses.replace(model_cfg, prefix=layered.PREFIX)
