@@ -112,7 +112,7 @@ def save(
       folder: an empty or missing folder, or an earlier export, which is replaced.
       params: as `load` returns them, on any mesh.
       tokenizer: a transformers tokenizer; None: no tokenizer files and no token ids.
-      dtype: of the tensors: bfloat16 | float16 | float32.
+      dtype: of the tensors: bfloat16 | float16 | float32; those that `stays_float32` names are float32 in any case.
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
       generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
         empty: none is written.

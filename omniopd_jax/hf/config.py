@@ -52,6 +52,7 @@ ROPE = {  # rope_type -> (keys it must have, keys it may have)
 MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
 _REQUIRED = object()
 
+
 def model_config(config_json: dict, where: str) -> ModelConfig:
     """ModelConfig of a config.json, in the form of transformers 5 or an older one.
 

@@ -12,10 +12,11 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.model import ModelConfig
 
 WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Qwen3_5ForConditionalGeneration": "qwen3_5"}
-PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's tensors, alone and within a wrapper
-OLDER_PREFIX = "language_model.model."  # within a wrapper that transformers before 4.52 wrote, as Google's Gemma 3
+PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's modules, alone and within a wrapper
+GEMMA_PREFIX = "language_model.model."  # of its tensors in files of Gemma 3, Google's and transformers' own
 CARRIED = (  # of no text parameter
-    "model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.",
+    "model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.",
+    "multi_modal_projector.",
 )  # fmt: skip
 DEFAULTS = {  # what a config.json may leave out, as Gemma-3-4B's does, and means by it
     "gemma3": {
@@ -163,8 +164,8 @@ def config_json(cfg: ModelConfig) -> dict:
 
 def in_file(cfg: ModelConfig, tensors) -> ModelConfig:
     """`cfg` with the prefix that its text model has among these names of tensors."""
-    older = cfg.prefix == WRAPPED_PREFIX and f"{OLDER_PREFIX}embed_tokens.weight" in tensors
-    return dataclasses.replace(cfg, prefix=OLDER_PREFIX) if older else cfg
+    older = cfg.prefix == WRAPPED_PREFIX and f"{GEMMA_PREFIX}embed_tokens.weight" in tensors
+    return dataclasses.replace(cfg, prefix=GEMMA_PREFIX) if older else cfg
 
 
 def around(ours: dict, source: dict) -> dict:

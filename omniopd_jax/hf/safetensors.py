@@ -227,7 +227,7 @@ def write(
     for file, parts in zip(files, plan):
         here: dict[str, np.ndarray] = {}
         for p, array, layer in parts:
-            values = _gather(array, layer, dtype)
+            values = _gather(array, layer, np.dtype(np.float32) if p.stays_float32 else dtype)
             if work is not None:
                 here |= _split(p, values, layer)
         if work is not None:

@@ -90,6 +90,7 @@ class Param:
     init: str = "normal"  # normal | ones | zeros | log_uniform; adapters: uniform | zeros
     fan_in: int = 0
     layers: Sequence[int] = ()  # the numbers of the layers that a stacked leaf holds
+    stays_float32: bool = False  # in an export of any dtype
 
 
 def table(cfg: ModelConfig) -> dict:
@@ -177,7 +178,9 @@ def _linear(cfg: ModelConfig) -> dict:
         "linear_a": _matrix((D, heads), ("embed", None), "linear_attn.in_proj_a.weight"),
         "conv": conv,
         "dt_bias": _vector(heads, "linear_attn.dt_bias", axis=None),
-        "a_log": _vector(heads, "linear_attn.A_log", axis=None, init="log_uniform"),
+        "a_log": dataclasses.replace(
+            _vector(heads, "linear_attn.A_log", axis=None, init="log_uniform"), stays_float32=True
+        ),
         "linear_norm": _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None),
         "linear_out": _matrix((values, D), (None, "embed"), "linear_attn.out_proj.weight"),
     }

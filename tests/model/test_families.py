@@ -381,38 +381,92 @@ def test_the_chunks_are_the_recurrence():
         np.testing.assert_array_equal(state.conv[b], last.conv[0])
 
 
-def test_what_is_beside_the_text_model_is_carried_through_an_export(tmp_path):
-    """Qwen3.5 with a tower of images and heads that predict further tokens: transformers opens what comes out."""
-    text = SIZES | FAMILIES["qwen3_5"][2] | {"tie_word_embeddings": True}
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "intermediate_size": 8,
-        "out_hidden_size": 64,
-        "patch_size": 4,
-    }
-    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    reference = transformers.Qwen3_5ForConditionalGeneration(config).float().eval()
-    reference.save_pretrained(tmp_path / "in")
-    tensors = safetensors.torch.load_file(tmp_path / "in" / "model.safetensors")
-    tensors["mtp.fc.weight"] = torch.randn(3, 5)
+def wrapped(family: str, folder):
+    """A checkpoint of images and text in `folder`: transformers' model."""
+    text = SIZES | FAMILIES[family][2] | {"tie_word_embeddings": True}
+    small = {"hidden_size": 16, "intermediate_size": 8}
+    if family == "gemma3":
+        vision = small | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        reference = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        vision = small | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4}
+        config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        reference = transformers.Qwen3_5ForConditionalGeneration(config)
+    reference.float().eval().save_pretrained(folder)
+    return reference
+
+
+def tensors_of(folder) -> dict:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+OLDER, NEWER = "language_model.model.", "model.language_model."  # what transformers 5.23 writes of Gemma 3, and Qwen3.5
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("qwen3_5", NEWER), ("gemma3", OLDER), ("gemma3", NEWER)])
+def test_what_is_beside_the_text_model_is_carried_through_an_export(family, prefix, tmp_path):
+    """A tower of images, heads that predict further tokens; under the names of either layout."""
+    reference = wrapped(family, tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    if family == "qwen3_5":
+        tensors["mtp.fc.weight"] = torch.randn(3, 5)
+    elif prefix == NEWER:
+        renamed = {n: n.replace(OLDER, NEWER) if n.startswith(OLDER) else f"model.{n}" for n in tensors}
+        tensors = {renamed[n]: t for n, t in tensors.items()}
+    assert f"{prefix}norm.weight" in tensors
     safetensors.torch.save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     params, cfg = hf.load(tmp_path / "in")
+    assert cfg == hf.read_config(tmp_path / "in") and cfg.prefix == NEWER
     params["final_norm"] = params["final_norm"] + 1
     hf.save(tmp_path / "out", params, cfg, dtype="float32", source=tmp_path / "in")
     again, loaded_cfg = hf.load(tmp_path / "out")
-    assert loaded_cfg == cfg and cfg.prefix == "model.language_model."
-    written = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        written |= safetensors.torch.load_file(file)
+    assert loaded_cfg == cfg
+    written = tensors_of(tmp_path / "out")
     assert set(written) == set(tensors)
     changed = [name for name in tensors if not torch.equal(written[name], tensors[name])]
-    assert changed == ["model.language_model.norm.weight"]
-    theirs = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert changed == [f"{prefix}norm.weight"]
+    theirs = type(reference).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     token = batch()[0][:, :40]
     assert gap(our_logits(again, cfg, token), their_logits(theirs, token, np.ones_like(token))) < MAX
     hf.save(tmp_path / "text", params, cfg, dtype="float32")  # without its source: the text model alone
     alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32).eval()
-    assert type(alone) is transformers.Qwen3_5ForCausalLM
+    assert type(alone).__name__ == FAMILIES[family][1]
     assert gap(our_logits(again, cfg, token), their_logits(alone, token, np.ones_like(token))) < MAX
+
+
+def test_a_bfloat16_export_keeps_decays_and_what_is_carried_in_float32(tmp_path):
+    wrapped("qwen3_5", tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    hf.save(tmp_path / "out", *hf.load(tmp_path / "in"), dtype="bfloat16", source=tmp_path / "in")
+    written = tensors_of(tmp_path / "out")
+    whole = [n for n, t in written.items() if t.dtype == torch.float32]
+    assert {n for n in tensors if n.endswith("A_log") or ".visual." in n} == set(whole)
+    assert all(torch.equal(written[n], tensors[n]) for n in whole)
+    assert all(torch.equal(written[n], tensors[n].bfloat16()) for n in written if n not in whole)
+    again, _ = hf.load(tmp_path / "out")
+    np.testing.assert_array_equal(again["layers"]["a_log"][0], tensors[min(n for n in whole if "A_log" in n)])
+
+
+@pytest.mark.slow
+def test_peft_opens_the_adapters_of_every_layer(loaded, tmp_path):
+    """Of a Qwen3.5, linear layers and full ones: the adapter folder on transformers' model gives our logits."""
+    peft = pytest.importorskip("peft")
+    reference, params, cfg, folder = loaded("qwen3_5")
+    settings = ConfigDict({"rank": 2, "alpha": 3.0, "targets": config.TARGETS + config.LINEAR_TARGETS})
+    adapters = lora.init(jax.random.key(0), cfg, settings)
+    adapters = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), adapters)
+    out, table = tmp_path / "adapter", lora.table(cfg, settings)
+    hf.save_adapters(out, adapters, table, lora.peft_config(settings, folder), dtype="float32")
+    theirs = peft.PeftModel.from_pretrained(type(reference).from_pretrained(folder, dtype=torch.float32), out).eval()
+    read = {n.replace(".default", "") for n, _ in theirs.named_parameters() if "lora_" in n}
+    assert read == set(tensors_of(out)) and sum("linear_attn" in n for n in read) == 2 * 5 * 3
+    token = batch()[0][:, :70]
+    compute = model.Compute(lora_scale=lora.scale(settings))
+    ours = jax.jit(lambda p: model.logits(p, cfg, model.hidden(p, cfg, jnp.asarray(token), compute=compute)))
+    want = their_logits(theirs, token, np.ones_like(token))
+    assert gap(np.asarray(ours(lora.attach(params, adapters))), want) < MAX
+    assert gap(our_logits(params, cfg, token), want) > 0.1
