@@ -154,8 +154,9 @@ class Plan:
             (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), self.compute.dtype,
             sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
         )  # fmt: skip
+        K = max(c.linear_key_heads, 1)
         state = linear.State(
-            row(c.conv_width - 1, c.conv_channels, dtype=self.compute.dtype),
+            row(c.conv_width - 1, K, c.conv_channels // K, dtype=self.compute.dtype),
             row(c.linear_value_heads, c.linear_key_dim, c.linear_value_dim),
         )  # fmt: skip
         cache = [state if kind == "linear" else (kv, kv) for kind in c.kinds]
