@@ -90,7 +90,7 @@ class Param:
     init: str = "normal"  # normal | ones | zeros | log_uniform; adapters: uniform | zeros
     fan_in: int = 0
     layers: Sequence[int] = ()  # the numbers of the layers that a stacked leaf holds
-    stays_float32: bool = False  # in an export of any dtype
+    stays_float32: bool = False  # in an export of any dtype, as in the published files
     parts: tuple[int, ...] = ()  # rows a head has of each part of hf's: there part by part, in the leaf head by head
 
 
@@ -180,6 +180,7 @@ def _linear(cfg: ModelConfig) -> dict:
         fan_in=W, parts=parts,
     )  # fmt: skip
     a_log = _vector(cfg.linear_value_heads, "linear_attn.A_log", axis="linear_heads", init="log_uniform")
+    norm = _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None)
     return {
         "linear_qkv": into(C // K, "in_proj_qkv", parts),
         "linear_z": into(values // K, "in_proj_z"),
@@ -188,7 +189,7 @@ def _linear(cfg: ModelConfig) -> dict:
         "conv": conv,
         "dt_bias": _vector(cfg.linear_value_heads, "linear_attn.dt_bias", axis="linear_heads"),
         "a_log": dataclasses.replace(a_log, stays_float32=True),
-        "linear_norm": _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None),
+        "linear_norm": dataclasses.replace(norm, stays_float32=True),
         "linear_out": Param(
             (K, values // K, D), ("linear_heads", None, "embed"), "linear_attn.out_proj.weight", (D, values),
             (D, K, values // K), (1, 2, 0), fan_in=values,

@@ -12,6 +12,7 @@ import safetensors.torch
 from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf, model, rollout
+from omniopd_jax.hf.published import PUBLISHED
 from omniopd_jax.model import linear, lora, rope
 
 torch = pytest.importorskip("torch")
@@ -127,6 +128,17 @@ def test_frequencies_are_torchs_bit_by_bit(width, theta):
     cfg = model.ModelConfig("gemma3", 8, 8, 8, 1, 2, 1, width, rope_theta=theta)
     theirs = 1.0 / (theta ** (torch.arange(0, width, 2).float() / width))
     assert (rope.frequencies(cfg)[0] != theirs.numpy()).sum() <= 2
+
+
+def test_gemmas_embeddings_are_scaled_as_the_reference_rounds_the_factor():
+    """The root of 640 is 25.298; in bfloat16 it is 25.25."""
+    cfg = PUBLISHED["google/gemma-3-270m"]
+    for dtype in ("float32", "bfloat16"):
+        theirs = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(1, 640, None, 640**0.5)
+        theirs.weight.data[:] = 1.0
+        want = theirs.to(getattr(torch, dtype))(torch.tensor([0])).float().detach().numpy()
+        ours = model.scaled(jnp.ones((1, 640), dtype), cfg)
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -338,13 +350,13 @@ def test_what_is_beside_the_text_model_is_carried_through_an_export(family, pref
     assert gap(our_logits(again, cfg, token), their_logits(alone, token, np.ones_like(token))) < MAX
 
 
-def test_a_bfloat16_export_keeps_decays_and_what_is_carried_in_float32(tmp_path):
+def test_a_bfloat16_export_keeps_decays_gated_norms_and_what_is_carried_in_float32(tmp_path):
     wrapped("qwen3_5", tmp_path / "in")
     tensors = tensors_of(tmp_path / "in")
     hf.save(tmp_path / "out", *hf.load(tmp_path / "in"), dtype="bfloat16", source=tmp_path / "in")
     written = tensors_of(tmp_path / "out")
     whole = [n for n, t in written.items() if t.dtype == torch.float32]
-    assert {n for n in tensors if n.endswith("A_log") or ".visual." in n} == set(whole)
+    assert {n for n in tensors if n.endswith(("A_log", "linear_attn.norm.weight")) or ".visual." in n} == set(whole)
     assert all(torch.equal(written[n], tensors[n]) for n in whole)
     assert all(torch.equal(written[n], tensors[n].bfloat16()) for n in written if n not in whole)
     again, _ = hf.load(tmp_path / "out")
