@@ -4,6 +4,8 @@ Typed off their public config.json files (Qwen3, Qwen3.5) and off transformers' 
 a model of images and text, the text model.
 """
 
+from typing import Any
+
 from omniopd_jax.model import ModelConfig
 
 
@@ -24,11 +26,11 @@ def _qwen3_5(D: int, layers: int, Q: int, K: int, F: int, tied: bool, value_head
 
 def _gemma3(D: int, layers: int, Q: int, K: int, F: int, window: int, more: dict | None = None) -> ModelConfig:
     kinds = tuple("sliding" if (i + 1) % 6 else "full" for i in range(layers))
+    fields: dict[str, Any] = {"vocab_size": 262_144, "max_positions": 32_768} | (more or {})
     return ModelConfig(
-        "gemma3", **{"vocab_size": 262_144, "max_positions": 32_768} | (more or {}), hidden_size=D, intermediate_size=F,
-        num_layers=layers, num_heads=Q, num_kv_heads=K, head_dim=256, rope_theta=1e6, tied=True, qk_norm=True,
-        layer_kinds=kinds, window=window, local_rope_theta=1e4, query_scale=256.0, zero_centred_norms=True,
-        post_norms=True, scaled_embeddings=True, activation="gelu_tanh",
+        "gemma3", **fields, hidden_size=D, intermediate_size=F, num_layers=layers, num_heads=Q, num_kv_heads=K,
+        head_dim=256, rope_theta=1e6, tied=True, qk_norm=True, layer_kinds=kinds, window=window, local_rope_theta=1e4,
+        query_scale=256.0, zero_centred_norms=True, post_norms=True, scaled_embeddings=True, activation="gelu_tanh",
     )  # fmt: skip
 
 
