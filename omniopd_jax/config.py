@@ -170,7 +170,7 @@ def default() -> ConfigDict:
     c.optimizer.b1 = 0.9  # decay of the first moment
     c.optimizer.b2 = 0.999  # decay of the second moment
     c.optimizer.eps = 1e-8  # added to the root of the second moment
-    c.optimizer.weight_decay = 0.0  # decoupled; not on norms and biases
+    c.optimizer.weight_decay = 0.0  # decoupled; not on norms, biases and linear attention's decays
     c.optimizer.max_grad_norm = 1.0  # global norm; 0 = off
     c.optimizer.mu_dtype = "float32"  # float32 | bfloat16: of the first moment; bfloat16 saves 2 bytes per parameter
 

@@ -114,9 +114,10 @@ def empty_slots(*, cfg, compute, slots: int, entries: int) -> tuple[Slots, Promp
         return put(jnp.zeros(shape, dtype))
 
     def states(rows: int):
+        K = max(cfg.linear_key_heads, 1)
         return [
             linear.State(
-                zeros(rows, cfg.conv_width - 1, cfg.conv_channels, dtype=compute.dtype),
+                zeros(rows, cfg.conv_width - 1, K, cfg.conv_channels // K, dtype=compute.dtype),
                 zeros(rows, cfg.linear_value_heads, cfg.linear_key_dim, cfg.linear_value_dim, dtype=jnp.float32),
             )
             for kind in cfg.kinds

@@ -24,7 +24,7 @@ def make_schedule(cfg):
 
 
 def make_optimizer(cfg) -> optax.GradientTransformation:
-    """Clipping by global norm (`max_grad_norm`, 0 = off), then AdamW; no weight decay on norms and biases.
+    """Clipping by global norm (`max_grad_norm`, 0 = off), then AdamW; no weight decay on norms, biases and `a_log`.
 
     `mu_dtype` is what the first moment is kept in between updates; gradients and second moment stay float32.
     """
@@ -43,7 +43,7 @@ def make_optimizer(cfg) -> optax.GradientTransformation:
 
 
 def decayed(params: dict) -> dict:
-    """True on matrices, False on norms and biases, by name."""
+    """True on matrices, False on norms, biases and the decays of linear attention, by name."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(w in jax.tree_util.keystr(path) for w in ("norm", "bias")), params
+        lambda path, _: not any(w in jax.tree_util.keystr(path) for w in ("norm", "bias", "a_log")), params
     )

@@ -74,7 +74,7 @@ def load(
     cfg = read_config(folder, setting=setting)
     dtype = np.dtype(jnp.dtype(dtype or "float32"))
     tensors = safetensors.find(folder)
-    table = model.table(cfg)
+    table = model.table(layered.in_file(cfg, tensors))
     safetensors.check(tensors, table, cfg, folder)
 
     def one(p: model.Param, where):
@@ -112,7 +112,7 @@ def save(
       folder: an empty or missing folder, or an earlier export, which is replaced.
       params: as `load` returns them, on any mesh.
       tokenizer: a transformers tokenizer; None: no tokenizer files and no token ids.
-      dtype: of the tensors: bfloat16 | float16 | float32.
+      dtype: of the tensors: bfloat16 | float16 | float32; those that `stays_float32` names are float32 in any case.
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
       generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
         empty: none is written.
@@ -135,7 +135,8 @@ def save(
     beside: dict = {}
     if source is not None and model_cfg.family in layered.FAMILIES:
         source = hub.resolve(source)
-        beside = safetensors.carried(safetensors.find(source), model_cfg)
+        found = safetensors.find(source)
+        beside, model_cfg = safetensors.carried(found, model_cfg), layered.in_file(model_cfg, found)
         config = layered.around(config, bounded.read_json(source / "config.json"))
     else:
         model_cfg = dataclasses.replace(model_cfg, prefix=layered.PREFIX)

@@ -52,24 +52,6 @@ ROPE = {  # rope_type -> (keys it must have, keys it may have)
 MOE_ONLY = ("decoder_sparse_step", "mlp_only_layers")
 _REQUIRED = object()
 
-# Of each model's public config.json: width, layers, heads, key/value heads, feed-forward, tied.
-PUBLISHED = {
-    "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
-    "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
-    "Qwen/Qwen3-4B": (2560, 36, 32, 8, 9728, True),
-    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, False),
-    "Qwen/Qwen3-14B": (5120, 40, 40, 8, 17408, False),
-    "Qwen/Qwen3-32B": (5120, 64, 64, 8, 25600, False),
-}
-
-
-def published(name: str) -> ModelConfig:
-    """The architecture of a model in `PUBLISHED`, for what needs its shapes alone."""
-    D, layers, Q, K, F, tied = PUBLISHED[name]
-    return ModelConfig(
-        "qwen3", 151_936, D, F, layers, Q, K, 128, rope_theta=1e6, qk_norm=True, tied=tied, max_positions=40_960
-    )
-
 
 def model_config(config_json: dict, where: str) -> ModelConfig:
     """ModelConfig of a config.json, in the form of transformers 5 or an older one.
@@ -103,6 +85,9 @@ def _model_config(config_json: dict, where: str) -> ModelConfig:
     if isinstance(inner, dict):  # the text part of a model of images and text; what is around it is carried, not read
         tied = {k: config_json[k] for k in ("tie_word_embeddings",) if k in config_json}
         left = tied | {k: v for k, v in inner.items() if k not in ("model_type", "architectures")}
+
+    for key, value in layered.DEFAULTS.get(family, {}).items():
+        left.setdefault(key, value)
 
     def take(key: str, default: Any = _REQUIRED):
         value = left.pop(key, None)

@@ -4,6 +4,7 @@ Both come as a text model alone or as the text part of a model of images and tex
 text model is trained, and the rest is carried through to an export as it was (`CARRIED`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,8 +12,17 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.model import ModelConfig
 
 WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Qwen3_5ForConditionalGeneration": "qwen3_5"}
-PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's tensors, alone and within a wrapper
-CARRIED = ("model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.")  # of no text parameter
+PREFIX, WRAPPED_PREFIX = "model.", "model.language_model."  # of the text model's modules, alone and within a wrapper
+GEMMA_PREFIX = "language_model.model."  # of its tensors in files of Gemma 3, Google's and transformers' own
+CARRIED = (  # of no text parameter
+    "model.visual.", "mtp.", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.",
+    "multi_modal_projector.",
+)  # fmt: skip
+DEFAULTS = {  # what a config.json may leave out, as Gemma-3-4B's does, and means by it
+    "gemma3": {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208, "max_position_embeddings": 131_072,
+    },
+}  # fmt: skip
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
@@ -91,6 +101,11 @@ def qwen3_5(read: Read) -> dict:
         entry["rope_type"] = "default"
     theta, scaling = read.rope(entry, read.take("rope_theta", None))
     left.pop("attn_output_gate", None)
+    for key, only in (("mamba_ssm_dtype", "float32"), ("output_gate_type", "swish")):
+        if (value := left.pop(key, None)) not in (None, only):
+            raise UserError(f"{read.where}: {key} = {str(value)[:60]!r} is not implemented; only {only!r} is")
+    for key in [key for key in left if key.startswith("mtp_")]:  # of heads that are carried
+        del left[key]
     head_dim = size("head_dim", 256)
     return {
         "head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
@@ -145,6 +160,12 @@ def config_json(cfg: ModelConfig) -> dict:
         "linear_key_head_dim": cfg.linear_key_dim, "linear_value_head_dim": cfg.linear_value_dim,
         "linear_conv_kernel_dim": cfg.conv_width,
     }  # fmt: skip
+
+
+def in_file(cfg: ModelConfig, tensors) -> ModelConfig:
+    """`cfg` with the prefix that its text model has among these names of tensors."""
+    older = cfg.prefix == WRAPPED_PREFIX and f"{GEMMA_PREFIX}embed_tokens.weight" in tensors
+    return dataclasses.replace(cfg, prefix=GEMMA_PREFIX) if older else cfg
 
 
 def around(ours: dict, source: dict) -> dict:

@@ -190,9 +190,28 @@ def read(p: model.Param, tensors: dict[str, Tensor], index, dtype) -> np.ndarray
     names = dict(named(p))
     inner = tuple(index[lead:])
     for at in itertools.product(*ranges[:lead]):
-        view = tensors[names[at]].view().reshape(p.view).transpose(p.perm)[inner]
-        out[tuple(i - r.start for i, r in zip(at, ranges))] = view
+        out[tuple(i - r.start for i, r in zip(at, ranges))] = laid_out(tensors[names[at]].view(), p)[inner]
     return out
+
+
+def laid_out(tensor: np.ndarray, p: model.Param) -> np.ndarray:
+    """A file's tensor as the leaf holds it (one layer, one expert of it); a view where no rows change places."""
+    if p.parts:
+        heads = len(tensor) // sum(p.parts)
+        ends = np.cumsum([heads * n for n in p.parts])[:-1]
+        pieces = [a.reshape(heads, n, *a.shape[1:]) for a, n in zip(np.split(tensor, ends), p.parts)]
+        tensor = np.concatenate(pieces, axis=1)
+    return tensor.reshape(p.view).transpose(p.perm)
+
+
+def as_in_file(leaf: np.ndarray, p: model.Param) -> np.ndarray:
+    """The inverse of `laid_out`."""
+    tensor = leaf.transpose(np.argsort(p.perm))
+    if p.parts:
+        heads, *rest = p.hf_shape[0] // sum(p.parts), *p.hf_shape[1:]
+        pieces = np.split(tensor.reshape(heads, sum(p.parts), *rest), np.cumsum(p.parts)[:-1], axis=1)
+        tensor = np.concatenate([a.reshape(-1, *rest) for a in pieces])
+    return np.ascontiguousarray(tensor).reshape(p.hf_shape)
 
 
 def write(
@@ -227,7 +246,7 @@ def write(
     for file, parts in zip(files, plan):
         here: dict[str, np.ndarray] = {}
         for p, array, layer in parts:
-            values = _gather(array, layer, dtype)
+            values = _gather(array, layer, np.dtype(np.float32) if p.stays_float32 else dtype)
             if work is not None:
                 here |= _split(p, values, layer)
         if work is not None:
@@ -247,12 +266,11 @@ def write(
 
 def _split(p: model.Param, values: np.ndarray, layer: int | None) -> dict[str, np.ndarray]:
     """{tensor name: array in the file's shape} of one layer of a leaf (a tensor an expert), or of a whole leaf."""
-    back = tuple(int(i) for i in np.argsort(p.perm))
     out = {}
     for at, name in named(p):
         if layer is None or at[0] == layer:
             inner = values[at if layer is None else at[1:]]
-            out[name] = np.ascontiguousarray(inner.transpose(back)).reshape(p.hf_shape)
+            out[name] = as_in_file(inner, p)
     return out
 
 

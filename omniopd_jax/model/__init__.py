@@ -171,7 +171,7 @@ def layer(x_BLD, p: dict, cfg: ModelConfig, compute: Compute, angles, attend):
     h_BLD = norm(x_BLD, p["attn_norm"], cfg)
     if "linear_qkv" in p:
         with jax.named_scope("linear"):
-            y_BLD = linear.mix(h_BLD, p, cfg, lambda x, name: project(x, p, name, compute), attend)
+            y_BLD = linear.mix(h_BLD, p, cfg, lambda x, name, axes=1: project(x, p, name, compute, axes), attend)
     else:
         y_BLD = attention_part(h_BLD, p, cfg, compute, angles, attend)
     if cfg.post_norms:

@@ -17,8 +17,8 @@ CHUNK = 64  # tokens
 
 
 class State(NamedTuple):
-    """What a layer keeps of a row between tokens: `conv` [B, conv_width - 1, channels], the convolution's last inputs;
-    `memory` [B, O, key width, value width], float32.
+    """What a layer keeps of a row between tokens: `conv` [B, conv_width - 1, key heads, channels of one], the
+    convolution's last inputs; `memory` [B, O, key width, value width], float32.
     """
 
     conv: jax.Array
@@ -30,18 +30,23 @@ def mix(x_BLD, p: dict, cfg: ModelConfig, project, recur):
 
     Args:
       project: (x, leaf's name) -> x W, with the layer's adapters.
-      recur: (inputs of the convolution [B, L, channels], decay_BLO, beta_BLO) -> [B, L, O, value width], float32: the
-        caller's (`whole`, `step`).
+      recur: (inputs of the convolution [B, L, key heads, channels of one], decay_BLO, beta_BLO)
+        -> [B, L, O, value width], float32: the caller's (`whole`, `step`).
     """
-    B, L, _ = x_BLD.shape
+
+    def of_values(name):  # [B, L, O], key head by key head
+        y = project(x_BLD, name)
+        return y.reshape(*y.shape[:2], -1).astype(jnp.float32)
+
     rate, bias = (p[name].astype(jnp.float32)[None, None] for name in ("a_log", "dt_bias"))
-    decay = -jnp.exp(rate) * jax.nn.softplus(project(x_BLD, "linear_a").astype(jnp.float32) + bias)
-    out = recur(project(x_BLD, "linear_qkv"), decay, jax.nn.sigmoid(project(x_BLD, "linear_b").astype(jnp.float32)))
-    gate = project(x_BLD, "linear_z").reshape(out.shape).astype(jnp.float32)
+    decay = -jnp.exp(rate) * jax.nn.softplus(of_values("linear_a") + bias)
+    out = recur(project(x_BLD, "linear_qkv"), decay, jax.nn.sigmoid(of_values("linear_b")))
+    z = project(x_BLD, "linear_z")
+    gate = z.reshape(out.shape).astype(jnp.float32)
     out = out * jax.lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + cfg.norm_eps)
     out = p["linear_norm"].astype(x_BLD.dtype)[None, None, None] * out.astype(x_BLD.dtype)
     out = (out * jax.nn.silu(gate)).astype(x_BLD.dtype)
-    return project(out.reshape(B, L, -1), "linear_out")
+    return project(out.reshape(z.shape), "linear_out", axes=2)
 
 
 def whole(qkv, conv, decay, beta, cfg: ModelConfig, segment_BL=None, length_B=None):
@@ -63,7 +68,8 @@ def whole(qkv, conv, decay, beta, cfg: ModelConfig, segment_BL=None, length_B=No
 def step(qkv, conv, decay, beta, cfg: ModelConfig, state: State):
     """One token of each row: ([B, 1, O, value width], the next state)."""
     window = jnp.concatenate([state.conv, qkv], axis=1)
-    mixed = jax.nn.silu((window.astype(jnp.float32) * conv.T.astype(jnp.float32)[None]).sum(1, keepdims=True))
+    taps = jnp.moveaxis(conv, -1, 0).astype(jnp.float32)[None]
+    mixed = jax.nn.silu((window.astype(jnp.float32) * taps).sum(1, keepdims=True))
     q, k, v = (a.swapaxes(1, 2) for a in _heads(mixed.astype(qkv.dtype), cfg))  # [B, O, 1, width]
     decay, beta = (a.swapaxes(1, 2)[..., None] for a in (decay, beta))  # [B, O, 1, 1]
     memory = state.memory * jnp.exp(decay)
@@ -73,36 +79,35 @@ def step(qkv, conv, decay, beta, cfg: ModelConfig, state: State):
 
 def _convolve(x, conv, segment_BL):
     """Causal, each channel by itself, then SiLU."""
-    L, width = x.shape[1], conv.shape[1]
+    L, width = x.shape[1], conv.shape[-1]
     out = 0.0
     for back in range(min(width, L)):
-        earlier = jnp.pad(x.astype(jnp.float32), ((0, 0), (back, 0), (0, 0)))[:, :L]
-        part = earlier * conv[None, None, :, width - 1 - back].astype(jnp.float32)
+        earlier = jnp.pad(x.astype(jnp.float32), ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :L]
+        part = earlier * conv[None, None, ..., width - 1 - back].astype(jnp.float32)
         if segment_BL is not None and back:
             before_BL = jnp.pad(segment_BL, ((0, 0), (back, 0)), constant_values=-1)[:, :L]
-            part = jnp.where((before_BL == segment_BL)[..., None], part, 0.0)
+            part = jnp.where((before_BL == segment_BL)[..., None, None], part, 0.0)
         out += part
     return jax.nn.silu(out).astype(x.dtype)
 
 
 def _last(x, count: int, length_B):
     """The last `count` real inputs of each row, zeros in front of its first."""
-    padded = jnp.pad(x, ((0, 0), (count, 0), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (count, 0), (0, 0), (0, 0)))
     if length_B is None:
         return padded[:, x.shape[1] :]
     at = length_B[:, None] + jnp.arange(count, dtype=length_B.dtype)[None]
-    return jnp.take_along_axis(padded, at[..., None], axis=1)
+    return jnp.take_along_axis(padded, at[..., None, None], axis=1)
 
 
 def _heads(mixed, cfg: ModelConfig):
     """q, k, v as [B, L, O, width], float32: q and k of unit length, each for several values' heads, q scaled."""
-    B, L, _ = mixed.shape
-    keys = cfg.linear_key_heads * cfg.linear_key_dim
-    q, k, v = jnp.split(mixed.astype(jnp.float32), (keys, 2 * keys), axis=-1)
-    q, k = (a.reshape(B, L, cfg.linear_key_heads, cfg.linear_key_dim) for a in (q, k))
+    B, L, K, _ = mixed.shape
+    width = cfg.linear_key_dim
+    q, k, v = jnp.split(mixed.astype(jnp.float32), (width, 2 * width), axis=-1)
     q, k = (a * jax.lax.rsqrt(jnp.sum(jnp.square(a), axis=-1, keepdims=True) + 1e-6) for a in (q, k))
-    repeat = cfg.linear_value_heads // cfg.linear_key_heads
-    q, k = (jnp.repeat(a, repeat, axis=2) for a in (q * cfg.linear_key_dim**-0.5, k))
+    shape = (B, L, K, cfg.linear_value_heads // K, width)
+    q, k = (jnp.broadcast_to(a[:, :, :, None], shape).reshape(B, L, -1, width) for a in (q * width**-0.5, k))
     return q, k, v.reshape(B, L, cfg.linear_value_heads, cfg.linear_value_dim)
 
 

@@ -26,7 +26,7 @@ LEAVES = {  # PEFT's name of a module -> (its leaf in model.table, axes of its i
     "in_proj_z": ("linear_z", 1),
     "in_proj_b": ("linear_b", 1),
     "in_proj_a": ("linear_a", 1),
-    "out_proj": ("linear_out", 1),
+    "out_proj": ("linear_out", 2),
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -70,7 +70,7 @@ def _pair(name: str, p: model.Param, inputs: int, rank: int) -> dict:
     )  # fmt: skip
     b = model.Param(
         (layers, rank, *out), ("layers", "rank", *out_axes), f"{stem}.lora_B.weight", (math.prod(out), rank),
-        (*out, rank), (len(out), *range(len(out))), "zeros", 0, p.layers,
+        (*out, rank), (len(out), *range(len(out))), "zeros", 0, p.layers, parts=p.parts,
     )  # fmt: skip
     return {f"{name}_lora_a": a, f"{name}_lora_b": b}
 

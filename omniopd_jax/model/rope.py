@@ -41,7 +41,8 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, np.float32]:
     In numpy, so that no backend's power function enters: at position 8,000 an ulp of a frequency is 1e-3 of an angle.
     """
     H = cfg.rotary_dim or cfg.head_dim
-    freq = 1 / np.float32(cfg.rope_theta) ** (np.arange(0, H, 2, dtype=np.float32) / np.float32(H))
+    exponent = (np.arange(0, H, 2, dtype=np.float32) / np.float32(H)).astype(np.float64)
+    freq = 1 / (cfg.rope_theta**exponent).astype(np.float32)  # the power rounded once, as torch's is but for a few
     s = dict(cfg.rope_scaling)
     if not s:
         return freq, np.float32(1)

@@ -90,6 +90,8 @@ class Param:
     init: str = "normal"  # normal | ones | zeros | log_uniform; adapters: uniform | zeros
     fan_in: int = 0
     layers: Sequence[int] = ()  # the numbers of the layers that a stacked leaf holds
+    stays_float32: bool = False  # in an export of any dtype, as in the published files
+    parts: tuple[int, ...] = ()  # rows a head has of each part of hf's: there part by part, in the leaf head by head
 
 
 def table(cfg: ModelConfig) -> dict:
@@ -163,24 +165,36 @@ def _attention(cfg: ModelConfig) -> dict:
 
 
 def _linear(cfg: ModelConfig) -> dict:
-    """Of a gated delta net (linear.py): query, key and value are one projection, which tp does not split."""
-    D, heads, channels = cfg.hidden_size, cfg.linear_value_heads, cfg.conv_channels
-    values = heads * cfg.linear_value_dim
+    """Of a gated delta net (linear.py). What belongs to one key's head (its query, its key, the values that share them)
+    is together, so that tp splits all leaves by these heads; the file holds all queries, then all keys, all values.
+    """
+    D, K, C, W = cfg.hidden_size, cfg.linear_key_heads, cfg.conv_channels, cfg.conv_width
+    values, shared = cfg.linear_value_heads * cfg.linear_value_dim, cfg.linear_value_heads // K
+    parts = (cfg.linear_key_dim, cfg.linear_key_dim, values // K)
+
+    def into(width: int, name: str, parts=()) -> Param:
+        return dataclasses.replace(_heads(D, K, width, "linear_heads", f"linear_attn.{name}.weight"), parts=parts)
+
     conv = Param(
-        (channels, cfg.conv_width), (None, None), "linear_attn.conv1d.weight", (channels, 1, cfg.conv_width),
-        (channels, cfg.conv_width), (0, 1), fan_in=cfg.conv_width,
+        (K, C // K, W), ("linear_heads", None, None), "linear_attn.conv1d.weight", (C, 1, W), (K, C // K, W), (0, 1, 2),
+        fan_in=W, parts=parts,
     )  # fmt: skip
+    a_log = _vector(cfg.linear_value_heads, "linear_attn.A_log", axis="linear_heads", init="log_uniform")
+    norm = _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None)
     return {
-        "linear_qkv": _matrix((D, channels), ("embed", None), "linear_attn.in_proj_qkv.weight"),
-        "linear_z": _matrix((D, values), ("embed", None), "linear_attn.in_proj_z.weight"),
-        "linear_b": _matrix((D, heads), ("embed", None), "linear_attn.in_proj_b.weight"),
-        "linear_a": _matrix((D, heads), ("embed", None), "linear_attn.in_proj_a.weight"),
+        "linear_qkv": into(C // K, "in_proj_qkv", parts),
+        "linear_z": into(values // K, "in_proj_z"),
+        "linear_b": into(shared, "in_proj_b"),
+        "linear_a": into(shared, "in_proj_a"),
         "conv": conv,
-        "dt_bias": _vector(heads, "linear_attn.dt_bias", axis=None),
-        "a_log": _vector(heads, "linear_attn.A_log", axis=None, init="log_uniform"),
-        "linear_norm": _vector(cfg.linear_value_dim, "linear_attn.norm.weight", axis=None),
-        "linear_out": _matrix((values, D), (None, "embed"), "linear_attn.out_proj.weight"),
-    }
+        "dt_bias": _vector(cfg.linear_value_heads, "linear_attn.dt_bias", axis="linear_heads"),
+        "a_log": dataclasses.replace(a_log, stays_float32=True),
+        "linear_norm": dataclasses.replace(norm, stays_float32=True),
+        "linear_out": Param(
+            (K, values // K, D), ("linear_heads", None, "embed"), "linear_attn.out_proj.weight", (D, values),
+            (D, K, values // K), (1, 2, 0), fan_in=values,
+        ),
+    }  # fmt: skip
 
 
 def _mlp(cfg: ModelConfig) -> dict:

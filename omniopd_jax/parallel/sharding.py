@@ -18,13 +18,15 @@ RULES = {  # training: parameters and optimizer state
     "embed_norm": None,
     "heads": "tp",
     "kv_heads": "tp",
+    "linear_heads": "tp",  # of linear attention, by its keys' heads
     "ff": "tp",
     "experts": None,
     "layers": None,
     "rank": None,
     None: None,
 }
-DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once an iteration
+# the sampler gathers the fsdp axis once an iteration, and its states of linear attention are split by rows alone
+DECODE_RULES = RULES | {"embed": None, "linear_heads": None}
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 from omniopd_jax import hf, model
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.hf import config as hf_config
+from omniopd_jax.hf.published import PUBLISHED
 from omniopd_jax.run import flops
 
 COMPILE_ONLY = {  # what the TPU compiler reads when it is loaded: no chip here, and others may compile at the same time
@@ -24,13 +24,13 @@ def compile_only() -> None:
 
 
 def model_config(path: str) -> model.ModelConfig:
-    """Of a local folder, or of a published name whose shape is known (`hf_config.PUBLISHED`), so that no hub is needed.
+    """Of a local folder, or of a published name whose shape is known (`hf.published`), so that no hub is needed.
 
     Raises:
       UserError: neither.
     """
-    known = not pathlib.Path(path).is_dir() and path in hf_config.PUBLISHED
-    return hf_config.published(path) if known else hf.read_config(path)
+    known = None if pathlib.Path(path).is_dir() else PUBLISHED.get(path)
+    return known or hf.read_config(path)
 
 
 def devices(topology: str):

@@ -12,6 +12,7 @@ import pytest
 from omniopd_jax import hf, model
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import config as hf_config
+from omniopd_jax.hf.published import PUBLISHED
 
 HERE = pathlib.Path(__file__).parent
 
@@ -88,7 +89,16 @@ def test_both_forms_of_rope_mean_the_same(name):
     assert hf.model_config(new, "new") == hf.model_config(old, "old")
 
 
+def test_shapes_known_by_name_are_those_of_the_published_files():
+    files = {"Qwen/Qwen3-0.6B": REAL["Qwen3-0.6B"][0]} | {r["name"]: r["config"] for r in rows("published.jsonl")}
+    compared = [name for name in PUBLISHED if name in files]
+    assert len(compared) == 5
+    assert all(PUBLISHED[name] == hf.model_config(files[name], name) for name in compared)
+
+
 QWEN, LLAMA, MOE = REAL["Qwen3-0.6B"][0], REAL["Llama-3.2-1B"][0], REAL["Qwen3-30B-A3B"][0]
+GEMMA3 = next(r["config"] for r in rows("published.jsonl") if r["name"] == "google/gemma-3-1b-it")
+QWEN35 = next(r["config"]["text_config"] for r in rows("published.jsonl") if r["name"] == "Qwen/Qwen3.5-0.8B")
 BASES = {"QWEN": QWEN, "LLAMA": LLAMA, "MOE": MOE, "QWEN25": REAL["Qwen2.5-0.5B"][0]}
 BASES["MISTRAL"] = next(r["config"] for r in rows("published.jsonl") if "Mistral" in r["name"])
 
@@ -123,6 +133,9 @@ BASES["MISTRAL"] = next(r["config"] for r in rows("published.jsonl") if "Mistral
         (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
         (QWEN, {"hidden_size": None}, "hidden_size is missing"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not implemented; only null"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented; only null"),
+        (QWEN35, {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16'"),
         (REAL["Qwen2.5-0.5B"][0], {"use_mrope": False, "attention_bias": False}, "attention_bias"),
     ],
 )  # fmt: skip

@@ -3,10 +3,12 @@
 import dataclasses
 import resource
 import time
+from concurrent.futures import Future
 
 import hf_fixtures
 import pytest
 import tiny
+from tokenizers.processors import TemplateProcessing
 
 from omniopd_jax import audit, config, experience, hf
 from omniopd_jax.data import prompts as data
@@ -14,7 +16,10 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
 from omniopd_jax.hf import tokenizer as tokens
 from omniopd_jax.run import host
+from omniopd_jax.teachers import ContinuationRequest
+from omniopd_jax.teachers.local import LocalTeacher
 from omniopd_jax.teachers.simulated import SimulatedTeacher
+from omniopd_jax.teachers.wire.openai import OpenAIClient
 
 USER = [{"role": "user", "content": "1 + 1?"}]
 TALK = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "2"}, *USER]
@@ -96,6 +101,36 @@ def test_a_jinja_file_takes_the_place_of_the_tokenizers_own(tmp_path):
     file.write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="does not use the variable `preamble`"):
         template.make(tokenizer(), template=str(file), preamble="x", setting="teacher")
+
+
+@pytest.mark.parametrize("how", ["chat", "plain"])
+def test_a_prompt_has_exactly_one_start_token(how, monkeypatch):
+    """Gemma's template writes <bos>, and its tokenizer puts one in front of every text: the student's prompts and the
+    evaluation's, the local teacher's, and a served teacher's, whose server adds its own."""
+    tok = hf_fixtures.tokenizer()
+    tok.add_special_tokens({"bos_token": "<bos>"})
+    tok.chat_template = "{{ bos_token }}" + tok.chat_template
+    tok._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tok.bos_token_id)])
+    assert tok("x")["input_ids"][0] == tok.bos_token_id
+    made = template.make(tok, template=how)
+    cfg = config.default()
+    (prompt,) = data.encode(data.Prompts([data.Prompt("p", tuple(USER), "2")]), made, cfg).prompts
+    seen = [list(prompt.token_ids)]
+    teacher = LocalTeacher(None, None, made, end_ids=(), foreign_tokenizer=False, compute=None)
+
+    def sample(ids, requests, n, *_):
+        seen.extend(ids)
+        return [()] * len(ids), [0] * len(ids)
+
+    monkeypatch.setattr(teacher, "_sample", sample)
+    request = ContinuationRequest("s", 0, tuple(USER), "It is", (0,), 4)
+    teacher._answer([(request, Future(), 0.0)])
+    client = OpenAIClient(cfg)
+    client.raw, client.tokenizer, client.template = True, tok, made
+    seen.append(tok(client.render(USER))["input_ids"])  # as the server will
+    assert len(seen) == 3
+    for ids in seen:
+        assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
 
 
 # --- what ends an answer

@@ -11,52 +11,17 @@ import pytest
 import safetensors.torch
 from ml_collections import ConfigDict
 
-from omniopd_jax import config, hf, model, rollout, step
-from omniopd_jax.model import linear, lora
-from omniopd_jax.parallel import sharding
+from omniopd_jax import config, hf, model, rollout
+from omniopd_jax.hf.published import PUBLISHED
+from omniopd_jax.model import linear, lora, rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+families = pytest.importorskip("families")
+FAMILIES, SIZES, batch, gap, tensors_of, wrapped = (
+    families.FAMILIES, families.SIZES, families.batch, families.gap, families.tensors_of, families.wrapped,
+)  # fmt: skip
 MAX = 1e-4  # of the reference's standard deviation
-SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-FAMILIES = {
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {
-        "num_hidden_layers": 4, "sliding_window": 20, "query_pre_attn_scalar": 24, "sliding_window_pattern": 3,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-        },
-    }),
-    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {
-        "num_hidden_layers": 4, "tie_word_embeddings": False, "full_attention_interval": 3, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    }),
-}  # fmt: skip
-LENGTHS = (150, 100, 131)  # over several chunks of linear attention and several windows
-
-
-def torch_model(family: str):
-    """Random, with norms, decays, gates and convolutions that matter."""
-    config, kind, more = FAMILIES[family]
-    out = getattr(transformers, kind)(getattr(transformers, config)(**SIZES | more))
-    rng = torch.Generator().manual_seed(0)
-    for name, p in out.named_parameters():
-        draw = torch.randn(p.shape, generator=rng)
-        if name.endswith("linear_attn.norm.weight"):
-            p.data = 1 + 0.3 * draw
-        elif any(part in name for part in ("norm", "A_log", "dt_bias")):
-            p.data = 0.3 * draw  # a slow decay makes transformers' own logits move by 1e-4 with an ulp of the weights
-        elif "conv1d" in name:
-            p.data = 1.5 * draw  # smaller, queries and keys of almost no length are common, whose direction is rounding
-        elif "embed_tokens" in name or "lm_head" in name:
-            p.data = draw * 3.5 * SIZES["hidden_size"] ** -0.5
-        else:
-            p.data = draw * p.shape[-1] ** -0.5
-    return out.float().eval()
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +31,11 @@ def loaded(tmp_path_factory):
     @functools.cache
     def make(family):
         folder = tmp_path_factory.mktemp(family)
-        reference = torch_model(family)
+        reference = families.torch_model(family)
         reference.save_pretrained(folder)
         return reference, *hf.load(folder), folder
 
     return make
-
-
-def batch():
-    rng, L = np.random.default_rng(0), max(LENGTHS)
-    token = rng.integers(0, SIZES["vocab_size"], (len(LENGTHS), L)).astype(np.int32)
-    right = np.arange(L)[None] < np.array(LENGTHS)[:, None]
-    left = right[:, ::-1]
-    return token, right, left, np.where(left, np.cumsum(left, axis=1) - 1, 0).astype(np.int32)
 
 
 def their_logits(reference, token, mask, position=None):
@@ -106,11 +63,6 @@ def changed(monkeypatch):
     forward.clear_cache()
     yield lambda name, function: monkeypatch.setattr(linear, name, function)
     forward.clear_cache()
-
-
-def gap(ours, theirs) -> float:
-    """The largest difference over the reference's standard deviation."""
-    return float(np.abs(ours - theirs).max() / theirs.std())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,6 +120,25 @@ def test_leaving_a_part_of_qwen35_out_is_seen(loaded, changed, part):
             layers["linear_z"] = jnp.zeros_like(layers["linear_z"]) + 0.01
         params = params | {"layers": layers}
     assert gap(our_logits(params, cfg, token)[right], theirs) > 10 * MAX
+
+
+@pytest.mark.parametrize(("width", "theta"), [(256, 1e6), (256, 1e4), (64, 1e7), (128, 1e6)])
+def test_frequencies_are_torchs_bit_by_bit(width, theta):
+    """But for two by an ulp: at token 800 an ulp moves an angle by 1e-4, and Gemma-3-270M's logits by 1e-3."""
+    cfg = model.ModelConfig("gemma3", 8, 8, 8, 1, 2, 1, width, rope_theta=theta)
+    theirs = 1.0 / (theta ** (torch.arange(0, width, 2).float() / width))
+    assert (rope.frequencies(cfg)[0] != theirs.numpy()).sum() <= 2
+
+
+def test_gemmas_embeddings_are_scaled_as_the_reference_rounds_the_factor():
+    """The root of 640 is 25.298; in bfloat16 it is 25.25."""
+    cfg = PUBLISHED["google/gemma-3-270m"]
+    for dtype in ("float32", "bfloat16"):
+        theirs = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(1, 640, None, 640**0.5)
+        theirs.weight.data[:] = 1.0
+        want = theirs.to(getattr(torch, dtype))(torch.tensor([0])).float().detach().numpy()
+        ours = model.scaled(jnp.ones((1, 640), dtype), cfg)
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -270,38 +241,10 @@ def test_gradients_are_those_of_torch(loaded, family):
         stacked = zip(p.layers, np.asarray(grad)) if p.layers else [(None, np.asarray(grad))]
         for number, a in stacked:
             name = p.hf.format(layer=number)
-            want = theirs[name].reshape(p.view).transpose(p.perm)
+            want = hf.safetensors.laid_out(theirs[name], p)
             assert np.linalg.norm(a - want) <= 1e-4 * np.linalg.norm(want) + 1e-9, name
             seen += 1
     assert seen == len(theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_eight_devices_compute_what_one_does(loaded, family):
-    _, params, cfg, folder = loaded(family)
-    token, *_ = batch()
-    token = np.concatenate([token, token[:1]])[:, :96]
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 2})
-    many, _ = hf.load(folder, mesh=mesh)
-    length = np.full(4, 40, np.int32)
-
-    def score(params, compute):
-        how = {"T": 56, "model_cfg": cfg, "block": 64, "micro_batches": 1, "compute": compute}
-        rows = sharding.put_rows((token, length), compute.mesh)
-        return jax.jit(functools.partial(step.score, **how))(params, *rows)
-
-    one = score(params, model.Compute())
-    eight = score(many, model.Compute(mesh=mesh))
-    np.testing.assert_allclose(eight.logp_BT, one.logp_BT, atol=2e-4)
-    keys = rollout.row_keys(jax.random.key(0), range(4))
-    tokens = []
-    for p, on in ((params, sharding.default_mesh()), (many, mesh)):
-        rows = sharding.put_rows((token[:, :40], length), on)
-        how = {"max_new_tokens": 16, "temperature": 0.0, "compute": model.Compute(mesh=on)}
-        out = rollout.sample(p, cfg, *rows, jax.device_put(keys, sharding.rows(on)), **how)
-        tokens.append(np.asarray(out.token_BT)[:, :16])
-    assert (tokens[0] == tokens[1]).mean() > 0.9  # ties apart
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -353,9 +296,9 @@ def test_the_chunks_are_the_recurrence():
         linear_value_dim=5, conv_width=4,
     )  # fmt: skip
     B, L = 2, 150
-    qkv = rng.normal(size=(B, L, cfg.conv_channels)).astype(np.float32)
+    qkv = rng.normal(size=(B, L, cfg.linear_key_heads, cfg.conv_channels // 2)).astype(np.float32)
     qkv[:, 60:90] = qkv[:, 60:61]
-    conv = rng.normal(size=(cfg.conv_channels, 4)).astype(np.float32)
+    conv = rng.normal(size=(*qkv.shape[2:], 4)).astype(np.float32)
     decay = -np.exp(rng.normal(size=(B, L, 4)) * 2 - 2).astype(np.float32)
     beta = rng.uniform(0, 1, (B, L, 4)).astype(np.float32)
     length = np.array([150, 97], np.int32)
@@ -365,7 +308,7 @@ def test_the_chunks_are_the_recurrence():
         now, state = linear.step(xs[0][None, None], conv, xs[1][None, None], xs[2][None, None], cfg, state)
         return state, now[0, 0]
 
-    empty = linear.State(jnp.zeros((1, 3, cfg.conv_channels)), jnp.zeros((1, 4, 6, 5)))
+    empty = linear.State(jnp.zeros((1, 3, *qkv.shape[2:])), jnp.zeros((1, 4, 6, 5)))
     for b, n in enumerate(length):
         last, by_token = jax.lax.scan(one, empty, (qkv[b, :n], decay[b, :n], beta[b, :n]))
         np.testing.assert_allclose(out[b, :n], by_token, atol=2e-4)
@@ -373,38 +316,69 @@ def test_the_chunks_are_the_recurrence():
         np.testing.assert_array_equal(state.conv[b], last.conv[0])
 
 
-def test_what_is_beside_the_text_model_is_carried_through_an_export(tmp_path):
-    """Qwen3.5 with a tower of images and heads that predict further tokens: transformers opens what comes out."""
-    text = SIZES | FAMILIES["qwen3_5"][2] | {"tie_word_embeddings": True}
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "intermediate_size": 8,
-        "out_hidden_size": 64,
-        "patch_size": 4,
-    }
-    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    reference = transformers.Qwen3_5ForConditionalGeneration(config).float().eval()
-    reference.save_pretrained(tmp_path / "in")
-    tensors = safetensors.torch.load_file(tmp_path / "in" / "model.safetensors")
-    tensors["mtp.fc.weight"] = torch.randn(3, 5)
+OLDER, NEWER = "language_model.model.", "model.language_model."  # what transformers 5.23 writes of Gemma 3, and Qwen3.5
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("qwen3_5", NEWER), ("gemma3", OLDER), ("gemma3", NEWER)])
+def test_what_is_beside_the_text_model_is_carried_through_an_export(family, prefix, tmp_path):
+    """A tower of images, heads that predict further tokens; under the names of either layout."""
+    reference = wrapped(family, tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    if family == "qwen3_5":
+        tensors["mtp.fc.weight"] = torch.randn(3, 5)
+    elif prefix == NEWER:
+        renamed = {n: n.replace(OLDER, NEWER) if n.startswith(OLDER) else f"model.{n}" for n in tensors}
+        tensors = {renamed[n]: t for n, t in tensors.items()}
+    assert f"{prefix}norm.weight" in tensors
     safetensors.torch.save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     params, cfg = hf.load(tmp_path / "in")
+    assert cfg == hf.read_config(tmp_path / "in") and cfg.prefix == NEWER
     params["final_norm"] = params["final_norm"] + 1
     hf.save(tmp_path / "out", params, cfg, dtype="float32", source=tmp_path / "in")
     again, loaded_cfg = hf.load(tmp_path / "out")
-    assert loaded_cfg == cfg and cfg.prefix == "model.language_model."
-    written = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        written |= safetensors.torch.load_file(file)
+    assert loaded_cfg == cfg
+    written = tensors_of(tmp_path / "out")
     assert set(written) == set(tensors)
     changed = [name for name in tensors if not torch.equal(written[name], tensors[name])]
-    assert changed == ["model.language_model.norm.weight"]
-    theirs = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert changed == [f"{prefix}norm.weight"]
+    theirs = type(reference).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     token = batch()[0][:, :40]
     assert gap(our_logits(again, cfg, token), their_logits(theirs, token, np.ones_like(token))) < MAX
     hf.save(tmp_path / "text", params, cfg, dtype="float32")  # without its source: the text model alone
     alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32).eval()
-    assert type(alone) is transformers.Qwen3_5ForCausalLM
+    assert type(alone).__name__ == FAMILIES[family][1]
     assert gap(our_logits(again, cfg, token), their_logits(alone, token, np.ones_like(token))) < MAX
+
+
+def test_a_bfloat16_export_keeps_decays_gated_norms_and_what_is_carried_in_float32(tmp_path):
+    wrapped("qwen3_5", tmp_path / "in")
+    tensors = tensors_of(tmp_path / "in")
+    hf.save(tmp_path / "out", *hf.load(tmp_path / "in"), dtype="bfloat16", source=tmp_path / "in")
+    written = tensors_of(tmp_path / "out")
+    whole = [n for n, t in written.items() if t.dtype == torch.float32]
+    assert {n for n in tensors if n.endswith(("A_log", "linear_attn.norm.weight")) or ".visual." in n} == set(whole)
+    assert all(torch.equal(written[n], tensors[n]) for n in whole)
+    assert all(torch.equal(written[n], tensors[n].bfloat16()) for n in written if n not in whole)
+    again, _ = hf.load(tmp_path / "out")
+    np.testing.assert_array_equal(again["layers"]["a_log"][0], tensors[min(n for n in whole if "A_log" in n)])
+
+
+@pytest.mark.slow
+def test_peft_opens_the_adapters_of_every_layer(loaded, tmp_path):
+    """Of a Qwen3.5, linear layers and full ones: the adapter folder on transformers' model gives our logits."""
+    peft = pytest.importorskip("peft")
+    reference, params, cfg, folder = loaded("qwen3_5")
+    settings = ConfigDict({"rank": 2, "alpha": 3.0, "targets": config.TARGETS + config.LINEAR_TARGETS})
+    adapters = lora.init(jax.random.key(0), cfg, settings)
+    adapters = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), adapters)
+    out, table = tmp_path / "adapter", lora.table(cfg, settings)
+    hf.save_adapters(out, adapters, table, lora.peft_config(settings, folder), dtype="float32")
+    theirs = peft.PeftModel.from_pretrained(type(reference).from_pretrained(folder, dtype=torch.float32), out).eval()
+    read = {n.replace(".default", "") for n, _ in theirs.named_parameters() if "lora_" in n}
+    assert read == set(tensors_of(out)) and sum("linear_attn" in n for n in read) == 2 * 5 * 3
+    token = batch()[0][:, :70]
+    compute = model.Compute(lora_scale=lora.scale(settings))
+    ours = jax.jit(lambda p: model.logits(p, cfg, model.hidden(p, cfg, jnp.asarray(token), compute=compute)))
+    want = their_logits(theirs, token, np.ones_like(token))
+    assert gap(np.asarray(ours(lora.attach(params, adapters))), want) < MAX
+    assert gap(our_logits(params, cfg, token), want) > 0.1

@@ -1,5 +1,6 @@
 """Counts against sums written out by hand, the recompilation warning, and the profiler's window."""
 
+import dataclasses
 import json
 import types
 
@@ -133,3 +134,24 @@ def test_xprof_opens_the_trace_of_the_steps_asked_for_and_finds_their_phases(tmp
     for phase in ("rollout", "update"):
         assert sum(e["name"] == phase for e in spans) == 2, phase
     assert [e["name"] for e in spans if e["name"].startswith("step")] == ["step 1", "step 2"]
+
+
+def test_what_mixes_tokens_is_counted_pair_by_pair():
+    """Sliding and full attention by the pairs that see each other; a linear layer by its state and its convolution."""
+    n, window = 10, 4
+    layered = dataclasses.replace(
+        CFG, num_layers=3, layer_kinds=("sliding", "full", "linear"), window=window, linear_key_heads=2,
+        linear_value_heads=4, linear_key_dim=6, linear_value_dim=5, conv_width=3,
+    )  # fmt: skip
+    seen = {"full": 0, "sliding": 0}
+    for t in range(n):
+        for i in range(t + 1):
+            seen["full"] += 1
+            seen["sliding"] += t - i < window
+    attention = 4 * CFG.num_heads * CFG.head_dim * sum(seen.values())
+    reads_and_write = 3 * 2 * 6 * 5 * 4  # of a matrix of 6 x 5 in each of 4 heads
+    convolution = 2 * 3 * (2 * 2 * 6 + 4 * 5)
+    assert flops.mixing(layered, n) == attention + n * (reads_and_write + convolution)
+    narrow = dataclasses.replace(layered, attention_gate=False)
+    gate = flops.matmul_params(dataclasses.replace(layered, attention_gate=True))[0] - flops.matmul_params(narrow)[0]
+    assert gate == 2 * CFG.hidden_size * CFG.num_heads * CFG.head_dim  # q_proj is as wide again in two layers

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.vocab` makes docs/results/vocab.md."""
