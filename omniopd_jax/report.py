@@ -46,8 +46,10 @@ def server(runs: list[str], port: int) -> http.server.ThreadingHTTPServer:
     def stamp() -> str:
         return str(sum(page.stamp(run) for run in runs))
 
+    first = stamp()
+
     class Handler(http.server.BaseHTTPRequestHandler):
-        made = ("", b"")
+        made = first, make(runs, watch=first).encode()  # raises here, before anything is served
 
         def do_GET(self):
             now = stamp()
@@ -62,7 +64,6 @@ def server(runs: list[str], port: int) -> http.server.ThreadingHTTPServer:
         def log_message(self, *args):
             """Nothing at the terminal."""
 
-    make(runs)
     try:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:

@@ -61,7 +61,7 @@ class How:
 
     def prompts(self, mesh) -> int:
         """Prompts a batch: part of what decides the last bits of a completion, so fixed for a table."""
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = sharding.row_shards(mesh)
         return -(-max(1, self.rows // self.samples) // shards) * shards
 
 

@@ -55,7 +55,7 @@ def greedy(
     if isinstance(params["layers"], dict):
         params = rollout.prepare(params, model_cfg, compute=compute)
     rank, count = (jax.process_index(), jax.process_count()) if mesh.is_multi_process else (0, 1)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     rows = -(-min(rows, len(prompts)) // shards) * shards
     own = rows // count
     width = rollout.bucket(max(len(p.token_ids) for p in prompts))

@@ -110,6 +110,11 @@ def put_rows(tree, mesh):
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
 
 
+def row_shards(mesh) -> int:
+    """How many parts the rows of an array are in: data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_map(mesh, shards: int) -> dict:
     """{device: index of the row shard that it holds}."""
     return {d: (i[0].start or 0) for d, i in rows(mesh).devices_indices_map((shards,)).items()}
@@ -117,7 +122,7 @@ def rows_map(mesh, shards: int) -> dict:
 
 def own_shards(mesh) -> list[int]:
     """The row shards that this process holds, ascending: its rows are theirs, one shard's after the other's."""
-    held = rows_map(mesh, mesh.shape["data"] * mesh.shape["fsdp"])
+    held = rows_map(mesh, row_shards(mesh))
     return sorted({index for device, index in held.items() if device.process_index == jax.process_index()})
 
 

@@ -36,7 +36,7 @@ def restore_journal(cfg) -> list[int]:
     Returns:
       For each process the lowest rank that shares its journal's disk.
     """
-    folder = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
+    folder = journals.folder_of(cfg)
     disks = processes.disks(folder) if jax.process_count() > 1 else [0]
     snapshots = pathlib.Path(cfg.run_dir) / JOURNALS
     steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit() and f.is_dir()] if snapshots.is_dir() else []

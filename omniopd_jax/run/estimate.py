@@ -78,10 +78,11 @@ class Preview:
     def __init__(self, cfg, asks_teacher: bool):
         self.cfg, self.state = cfg, price_state(cfg, asks_teacher)
         self.steps = max(0, cfg.num_steps - steps_done(cfg.run_dir))
-        self.estimate = None
+        self.estimate, self.self_hosted = None, False
         if self.state != FREE:
             client = CLIENTS[cfg.teacher.provider](cfg)
-            price = budget.price(cfg, self_hosted=client.self_hosted)
+            self.self_hosted = client.self_hosted
+            price = budget.price(cfg, self_hosted=self.self_hosted)
             takes_n = bool(client.seen.takes_n)
             self.estimate = budget.estimate(cfg, price, takes_n=takes_n, latency_s=LATENCY_S, steps=self.steps)
 
@@ -131,9 +132,7 @@ class Preview:
         """
         cfg, limit = self.cfg, self.cfg.budget.confirm_usd
         capped = any(cfg.budget[name] for name in ("usd", "tokens", "calls"))
-        if self.state != KNOWN or capped or self.estimate.usd[1] <= limit:
-            return
-        if CLIENTS[cfg.teacher.provider](cfg).self_hosted:
+        if self.state != KNOWN or self.self_hosted or capped or self.estimate.usd[1] <= limit:
             return
         raise UserError(
             f"{self.text()}\nthe middle estimate, ${self.estimate.usd[1]:,.2f}, is above budget.confirm_usd = "

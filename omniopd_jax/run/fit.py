@@ -109,7 +109,7 @@ class Plan:
         P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
         packed = packing.make(
             [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length, micro_batches=self.cfg.micro_batches,
-            shards=list(range(self.mesh.shape["data"] * self.mesh.shape["fsdp"])),
+            shards=list(range(sharding.row_shards(self.mesh))),
         )  # fmt: skip
         return jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=len(a)), packed)
 
@@ -330,7 +330,7 @@ def knobs(cfg, mesh):
     if cfg.model.remat != "full":
         cfg.model.remat = "full"
         yield "model.remat=full", cfg
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     if mesh.shape["data"] > 1:
         cfg.mesh.data, cfg.mesh.fsdp = 1, -1
         yield "mesh.data=1, mesh.fsdp=-1", cfg

@@ -232,8 +232,8 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
     asks = bool(own.asks) and not given
     if asks:
-        files_ok = found.of(check_teachers_files, cfg, prompts)
-    if asks and kernel is not None and (cfg.teacher.provider != "local" or (files_ok and not found.problems)):
+        found.of(check_teachers_files, cfg, prompts)
+    if asks and kernel is not None and (cfg.teacher.provider != "local" or not found.problems):
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
@@ -309,8 +309,8 @@ def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[in
     return template, end_ids
 
 
-def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
-    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions; True.
+def check_teachers_files(cfg, prompts: data.Prompts | None) -> None:
+    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions.
 
     Raises:
       UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
@@ -322,7 +322,6 @@ def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
         model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
         longest = cfg.max_prompt_length + cfg.max_completion_length
         check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
-    return True
 
 
 def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
@@ -374,7 +373,7 @@ def check_rows(mesh, cfg) -> None:
     Raises:
       UserError: names the sizes.
     """
-    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    shards, count = sharding.row_shards(mesh), jax.process_count()
     own, rest = divmod(cfg.prompts_per_step, count)
     pieces = [len(p) * count for p in np.array_split(np.arange(own), cfg.rollout_groups)]  # as the loop takes them
     sampled = objective.of(cfg).asks != "solutions"  # else the responses are the teacher's

@@ -33,7 +33,12 @@ from omniopd_jax.teachers import journal_file
 from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, restore
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
-__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "main", "restore"]
+__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "folder_of", "main", "restore"]
+
+
+def folder_of(cfg) -> pathlib.Path:
+    """Where a run's journal is: `teacher.journal`, or the run's own folder."""
+    return pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
 
 
 @dataclasses.dataclass(frozen=True)
