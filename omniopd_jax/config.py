@@ -46,7 +46,8 @@ error that names the nearest ones. Lengths are in tokens, times in seconds."""
 def default() -> ConfigDict:
     """A new, locked ConfigDict with every key. The published method's values wherever method.md, section 3, has one."""
     c = ConfigDict()
-    c.run_dir = "runs/default"  # everything that the run writes: checkpoints, metrics, audits, the resolved config
+    c.run_dir = "runs/default"  # a folder, or gs://BUCKET/PATH: checkpoints, metrics, audits, the resolved config
+    c.local_dir = ""  # with a bucket: the folder on this host's disk, journal too; "" = in ~/.cache/omniopd_jax/runs
     c.seed = 0  # of data order, sampling and teacher seeds; everything random follows from it
     c.num_steps = 200  # batches; each makes num_iterations optimizer updates
     c.prompts_per_step = 64  # prompts of the global batch
@@ -213,6 +214,19 @@ def default() -> ConfigDict:
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()
     return c
+
+
+def is_bucket(run_dir) -> bool:
+    """Whether a run's place is a URL, not a folder."""
+    return "://" in str(run_dir)
+
+
+def local_folder(c: ConfigDict) -> pathlib.Path:
+    """The folder of this host that a run writes to step by step: `run_dir`, or for a bucket's `local_dir`."""
+    if not is_bucket(c.run_dir):
+        return pathlib.Path(c.run_dir)
+    default = pathlib.Path("~/.cache/omniopd_jax/runs") / c.run_dir.replace("://", "/")
+    return pathlib.Path(c.local_dir or default).expanduser()
 
 
 def min_continuations(c: ConfigDict) -> int:

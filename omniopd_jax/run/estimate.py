@@ -4,9 +4,8 @@ python -m omniopd_jax.main --config=RECIPE --estimate      prints the table and 
 python -m omniopd_jax.main --config=RECIPE --yes           starts a run above budget.confirm_usd without a cap
 """
 
-import pathlib
-
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import files
 from omniopd_jax.teachers import budget
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
@@ -143,6 +142,8 @@ class Preview:
 
 def steps_done(run_dir) -> int:
     """The newest checkpoint's step in a run's folder; 0 where there is none."""
-    folder = pathlib.Path(run_dir).expanduser() / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
-    return max(steps, default=0)
+    folder = files.place(run_dir) / "checkpoints"
+    try:
+        return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=0)
+    except Exception:  # no such folder; of a bucket whatever its client raises, which the run itself will say
+        return 0

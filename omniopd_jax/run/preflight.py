@@ -5,6 +5,7 @@ What is wrong is collected, so that a person is told everything at once, in ever
 """
 
 import dataclasses
+import importlib.util
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ LEAST = {  # dotted key -> the smallest value that it may have
 }  # fmt: skip
 # Objective.asks -> a teacher's ability; else text
 NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}
+BUCKET = (("gcsfs", "gcsfs"), ("google-cloud-storage", "google.cloud.storage"))  # package, module: of gs://
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -79,12 +81,10 @@ def validate(c: ConfigDict) -> None:
 
 
 def _check_data(c: ConfigDict) -> None:
-    if "://" in c.run_dir:
-        raise UserError(
-            f"run_dir = {c.run_dir!r} is not a folder of this machine: buckets are not written to; give a local folder "
-            "or a "
-            "mounted one, and keep teacher.journal on a local disk"
-        )
+    if config.is_bucket(c.run_dir):
+        _check_bucket(c)
+    if config.is_bucket(c.teacher.journal):
+        raise UserError(f"teacher.journal = {c.teacher.journal!r} must be a folder on a local disk: SQLite writes it")
     if c.data.source == "world" and (c.data.path or c.eval.path):
         key = "data.path" if c.data.path else "eval.path"
         raise UserError(
@@ -99,6 +99,18 @@ def _check_data(c: ConfigDict) -> None:
                     f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}"
                 )
             section.grader = "world"
+
+
+def _check_bucket(c: ConfigDict) -> None:
+    name, _, path = c.run_dir.removeprefix("gs://").strip("/").partition("/")
+    if not c.run_dir.startswith("gs://") or not name or not path:
+        raise UserError(
+            f"run_dir = {c.run_dir!r} is neither a folder nor gs://BUCKET/PATH, the one kind of bucket that is written "
+            "to; others: a folder that they are mounted at"
+        )
+    missing = [package for package, module in BUCKET if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"run_dir = {c.run_dir!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _check_sizes(c: ConfigDict) -> None:

@@ -28,6 +28,7 @@ import threading
 import time
 import zlib
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import journal_file
 from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, restore
@@ -37,8 +38,8 @@ __all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "folder_of", "main", "
 
 
 def folder_of(cfg) -> pathlib.Path:
-    """Where a run's journal is: `teacher.journal`, or the run's own folder."""
-    return pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
+    """Where a run's journal is: `teacher.journal`, or in the run's own folder of this host."""
+    return pathlib.Path(cfg.teacher.journal or config.local_folder(cfg) / "journal")
 
 
 @dataclasses.dataclass(frozen=True)

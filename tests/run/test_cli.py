@@ -117,8 +117,8 @@ CASES = {  # name -> (arguments, what the line must hold)
         ["eval.grader", "empty", "math"],
     ),
     "a bucket as run_dir": (
-        lambda f: base(f, run_dir="gs://bucket/run"),
-        ["run_dir", "gs://bucket/run", "local folder"],
+        lambda f: base(f, run_dir="s3://bucket/run"),
+        ["run_dir", "s3://bucket/run", "gs://BUCKET/PATH"],
     ),
     "a file beside the small world": (
         lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}),
