@@ -23,7 +23,8 @@ from omniopd_jax.staleness import Ahead
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
-    "run_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed", "profile",
+    "run_dir", "local_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed",
+    "profile",
 )  # fmt: skip
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
 

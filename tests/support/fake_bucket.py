@@ -50,6 +50,7 @@ class Bucket:
         return {
             "STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true",
+            "FSSPEC_GS": '{"token": "anon"}',
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google itself what kind of bucket it is
         }  # fmt: skip
 
