@@ -145,7 +145,7 @@ def default() -> ConfigDict:
     c.teacher.max_retries = 8  # of a call answered with an error; an unreachable server is retried until deadline_s
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes in turn, for prefix caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
-    c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
+    c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal, with a bucket <local_dir>/journal
     c.teacher.price_input = -1.0  # USD per million tokens; -1 = budget.PRICES (a server of your own: 0)
     c.teacher.price_cached = -1.0  # the same for input that the provider served from its cache
     c.teacher.price_output = -1.0  # the same for output, hidden reasoning included

@@ -83,7 +83,7 @@ class Ahead:
         rows = [p for p in drawn.prompts for _ in range(G)]
         asked: list[Asked] = []
         for piece in np.array_split(np.arange(len(drawn.prompts)), rollout_groups):  # as they were asked
-            own = slice(piece[0] * G, (piece[-1] + 1) * G)
+            own = slice(int(piece[0]) * G, int(piece[-1] + 1) * G)
             part = Responses(rows[own], ids[own], tokens[own], saved.finished_B[own])
             asked += ask(part, saved.peak_BM[own], N, own.start)
         responses = Responses(rows, ids, tokens, saved.finished_B, saved.sampled_logp_BT)
