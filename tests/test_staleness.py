@@ -1,5 +1,6 @@
 """max_staleness = 1: the importance ratio and what it drops against NumPy; without it nothing changes; exact resume."""
 
+import json
 import signal
 import time
 
@@ -123,7 +124,7 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
     asked = []
 
     def ask(responses, peak_BM, N, first_row):
-        asked.append((responses.sample_ids, peak_BM.tolist(), N, first_row))
+        asked.append((responses.sample_ids, peak_BM.tolist(), N, json.dumps(first_row)))
         return []
 
     drawn = experience.Drawn(["p", "q"], [ids[1], ids[0]])
@@ -131,7 +132,7 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
     one.load(tmp_path, 5, drawn, 2, ask)
     got, N = one.take(5, 5, 1, None)
     assert got.responses.tokens == rows[1] + rows[0] and got.responses.prompts == ["p", "p", "q", "q"] and N == 3
-    assert asked == [(ids[r], parts[r].peak_BM.tolist(), 3, 2 * i) for i, r in enumerate((1, 0))]
+    assert asked == [(ids[r], parts[r].peak_BM.tolist(), 3, str(2 * i)) for i, r in enumerate((1, 0))]
     padded = np.pad(parts[1].scores.logp_BT, ((0, 0), (0, 2)))
     np.testing.assert_array_equal(got.scores.logp_BT, np.concatenate([padded, parts[0].scores.logp_BT]))
     np.testing.assert_array_equal(got.peak_BM, np.concatenate([parts[1].peak_BM, parts[0].peak_BM]))
