@@ -7,6 +7,7 @@ journal itself stays where it is, and its copies travel as `journal_snapshots`.
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
@@ -24,8 +25,11 @@ from omniopd_jax.hf import bounded
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import files, lock, logging
 
-# of the local folder, what is not sent: the journal is live, and wandb has its own place
-HOME = ("journal", "wandb", "checkpoints", "corrupt_checkpoints", "evaluate", lock.NAME)
+SENT = (  # of the local folder: what a run writes but for the live journal
+    "config.json", "summary.json", "teacher_probe.json", "metrics*.jsonl", "audits*.jsonl", "completions*.jsonl",
+    "evaluations*.jsonl", "ahead", "journal_snapshots", "tensorboard", "profile",
+)  # fmt: skip
+MARK = ".bucket"  # in the local folder: whose it is
 GUARD = ".lock-guard"  # held for the moment in which a lock is looked at and taken
 GUARD_S = 30.0  # a guard that another holds for so long was left by a process that is gone
 
@@ -52,6 +56,12 @@ class Mirror:
         """
         if not self._sends:
             return
+        mark = self._folder / MARK
+        if mark.is_file() and mark.read_text() != str(self._url):
+            raise UserError(
+                f"local_dir = {self._folder} belongs to run_dir = {mark.read_text()}: set another local_dir"
+            )
+        mark.write_text(str(self._url))
         with _one_line(self._url, "read"):
             for name, path in _tree(self._url):
                 target = self._folder / name
@@ -95,20 +105,23 @@ class Mirror:
 
     def _here(self) -> dict[str, tuple[int, int]]:
         found = {}
-        for path in self._folder.rglob("*"):
-            name = path.relative_to(self._folder)
-            hidden = any(part.startswith(".") for part in name.parts) or path.suffix == ".tmp"
-            if not hidden and name.parts[0] not in HOME and path.is_file():
-                found[str(name)] = (path.stat().st_size, path.stat().st_mtime_ns)
+        for top in (p for p in self._folder.iterdir() if _is_sent(p.name)):
+            for path in top.rglob("*") if top.is_dir() else (top,):
+                if path.is_file() and not path.name.startswith(".") and path.suffix != ".tmp":
+                    found[str(path.relative_to(self._folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
         return found
 
 
+def _is_sent(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in SENT)
+
+
 def _tree(url: epath.Path, name: str = ""):
-    """(name, path) of the objects under a folder of the bucket, but for what is never sent."""
+    """(name, path) of what `Mirror.send` wrote, under a folder of the bucket."""
     if not url.is_dir():
         return
     for path in url.iterdir():
-        if path.name.startswith(".") or (not name and path.name in HOME):
+        if not name and not _is_sent(path.name):
             continue
         own = f"{name}{path.name}"
         if path.is_dir():
@@ -222,12 +235,13 @@ def held(cfg):
         try:
             processes.together("bucket's lock", mirror.lock.acquire if mirror.lock else lambda: None)
             processes.together("bucket's files", mirror.fetch)
-            yield mirror
+            try:
+                yield mirror
+            except BaseException:
+                with contextlib.suppress(UserError):  # the error that is on its way says more
+                    mirror.send()
+                raise
             mirror.send(last=True)
-        except BaseException:
-            with contextlib.suppress(UserError):  # the error that is on its way says more
-                mirror.send()
-            raise
         finally:
             if mirror.lock is not None:
                 mirror.lock.release()

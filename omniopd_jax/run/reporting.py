@@ -195,7 +195,8 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
     terminal.say(terminal.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
-    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}")
+    to = " --out=report.html" if config.is_bucket(run.cfg.run_dir) else ""
+    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}{to}")
     if jax.process_index() == 0:
         host.write_whole(config.local_folder(run.cfg) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out

@@ -86,7 +86,15 @@ def test_a_broken_checkpoint_of_a_bucket_is_set_aside(gcs, tmp_path, capsys):
 
 def test_only_what_changed_is_sent_and_what_is_gone_is_removed(gcs, tmp_path, capsys):
     mirror = mirror_of(tmp_path)
-    for name in ("config.json", "ahead/1.0.npz", "journal/journal.sqlite", "lock", ".hidden", "x.tmp"):
+    for name in (
+        "config.json",
+        "ahead/1.0.npz",
+        "journal/journal.sqlite",
+        "lock",
+        ".hidden",
+        "ahead/x.tmp",
+        "mine.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     mirror.send()
@@ -104,6 +112,25 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_removed(gcs, tmp_path, ca
     gcs.refuse = ""
     mirror.send()
     assert gcs.text("runs/a/config.json") == "new"
+
+
+def test_a_local_folder_is_of_one_run(gcs, tmp_path):
+    mirror_of(tmp_path, "gs://bucket/one").fetch()
+    mirror_of(tmp_path, "gs://bucket/one").fetch()
+    with pytest.raises(UserError, match="belongs to run_dir = gs://bucket/one: set another local_dir"):
+        mirror_of(tmp_path, "gs://bucket/two").fetch()
+
+
+def test_a_run_that_is_refused_sends_nothing(gcs, tmp_path):
+    own = bucket.Lock(files.place("gs://bucket/run"))
+    own.acquire()
+    gcs.put("run/metrics.jsonl", b"theirs")
+    (tmp_path / "metrics.jsonl").write_text("old")
+    c = tiny.recipe("no student", "no teacher", "gs://bucket/run", local_dir=str(tmp_path))
+    with pytest.raises(UserError, match="gs://bucket/run is in use by process"), bucket.held(c):
+        pass
+    assert gcs.text("run/metrics.jsonl") == "theirs" and (tmp_path / "metrics.jsonl").read_text() == "old"
+    own.release()
 
 
 def test_one_of_many_that_start_at_once_gets_the_lock(gcs):
