@@ -196,7 +196,8 @@ class Checkpoints:
             for step in steps:
                 target = self._folder.parent / CORRUPT / f"{step}-{time.time_ns()}"
                 target.parent.mkdir(exist_ok=True)
-                (target.parent / "README").write_text("Checkpoints that could not be restored.\n")  # a bucket's folder
+                if config.is_bucket(target):  # which has no empty folder
+                    (target.parent / "README").write_text("Checkpoints that could not be restored.\n")
                 (self._folder / str(step)).rename(target)
                 print(f"warning: moved the broken checkpoint {step} to {target}", file=sys.stderr, flush=True)
         processes.barrier("broken checkpoints moved")
