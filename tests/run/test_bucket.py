@@ -257,3 +257,25 @@ def test_a_killed_run_goes_on_from_its_bucket_on_another_host_as_if_it_had_not_b
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run_to_a_bucket(gcs, tmp_path):
+    values = tiny.overrides(*tiny.make_folders(tmp_path), "gs://bucket/two") | {
+        "local_dir": str(tmp_path / "local"), "checkpoint.every": 1, "distributed.start_s": 60,
+    }  # fmt: skip
+    done = subprocess.run(
+        [tiny.REPO / "launch" / "multihost_cpu.sh", "2", *tiny.arguments(values)], cwd=tiny.REPO, text=True,
+        env=tiny.environment(PYTHON=tiny.PYTHON, **gcs.env), capture_output=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    kept = {n.split("/")[1] for n in gcs.objects}
+    assert {
+        "metrics.jsonl",
+        "audits.jsonl",
+        "audits-1.jsonl",
+        "config.json",
+        "summary.json",
+    } <= kept and "lock" not in kept
+    assert {n.split("/")[2] for n in gcs.objects if n.startswith("two/checkpoints/")} >= {"1", "2"}
+    assert checkpoint.saved_params("gs://bucket/two").step == 2
