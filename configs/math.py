@@ -6,7 +6,7 @@
 Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
 4b, lora, e.g. --config=configs/math.py:m5,c100.
 
-Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1,
+Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout.parts=2,
 micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
 Time and cost: 25,600 continuations per step at the defaults; --estimate prints calls, tokens, dollars and hours.
 Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 60.67, mean of five benchmarks.
@@ -36,7 +36,8 @@ def get_config(arg=None):
     c.num_steps = 200
     c.prompts_per_step = 64
     c.num_generations = 4
-    c.rollout_groups = 2  # keys and values of 128 rows at a time: 7 GiB per chip of a v5e-16
+    c.rollout.parts = 4  # 64 rows are scored and audited while the rest are decoded
+    c.rollout.cache_gib = 7.0  # per chip of a v5e-16: half of what 256 rows of full length take
     c.micro_batches = 8
     c.max_prompt_length = 1024
     c.max_completion_length = 7168

@@ -16,7 +16,7 @@ import numpy as np
 
 from omniopd_jax import experience
 from omniopd_jax.errors import UserError
-from omniopd_jax.experience import Asked, Group, Responses, Scores
+from omniopd_jax.experience import Group, Responses, Scores
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import logging
 
@@ -63,14 +63,14 @@ class Ahead:
         for old in own[: -keep - 1]:  # one more: the newest checkpoint may not be whole yet
             old.unlink()
 
-    def load(self, run_dir, t: int, drawn: experience.Drawn, rollout_groups: int, ask) -> None:
+    def load(self, run_dir, t: int, drawn: experience.Drawn, ask) -> None:
         """Takes up step t as it was sampled before a resume and asks again, which the journal answers.
 
         Without the files (the run had another staleness, other hosts' disks are gone) the step is sampled anew, by the
         policy at hand.
 
         Args:
-          drawn: step t's prompts. ask: (responses, peak_BM, N, first_row) -> list[Asked].
+          drawn: step t's prompts. ask: (responses, peak_BM, N) -> list[Asked].
         """
         ids = sum(drawn.sample_ids, [])
         saved = Saved.of(pathlib.Path(run_dir) / FOLDER, t, ids)
@@ -81,14 +81,9 @@ class Ahead:
             return
         tokens, N, G = saved.tokens, saved.N, len(drawn.sample_ids[0])
         rows = [p for p in drawn.prompts for _ in range(G)]
-        asked: list[Asked] = []
-        for piece in np.array_split(np.arange(len(drawn.prompts)), rollout_groups):  # as they were asked
-            own = slice(int(piece[0]) * G, int(piece[-1] + 1) * G)
-            part = Responses(rows[own], ids[own], tokens[own], saved.finished_B[own])
-            asked += ask(part, saved.peak_BM[own], N, own.start)
         responses = Responses(rows, ids, tokens, saved.finished_B, saved.sampled_logp_BT)
         scores = Scores(saved.logp_BT, saved.entropy_BT, None, None)
-        self._begun[t] = Group(responses, scores, saved.peak_BM, asked), N
+        self._begun[t] = Group(responses, scores, saved.peak_BM, ask(responses, saved.peak_BM, N)), N
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """max_staleness = 1: the importance ratio and what it drops against NumPy; without it nothing changes; exact resume."""
 
-import json
 import signal
 import time
 
@@ -123,22 +122,22 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
             begun.save(tmp_path, 5, 2)
     asked = []
 
-    def ask(responses, peak_BM, N, first_row):
-        asked.append((responses.sample_ids, peak_BM.tolist(), N, json.dumps(first_row)))
+    def ask(responses, peak_BM, N):
+        asked.append((responses.sample_ids, peak_BM.tolist(), N))
         return []
 
     drawn = experience.Drawn(["p", "q"], [ids[1], ids[0]])
     one = staleness.Ahead()
-    one.load(tmp_path, 5, drawn, 2, ask)
+    one.load(tmp_path, 5, drawn, ask)
     got, N = one.take(5, 5, 1, None)
     assert got.responses.tokens == rows[1] + rows[0] and got.responses.prompts == ["p", "p", "q", "q"] and N == 3
-    assert asked == [(ids[r], parts[r].peak_BM.tolist(), 3, str(2 * i)) for i, r in enumerate((1, 0))]
+    assert asked == [(ids[1] + ids[0], [*parts[1].peak_BM.tolist(), *parts[0].peak_BM.tolist()], 3)]
     padded = np.pad(parts[1].scores.logp_BT, ((0, 0), (0, 2)))
     np.testing.assert_array_equal(got.scores.logp_BT, np.concatenate([padded, parts[0].scores.logp_BT]))
     np.testing.assert_array_equal(got.peak_BM, np.concatenate([parts[1].peak_BM, parts[0].peak_BM]))
     (tmp_path / "ahead" / "5.1.npz").unlink()
     alone = staleness.Ahead()
-    alone.load(tmp_path, 5, drawn, 2, ask)
+    alone.load(tmp_path, 5, drawn, ask)
     assert alone.take(5, 5, 1, lambda t: ("anew", 1)) == ("anew", 1)
 
 
@@ -155,7 +154,7 @@ def records(run):
 
 
 # one group: a row's log-prob differs in the last bit between batch shapes, and a stale step is scored again as a whole
-LOCAL = {"teacher.provider": "local", "num_steps": 4, "rollout_groups": 1}
+LOCAL = {"teacher.provider": "local", "num_steps": 4, "rollout.parts": 1}
 
 
 @pytest.mark.slow

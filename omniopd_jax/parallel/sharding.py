@@ -88,6 +88,11 @@ def state_shardings(tree, params: dict, shardings: dict, mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def row_shards(mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows(mesh) -> NamedSharding:
     """Sharding of an array with rows in front."""
     return NamedSharding(mesh, P(ROWS))
@@ -108,11 +113,6 @@ def put_rows(tree, mesh):
     sharding = rows(mesh)
     with jax.transfer_guard("allow"):  # over several processes it counts this explicit transfer as an implicit one
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
-
-
-def row_shards(mesh) -> int:
-    """How many parts the rows of an array are in: data x fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_map(mesh, shards: int) -> dict:
