@@ -47,7 +47,8 @@ error that names the nearest ones. Lengths are in tokens, times in seconds."""
 def default() -> ConfigDict:
     """A new, locked ConfigDict with every key. The published method's values wherever method.md, section 3, has one."""
     c = ConfigDict()
-    c.run_dir = "runs/default"  # everything that the run writes: checkpoints, metrics, audits, the resolved config
+    c.run_dir = "runs/default"  # a folder, or gs://BUCKET/PATH: checkpoints, metrics, audits, the resolved config
+    c.local_dir = ""  # with a bucket: the folder on this host's disk, journal too; "" = in ~/.cache/omniopd_jax/runs
     c.seed = 0  # of data order, sampling and teacher seeds; everything random follows from it
     c.num_steps = 200  # batches; each makes num_iterations optimizer updates
     c.prompts_per_step = 64  # prompts of the global batch
@@ -151,7 +152,7 @@ def default() -> ConfigDict:
     c.teacher.max_retries = 8  # of a call answered with an error; an unreachable server is retried until deadline_s
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes in turn, for prefix caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
-    c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
+    c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal, with a bucket <local_dir>/journal
     c.teacher.price_input = -1.0  # USD per million tokens; -1 = budget.PRICES (a server of your own: 0)
     c.teacher.price_cached = -1.0  # the same for input that the provider served from its cache
     c.teacher.price_output = -1.0  # the same for output, hidden reasoning included
@@ -220,6 +221,19 @@ def default() -> ConfigDict:
     for part in (c.student, c.teacher):
         part.chat_template_kwargs.unlock()
     return c
+
+
+def is_bucket(run_dir) -> bool:
+    """Whether a run's place is a URL, not a folder."""
+    return "://" in str(run_dir)
+
+
+def local_folder(c: ConfigDict) -> pathlib.Path:
+    """The folder of this host that a run writes to step by step: `run_dir`, or for a bucket's `local_dir`."""
+    if not is_bucket(c.run_dir):
+        return pathlib.Path(c.run_dir)
+    default = pathlib.Path("~/.cache/omniopd_jax/runs") / c.run_dir.replace("://", "/")
+    return pathlib.Path(c.local_dir or default).expanduser()
 
 
 def min_continuations(c: ConfigDict) -> int:

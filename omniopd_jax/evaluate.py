@@ -12,11 +12,10 @@ Programs run in a sandbox (graders/code.py). Where the machine gives none, the c
 unless `--unsafe` says that they may run as you.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
 from omniopd_jax.run import cli, logging, trained
@@ -57,7 +56,7 @@ def main(argv) -> int:
         given["samples"], default("temperature", cfg.temperature), default("top_p", cfg.top_p),
         default("max_new_tokens", cfg.max_completion_length), default("seed", cfg.seed), given["rows"], given["slots"],
     )  # fmt: skip
-    out = given["out"] or pathlib.Path(cfg.run_dir) / "evaluate"
+    out = given["out"] or config.local_folder(cfg) / "evaluate"
     cli.setup_jax(cfg.compute_dtype)
     results = runner.run(
         cfg, how, checkpoint=given["checkpoint"], benchmarks=given["benchmarks"], limit=given["limit"], out=out,

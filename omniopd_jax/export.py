@@ -7,6 +7,7 @@ chat template and generation defaults come from the student that the run started
 """
 
 import pathlib
+import tempfile
 
 import jax
 from absl import flags
@@ -16,7 +17,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf import card
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import cli
+from omniopd_jax.run import bucket, cli
 from omniopd_jax.run.trained import locate, read
 
 
@@ -96,7 +97,9 @@ def main(argv) -> int:
     cli.setup_jax()
     folder = export(source, given["out"].value, dtype=given["dtype"].value, adapter=adapter)
     run, step = locate(source)
-    card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)
+    with tempfile.TemporaryDirectory() as copies:
+        run = bucket.copied(run, copies)
+        card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)
     print(f"wrote {folder}", flush=True)
     if name:
         print(f"pushed to {card.push(folder, name)}", flush=True)

@@ -7,12 +7,13 @@ laid over each other. With --watch it is served on 127.0.0.1 and follows a run t
 import contextlib
 import http.server
 import pathlib
+import tempfile
 
 from absl import flags
 
 from omniopd_jax import config, similarity
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import cli, page, terminal
+from omniopd_jax.run import bucket, cli, page, terminal
 
 _CHEAP = ("edit", "rouge1", "rougeL_fast")  # similarities that need no model and no TensorFlow
 
@@ -46,8 +47,10 @@ def server(runs: list[str], port: int) -> http.server.ThreadingHTTPServer:
     def stamp() -> str:
         return str(sum(page.stamp(run) for run in runs))
 
+    first = stamp()
+
     class Handler(http.server.BaseHTTPRequestHandler):
-        made = ("", b"")
+        made = first, make(runs, watch=first).encode()  # raises here, before anything is served
 
         def do_GET(self):
             now = stamp()
@@ -62,7 +65,6 @@ def server(runs: list[str], port: int) -> http.server.ThreadingHTTPServer:
         def log_message(self, *args):
             """Nothing at the terminal."""
 
-    make(runs)
     try:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
@@ -74,13 +76,17 @@ def main(argv) -> int:
     runs, given = argv[1:], flags.FLAGS
     if not runs:
         raise UserError("name a run's folder: python -m omniopd_jax.report runs/tiny")
+    buckets = [run for run in runs if config.is_bucket(run)]
+    if buckets and (given["watch"].value or not given["out"].value):
+        raise UserError(f"{buckets[0]} is in a bucket: name a file by --out, without --watch")
     if given["watch"].value:
         with server(runs, given["port"].value) as serving:
             print(f"serving on http://127.0.0.1:{serving.server_address[1]}/ (interrupt to end)", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 serving.serve_forever()
         return 0
-    html = make(runs)
+    with tempfile.TemporaryDirectory() as copies:
+        html = make([str(bucket.copied(run, pathlib.Path(copies) / str(i))) for i, run in enumerate(runs)])
     out = pathlib.Path(given["out"].value or pathlib.Path(runs[0]) / "report.html").expanduser()
     out.write_text(html, encoding="utf-8")
     print(f"wrote {terminal.printable(str(out))} ({len(html) / 1e6:.2f} MB); open it in a browser", flush=True)

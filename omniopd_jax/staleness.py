@@ -4,8 +4,10 @@ What was sampled ahead is kept beside the checkpoint, for the policy that drew i
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
+import time
 import zipfile
 from collections.abc import Callable
 
@@ -16,6 +18,7 @@ from omniopd_jax import experience
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Group, Responses, Scores
 from omniopd_jax.parallel import processes
+from omniopd_jax.run import logging
 
 FOLDER = "ahead"  # <run_dir>/ahead/<step>.<rank>.npz
 
@@ -52,6 +55,7 @@ class Ahead:
                 file, token_X=np.concatenate([np.array(row, np.int32) for row in r.tokens]),
                 length_B=list(map(len, r.tokens)), finished_B=r.finished_B, logp_BT=scores.logp_BT,
                 entropy_BT=scores.entropy_BT, peak_BM=group.peak_BM, sampled_logp_BT=r.sampled_logp_BT, N=N,
+                id_B=np.array(r.sample_ids), saved_ns=time.time_ns(),
             )  # fmt: skip
         os.replace(path.with_suffix(".tmp"), path)
         own = [f for f in folder.glob(f"*.{jax.process_index()}.npz") if f.name.split(".")[0].isdigit()]
@@ -62,25 +66,78 @@ class Ahead:
     def load(self, run_dir, t: int, drawn: experience.Drawn, ask) -> None:
         """Takes up step t as it was sampled before a resume and asks again, which the journal answers.
 
-        Without the file (the run had another staleness) the step is sampled anew, by the policy at hand.
+        Without the files (the run had another staleness, other hosts' disks are gone) the step is sampled anew, by the
+        policy at hand.
 
         Args:
           drawn: step t's prompts. ask: (responses, peak_BM, N) -> list[Asked].
         """
-        path = pathlib.Path(run_dir) / FOLDER / f"{t}.{jax.process_index()}.npz"
-        if not all(processes.gather("ahead", path.is_file())):
+        ids = sum(drawn.sample_ids, [])
+        saved = Saved.of(pathlib.Path(run_dir) / FOLDER, t, ids)
+        here = processes.gather("ahead", saved is not None)
+        if saved is None or not all(here):
+            if any(here) and jax.process_index() == 0:
+                logging.say(f"what was sampled ahead for step {t} is not here for all processes: it is sampled anew")
             return
-        try:
-            with np.load(path) as f:
-                got, N = dict(f), int(f["N"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            what = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise UserError(
-                f"{path} is damaged ({what}): remove it to sample step {t} anew, by the policy at hand"
-            ) from None
-        G = len(drawn.sample_ids[0])
-        rows, ids = [p for p in drawn.prompts for _ in range(G)], sum(drawn.sample_ids, [])
-        tokens = [row.tolist() for row in np.split(got["token_X"], np.cumsum(got["length_B"])[:-1])]
-        responses = Responses(rows, ids, tokens, got["finished_B"], got.get("sampled_logp_BT"))
-        scores = Scores(got["logp_BT"], got["entropy_BT"], None, None)
-        self._begun[t] = Group(responses, scores, got["peak_BM"], ask(responses, got["peak_BM"], N)), N
+        tokens, N, G = saved.tokens, saved.N, len(drawn.sample_ids[0])
+        rows = [p for p in drawn.prompts for _ in range(G)]
+        responses = Responses(rows, ids, tokens, saved.finished_B, saved.sampled_logp_BT)
+        scores = Scores(saved.logp_BT, saved.entropy_BT, None, None)
+        self._begun[t] = Group(responses, scores, saved.peak_BM, ask(responses, saved.peak_BM, N)), N
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A step's responses as they were saved, one row per sample id that was asked for."""
+
+    tokens: list[list[int]]
+    finished_B: np.ndarray
+    logp_BT: np.ndarray
+    entropy_BT: np.ndarray
+    peak_BM: np.ndarray
+    sampled_logp_BT: np.ndarray | None
+    N: int
+
+    @classmethod
+    def of(cls, folder: pathlib.Path, t: int, ids: list[str]) -> "Saved | None":
+        """Rows found by their sample ids, whichever process saved them; None: some are not here.
+
+        A run may go on with another number of processes: then its rows are in files of several, which must all be here.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        found: dict[str, tuple[dict, int]] = {}
+        files = (path for path in folder.glob(f"{t}.*.npz") if path.name.split(".")[1].isdigit())
+        parts = [got for got in (_read(path, t) for path in files) if "id_B" in got]  # else of a version without
+        for got in sorted(parts, key=lambda got: int(got["saved_ns"])):
+            found |= {name: (got, row) for row, name in enumerate(got["id_B"].tolist())}
+        if not ids or any(name not in found for name in ids):
+            return None
+        picked = [found[name] for name in ids]
+
+        def rows(key):
+            width = max(got[key].shape[1] for got, _ in picked)
+            return np.stack([np.pad(got[key][row], (0, width - got[key].shape[1])) for got, row in picked])
+
+        return cls(
+            [got["tokens"][row] for got, row in picked], np.array([got["finished_B"][row] for got, row in picked]),
+            rows("logp_BT"), rows("entropy_BT"), np.stack([got["peak_BM"][row] for got, row in picked]),
+            rows("sampled_logp_BT") if all("sampled_logp_BT" in got for got, _ in picked) else None,
+            min(int(got["N"]) for got, _ in picked),
+        )  # fmt: skip
+
+
+def _read(path: pathlib.Path, t: int) -> dict:
+    try:
+        with np.load(path) as f:
+            got = dict(f)
+        got["tokens"] = [row.tolist() for row in np.split(got["token_X"], np.cumsum(got["length_B"])[:-1])]
+        if len(got.get("id_B", got["tokens"])) != len(got["tokens"]):
+            raise ValueError("as many ids as rows are needed")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        what = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is damaged ({what}): remove it to sample step {t} anew, by the policy at hand"
+        ) from None
+    return got

@@ -9,12 +9,12 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import experience, graders, objective, rollout
+from omniopd_jax import config, experience, graders, objective, rollout
 from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import checkpoint, host, lock, logging, preflight, reporting, setup
+from omniopd_jax.run import bucket, checkpoint, host, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -30,9 +30,9 @@ def train(cfg: ConfigDict) -> dict:
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
     preflight.validate(cfg)
-    with host.StopFlag() as stop, lock.held(cfg.run_dir):
+    with host.StopFlag() as stop, bucket.held(cfg) as mirror:
         disks = checkpoint.restore_journal(cfg)
-        with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks) as checkpoints:
+        with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks, mirror) as checkpoints:
             return run_steps(run, checkpoints)
 
 
@@ -116,11 +116,12 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
     start = int(jax.device_get(state.step))
     if cfg.max_staleness:
         ask = functools.partial(ask_again, run)
-        run.ahead.load(cfg.run_dir, start, experience.draw(run.prompts, cfg, start), ask)
+        drawn = experience.draw(run.prompts, cfg, start)
+        run.ahead.load(config.local_folder(cfg), start, drawn, ask)
 
     def save():
         reports.flush()
-        run.ahead.save(cfg.run_dir, int(jax.device_get(state.step)), cfg.checkpoint.keep)
+        run.ahead.save(config.local_folder(cfg), int(jax.device_get(state.step)), cfg.checkpoint.keep)
         with run.compiled.expected():
             checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 

@@ -44,7 +44,7 @@ def ranges(*extras: str) -> dict[str, str]:
 
 def test_extras_agree_with_the_requirements_files():
     assert ranges("teachers") == pins("requirements-lean.txt")
-    assert ranges("teachers", "eval", "dev") == pins("requirements.txt")
+    assert ranges("teachers", "bucket", "eval", "dev") == pins("requirements.txt")
     assert ranges("teachers", "tpu") == pins("requirements-tpu.txt")
     (gpu,) = PROJECT["project"]["optional-dependencies"]["gpu"]
     assert gpu == f"jax[cuda13]~={pins('requirements.txt')['jax']}"

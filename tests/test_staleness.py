@@ -11,7 +11,7 @@ import teacher_runs
 import tiny
 from wire_server import WireServer
 
-from omniopd_jax import config, objective
+from omniopd_jax import config, experience, objective, staleness
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import preflight
 
@@ -103,6 +103,42 @@ def test_staleness_needs_a_text_teacher_and_is_0_or_1():
         c.update_from_flattened_dict(settings)
         with pytest.raises(UserError, match="max_staleness"):
             preflight.validate(c)
+
+
+def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_path, monkeypatch):
+    """Two processes save their rows; one takes both up, in its own order; where a file is missing nothing is taken."""
+    rng, T = np.random.default_rng(0), (9, 7)
+    ids = [["a0", "a1"], ["b0", "b1"]]
+    rows = [[[int(i) for i in rng.integers(0, 50, n)] for n in lengths] for lengths in ((3, 9), (7, 0))]
+    parts = []
+    for rank in (0, 1):
+        logp_BT, peak_BM = rng.normal(size=(2, T[rank])).astype(np.float32), rng.integers(0, 5, (2, 3))
+        own = experience.Responses(["q"] * 2, ids[rank], rows[rank], np.array([True, False]), logp_BT - 1)
+        parts.append(experience.Group(own, experience.Scores(logp_BT, -logp_BT, None, None), peak_BM, []))
+        begun = staleness.Ahead()
+        begun.take(4, 5, 1, lambda t, rank=rank: (parts[rank], 3))
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_index", lambda rank=rank: rank)
+            begun.save(tmp_path, 5, 2)
+    asked = []
+
+    def ask(responses, peak_BM, N):
+        asked.append((responses.sample_ids, peak_BM.tolist(), N))
+        return []
+
+    drawn = experience.Drawn(["p", "q"], [ids[1], ids[0]])
+    one = staleness.Ahead()
+    one.load(tmp_path, 5, drawn, ask)
+    got, N = one.take(5, 5, 1, None)
+    assert got.responses.tokens == rows[1] + rows[0] and got.responses.prompts == ["p", "p", "q", "q"] and N == 3
+    assert asked == [(ids[1] + ids[0], [*parts[1].peak_BM.tolist(), *parts[0].peak_BM.tolist()], 3)]
+    padded = np.pad(parts[1].scores.logp_BT, ((0, 0), (0, 2)))
+    np.testing.assert_array_equal(got.scores.logp_BT, np.concatenate([padded, parts[0].scores.logp_BT]))
+    np.testing.assert_array_equal(got.peak_BM, np.concatenate([parts[1].peak_BM, parts[0].peak_BM]))
+    (tmp_path / "ahead" / "5.1.npz").unlink()
+    alone = staleness.Ahead()
+    alone.load(tmp_path, 5, drawn, ask)
+    assert alone.take(5, 5, 1, lambda t: ("anew", 1)) == ("anew", 1)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.graders import code_tests, gym
+from omniopd_jax.hf import bounded
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 FUNCTION = "Write the whole function, with the imports that it needs, in one ```python block."
@@ -246,9 +247,8 @@ def _hub_files(name, source):
     try:
         huggingface_hub.HfApi().dataset_info(source.hub, timeout=5)
     except Exception as error:  # the transports' errors share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"benchmark {name} = {source.hub!r} can't be had from the hub: {reason}; "
+            f"benchmark {name} = {source.hub!r} can't be had from the hub: {bounded.line(error)}; "
             f"check the network, or give its rows: --benchmarks={name}=FILE.jsonl"
         ) from error
     for file in source.files:

@@ -10,7 +10,7 @@ import numpy as np
 from omniopd_jax import world
 from omniopd_jax.data import files
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.hf import hub
+from omniopd_jax.hf import bounded, hub
 from omniopd_jax.hf.template import Template
 
 # ShareGPT's
@@ -205,7 +205,7 @@ def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, 
             return datasets.load_dataset(*([name, subset] if subset else [name]), split=split)
     except Exception as error:  # offline, unknown name and unknown split come as different types
         raise UserError(
-            f"{setting} = {name!r} (split {split!r}) can't be loaded from the hub: {_first_line(error)}; {advice}"
+            f"{setting} = {name!r} (split {split!r}) can't be loaded from the hub: {bounded.line(error)}; {advice}"
         ) from error
 
 
@@ -313,7 +313,3 @@ def _where(cfg, source: str, split: str, path: str) -> str:
         "jsonl": f"data.path = {path!r}",
         "hub": f"data.name = {cfg.data.name!r}, split {split!r}",
     }[source]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -124,7 +124,7 @@ def rows_map(mesh, shards: int) -> dict:
 
 def own_shards(mesh) -> list[int]:
     """The row shards that this process holds, ascending: its rows are theirs, one shard's after the other's."""
-    held = rows_map(mesh, mesh.shape["data"] * mesh.shape["fsdp"])
+    held = rows_map(mesh, row_shards(mesh))
     return sorted({index for device, index in held.items() if device.process_index == jax.process_index()})
 
 

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import files
+from omniopd_jax.run.bucket import Mirror
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.teachers import journal as journals
 from omniopd_jax.teachers.protocol import stable_hash
@@ -36,9 +38,9 @@ def restore_journal(cfg) -> list[int]:
     Returns:
       For each process the lowest rank that shares its journal's disk.
     """
-    folder = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
+    folder = journals.folder_of(cfg)
     disks = processes.disks(folder) if jax.process_count() > 1 else [0]
-    snapshots = pathlib.Path(cfg.run_dir) / JOURNALS
+    snapshots = config.local_folder(cfg) / JOURNALS
     steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit() and f.is_dir()] if snapshots.is_dir() else []
     newest = processes.first("newest journal", max(steps, default=None))
     if newest is not None:
@@ -53,10 +55,13 @@ def restore_journal(cfg) -> list[int]:
 
 
 @contextlib.contextmanager
-def opened(cfg, disks: list[int]):
-    """The run's own `Checkpoints`, closed at the end. `disks`: what `restore_journal` found."""
-    checkpoints = Checkpoints(cfg.run_dir, keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
-    checkpoints.disks = disks
+def opened(cfg, disks: list[int], mirror: Mirror):
+    """The run's own `Checkpoints`, closed at the end. `disks`: what `restore_journal` found. `mirror`: sends the rest
+    of the run to its bucket before each save."""
+    checkpoints = Checkpoints(
+        cfg.run_dir, keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every, local=config.local_folder(cfg)
+    )
+    checkpoints.disks, checkpoints.before_save = disks, mirror.send
     try:
         yield checkpoints
     finally:
@@ -72,13 +77,18 @@ class Checkpoints:
     Args:
       keep: the newest so many.
       keep_every: and for good every step that it divides; 0: none.
+      local: the folder of this host that the journal's copies go to; None: `run_dir`.
+
+    Attributes:
+      before_save: called when everything but the checkpoint itself is written.
     """
 
-    def __init__(self, run_dir, *, keep: int, keep_every: int = 0):
-        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+    def __init__(self, run_dir, *, keep: int, keep_every: int = 0, local: pathlib.Path | None = None):
+        folder = files.place(run_dir) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         self._open(
             folder,
+            local or folder.parent,
             ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 keep_period=keep_every or None,
@@ -94,17 +104,19 @@ class Checkpoints:
         Raises:
           UserError: the folder holds no checkpoints.
         """
-        folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        folder = files.place(run_dir) / "checkpoints"
         if not folder.is_dir():
             raise UserError(f"{folder.parent} holds no checkpoint yet")
         checkpoints = cls.__new__(cls)
         checkpoints._open(
-            folder, ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False)
+            folder,
+            folder.parent,
+            ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False),
         )
         return checkpoints
 
-    def _open(self, folder: pathlib.Path, options) -> None:
-        self._folder, self._journals = folder, folder.parent / JOURNALS
+    def _open(self, folder, local, options) -> None:
+        self._folder, self._journals, self.before_save = folder, local / JOURNALS, lambda: None
         self.disks = [0] * jax.process_count()  # what `restore_journal` found
         self._manager = ocp.CheckpointManager(folder, options=options)
 
@@ -125,6 +137,7 @@ class Checkpoints:
         if journal is not None:
             meta = meta | {"journal": journal.position(), "budget": dataclasses.asdict(journal.totals())}
             self._copy_journal(journal, step)
+        self.before_save()
         meta = meta | {"fingerprint": fingerprint(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=args)
@@ -183,6 +196,8 @@ class Checkpoints:
             for step in steps:
                 target = self._folder.parent / CORRUPT / f"{step}-{time.time_ns()}"
                 target.parent.mkdir(exist_ok=True)
+                if config.is_bucket(target):  # which has no empty folder
+                    (target.parent / "README").write_text("Checkpoints that could not be restored.\n")
                 (self._folder / str(step)).rename(target)
                 print(f"warning: moved the broken checkpoint {step} to {target}", file=sys.stderr, flush=True)
         processes.barrier("broken checkpoints moved")
@@ -194,11 +209,11 @@ class Checkpoints:
         if self.disks[rank] == rank:
             journal.copy_to(self._journals / str(step) / str(rank))
         processes.barrier("journal copied")  # before any process answers the next step's calls
-        if rank == 0:
+        if self.disks[rank] == rank:
             kept = {str(s) for s in self._manager.all_steps()} | {str(step)}
             for old in self._journals.iterdir():
                 if old.name.isdigit() and old.is_dir() and old.name not in kept:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)  # another process of the same disk may be at it
 
     def wait(self) -> None:
         """Until every save is on disk."""
@@ -227,7 +242,7 @@ def saved_params(run_dir, step: int | None = None) -> Saved:
     Raises:
       UserError: no run or no checkpoint there.
     """
-    run_dir = pathlib.Path(run_dir).absolute()
+    run_dir = files.place(run_dir)
     config_file = run_dir / "config.json"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.json")

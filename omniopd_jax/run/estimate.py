@@ -4,9 +4,8 @@ python -m omniopd_jax.main --config=RECIPE --estimate      prints the table and 
 python -m omniopd_jax.main --config=RECIPE --yes           starts a run above budget.confirm_usd without a cap
 """
 
-import pathlib
-
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import files
 from omniopd_jax.teachers import budget
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
@@ -78,10 +77,11 @@ class Preview:
     def __init__(self, cfg, asks_teacher: bool):
         self.cfg, self.state = cfg, price_state(cfg, asks_teacher)
         self.steps = max(0, cfg.num_steps - steps_done(cfg.run_dir))
-        self.estimate = None
+        self.estimate, self.self_hosted = None, False
         if self.state != FREE:
             client = CLIENTS[cfg.teacher.provider](cfg)
-            price = budget.price(cfg, self_hosted=client.self_hosted)
+            self.self_hosted = client.self_hosted
+            price = budget.price(cfg, self_hosted=self.self_hosted)
             takes_n = bool(client.seen.takes_n)
             self.estimate = budget.estimate(cfg, price, takes_n=takes_n, latency_s=LATENCY_S, steps=self.steps)
 
@@ -131,9 +131,7 @@ class Preview:
         """
         cfg, limit = self.cfg, self.cfg.budget.confirm_usd
         capped = any(cfg.budget[name] for name in ("usd", "tokens", "calls"))
-        if self.state != KNOWN or capped or self.estimate.usd[1] <= limit:
-            return
-        if CLIENTS[cfg.teacher.provider](cfg).self_hosted:
+        if self.state != KNOWN or self.self_hosted or capped or self.estimate.usd[1] <= limit:
             return
         raise UserError(
             f"{self.text()}\nthe middle estimate, ${self.estimate.usd[1]:,.2f}, is above budget.confirm_usd = "
@@ -144,6 +142,8 @@ class Preview:
 
 def steps_done(run_dir) -> int:
     """The newest checkpoint's step in a run's folder; 0 where there is none."""
-    folder = pathlib.Path(run_dir).expanduser() / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
-    return max(steps, default=0)
+    folder = files.place(run_dir) / "checkpoints"
+    try:
+        return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=0)
+    except Exception:  # no such folder; of a bucket whatever its client raises, which the run itself will say
+        return 0

@@ -366,7 +366,7 @@ def knobs(cfg, mesh):
     if cfg.model.remat != "full":
         cfg.model.remat = "full"
         yield "model.remat=full", cfg
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     if mesh.shape["data"] > 1:
         cfg.mesh.data, cfg.mesh.fsdp = 1, -1
         yield "mesh.data=1, mesh.fsdp=-1", cfg

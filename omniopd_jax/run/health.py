@@ -5,6 +5,7 @@ recipes trip none of them. A check that lacks its metric says nothing: a missing
 """
 
 import dataclasses
+import math
 import zlib
 
 import numpy as np
@@ -307,8 +308,10 @@ def budget_pace(v: View):
     }
     for name, keys in spent.items():
         cap, steps = v.cfg.get(f"budget.{name}", 0), v.cfg.get("num_steps", 0)
+        if not cap or len(v.rows) < 2:
+            continue
         used = sum(float(r.get(k) or 0) for r in v.rows for k in keys)
-        if not cap or not used or len(v.rows) < 2:
+        if not used:
             continue
         paid = v.rows[-1].get("teacher/cost_usd_total") if name == "usd" else None
         left = cap - max(used, paid or 0.0)
@@ -335,4 +338,4 @@ CHECKS = {
 
 
 def _number(value) -> bool:
-    return isinstance(value, (int, float)) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and math.isfinite(value)

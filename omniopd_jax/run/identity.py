@@ -17,6 +17,7 @@ from omniopd_jax.teachers.wire import secrets
 DIGESTS = "digests"  # beside the settings, in config.json
 HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, how fast, where, and what is written
     "run_dir",
+    "local_dir",
     "checkpoint.",
     "log.",
     "eval.every",

@@ -61,6 +61,21 @@ def gone(holder: Holder, here: Holder, silent_s: float) -> str:
     return ""
 
 
+def check_gone(run_dir, holder: Holder, silent_s: float, here: Holder) -> None:
+    """Says that a lock is taken over from a holder that is gone.
+
+    Raises:
+      UserError: it may be alive.
+    """
+    reason = gone(holder, here, silent_s)
+    if not reason:
+        raise UserError(
+            f"run_dir = {run_dir} is in use by process {holder.pid} on {holder.host} (heartbeat {silent_s:.0f} s "
+            "ago): wait until it ends, stop it, or set another run_dir"
+        )
+    logging.say(f"{run_dir} was left locked, and {reason}: this run takes it over")
+
+
 class Lock:
     """The lock of a run directory, once acquired: writes a heartbeat until `release`."""
 
@@ -98,15 +113,7 @@ class Lock:
 
     def _check_gone(self, now: float) -> None:
         holder, beat = self._read()
-        silent_s = now - beat  # both by the file system's clock
-        reason = gone(holder, self.holder, silent_s)
-        if not reason:
-            raise UserError(
-                f"run_dir = {self._folder} is in use by process {holder.pid} on {holder.host} (heartbeat "
-                f"{silent_s:.0f} s "
-                "ago): wait until it ends, stop it, or set another run_dir"
-            )
-        logging.say(f"{self._folder} was left locked, and {reason}: this run takes it over")
+        check_gone(self._folder, holder, now - beat, self.holder)  # both by the file system's clock
 
     def _read(self) -> tuple[Holder, float]:
         try:
@@ -130,15 +137,15 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(run_dir):
-    """The run directory, locked by process 0 for all processes of the run.
+def held(folder, run_dir):
+    """A folder, locked by process 0 for all processes of the run; `run_dir`: what the config calls it.
 
     Raises:
       UserError: in every process, where another run holds it or the folder can't be written.
     """
-    lock = Lock(run_dir)
+    lock = Lock(folder)
     if jax.process_index() == 0:
-        processes.together("lock", lambda: _checked(lock, run_dir))
+        processes.together("lock", lambda: _checked(lock, folder, run_dir))
     else:
         processes.together("lock", lambda: None)
     try:
@@ -148,18 +155,18 @@ def held(run_dir):
             lock.release()
 
 
-def _checked(lock: Lock, run_dir) -> None:
+def _checked(lock: Lock, folder, run_dir) -> None:
     """Locks; a folder that can't be written is one line, before anything loads."""
-    folder = pathlib.Path(run_dir)
+    folder, name = pathlib.Path(folder), "run_dir" if str(folder) == str(run_dir) else "local_dir"
     try:
         lock.acquire()
         probe = folder / f".write-test-{os.getpid()}"
         probe.write_bytes(b"\0" * 65_536)
         probe.unlink()
     except FileExistsError as error:
-        raise UserError(f"run_dir = {run_dir} is a file, not a folder: set another run_dir") from error
+        raise UserError(f"{name} = {folder} is a file, not a folder: set another {name}") from error
     except NotADirectoryError as error:
-        raise UserError(f"run_dir = {run_dir} lies under a file, not a folder: set another run_dir") from error
+        raise UserError(f"{name} = {folder} lies under a file, not a folder: set another {name}") from error
     except OSError as error:
         lock.release()
-        raise UserError(f"run_dir = {run_dir} can't be written ({error.strerror}): set another run_dir") from error
+        raise UserError(f"{name} = {folder} can't be written ({error.strerror}): set another {name}") from error

@@ -5,6 +5,7 @@ What is wrong is collected, so that a person is told everything at once, in ever
 """
 
 import dataclasses
+import importlib.util
 
 import jax
 from ml_collections import ConfigDict
@@ -34,6 +35,7 @@ LEAST = {  # dotted key -> the smallest value that it may have
 }  # fmt: skip
 # Objective.asks -> a teacher's ability; else text
 NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}
+BUCKET = (("gcsfs", "gcsfs"), ("google-cloud-storage", "google.cloud.storage"))  # package, module: of gs://
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
@@ -79,12 +81,10 @@ def validate(c: ConfigDict) -> None:
 
 
 def _check_data(c: ConfigDict) -> None:
-    if "://" in c.run_dir:
-        raise UserError(
-            f"run_dir = {c.run_dir!r} is not a folder of this machine: buckets are not written to; give a local folder "
-            "or a "
-            "mounted one, and keep teacher.journal on a local disk"
-        )
+    if config.is_bucket(c.run_dir):
+        _check_bucket(c)
+    if config.is_bucket(c.teacher.journal):
+        raise UserError(f"teacher.journal = {c.teacher.journal!r} must be a folder on a local disk: SQLite writes it")
     if c.data.source == "world" and (c.data.path or c.eval.path):
         key = "data.path" if c.data.path else "eval.path"
         raise UserError(
@@ -99,6 +99,18 @@ def _check_data(c: ConfigDict) -> None:
                     f"{name} is empty, and answers of data.source = {c.data.source!r} need one: set one of {known}"
                 )
             section.grader = "world"
+
+
+def _check_bucket(c: ConfigDict) -> None:
+    name, _, path = c.run_dir.removeprefix("gs://").strip("/").partition("/")
+    if not c.run_dir.startswith("gs://") or not name or not path:
+        raise UserError(
+            f"run_dir = {c.run_dir!r} is neither a folder nor gs://BUCKET/PATH, the one kind of bucket that is written "
+            "to; others: a folder that they are mounted at"
+        )
+    missing = [package for package, module in BUCKET if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"run_dir = {c.run_dir!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _check_sizes(c: ConfigDict) -> None:
@@ -230,8 +242,8 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
     asks = bool(own.asks) and not given
     if asks:
-        files_ok = found.of(check_teachers_files, cfg, prompts)
-    if asks and kernel is not None and (cfg.teacher.provider != "local" or (files_ok and not found.problems)):
+        found.of(check_teachers_files, cfg, prompts)
+    if asks and kernel is not None and (cfg.teacher.provider != "local" or not found.problems):
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
     if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
@@ -307,8 +319,8 @@ def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[in
     return template, end_ids
 
 
-def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
-    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions; True.
+def check_teachers_files(cfg, prompts: data.Prompts | None) -> None:
+    """What can be said of a teacher before a weight of it is loaded: its template, its tokenizer, its positions.
 
     Raises:
       UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
@@ -320,7 +332,6 @@ def check_teachers_files(cfg, prompts: data.Prompts | None) -> bool:
         model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
         longest = cfg.max_prompt_length + cfg.max_completion_length
         check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
-    return True
 
 
 def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
@@ -372,7 +383,7 @@ def check_rows(mesh, cfg) -> None:
     Raises:
       UserError: names the sizes.
     """
-    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    shards, count = sharding.row_shards(mesh), jax.process_count()
     own, rest = divmod(cfg.prompts_per_step, count)
     rows, parts = own * count * cfg.num_generations, cfg.rollout.parts
     scored = shards * max(1, cfg.micro_batches // parts)  # what a part's rows are divided over

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-import pathlib
 
 import jax
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 
 COMPILER_LOG = "jax._src.interpreters.pxla"  # says "Compiling NAME with global shapes and types [...]" at DEBUG
@@ -32,7 +32,7 @@ class Profiler:
 
     def __init__(self, cfg):
         self._steps = window(cfg.profile.steps)
-        self._folder = pathlib.Path(cfg.run_dir).absolute() / "profile"
+        self._folder = config.local_folder(cfg).absolute() / "profile"
         self._on = False
 
     @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """What a run says of its steps: metrics, records of texts, health warnings, the progress display, the end table."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -30,7 +29,7 @@ class Reports:
         self._run, self._pending, self._next = run, None, {}
         cfg, flat = run.cfg, config.flat(run.cfg)
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
-        self._writer = logging.Writer(cfg.run_dir, start_step=start, **log)
+        self._writer = logging.Writer(config.local_folder(cfg), start_step=start, **log)
         recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
         self._health = health.Watch(flat, self._writer.lines("metrics"), *recent)
         self._price = estimate.price_state(cfg, bool(objective.of(cfg).asks))
@@ -196,7 +195,8 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
     terminal.say(terminal.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
-    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}")
+    to = " --out=report.html" if config.is_bucket(run.cfg.run_dir) else ""
+    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}{to}")
     if jax.process_index() == 0:
-        host.write_whole(pathlib.Path(run.cfg.run_dir) / "summary.json", json.dumps(out, indent=1) + "\n")
+        host.write_whole(config.local_folder(run.cfg) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out

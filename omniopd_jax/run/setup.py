@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from omniopd_jax import audit, hf, model, objective, step, teachers
+from omniopd_jax import audit, config, hf, model, objective, step, teachers
 from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
@@ -24,7 +23,8 @@ from omniopd_jax.staleness import Ahead
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
-    "run_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed", "profile",
+    "run_dir", "local_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed",
+    "profile",
 )  # fmt: skip
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
 
@@ -205,7 +205,7 @@ def first_params(run: Run, key: jax.Array) -> dict:
 def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
     """The newest checkpoint's state and totals, or a new state; writes the resolved config beside the run."""
     cfg = run.cfg
-    folder = pathlib.Path(cfg.run_dir)
+    folder = config.local_folder(cfg)
     like = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         step.abstract_state(run.student.model_cfg, frozen(cfg)),
@@ -218,7 +218,7 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
     run.stop.doing = "loading"
     if found := checkpoints.restore_newest(like):
         state, totals = found
-        logging.say(f"resumed from step {int(jax.device_get(state.step))} in {folder}")
+        logging.say(f"resumed from step {int(jax.device_get(state.step))} in {cfg.run_dir}")
     else:
         key = jax.random.key(cfg.seed)
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)

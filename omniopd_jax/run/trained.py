@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf, model
@@ -53,9 +54,9 @@ def read(run_dir, step: int | None, mesh=None) -> Trained:
     return Trained(params, table, model_cfg, settings, saved.config)
 
 
-def locate(source) -> tuple[pathlib.Path, int | None]:
+def locate(source) -> tuple[pathlib.Path | epath.Path, int | None]:
     """(run folder, step or None for the newest) of RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
-    path = pathlib.Path(source).absolute()
+    path = files.place(source)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return (path.parent if path.name == "checkpoints" else path), None

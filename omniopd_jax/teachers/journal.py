@@ -28,12 +28,18 @@ import threading
 import time
 import zlib
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import journal_file
 from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, restore
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
-__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "main", "restore"]
+__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "folder_of", "main", "restore"]
+
+
+def folder_of(cfg) -> pathlib.Path:
+    """Where a run's journal is: `teacher.journal`, or in the run's own folder of this host."""
+    return pathlib.Path(cfg.teacher.journal or config.local_folder(cfg) / "journal")
 
 
 @dataclasses.dataclass(frozen=True)

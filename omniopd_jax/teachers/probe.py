@@ -9,10 +9,10 @@ over) stops the run here with what to change.
 import dataclasses
 import hashlib
 import json
-import pathlib
 import statistics
 import time
 
+from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.run import host
 from omniopd_jax.teachers import wire
@@ -97,7 +97,7 @@ class _Probe:
         self.teacher.journal.put_mode(
             self.t.provider, self.client.model, self.t.continuation, report.mode, dataclasses.asdict(report)
         )
-        path = pathlib.Path(self.teacher.cfg.run_dir) / "teacher_probe.json"
+        path = config.local_folder(self.teacher.cfg) / "teacher_probe.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         host.write_whole(path, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 

@@ -10,9 +10,10 @@ import weakref
 import numpy as np
 
 from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.run.files import place
 from omniopd_jax.teachers import budget as money
 from omniopd_jax.teachers import probe, wire
-from omniopd_jax.teachers.journal import Journal
+from omniopd_jax.teachers.journal import Journal, folder_of
 from omniopd_jax.teachers.protocol import (
     LOGP,
     TEXT,
@@ -48,10 +49,10 @@ class RemoteTeacher(PaidTeacher):
         if self.replay != "only":
             client.check_settings()
         self.price = money.price(cfg, self_hosted=client.self_hosted)
-        folder = pathlib.Path(t.journal or pathlib.Path(cfg.run_dir) / "journal")
+        folder = folder_of(cfg)
         if self.replay == "only" and not folder.is_dir():
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
-        self.journal = Journal(folder, str(pathlib.Path(cfg.run_dir).absolute()))
+        self.journal = Journal(folder, str(place(cfg.run_dir)))
         self.budget = money.Budget(cfg, self.journal, self.price)
         self.traffic = Traffic(cfg, client, self.budget, served=self.served)
         # known to be the student's own only where both are named; else continuations are trimmed by characters

@@ -35,8 +35,19 @@ with graders.make("code", workers=4, isolation=sys.argv[2], **limits) as grader:
 """
 
 
-def grade_from(checkout: pathlib.Path, cases, isolation: str = "namespaces") -> dict:
-    """name -> (passed, reason, detail) of every case, graded by a copy of the package stored in `checkout`."""
+# the folder $0 becomes a mount that nothing can be written to, in a namespace of the command's own
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
+needs_mounts = pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "mount", "--bind", "/tmp", "/tmp"], capture_output=True, check=False).returncode,
+    reason="no mounts of one's own here",
+)
+
+
+def grade_from(checkout: pathlib.Path, cases, isolation: str = "namespaces", *, read_only: bool = False) -> dict:
+    """name -> (passed, reason, detail) of every case, graded by a copy of the package stored in `checkout`.
+
+    `read_only`: on a mount that nothing can be written to; else the files have no permission for it.
+    """
     shutil.copytree(
         REPO / "omniopd_jax/graders", checkout / "omniopd_jax/graders", ignore=shutil.ignore_patterns("*.pyc")
     )
@@ -62,8 +73,9 @@ def grade_from(checkout: pathlib.Path, cases, isolation: str = "namespaces") -> 
     orders.write_text(json.dumps(pairs))
     for path in [*checkout.rglob("*"), checkout]:
         path.chmod(0o555 if path.is_dir() else 0o444)
+    mounted = ["unshare", "-m", "sh", "-c", READ_ONLY, str(checkout)] if read_only else []
     done = subprocess.run(
-        [sys.executable, "-c", GRADE, str(orders), isolation], env=os.environ | {"PYTHONPATH": str(checkout)}, cwd="/",
+        [*mounted, sys.executable, "-c", GRADE, str(orders), isolation], env=os.environ | {"PYTHONPATH": str(checkout)}, cwd="/",
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -123,6 +135,14 @@ def test_no_planted_module_is_imported_by_a_judge_in_bubblewrap(folder):
 @pytest.mark.parametrize("parent", ["/tmp", "/dev/shm", "/var/tmp", "~", "/opt"])
 def test_no_grade_is_forged_from_elsewhere(folder, parent, isolation):
     assert not forged(grade_from(folder(os.path.expanduser(parent)), FORGED, isolation))
+
+
+@needs_mounts
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", BOXES)
+@pytest.mark.parametrize("parent", ["/tmp", "~"])
+def test_no_grade_is_forged_from_a_read_only_mount(folder, parent, isolation):
+    assert not forged(grade_from(folder(os.path.expanduser(parent)), FORGED, isolation, read_only=True))
 
 
 READY = b'{"ready": true}\n'

@@ -306,6 +306,24 @@ def test_another_number_of_processes_goes_on_from_the_checkpoint(models, undistu
 
 
 @pytest.mark.slow
+def test_what_two_processes_sampled_ahead_is_taken_up_by_one(models, tmp_path):
+    """max_staleness = 1: the step that was begun is finished with the samples that were drawn, none drawn again."""
+    stale = recipe(models, tmp_path, max_staleness=1)
+    run = Launched(2, stale)
+    run.wait_for(r"step 1/")
+    os.kill(run.pid(1), signal.SIGTERM)
+    assert run.end() == 75, run.text
+    step = max(int(f.name) for f in (tmp_path / "checkpoints").iterdir() if f.name.isdigit())
+    lengths = [np.load(tmp_path / "ahead" / f"{step}.{rank}.npz")["length_B"] for rank in (0, 1)]
+    again = Launched(1, stale)
+    assert again.end() == 0, again.text
+    assert f"resumed from step {step}" in again.text and "sampled anew" not in again.text
+    metrics = tiny.lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == list(range(STEPS))
+    assert metrics[step]["completions/mean_length"] == pytest.approx(np.concatenate(lengths).mean())
+
+
+@pytest.mark.slow
 def test_a_wrong_setting_of_one_process_ends_all_with_its_message(models, tmp_path):
     """Here all have it: prompts that do not divide over the processes."""
     run = Launched(2, recipe(models, tmp_path, prompts_per_step=3))

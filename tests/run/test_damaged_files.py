@@ -59,7 +59,7 @@ def test_responses_that_were_cut_off_are_one_line(tmp_path):
     for content in (b"", whole[: len(whole) // 2], b"text", whole.replace(b"N.npy", b"M.npy")):
         path.write_bytes(content)
         with pytest.raises(UserError, match="2.0.npz is damaged .*remove it"):
-            staleness.Ahead().load(tmp_path, 2, experience.Drawn([], []), 1, None)
+            staleness.Ahead().load(tmp_path, 2, experience.Drawn([], []), None)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

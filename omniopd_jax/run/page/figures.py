@@ -123,7 +123,7 @@ def _half_width(folder, before: float, after: float, n: int) -> float | None:
 def _cost(folder) -> tuple[str, float]:
     usd = sum(_number(r.get("teacher/cost_usd")) or 0 for r in folder.rows)
     c, known = folder.config, [r["teacher/price_known"] for r in folder.rows if "teacher/price_known" in r]
-    paid = c.get("teacher.provider") in estimate.CLIENTS and folder.objective not in ("grpo", "constant")
+    paid = c.get("teacher.provider") in estimate.CLIENTS and (folder.own is None or bool(folder.own.asks))
     if known:
         paid = not known[-1]
     elif paid and (usd or c.get("teacher.base_url") or (c.get("teacher.price_input", -1) >= 0)):

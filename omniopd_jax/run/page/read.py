@@ -5,6 +5,7 @@ import pathlib
 import re
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.objective import OBJECTIVES, Objective
 
 KINDS = ("metrics", "audits", "completions", "evaluations")
 CONFIG_CHARACTERS = 300  # of a config value on the page
@@ -63,12 +64,17 @@ class Folder:
         """The config's, or "?"."""
         return str(self.config.get("objective.name", "?"))
 
+    @property
+    def own(self) -> Objective | None:
+        """The objective's record; None: not of this version."""
+        return OBJECTIVES.get(self.objective)
+
     def _notes(self) -> None:
         if not self.rows:
             self.notes.append("metrics.jsonl is missing or empty: there are no curves")
         if not self.audits:
-            taught = self.objective in ("sft", "opd", "opd_exact", "grpo", "constant")
-            why = f"the objective {self.objective} asks for none" if taught else "none was written"
+            unaudited = self.own is not None and not self.own.audited
+            why = f"the objective {self.objective} asks for none" if unaudited else "none was written"
             self.notes.append(f"no audits: {why}")
         elif not any("question" in a for a in self.audits):
             self.notes.append(
