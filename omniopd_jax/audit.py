@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from omniopd_jax import span
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
@@ -88,6 +89,10 @@ class Decoder:
             prefix, whole = prefix[:kept], whole[:kept]
         same = len(prefix) if whole.startswith(prefix) else len(os.path.commonprefix([prefix, whole]))
         return prefix, whole[same:]
+
+    def opened(self, prompt) -> str:
+        """The mark of thoughts that the student's prompt leaves open; "" where it leaves none."""
+        return span.opened(self._tokenizer, prompt)
 
     def _length(self, token: int) -> int | None:
         """Characters that a token adds to a text; None where that depends on its neighbours (an open token)."""
@@ -223,10 +228,11 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     N = num_continuations or cfg.audit.num_continuations
     audits = []
     for b, peaks in enumerate(np.asarray(peak_BM)):
+        opened = decoder.opened(prompts[b])  # what the student's own prompt wrote of the answer
         for m, peak in enumerate(int(p) for p in peaks if p >= 0):
             prefix, chunk = decoder.chunk(tokens[b], peak, cfg.audit.chunk_tokens)
             request = ContinuationRequest(
-                sample_ids[b], peak, tuple(prompts[b].messages), prefix, tuple(range(N)),
+                sample_ids[b], peak, tuple(prompts[b].messages), opened + prefix, tuple(range(N)),
                 cfg.audit.chunk_tokens, cfg.teacher.temperature, cfg.teacher.top_p,
             )  # fmt: skip
             audits.append(Audit(b, m, request, chunk))

@@ -18,6 +18,7 @@ CHOICES = {
     "data.source": ("world", "jsonl", "hub"),
     "data.overlong": ("error", "drop"),
     "audit.selection": ("peak", "random"),
+    "audit.span": ("all", "answer", "thinking"),
     "audit.trim_continuation": ("auto", "always", "never"),
     "anchor.scope": ("unaudited", "all"),
     "anchor.ref_dtype": ("float32", "bfloat16"),
@@ -96,6 +97,7 @@ def default() -> ConfigDict:
     c.audit.num_continuations = 10  # N, per chunk
     c.audit.min_continuations = 0  # n_min: an audit with fewer is dropped; 0 = half of N, rounded up
     c.audit.selection = "peak"  # peak | random (ablation)
+    c.audit.span = "all"  # all | answer | thinking: the part of a response that chunks are in (<think> ... </think>)
     c.audit.similarity = "edit"  # edit | rouge1 | rougeL | embedding
     c.audit.embedding_model = ""  # embedding: a sentence-transformers folder or hub name
     c.audit.trim_continuation = "auto"  # auto (foreign tokenizers) | always | never: cut to the chunk's characters

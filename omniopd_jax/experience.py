@@ -11,11 +11,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from omniopd_jax import audit, model, objective, rollout, scheduler, vocab
+from omniopd_jax import audit, model, objective, rollout, scheduler, span, vocab
 from omniopd_jax import step as steps
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf import thoughts
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
@@ -201,7 +202,8 @@ def solutions(
         got = {c.index: c for c in answered[solution_id(p.id)].result.continuations}
         for g in range(n):
             whole = g in got and got[g].finish == "stop"
-            text = student.template.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
+            text = thoughts.after_mark(got[g].text, opened=bool(student.decoder.opened(p))) if g in got else ""
+            text = student.template.tokenizer(text, add_special_tokens=False)["input_ids"]
             end = list(student.template.turn_end_ids[:1]) if whole else []
             tokens.append((text + end)[: cfg.max_completion_length])
             finished.append(whole)
@@ -244,6 +246,8 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
     T = scores.entropy_BT.shape[1]
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
     eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T, cfg.audit.chunk_tokens)
+    if cfg.audit.span != "all":
+        eligible_BT &= span.eligible(student.template.tokenizer, responses.prompts, responses.tokens, T, cfg)
     length_B, eligible_BT = sharding.put_rows((length_B, eligible_BT), student.mesh)
     score_BT = scores.stats.entropy_BT
     if cfg.audit.selection == "random":

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, graders, objective
+from omniopd_jax import audit, config, experience, graders, objective, span
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
@@ -144,6 +144,8 @@ class Reports:
         }
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
             here["rollout/score_logp_gap"] = gap
+        if run.cfg.audit.span != "all" and objective.of(run.cfg).chunks:
+            here["audit/span_fraction"] = span.fraction(run.student.template.tokenizer, responses, run.cfg.audit.span)
         if got.rewards is not None:
             here["reward/mean"] = float(got.rewards.mean())
         lengths = [[len(p.token_ids) for p in responses.prompts], list(map(len, responses.tokens))]

@@ -138,7 +138,7 @@ class LocalTeacher(Teacher):
             r = item[0]
             groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
         for (n, max_tokens, temperature, top_p), items in groups.items():
-            texts = [self._template.render(r.messages) + r.prefix for r, _, _ in items]
+            texts = [self._template.continued(r.messages, r.prefix) for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
