@@ -233,7 +233,7 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
             prefix, chunk = decoder.chunk(tokens[b], peak, cfg.audit.chunk_tokens)
             request = ContinuationRequest(
                 sample_ids[b], peak, tuple(prompts[b].messages), opened + prefix, tuple(range(N)),
-                cfg.audit.chunk_tokens, cfg.teacher.temperature, cfg.teacher.top_p,
+                cfg.audit.chunk_tokens, cfg.teacher.temperature, cfg.teacher.top_p, prompts[b].teacher,
             )  # fmt: skip
             audits.append(Audit(b, m, request, chunk))
     return audits
@@ -253,19 +253,20 @@ async def ask(teacher: Teacher, audits: list[Audit]) -> None:
     await together(one(a) for a in audits)
 
 
-def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:
+def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool | list[bool]) -> Feedback:
     """k_sem = sum_i phi(text(y_c), text(z_i)) over the continuations that arrived.
 
     Args:
       phi: similarity.make(cfg).
       shape: (B, M).
-      trim: cut each continuation to the student chunk's length in characters first (foreign tokenizers; ours).
+      trim: cut each continuation to the student chunk's length in characters first (foreign tokenizers; ours); of all
+        audits, or one bool an audit.
     """
     texts = [[c.text for c in a.result.continuations] for a in audits]
     if cfg.audit.shuffle_texts:
         texts = _of_another_prompt(audits, texts)
-    if trim:
-        texts = [[t[: len(a.chunk)] for t in ts] for a, ts in zip(audits, texts, strict=True)]
+    trim_A = np.broadcast_to(trim, len(audits))
+    texts = [[t[: len(a.chunk)] for t in ts] if cut else ts for a, ts, cut in zip(audits, texts, trim_A, strict=True)]
     value = phi([a.chunk for a, ts in zip(audits, texts, strict=True) for _ in ts], [t for ts in texts for t in ts])
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all()):
         raise FloatingPointError(f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]")

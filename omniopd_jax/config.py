@@ -88,6 +88,7 @@ def default() -> ConfigDict:
     c.data.fields.answer = "answer"  # column, or a path in it such as reward_model.ground_truth; may be missing
     c.data.fields.solution = "solution"  # column with a worked solution, for sft without a teacher; may be missing
     c.data.fields.id = "id"  # column; may be missing
+    c.data.fields.teacher = "teacher"  # column with the name of the prompt's teacher; read where `teachers` has any
     c.data.num_prompts = 0  # take the first N; 0 = all (world: 4,096)
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
 
@@ -147,9 +148,12 @@ def default() -> ConfigDict:
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes in turn, for prefix caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal
-    c.teacher.price_input = -1.0  # USD per million tokens; -1 = budget.PRICES (a server of your own: 0)
+    c.teacher.price_input = -1.0  # USD per million tokens; -1 = prices.TABLE (a server of your own: 0)
     c.teacher.price_cached = -1.0  # the same for input that the provider served from its cache
     c.teacher.price_output = -1.0  # the same for output, hidden reasoning included
+    c.teacher.budget_share = 0.0  # of a named teacher: its part of the caps, 0 to 1; 0 = an equal part of what is left
+
+    c.teachers = ConfigDict()  # by row: teachers.NAME.* has what differs from teacher.*; a prompt's `teacher` is a NAME
 
     c.budget = ConfigDict()  # caps on all that the journal folder has seen; they are never overshot
     c.budget.usd = 0.0  # dollars; 0 = no cap
@@ -212,8 +216,8 @@ def default() -> ConfigDict:
     c.log.text_characters = 20_000  # characters of each text in a record; what is cut is counted
     c.log.chance_pairs = 128  # comparisons per step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
-    for part in (c.student, c.teacher):
-        part.chat_template_kwargs.unlock()
+    for part in (c.student.chat_template_kwargs, c.teacher.chat_template_kwargs, c.teachers):
+        part.unlock()
     return c
 
 
@@ -265,7 +269,7 @@ def get(c: ConfigDict, path: str):
 
 def describe() -> list[tuple[str, str, str]]:
     """(key, default, what) of every key, from the comments in `default`: docs/config.md is generated from it."""
-    rows, values = [], flat(default())
+    rows, values = [], flat(default()) | {"teachers": "{}"}
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:
             rows.append((key, str(values[key]).strip() or "''", what))

@@ -190,7 +190,7 @@ def solutions(
     requests = {
         p.id: ContinuationRequest(
             solution_id(p.id), -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length,
-            cfg.teacher.temperature, cfg.teacher.top_p,
+            cfg.teacher.temperature, cfg.teacher.top_p, p.teacher,
         )
         for p in drawn.prompts
     }  # fmt: skip
@@ -337,10 +337,11 @@ def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseExceptio
 
 
 def compare(
-    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool
+    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool | list[bool]
 ) -> audit.Feedback:
-    """k_sem and n of every chunk."""
-    trim = cfg.audit.trim_continuation == "always" or (cfg.audit.trim_continuation == "auto" and foreign_tokenizer)
+    """k_sem and n of every chunk. `foreign_tokenizer`: of the teacher, or one bool an audit."""
+    how = cfg.audit.trim_continuation
+    trim = foreign_tokenizer if how == "auto" else how == "always"
     return audit.compare(similarity, audits, (rows, cfg.audit.num_chunks), cfg, trim=trim)
 
 
@@ -357,7 +358,9 @@ def grade(grader: Grader, responses: Responses, decoder: audit.Decoder) -> np.nd
 def teacher_logp(teacher: Teacher, thread: AsyncThread, stop: StopFlag, responses: Responses, T: int) -> np.ndarray:
     """The white-box teacher's log-probs of the response tokens [B, T]; 0 past a row's end."""
     pairs = zip(responses.prompts, responses.tokens, strict=True)
-    scored = thread.submit(together(teacher.score_tokens(p.messages, p.token_ids, r) for p, r in pairs))
+    scored = thread.submit(
+        together(teacher.named(p.teacher).score_tokens(p.messages, p.token_ids, r) for p, r in pairs)
+    )
     wait([scored], stop)
     out = np.zeros((len(responses.tokens), T), np.float32)
     for b, row in enumerate(scored.result()):

@@ -1,4 +1,4 @@
-"""Thoughts in an answer: `<think> ... </think>`, where they are in text and in tokens, and how an answer goes on in them.
+"""Thoughts in an answer: `<think> ... </think>`, where they are in text and in tokens, and how an answer goes on there.
 
 Three kinds of prompt begin an answer: one that leaves the mark open (`<think>` at its end: the answer begins inside the
 thoughts), one that closes an empty block (thinking is switched off), and one that writes neither (the model opens the

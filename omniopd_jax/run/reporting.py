@@ -11,6 +11,7 @@ from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
+from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
@@ -93,6 +94,8 @@ class Reports:
                 )
         asked = audit.metrics(got.feedback, cfg)
         asked |= logging.total(processes.gather("teacher's own counts", service), self._run.disks)
+        if cfg.teachers:
+            asked |= by_row.agreement(got.feedback.audits, processes.gather)
         for key in ADDED_UP:
             totals[key] = totals.get(key, 0) + asked[key]
         for key, seconds in own.items():
