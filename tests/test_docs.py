@@ -127,14 +127,14 @@ def test_the_letters_of_shapes_are_those_of_the_model():
         assert re.search(rf"\b{letter} [a-z]", legend), letter
 
 
-def load(path: str):
+def load(path: str, variants: str | None = None):
     """The config of a recipe's file, as the command line finds and loads it."""
     path = recipes.find(path)
     with recipes.importable(path):
         spec = importlib.util.spec_from_file_location("recipe", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.get_config()
+        return module.get_config(variants)
 
 
 def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
@@ -143,8 +143,8 @@ def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
     assert len(source.splitlines()) <= 30
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    for path in ("mine.py", "configs/math.py"):
-        c = load(path)
+    for path, variants in (("mine.py", None), ("configs/math.py", None), ("configs/math.py", "thinking")):
+        c = load(path, variants)
         c.teacher.base_url = "http://HOST:8000/v1"
         preflight.validate(c)
         text = estimate.Preview(c, asks_teacher=True).text()

@@ -76,6 +76,7 @@ def _parse(argv):
     """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
     argv, recipe = _with_recipe_found(argv)
     argv, named = _named_teachers(argv)
+    sys.argv = _named_teachers(sys.argv)[0]  # config_flags looks for keys there, too
     try:
         with recipes.importable(recipe) if recipe else contextlib.nullcontext():
             rest = flags.FLAGS(argv)

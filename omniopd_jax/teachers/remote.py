@@ -404,6 +404,7 @@ class _Audit:
                 r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode,
                 wanted=len(missing),
             )  # fmt: skip
+            dropped = set(t.client.seen.dropped)
             try:
                 sent = await t.traffic.send(
                     call, self.key, deadline=deadline, accept=lambda reply, group=group: self._rows(reply, group)
@@ -411,7 +412,7 @@ class _Audit:
                 break
             except wire.CallError as e:
                 self.usage += Usage(calls=e.attempts, retries=max(0, e.attempts - 1))
-                if t.client.learn(e, call):
+                if t.client.learn(e, call) or t.client.seen.learnt_meanwhile(e, dropped):
                     group = group if t.client.seen.takes_n else group[:1]
                     continue
                 if e.kind == "refused":  # the same for every index: ask no more

@@ -165,11 +165,13 @@ def test_the_estimate_of_several_teachers_names_each(tmp_path):
 
 
 def test_what_may_change_of_a_named_teacher_at_a_resume(tmp_path):
-    c = named(config.default(), a={"model": "m", "base_url": "http://h:1/secret-path", "budget_share": 0.5}, b={})
+    c = named(
+        config.default(), a={"model": "m", "base_url": "http://h:1/sk-0123456789abcdef", "budget_share": 0.5}, b={}
+    )
     identity.write(c, {}, tmp_path / "config.json")
     c.teachers.a.base_url, c.teachers.a.budget_share = "http://h:2/v1", 0.25
     identity.check_same_run(c, {}, tmp_path / "config.json")
-    assert "secret-path" not in (tmp_path / "config.json").read_text()
+    assert "sk-0123456789abcdef" not in (tmp_path / "config.json").read_text()
     for section, said in (({"model": "n"}, "was 'm', is 'n'"), ({}, "was 'm', is ''")):
         c.teachers.a = section
         with pytest.raises(UserError, match=rf"teachers\.a\.model {said}"):

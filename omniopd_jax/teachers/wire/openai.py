@@ -148,7 +148,7 @@ class OpenAIClient:
             method = client.completions
             body["prompt"] = self._continued(call)
             if self.harmony:
-                extra["skip_special_tokens"] = False  # its channels are read off the marks: a refusal is not passed over
+                extra["skip_special_tokens"] = False  # channels are read off the marks: no refusal is passed over
             stops = self._template().stop_strings if self.raw else ()
             if stops and "stop" not in self.seen.dropped:
                 body["stop"] = list(stops[:4])  # OpenAI's most; the text is cut here too
