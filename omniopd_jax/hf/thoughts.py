@@ -86,8 +86,8 @@ def token_mask(tokenizer, token_ids: list[int], *, inside: bool) -> np.ndarray:
 
 def _by_id(tokenizer, token_ids: list[int], text: str) -> list[str] | None:
     """One text a token, where each mark is a token of its own: the mark, or "." for any other; None: they are not."""
-    vocab = tokenizer.get_vocab()
-    marks = {vocab[mark]: mark for mark in (OPEN, CLOSE) if mark in vocab}
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (OPEN, CLOSE)}  # of another text where it has none
+    marks = {i: mark for mark, i in ids.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == mark}
     places = [marks.get(t, ".") for t in token_ids]
     same = all(text.count(mark) == places.count(mark) for mark in (OPEN, CLOSE))
     return places if same else None
