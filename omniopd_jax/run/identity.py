@@ -71,7 +71,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         return
     before, known = saved.pop(DIGESTS, None), config.flat(config.default())
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
-    old, now = by_row.whole(old), by_row.whole(now)
+    names = [sorted(teachers) for teachers in (saved.get("teachers", {}), cfg.teachers)]
+    old, now = by_row.whole(old, names[0]), by_row.whole(now, names[1])
     old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
     if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
@@ -81,6 +82,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         for k in now
         if k in old and plain(old[k]) != plain(now[k]) and not allowed(k, may)
     ]
+    if names[0] != names[1] and not allowed("teachers", may):
+        changed.append(f"teachers were {', '.join(names[0]) or 'not named'}, are {', '.join(names[1]) or 'not named'}")
     if before is None:
         logging.say(f"warning: {file} is from before inputs were compared: what this run reads is taken as it is now")
     else:

@@ -47,9 +47,8 @@ def each(cfg: ConfigDict, teacher: Teacher) -> Iterator[tuple[ConfigDict, Teache
         yield own, teacher.named(name)
 
 
-def whole(flat: dict) -> dict:
+def whole(flat: dict, names) -> dict:
     """{dotted key: value} with every key of every named teacher, also those that it has from `teacher`."""
-    names = {key.split(".")[1] for key in flat if key.startswith("teachers.")}
     own = {key.removeprefix("teacher."): value for key, value in flat.items() if key.startswith("teacher.")}
     return {f"teachers.{name}.{key}": value for name in names for key, value in own.items()} | flat
 
@@ -104,10 +103,10 @@ def _config(cfg: ConfigDict, name: str, share: float) -> ConfigDict:
     own.teacher.journal = str(journal / name)
     own.run_dir = str(pathlib.Path(cfg.run_dir) / "teachers" / name)
     for cap in ("usd", "tokens", "calls"):
-        whole = cfg.budget[cap]
-        part = whole * share if cap == "usd" else math.floor(whole * share)
-        if whole and not part:
-            raise UserError(f"budget.{cap} = {whole} leaves nothing for teachers.{name}, whose part is {share:.0%}")
+        limit = cfg.budget[cap]
+        part = limit * share if cap == "usd" else math.floor(limit * share)
+        if limit and not part:
+            raise UserError(f"budget.{cap} = {limit} leaves nothing for teachers.{name}, whose part is {share:.0%}")
         own.budget[cap] = part
     return own
 

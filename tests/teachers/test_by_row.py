@@ -176,6 +176,9 @@ def test_what_may_change_of_a_named_teacher_at_a_resume(tmp_path):
         c.teachers.a = section
         with pytest.raises(UserError, match=rf"teachers\.a\.model {said}"):
             identity.check_same_run(c, {}, tmp_path / "config.json")
+    c.teachers = {"a": {"model": "m"}}
+    with pytest.raises(UserError, match="teachers were a, b, are a"):
+        identity.check_same_run(c, {}, tmp_path / "config.json")
 
 
 @pytest.mark.slow  # four whole runs

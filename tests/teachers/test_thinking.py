@@ -48,7 +48,7 @@ def test_thoughts_of_a_student_that_has_none_are_refused(templates):
         thinking.check_span(c, made(path))
         c.audit.span = "thinking"
         if name == thinking.CLOSES:
-            with pytest.raises(UserError, match=r"audit\.span = 'thinking', .* enable_thinking = True"):
+            with pytest.raises(UserError, match=r"audit\.span = 'thinking', .*enable_thinking = True"):
                 thinking.check_span(c, made(path))
         else:
             thinking.check_span(c, made(path))
