@@ -10,8 +10,8 @@ Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing,
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
 32,768 of the model's 40,960 positions), whole responses audited (`audit.span`). The teacher goes on inside the open
 <think> block, by raw completion, so its tokenizer is named; it thinks too, so that a chunk at the very start is
-compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. Not run, and not
-compiled for a slice: 64 responses of 32,768 tokens are sampled at a time, 30 GB of keys and values a chip on 8 chips.
+compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. Not run, and
+not compiled for a slice: 64 responses of 32,768 tokens are sampled at a time, 30 GB of keys and values a chip on 8 chips.
 
 Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1,
 micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
