@@ -30,6 +30,6 @@ def get_config(arg=None):
     c.reward.grader = "math"  # 1 for a right boxed answer, else 0
     c.anchor.kl_coef = 0.0
     c.num_generations = 16  # the group
-    c.rollout_groups = 8  # keys and values of 128 rows at a time, as there
+    c.rollout.cache_gib = 14.0  # of the 56 GiB that 1,024 rows of full length take on each of 8 GPUs
     c.micro_batches = 16  # divides 128 rows over 8 GPUs
     return config.apply(c, VARIANTS, arg)

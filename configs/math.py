@@ -10,10 +10,10 @@ Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing,
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
 32,768 of the model's 40,960 positions), whole responses audited (`audit.span`). The teacher goes on inside the open
 <think> block, by raw completion, so its tokenizer is named; it thinks too, so that a chunk at the very start is
-compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. Not run, and
-not compiled for a slice: 64 responses of 32,768 tokens are sampled at a time, 30 GB of keys and values a chip on 8 chips.
+compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. For chips of
+80 GB (v5p, H100: 8 of them); not run, and not compiled for them.
 
-Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout_groups=1,
+Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout.parts=2,
 micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
 Time and cost: 25,600 continuations per step at the defaults; --estimate prints calls, tokens, dollars and hours.
 Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 60.67, mean of five benchmarks.
@@ -26,7 +26,7 @@ THINKING = {
     "teacher.chat_template_kwargs": {"enable_thinking": True},
     "teacher.tokenizer": "Qwen/Qwen3-32B",  # raw completion: a server's chat template would close the open block
     "max_completion_length": 31_744,  # responses over it are cut, kept and counted: watch truncated_fraction
-    "rollout_groups": 4,  # keys and values of 64 rows at a time
+    "rollout.cache_gib": 30.0,  # of 80 GB a chip; on 8 chips the keys and values of 70 rows at their longest
 }
 VARIANTS = {
     "no_anchor": {"anchor.kl_coef": 0.0},
@@ -51,7 +51,8 @@ def get_config(arg=None):
     c.num_steps = 200
     c.prompts_per_step = 64
     c.num_generations = 4
-    c.rollout_groups = 2  # keys and values of 128 rows at a time: 7 GiB per chip of a v5e-16
+    c.rollout.parts = 4  # 64 rows are scored and audited while the rest are decoded
+    c.rollout.cache_gib = 7.0  # per chip of a v5e-16: half of what 256 rows of full length take
     c.micro_batches = 8
     c.max_prompt_length = 1024
     c.max_completion_length = 7168

@@ -31,6 +31,7 @@ CHOICES = {
     "teacher.replay": ("only", "prefer", "off"),
     "budget.on_exhausted": ("stop", "fewer_audits", "fewer_continuations"),
     "compute_dtype": ("float32", "bfloat16"),
+    "rollout.cache_dtype": ("", "int8"),
     "model.remat": ("none", "dots", "context", "full"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
 }
@@ -54,7 +55,6 @@ def default() -> ConfigDict:
     c.prompts_per_step = 64  # prompts of the global batch
     c.num_generations = 4  # responses per prompt
     c.num_iterations = 1  # grpo: optimizer updates from each batch; from the second on the ratio is clipped
-    c.rollout_groups = 1  # parts of a step's prompts: the teacher answers one while the next is sampled
     c.max_staleness = 0  # 0: strictly on-policy | 1: step t is audited while step t + 1 is sampled
     c.micro_batches = 1  # gradient accumulation: sums and counts are accumulated, so the result does not depend on it
     c.max_prompt_length = 1024  # student tokens
@@ -64,6 +64,13 @@ def default() -> ConfigDict:
     c.top_k = 0  # of the student's sampling; 0 = off
     c.compute_dtype = "float32"  # float32 | bfloat16; master weights stay float32
     c.vocab_block = 256  # positions per block of the vocabulary pass
+
+    c.rollout = ConfigDict()
+    c.rollout.slots = 0  # rows decoded at a time, over all devices; 0 = all, or what the cache's memory holds
+    c.rollout.parts = 1  # of a step's rows, as they end: one is scored and audited while the rest are decoded
+    c.rollout.cache_gib = 0.0  # memory of the sampler's cache on each device; 0 = a third of it (CPU: 4 GiB)
+    c.rollout.cache_dtype = ""  # "" = compute_dtype | int8, with a scale for each head and position
+    c.rollout.turn = 0  # tokens between two looks at which rows have ended; 0 = a fifth of the mean length so far
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)

@@ -31,7 +31,8 @@ def _define_flags() -> None:
     flags.DEFINE_float("top_p", None, "default: the recipe's")
     flags.DEFINE_integer("max_new_tokens", None, "default: the recipe's max_completion_length")
     flags.DEFINE_integer("limit", 0, "the first so many problems of each benchmark; 0 = all")
-    flags.DEFINE_integer("rows", 64, "completions sampled at once")
+    flags.DEFINE_integer("rows", 512, "completions written at once")
+    flags.DEFINE_integer("slots", 0, "completions decoded at a time; 0 = what the cache's memory holds")
     flags.DEFINE_integer("seed", None, "of the sampling; default: the recipe's")
     flags.DEFINE_bool("unsafe", False, "run graded programs as you, without the sandbox")
     flags.DEFINE_string("out", None, "folder of the results; default: evaluate in the recipe's run_dir")
@@ -54,7 +55,7 @@ def main(argv) -> int:
 
     how = runner.How(
         given["samples"], default("temperature", cfg.temperature), default("top_p", cfg.top_p),
-        default("max_new_tokens", cfg.max_completion_length), default("seed", cfg.seed), given["rows"],
+        default("max_new_tokens", cfg.max_completion_length), default("seed", cfg.seed), given["rows"], given["slots"],
     )  # fmt: skip
     out = given["out"] or pathlib.Path(cfg.run_dir) / "evaluate"
     cli.setup_jax(cfg.compute_dtype)

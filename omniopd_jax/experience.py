@@ -1,12 +1,13 @@
 """A step's data on the host: the stages that the loop (train.py) names, in their order.
 
 prompts -> responses -> scores -> peaks -> the teacher's texts -> similarities -> the batch that an update takes. Each
-stage is a function of what it reads; none keeps anything. A step's prompts may be taken in groups (`rollout_groups`):
-the teacher answers one group while the next is being sampled.
+stage is a function of what it reads; none keeps anything. Responses come in parts as they end (`rollout.parts`): the
+teacher answers one part while the rest are being sampled.
 """
 
 import concurrent.futures
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -49,20 +50,17 @@ class Drawn:
     prompts: list[Prompt]
     sample_ids: list[list[str]]
 
-    def groups(self, count: int) -> list["Drawn"]:
-        """The same in `count` parts, in order."""
-        parts = [p.tolist() for p in np.array_split(np.arange(len(self.prompts)), count)]
-        return [Drawn([self.prompts[i] for i in p], [self.sample_ids[i] for i in p]) for p in parts]
-
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """Responses on the host. B rows: prompts x num_generations, the generations of a prompt next to each other.
+    """Responses on the host. B rows of a step: prompts x num_generations, the generations of a prompt next to each
+    other; or a part of them.
 
     Attributes:
       prompts, sample_ids, tokens: one per row; tokens of the response alone, a sampled end token included.
       finished_B: an end token was sampled.
       sampled_logp_BT: the decode loop's own log-probs; None where the teacher wrote the responses.
+      place_B: of a part, which rows of the step these are, ascending; None: all.
     """
 
     prompts: list[Prompt]
@@ -70,6 +68,7 @@ class Responses:
     tokens: list[list[int]]
     finished_B: np.ndarray
     sampled_logp_BT: np.ndarray | None = None
+    place_B: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,31 +148,35 @@ def allowance(teacher: Teacher | None, cfg, t: int) -> tuple[int, int]:
     return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
 
 
-def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) -> Responses:
-    """The student's own responses, `num_generations` per prompt.
+def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) -> Iterator[Responses]:
+    """The student's own responses, `num_generations` per prompt, in `rollout.parts` parts as they end.
 
     Args:
       params: as `rollout.prepare` returns them.
       key: the run's.
     """
-    ids = sum(drawn.sample_ids, [])
-    prompt_ids = [p.token_ids for p in drawn.prompts]
-    padded = sharding.put_rows(batching.pad_rows(prompt_ids, batching.prompt_width(prompt_ids)), student.mesh)
-    id_B = sharding.put_rows(np.array([int(i[-8:], 16) for i in ids], np.uint32), student.mesh)
-    out = rollout.sample(
-        params, student.model_cfg, *padded, rollout.row_keys(key, id_B), max_new_tokens=cfg.max_completion_length,
-        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, num_samples=cfg.num_generations,
-        end_ids=student.end_ids, compute=student.compute,
+    ids, G = sum(drawn.sample_ids, []), cfg.num_generations
+    rows = rollout.stream(
+        params, student.model_cfg, [p.token_ids for p in drawn.prompts],
+        rollout.key_data(key, [int(i[-8:], 16) for i in ids]), max_new_tokens=cfg.max_completion_length,
+        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, num_samples=G, end_ids=student.end_ids,
+        part=len(ids) // cfg.rollout.parts, how=how(cfg), compute=student.compute,
     )  # fmt: skip
-    token_BT, length_B, finished_B, logp_BT = (
-        sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B, out.logp_model_BT)
-    )
-    tokens = [row[:n].tolist() for row, n in zip(token_BT, length_B, strict=True)]
-    stops = [student.template.stop_row(row) for row in tokens]  # None: no stop string ended it
-    tokens = [row[:n] for row, n in zip(tokens, stops, strict=True)]
-    finished_B = finished_B | np.array([n is not None for n in stops])
-    rows = [p for p in drawn.prompts for _ in range(cfg.num_generations)]
-    return Responses(rows, ids, tokens, finished_B, logp_BT)
+    for part in rows:
+        stops = [student.template.stop_row(r.tokens.tolist()) for r in part]  # None: no stop string ended it
+        yield Responses(
+            [drawn.prompts[r.row // G] for r in part], [ids[r.row] for r in part],
+            [r.tokens[:n].tolist() for r, n in zip(part, stops, strict=True)],
+            np.array([r.finished or n is not None for r, n in zip(part, stops, strict=True)]),
+            _stack([r.logp_model[None] for r in part]),
+            None if cfg.rollout.parts == 1 else np.array([r.row for r in part]),
+        )  # fmt: skip
+
+
+def how(cfg) -> rollout.How:
+    """The sampler's settings."""
+    r = cfg.rollout
+    return rollout.How(r.slots, r.cache_gib, r.turn, r.cache_dtype)
 
 
 def solutions(
@@ -263,41 +266,40 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
 
 
 def ask(
-    teacher: Teacher | None,
-    thread: AsyncThread,
-    responses: Responses,
-    peak_BM: np.ndarray,
-    decoder: audit.Decoder,
-    cfg,
-    N: int,
-    *,
-    first_row: int = 0,
-) -> list[Asked]:
-    """Starts asking the teacher at every peak; the audits' rows are counted from `first_row`. Empty: nothing is
-    asked."""
+    teacher: Teacher | None, thread: AsyncThread, responses: Responses, peak_BM: np.ndarray, decoder: audit.Decoder,
+    cfg, N: int,
+) -> list[Asked]:  # fmt: skip
+    """Starts asking the teacher at every peak. Empty: nothing is asked."""
     if not objective.of(cfg).audited:
         return []
     audits = audit.plan(decoder, responses.prompts, responses.tokens, peak_BM, responses.sample_ids, cfg, N)
-    for a in audits:
-        a.row += first_row
+    if responses.place_B is not None:
+        for a in audits:
+            a.row = int(responses.place_B[a.row])
     return [Asked(thread.submit(audit.ask(teacher, audits)), audits)]
 
 
 def merge(groups: list[Group]) -> Group:
-    """The groups of a step as one, in order."""
+    """The parts of a step as one, each row in its place."""
     if len(groups) == 1:
         return groups[0]
+    parts = [g.responses for g in groups]
+    order = np.argsort(np.concatenate([p.place_B for p in parts]))
+
+    def placed(lists):
+        joined = sum(lists, [])
+        return [joined[i] for i in order]
+
     responses = Responses(
-        sum((g.responses.prompts for g in groups), []), sum((g.responses.sample_ids for g in groups), []),
-        sum((g.responses.tokens for g in groups), []), np.concatenate([g.responses.finished_B for g in groups]),
-        _stack([g.responses.sampled_logp_BT for g in groups]),
+        placed([p.prompts for p in parts]), placed([p.sample_ids for p in parts]), placed([p.tokens for p in parts]),
+        np.concatenate([p.finished_B for p in parts])[order], _stack([p.sampled_logp_BT for p in parts])[order],
     )  # fmt: skip
     scores = None
     if groups[0].scores is not None:
-        logp_BT, entropy_BT = (_stack([getattr(g.scores, n) for g in groups]) for n in ("logp_BT", "entropy_BT"))
+        logp_BT, entropy_BT = (_stack([getattr(g.scores, n) for g in groups])[order] for n in ("logp_BT", "entropy_BT"))
         scores = Scores(logp_BT, entropy_BT, None, None)
-    peak_BM = np.concatenate([g.peak_BM for g in groups])
-    return Group(responses, scores, peak_BM, sum((g.asked for g in groups), []), sum((g.solutions for g in groups), []))
+    peak_BM = np.concatenate([g.peak_BM for g in groups])[order]
+    return Group(responses, scores, peak_BM, sum((g.asked for g in groups), []))
 
 
 def answers(group: Group, stop: StopFlag) -> list[audit.Audit]:

@@ -1,21 +1,29 @@
-"""The sampler: prefill once a prompt, decode with a cache that grows, stop early.
+"""The sampler: rows are decoded in slots, and a slot whose row has ended goes to the next row that waits.
 
-Slots: prompts are right-padded to P, token t of every row is written at slot P + t (one slot for the whole batch), and
-a mask hides the gap between a row's prompt and P. RoPE goes by the true position, prompt_length + t. The cache is one
-array a layer, heads before time (docs/design notes: every other layout costs a copy of the cache).
+Between turns of the decode loop (decode.py) the host looks which rows have ended, starts others in their slots
+(slots.py) and hands on what is complete. A row's tokens follow from the parameters, its prompt and its key alone,
+whatever its slot and its neighbours.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from omniopd_jax import model
-from omniopd_jax.model import attention, linear, lora, rope
-from omniopd_jax.parallel import sharding
+from omniopd_jax import decode, model
+from omniopd_jax.decode import prepare  # noqa: F401  called as rollout.prepare
+from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run.batching import bucket, pad_rows  # noqa: F401  called as rollout.bucket
+from omniopd_jax.slots import Slots, padded, width
+
+PAGE = 64  # positions of a page of the cache
+PREFILL_TOKENS = 1 << 16  # positions of one prefill, at most, on each shard
+LOOKS = 5  # turns within the mean length so far, at least, while rows wait
+CPU_CACHE_GIB = 4.0
+PATIENCE = 16  # one slot of so many may be idle before the next row is started in it
 
 
 @flax.struct.dataclass
@@ -35,333 +43,285 @@ class Rollout:
     logp_sampler_BT: jax.Array
 
 
-@flax.struct.dataclass
-class SamplerState:
-    """Carry of the decode loop. hidden_BD produces the next token; cache: (k_BKSH, v_BKSH) or linear.State by layer."""
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A row that has ended. row: its place among this process's rows. The arrays are as long as it; see Rollout."""
 
-    cache: list
-    hidden_BD: jax.Array
-    prompt_length_B: jax.Array
-    key_B: jax.Array
-    t: jax.Array
-    out: Rollout
+    row: int
+    tokens: np.ndarray
+    logp_model: np.ndarray
+    logp_sampler: np.ndarray
+    finished: bool
 
 
-def prepare(params: dict, cfg: model.ModelConfig, *, compute: model.Compute | None = None) -> dict:
-    """The sampler's copy of the parameters, once an iteration: adapters merged, cast to `compute.dtype`, gathered over
-    fsdp, layers unstacked.
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How rows are decoded; which tokens come out does not depend on it.
 
-    The projections of q, k and v are matrices [D, Q * H] in it: as [D, Q, H] the decode loop keeps a copy of each in
-    the layout that it multiplies by, 1 GiB at 4 B parameters.
+    Attributes:
+      slots: rows decoded at a time, over all devices; 0: all, or as many as the cache's memory holds at half of their
+        full length.
+      cache_gib: memory of the cache on each device, at most; 0: `default_cache_gib`.
+      turn: tokens between two looks of the host, at most; 0: a fifth of the mean length so far.
+      cache_dtype: "" (the compute dtype) | int8, with a scale for each head and position.
     """
-    return _prepare(params, cfg=cfg, compute=compute or model.Compute())
+
+    slots: int = 0
+    cache_gib: float = 0.0
+    turn: int = 0
+    cache_dtype: str = ""
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
-def _prepare(params, *, cfg, compute):
-    if lora.attached(params):
-        params = lora.merge(params, compute.lora_scale, compute.dtype)
-    else:
-        params = model.cast(params, compute.dtype)
-    if compute.mesh.size > 1:
-        where = model.param_shardings(cfg, compute.mesh, sharding.DECODE_RULES)
-        params = jax.lax.with_sharding_constraint(params, where)
-    params = model.unstack(params, cfg, compute.dtype)
-    return params | {"layers": [p | {n: _matrix(p[n]) for n in "qkv" if n in p} for p in params["layers"]]}
+DEFAULT = How()
 
 
-def _matrix(w_DQH):
-    return w_DQH.reshape(w_DQH.shape[0], -1)
+@dataclasses.dataclass
+class Spent:
+    """What sampling took. slot_steps: steps of the decode loop times slots; tokens: of rows that ended; positions: of
+    prefilled prompts, their filling included; gave_up: rows that had to start again, for want of pages."""
+
+    slot_steps: int = 0
+    tokens: int = 0
+    turns: int = 0
+    positions: int = 0
+    gave_up: int = 0
 
 
-def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angles, attend):
-    """`model.layer` with a layer of prepared parameters."""
-    number = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
-    heads = {name: p[name].reshape(p[name].shape[0], n, -1) for name, n in number.items() if name in p}
-    return model.layer(x_BLD, p | heads, cfg, compute, angles, attend)
+def default_cache_gib(mesh) -> float:
+    """GiB of cache on each device where no one says: a third of an accelerator's memory."""
+    if sharding.platform(mesh) == "cpu":
+        return CPU_CACHE_GIB
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 16 * 2**30) / 3 / 2**30
+
+
+def page_bytes(cfg: model.ModelConfig, compute: model.Compute, cache_dtype: str = "") -> float:
+    """Bytes of one page of all layers on one device."""
+    tp = compute.mesh.shape["tp"]
+    heads = cfg.num_kv_heads // tp if cfg.num_kv_heads % tp == 0 else cfg.num_kv_heads
+    one = cfg.head_dim + 4 if cache_dtype == "int8" else cfg.head_dim * np.dtype(compute.dtype).itemsize
+    return 2.0 * sum(kind != "linear" for kind in cfg.kinds) * heads * PAGE * one
+
+
+def sizes(cfg, compute, how: How, rows: int, positions: int) -> tuple[int, int]:
+    """(slots, pages) of each shard of rows.
+
+    Args:
+      rows: of all shards; positions: of the longest prompt with the longest response.
+    """
+    shards, most = sharding.row_shards(compute.mesh), width(positions, PAGE)
+    gib = how.cache_gib or default_cache_gib(compute.mesh)
+    room = int(gib * 2**30 / max(page_bytes(cfg, compute, how.cache_dtype), 1))
+    slots = -(-how.slots // shards) if how.slots else max(1, 2 * room // most)
+    slots = min(slots, padded(-(-rows // shards)))
+    return slots, 1 + min(slots * (most + 1), max(room, most + 1))
+
+
+def stream(
+    params: dict, cfg: model.ModelConfig, prompts: Sequence[Sequence[int]], key_B2: np.ndarray, *, max_new_tokens,
+    temperature=1.0, top_p=1.0, top_k=0, num_samples=1, end_ids=(), part=0, how: How = DEFAULT,
+    compute: model.Compute | None = None, spent: Spent | None = None,
+) -> Iterator[list[Ended]]:  # fmt: skip
+    """Samples `num_samples` rows of every prompt and yields them as they end. All processes must call and iterate.
+
+    Args:
+      params: as `prepare` returns them.
+      prompts: this process's, token ids, at least one each; as many in every process.
+      key_B2: uint32, the numbers of the rows' keys (`jax.random.key_data`); row b * num_samples + g is prompt b's.
+      max_new_tokens: of every row, or of each.
+      temperature, top_p, top_k, end_ids: as `sample` takes them.
+      part: rows of one yield, sorted by row; the last has the rest. 0: all at once.
+      spent: counts what was done.
+
+    Yields:
+      Rows of this process, as many in every process.
+    """
+    compute, spent = compute or model.Compute(), spent or Spent()
+    limit_B = np.broadcast_to(np.asarray(max_new_tokens, np.int32), len(prompts) * num_samples)
+    books = _books(cfg, compute, prompts, num_samples, int(limit_B.max()), how)
+    own = _Own(prompts, key_B2, limit_B, books, frozenset(end_ids), compute.mesh)
+    static, shards = {"cfg": cfg, "compute": compute}, len(books.shards)
+    drawing = (np.float32(temperature), np.float32(top_p), np.int32(top_k), np.array(end_ids or (-1,), np.int32))
+    drawing = jax.device_put(drawing, sharding.replicated(compute.mesh))
+    pools = decode.empty_pools(pages=shards * books.pages, page=PAGE, dtype=how.cache_dtype or compute.dtype, **static)
+    slots, kept = decode.empty_slots(slots=shards * books.slots, entries=shards, **static)
+    part, given = part or len(prompts) * num_samples, 0
+    while books.waits() or books.live():
+        while filled := books.refill(decode.COLUMNS, max(1, PREFILL_TOKENS // bucket(max(books.prompt_length)))):
+            entries = kept
+            if filled.entries:
+                new = own.prompts_of(filled)
+                spent.positions += new[0].size
+                pools, entries = decode.prefill(params, pools, kept, *own.put(new), **static)
+            rows, copies = own.starts_of(filled)
+            pools, slots, kept = decode.start(pools, slots, entries, own.put(rows), compute=compute, copies=copies)
+        if order := books.shrink():
+            slots = decode.take_slots(slots, own.put(own.of(order)), compute=compute)
+        steps, least = _turn(books, how)
+        own.forget(books.make_room(steps))
+        table = own.put((books.table(own.shards), books.live_mask(own.shards)))
+        limits = jax.device_put((np.int32(steps), np.int32(least)), sharding.replicated(compute.mesh))
+        pools, slots, got = decode.turn(params, pools, slots, *table, drawing, *limits, **static)
+        while min(books.ended) - given >= part:  # handed on while the turn is computed
+            yield own.take(part)
+            given += part
+        t_B, live_B = jax.device_get((got.t_B, got.live_B))
+        moved = books.turned(t_B, live_B)
+        spent.slot_steps += max(m.after - m.before for m in moved) * books.slots * shards
+        spent.turns += 1
+        own.add(moved, got)
+    del pools, slots, kept, got  # the caller may want their memory before it asks for the last part
+    spent.tokens, spent.gave_up = spent.tokens + books.tokens, spent.gave_up + books.gave_up
+    while given < min(books.ended):
+        yield own.take(part)
+        given += part
+
+
+def _books(cfg, compute, prompts, num_samples: int, longest: int, how: How) -> Slots:
+    """The books that all processes keep: they tell each other the lengths of their prompts."""
+    own = [len(p) for p in prompts]
+    lengths = processes.gather("prompt lengths", own) if compute.mesh.is_multi_process else [own]
+    rows = sum(map(len, lengths)) * num_samples
+    slots, pages = sizes(cfg, compute, how, rows, max(map(max, lengths)) + longest)
+    by_shard = sharding.rows_map(compute.mesh, sharding.row_shards(compute.mesh))
+    rank_of = {index: device.process_index for device, index in by_shard.items()}
+    first = min(rank_of.values())  # a mesh of one process's devices, whichever it is
+    ranks = [rank_of[index] - (first if len(lengths) == 1 else 0) for index in sorted(rank_of)]
+    return Slots(lengths, num_samples, ranks=ranks, slots=slots, pages=pages, page=PAGE, longest=longest)
+
+
+def _turn(books: Slots, how: How) -> tuple[int, int]:
+    """(steps of the next turn, live rows at which it ends before)."""
+    steps = min(how.turn or max(8, int(books.mean_length() / LOOKS)), decode.COLUMNS)
+    if books.waits():
+        return steps, books.live() - max(1, books.slots * len(books.shards) // PATIENCE)
+    return steps, books.half() * len(books.shards)
+
+
+class _Own:
+    """This process's part of the books: what its shards are sent, and what comes back of its rows."""
+
+    def __init__(self, prompts, key_B2, limit_B, books: Slots, end_ids: frozenset, mesh):
+        self.prompts, self.key_B2, self.limit_B, self.books = prompts, key_B2, limit_B, books
+        self.shards = sharding.own_shards(mesh)
+        rank = books.shards[self.shards[0]].rank
+        self.first_prompt = rank * len(prompts)
+        self.first_row = rank * len(key_B2)
+        self.end_ids = end_ids
+        self.put = functools.partial(sharding.put_rows, mesh=mesh)
+        self.sampled: dict[int, list] = {}  # by row: columns of each turn
+        self.ended: list[Ended] = []
+
+    def of(self, by_shard: list[list[int]]) -> np.ndarray:
+        """The lists of its shards, one behind the other."""
+        return np.array([i for s in self.shards for i in by_shard[s]], np.int32)
+
+    def prompts_of(self, filled):
+        """(prompt_EP, prompt_length_E, page_EW) of its shards."""
+        length_of, page = self.books.prompt_length, self.books.page
+        longest = max(length_of[p] for prompts in filled.prompts for p, _ in prompts)
+        P = max(16, 1 << (longest - 1).bit_length())
+        rows, pages = [], []
+        for s in self.shards:
+            empty = filled.entries - len(filled.prompts[s])
+            rows += [self.prompts[p - self.first_prompt] for p, _ in filled.prompts[s]] + [(0,)] * empty
+            pages += [own for _, own in filled.prompts[s]] + [()] * empty
+        return *pad_rows(rows, P), pad_rows(pages, -(-P // page))[0]
+
+    def starts_of(self, filled) -> tuple[decode.Start, bool]:
+        """The rows that start in its shards, and whether any shard copies a page."""
+        X, out = filled.rows, []
+        for s in self.shards:
+            starts = filled.starts[s]
+            for start in starts:
+                b, length = start.row - self.first_row, self.books.prompt_length[start.prompt]
+                out.append((start.slot, start.entry, b, length, start.copied, start.copy))
+            out += [(-1, 0, 0, 0, 0, 0)] * (X - len(starts))
+        slot, entry, b, length, copied, copy = np.array(out, np.int32).T
+        keep = np.array([filled.keep[s] for s in self.shards], np.int32)
+        rows = decode.Start(slot, entry, self.key_B2[b], self.limit_B[b], length, copied, copy, keep)
+        return rows, any(start.copy for starts in filled.starts for start in starts)
+
+    def forget(self, rows: list[int]) -> None:
+        """Rows that start again."""
+        for row in rows:
+            self.sampled.pop(row, None)
+
+    def add(self, moved, got: decode.Turn) -> None:
+        """What a turn sampled of its rows."""
+        slots = self.books.slots
+        columns = [sharding.local_rows(a) for a in (got.token_BU, got.logp_model_BU, got.logp_sampler_BU)]
+        at = {shard: n * slots for n, shard in enumerate(self.shards)}
+        for m in moved:
+            if m.place // slots not in at:
+                continue
+            b, count = at[m.place // slots] + m.place % slots, m.after - m.before
+            self.sampled.setdefault(m.row, []).append([a[b, :count] for a in columns])
+            if m.ended:
+                token, *logps = (np.concatenate(a) for a in zip(*self.sampled.pop(m.row)))
+                done = int(token[-1]) in self.end_ids
+                self.ended.append(Ended(m.row - self.first_row, token, *logps, done))
+
+    def take(self, count: int) -> list[Ended]:
+        """The next rows that ended, sorted by row."""
+        out, self.ended = self.ended[:count], self.ended[count:]
+        return sorted(out, key=lambda ended: ended.row)
 
 
 def sample(
     params: dict, cfg: model.ModelConfig, prompt_BP, prompt_length_B, key_B, *, max_new_tokens: int, temperature=1.0,
-    top_p=1.0, top_k=0, num_samples=1, end_ids=(), first_chunk=256, compute: model.Compute | None = None,
+    top_p=1.0, top_k=0, num_samples=1, end_ids=(), how: How = DEFAULT, compute: model.Compute | None = None,
 ) -> Rollout:  # fmt: skip
     """Samples `num_samples` completions of every prompt.
 
     Args:
       params: as `prepare` returns them (stacked parameters are prepared here).
       cfg: static.
-      prompt_BP: int32, right-padded to a bucket (`bucket`), so that shapes stay few.
+      prompt_BP: int32, right-padded; rows over data and fsdp on a mesh.
       prompt_length_B: int32, at least 1.
       key_B: one PRNG key a *completion* [B * num_samples]; row b's completions are b * num_samples + g. A row draws the
-        same numbers in any batch, bucket or host.
+        same numbers in any batch, slot or host.
       max_new_tokens, temperature, top_p, top_k: traced; temperature 0 is greedy.
       end_ids: tokens that end a row.
-      first_chunk: response tokens the cache has room for at first; it doubles while rows go on.
       compute: static; None: float32 on the default device.
 
     Returns:
-      Rollout with [B * num_samples, T] arrays, T <= max_new_tokens rounded up to a chunk.
+      Rollout with [B * num_samples, T] arrays, T the longest of them rounded up to 8.
     """
     compute = compute or model.Compute()
     if isinstance(params["layers"], dict):
         params = prepare(params, cfg, compute=compute)
-    where = sharding.replicated_like(jax.tree.leaves(params)[0])
-    settings = jax.device_put(
-        (np.float32(temperature), np.float32(top_p), np.int32(top_k), np.array(end_ids or (-1,), np.int32)), where
-    )
-    T = min(first_chunk, -(-max_new_tokens // 8) * 8)
-    state = _prefill(params, prompt_BP, prompt_length_B, key_B, cfg=cfg, compute=compute, num_samples=num_samples, T=T)
-    while True:
-        limit = min(T, max_new_tokens)
-        until = jax.device_put(np.int32(limit), where)
-        state, done = _decode(params, state, until, *settings, cfg=cfg, compute=compute, P=prompt_BP.shape[1])
-        if limit == max_new_tokens or bool(jax.device_get(done)):
-            return state.out
-        T = min(2 * T, -(-max_new_tokens // 8) * 8)
-        state = _grow(state, S=prompt_BP.shape[1] + T, T=T)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "num_samples", "T"))
-def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, compute, num_samples: int, T: int) -> SamplerState:
-    B, P = prompt_BP.shape
-    position_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    angles = {kind: rope.tables(cfg, position_BP, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
-    x_BPD = model.scaled(params["embed"][prompt_BP], cfg)
-    cache = []
-    for kind, p in zip(cfg.kinds, params["layers"], strict=True):
-
-        def attend(q, k, v, kind=kind):
-            cache.append(tuple(jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, T), (0, 0))) for a in (k, v)))
-            how = {"backend": compute.attention, "mesh": compute.mesh} | model.attention_of(cfg, kind)
-            return attention.attend(q, k, v, length_B=prompt_length_B, **how)
-
-        def recur(qkv, decay, beta, p=p):
-            out, state = linear.whole(qkv, p["conv"], decay, beta, cfg, length_B=prompt_length_B)
-            cache.append(state)
-            return out
-
-        x_BPD = _layer(x_BPD, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend)
-    last_BD = jnp.take_along_axis(x_BPD, prompt_length_B[:, None, None] - 1, axis=1)[:, 0]
-    last_BD = model.norm(last_BD, params["final_norm"], cfg)
-    cache, last_BD, length_B = jax.tree.map(
-        lambda a: jnp.repeat(a, num_samples, axis=0), (cache, last_BD, prompt_length_B)
-    )
-    R = B * num_samples
-    zeros = functools.partial(jnp.zeros, (R, T), jnp.float32)
-    out = Rollout(jnp.zeros((R, T), jnp.int32), jnp.zeros(R, jnp.int32), jnp.zeros(R, bool), zeros(), zeros())
-    return _constrain(SamplerState(cache, last_BD, length_B, key_B, jnp.int32(0), out), compute.mesh)
-
-
-def _constrain(state: SamplerState, mesh) -> SamplerState:
-    """The state on the mesh: rows over data and fsdp, the cache's heads over tp, whatever the compiler would choose."""
-
-    def put(a, *axes):
-        return sharding.constrain(a, mesh, sharding.ROWS, *axes)
-
-    heads = sharding.DECODE_RULES["kv_heads"]
-    cache = [
-        jax.tree.map(put if isinstance(layer, linear.State) else lambda a: put(a, heads), layer)
-        for layer in state.cache
-    ]
-    return state.replace(
-        cache=cache, hidden_BD=put(state.hidden_BD), prompt_length_B=put(state.prompt_length_B),
-        out=jax.tree.map(put, state.out),
+    tokens, lengths = sharding.local_rows(prompt_BP), sharding.local_rows(prompt_length_B)
+    prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    [rows] = stream(
+        params, cfg, prompts, sharding.local_rows(jax.random.key_data(key_B)), max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, top_k=top_k, num_samples=num_samples, end_ids=end_ids, how=how,
+        compute=compute,
     )  # fmt: skip
+    longest = max(len(r.tokens) for r in rows)
+    T = -(-(sharding.global_max(longest) if compute.mesh.is_multi_process else longest) // 8) * 8
 
+    def wide(arrays):
+        return np.stack([np.pad(a, (0, T - len(a))) for a in arrays])
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "P"), donate_argnames=("state",))
-def _decode(params, state: SamplerState, limit, temperature, top_p, top_k, end_ids, *, cfg, compute, P: int):
-    """Decodes until `limit` tokens or all rows are done. Returns (state, all rows done)."""
-    S = next(layer[0].shape[2] for layer in state.cache if not isinstance(layer, linear.State))
-    slot_1S = jnp.arange(S, dtype=jnp.int32)[None]
-
-    def cond(s: SamplerState):
-        return (s.t < limit) & ~jnp.all(s.out.finished_B)
-
-    def body(s: SamplerState) -> SamplerState:
-        with jax.named_scope("draw"):
-            z_BV = model.logits(params, cfg, s.hidden_BD)
-            u_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, s.t)))(s.key_B)
-            drawn = draw(z_BV, u_B, temperature, top_p, top_k)
-        out = _write(s.out, s.t, drawn, end_ids)
-        token_B = jax.lax.dynamic_slice_in_dim(out.token_BT, s.t, 1, axis=1)
-        seen_BS = (slot_1S < s.prompt_length_B[:, None]) | ((slot_1S >= P) & (slot_1S <= P + s.t))
-        seen = {"full": seen_BS}
-        if cfg.window:
-            back_BS = jnp.where(slot_1S < P, s.prompt_length_B[:, None] + s.t - slot_1S, P + s.t - slot_1S)
-            seen["sliding"] = seen_BS & (back_BS < cfg.window)
-        with jax.named_scope("decode"):
-            position_B1 = (s.prompt_length_B + s.t)[:, None]
-            hidden_BD, cache = _one_token(params, cfg, compute, token_B, position_B1, s.cache, P + s.t, seen)
-        return _constrain(s.replace(cache=cache, hidden_BD=hidden_BD, t=s.t + 1, out=out), compute.mesh)
-
-    state = jax.lax.while_loop(cond, body, state)
-    return state, jnp.all(state.out.finished_B)
-
-
-def _one_token(params, cfg, compute, token_B1, position_B1, cache, slot, seen: dict):
-    """One token a row through all layers: (hidden_BD after the last norm, the cache with its slot written).
-
-    Args:
-      seen: of a kind of layer, the slots [B, S] that it attends to.
-    """
-    angles = {kind: rope.tables(cfg, position_B1, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
-    x_B1D = model.scaled(params["embed"][token_B1], cfg)
-    new = []
-    for kind, p, held in zip(cfg.kinds, params["layers"], cache, strict=True):
-
-        def attend(q, k, v, held=held, kind=kind):
-            k_BKSH = jax.lax.dynamic_update_slice_in_dim(held[0], k.swapaxes(1, 2), slot, axis=2)
-            v_BKSH = jax.lax.dynamic_update_slice_in_dim(held[1], v.swapaxes(1, 2), slot, axis=2)
-            new.append((k_BKSH, v_BKSH))
-            return attention.grouped(q, k_BKSH, v_BKSH, seen[kind][:, None], model.attention_of(cfg, kind)["scale"])
-
-        def recur(qkv, decay, beta, held=held, p=p):
-            out, state = linear.step(qkv, p["conv"], decay, beta, cfg, held)
-            new.append(state)
-            return out
-
-        x_B1D = _layer(x_B1D, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend)
-    return model.norm(x_B1D[:, 0], params["final_norm"], cfg), new
-
-
-def _write(out: Rollout, t, drawn, end_ids) -> Rollout:
-    """Column t of the live rows; rows that are done keep zeros."""
-    token_B, logp_B, sampler_B = drawn
-    live_B = ~out.finished_B
-
-    def put(a_BT, x_B):
-        column = jnp.where(live_B, x_B, jnp.zeros_like(x_B))[:, None]
-        return jax.lax.dynamic_update_slice_in_dim(a_BT, column.astype(a_BT.dtype), t, axis=1)
-
-    ended_B = live_B & jnp.any(token_B[:, None] == end_ids[None], axis=1)
-    return Rollout(
-        put(out.token_BT, token_B), out.length_B + live_B.astype(jnp.int32), out.finished_B | ended_B,
-        put(out.logp_model_BT, logp_B), put(out.logp_sampler_BT, sampler_B),
+    length_B = np.array([len(r.tokens) for r in rows], np.int32)
+    finished_B = np.array([r.finished for r in rows])
+    out = Rollout(
+        wide([r.tokens for r in rows]), length_B, finished_B, wide([r.logp_model for r in rows]),
+        wide([r.logp_sampler for r in rows]),
     )  # fmt: skip
+    return sharding.put_rows(out, compute.mesh)
 
 
-def _grow(state: SamplerState, *, S: int, T: int) -> SamplerState:
-    """The same state with a cache of S slots and room for T tokens. The caller's is used up.
-
-    A layer at a time, so that never two whole caches are alive.
-    """
-    for i, layer in enumerate(state.cache):
-        if isinstance(layer, linear.State):
-            continue  # as large as it was
-        state.cache[i] = jax.block_until_ready(_wider(layer, axis=2, size=S))
-    out = {name: getattr(state.out, name) for name in ("token_BT", "logp_model_BT", "logp_sampler_BT")}
-    return state.replace(out=state.out.replace(**_wider(out, axis=1, size=T)))
+def key_data(key: jax.Array, ids) -> np.ndarray:
+    """The numbers of one key a row (`row_keys`), on the host: what `stream` takes."""
+    own = jax.device_put((jax.device_get(jax.random.key_data(key)), np.asarray(ids, np.uint32)))  # this process's alone
+    return np.asarray(jax.device_get(_key_data(*own)))
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "size"))
-def _wider(tree, *, axis: int, size: int):
-    """Zeros behind every array, up to `size` along `axis`."""
-
-    def one(a):
-        return jnp.pad(a, [(0, size - n if i == axis else 0) for i, n in enumerate(a.shape)])
-
-    return jax.tree.map(one, tree)
-
-
-def draw(z_BV, u_B, temperature, top_p, top_k):
-    """Draws a token a row from logits by one uniform each.
-
-    Returns:
-      (token_B, logp under the model, logp under the sampler), all [B].
-    """
-    z_BV -= z_BV.max(-1, keepdims=True)
-    p_BV = jnp.exp(z_BV)  # not normalised: one array of V, and sums of it
-    blocks = _blocks(p_BV)
-    mass_B = blocks[2][:, -1]
-
-    def logp(token_B):
-        return _at(z_BV, token_B) - jnp.log(mass_B)
-
-    def plain():
-        token_B = _invert(p_BV, blocks, u_B)
-        logp_B = logp(token_B)
-        return token_B, logp_B, logp_B
-
-    def shaped():
-        q_BV = jnp.exp(z_BV / jnp.maximum(temperature, 1e-6))
-        q_BV = jax.lax.cond((top_p < 1.0) | (top_k > 0), lambda: truncate(q_BV, top_p, top_k), lambda: q_BV)
-        token_B = jnp.where(temperature > 0, inverse_cdf(q_BV, u_B), jnp.argmax(z_BV, axis=-1)).astype(jnp.int32)
-        sampler_B = jnp.where(temperature > 0, jnp.log(_at(q_BV, token_B) / q_BV.sum(-1)), 0.0)
-        return token_B, logp(token_B), sampler_B
-
-    # the branches give [B] arrays only: whatever is [B, V] stays inside
-    return jax.lax.cond((temperature == 1.0) & (top_p >= 1.0) & (top_k <= 0), plain, shaped)
-
-
-def truncate(q_BV, top_p, top_k):
-    """Zeroes what top-k, then top-p, leave out (ties kept), by bisection over thresholds: no sort. Not renormalised."""
-    k = jnp.where(top_k > 0, top_k, q_BV.shape[1]).astype(jnp.float32)
-    q_BV = _at_least(q_BV, jnp.ones_like, k)
-    # at 1 a token too small to change the sum in float32 would fall out
-    return jnp.where(top_p < 1, _at_least(q_BV, lambda q: q, top_p * q_BV.sum(-1)), q_BV)
-
-
-def _at_least(q_BV, measure, wanted):
-    """Keeps q >= the largest threshold at which the kept entries measure at least `wanted`, found bit by bit.
-
-    Non-negative floats are ordered like their bits, so 31 halvings find the threshold exactly.
-    """
-
-    def kept(bits_B):
-        return q_BV >= jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
-
-    def halve(_, lo_hi):
-        lo, hi = lo_hi
-        mid = lo + (hi - lo + 1) // 2
-        enough = jnp.sum(jnp.where(kept(mid), measure(q_BV), 0.0), axis=-1) >= wanted
-        return jnp.where(enough, mid, lo), jnp.where(enough, hi, mid - 1)
-
-    hi = jax.lax.bitcast_convert_type(q_BV.max(-1), jnp.int32)
-    lo, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(hi), hi))
-    return jnp.where(kept(lo), q_BV, 0.0)
-
-
-def inverse_cdf(q_BV, u_B, block: int = 0):
-    """The token at which the cumulative mass of q passes u, in two levels: block sums, then inside one block.
-
-    q need not sum to one. A token of zero mass is never returned.
-    """
-    return _invert(q_BV, _blocks(q_BV, block), u_B)
-
-
-def _blocks(q_BV, block: int = 0):
-    """(block, sums of q over blocks of the vocabulary [B, W], their cumulative sums)."""
-    B, V = q_BV.shape
-    block = block or next((n for n in (512, 256, 128) if V % n == 0), 512 if V > 16_384 else 64)
-    sum_BW = jnp.pad(q_BV, ((0, 0), (0, -V % block))).reshape(B, -1, block).sum(-1)
-    return block, sum_BW, jnp.cumsum(sum_BW, axis=-1)
-
-
-def _invert(q_BV, blocks, u_B):
-    """`inverse_cdf` from what `_blocks` returns."""
-    V, (block, sum_BW, cum_BW) = q_BV.shape[1], blocks
-    aim_B = u_B * cum_BW[:, -1]
-    w_B = _first_past(cum_BW, sum_BW, aim_B)
-    before_B = jnp.where(w_B > 0, _at(cum_BW, jnp.maximum(w_B - 1, 0)), 0.0)
-    index_BU = w_B[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
-    q_BU = jnp.where(index_BU < V, jnp.take_along_axis(q_BV, jnp.minimum(index_BU, V - 1), axis=1), 0.0)
-    return w_B * block + _first_past(jnp.cumsum(q_BU, axis=-1), q_BU, aim_B - before_B)
-
-
-def _at(a_BV, index_B):
-    return jnp.take_along_axis(a_BV, index_B[:, None], axis=1)[:, 0]
-
-
-def _first_past(cum, mass, aim_B):
-    """First index with mass whose cumulative mass exceeds the aim; the last one with mass where rounding leaves none.
-
-    Asking for mass as well makes it right whatever the sums' rounding: a prefix sum need not be flat across zeros, and
-    the compiler may sum twice, in two orders.
-    """
-    index = jnp.arange(mass.shape[1], dtype=jnp.int32)[None]
-    last_B = jnp.max(jnp.where(mass > 0, index, 0), axis=-1)
-    return jnp.min(jnp.where((cum > aim_B[:, None]) & (mass > 0), index, last_B[:, None]), axis=-1)
+@jax.jit
+def _key_data(numbers, id_B):
+    return jax.random.key_data(_row_keys(jax.random.wrap_key_data(numbers), id_B))
 
 
 def row_keys(key: jax.Array, ids) -> jax.Array:

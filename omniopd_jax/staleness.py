@@ -14,7 +14,7 @@ import numpy as np
 
 from omniopd_jax import experience
 from omniopd_jax.errors import UserError
-from omniopd_jax.experience import Asked, Group, Responses, Scores
+from omniopd_jax.experience import Group, Responses, Scores
 from omniopd_jax.parallel import processes
 
 FOLDER = "ahead"  # <run_dir>/ahead/<step>.<rank>.npz
@@ -59,13 +59,13 @@ class Ahead:
         for old in own[: -keep - 1]:  # one more: the newest checkpoint may not be whole yet
             old.unlink()
 
-    def load(self, run_dir, t: int, drawn: experience.Drawn, rollout_groups: int, ask) -> None:
+    def load(self, run_dir, t: int, drawn: experience.Drawn, ask) -> None:
         """Takes up step t as it was sampled before a resume and asks again, which the journal answers.
 
         Without the file (the run had another staleness) the step is sampled anew, by the policy at hand.
 
         Args:
-          drawn: step t's prompts. ask: (responses, peak_BM, N, first_row) -> list[Asked].
+          drawn: step t's prompts. ask: (responses, peak_BM, N) -> list[Asked].
         """
         path = pathlib.Path(run_dir) / FOLDER / f"{t}.{jax.process_index()}.npz"
         if not all(processes.gather("ahead", path.is_file())):
@@ -81,11 +81,6 @@ class Ahead:
         G = len(drawn.sample_ids[0])
         rows, ids = [p for p in drawn.prompts for _ in range(G)], sum(drawn.sample_ids, [])
         tokens = [row.tolist() for row in np.split(got["token_X"], np.cumsum(got["length_B"])[:-1])]
-        asked: list[Asked] = []
-        for piece in np.array_split(np.arange(len(drawn.prompts)), rollout_groups):  # as they were asked
-            own = slice(piece[0] * G, (piece[-1] + 1) * G)
-            part = Responses(rows[own], ids[own], tokens[own], got["finished_B"][own])
-            asked += ask(part, got["peak_BM"][own], N, own.start)
         responses = Responses(rows, ids, tokens, got["finished_B"], got.get("sampled_logp_BT"))
         scores = Scores(got["logp_BT"], got["entropy_BT"], None, None)
-        self._begun[t] = Group(responses, scores, got["peak_BM"], asked), N
+        self._begun[t] = Group(responses, scores, got["peak_BM"], ask(responses, got["peak_BM"], N)), N

@@ -15,6 +15,7 @@ import optax
 from omniopd_jax import model, objective, optim, vocab
 from omniopd_jax.model import cpu, lora
 from omniopd_jax.parallel import packing, replicas, sharding
+from omniopd_jax.run import batching
 from omniopd_jax.run.state import TrainState
 
 
@@ -291,10 +292,14 @@ def make_steps(model_cfg: model.ModelConfig, cfg, *, compute: model.Compute | No
     rows, all_ = sharding.rows(mesh), sharding.replicated(mesh)
     state, reference = state_shardings(model_cfg, cfg, mesh), reference_shardings(model_cfg, cfg, mesh)
     teacher = model.param_shardings(teacher_cfg, mesh) if teacher_cfg else None
+
+    def score_rows(params, tokens, prompt_length_B, T: int):
+        count = batching.micro_batches(cfg, len(prompt_length_B))
+        how = {"model_cfg": model_cfg, "block": cfg.vocab_block, "micro_batches": count, "compute": compute}
+        return score(params, tokens, prompt_length_B, T, **how)
+
     score_step = jax.jit(
-        functools.partial(
-            score, model_cfg=model_cfg, block=cfg.vocab_block, micro_batches=cfg.micro_batches, compute=compute
-        ),
+        score_rows,
         static_argnums=(3,),
         in_shardings=(policy(state.params, reference, cfg), rows, rows),
         out_shardings=rows,

@@ -60,7 +60,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
 def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
     """The first half of step t: the student answers, the teacher is asked. Returns what waits for it, and N.
 
-    The teacher answers one group of prompts while the next is being sampled.
+    Responses come in parts as they end: the teacher answers one while the rest are being sampled.
     """
     cfg, student, phase = run.cfg, run.student, run.timer.phase
     drawn = experience.draw(run.prompts, cfg, t)
@@ -75,17 +75,14 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
         return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N
     policy = run.policy(state)
-    sampler, groups, row = rollout.prepare(policy, student.model_cfg, compute=student.compute), [], 0
-    for prompts in drawn.groups(cfg.rollout_groups):
-        with phase("rollout"):
-            responses = experience.sample(sampler, prompts, student, state.key, cfg)
+    sampler, groups = rollout.prepare(policy, student.model_cfg, compute=student.compute), []
+    for responses in run.timer.each("rollout", experience.sample(sampler, drawn, student, state.key, cfg)):
         with phase("score"):
             scores = experience.score(run.steps, policy, responses, student, cfg)
             peak_BM = experience.peaks(scores, responses, student, cfg, M)
         with phase("teacher_wait"):
-            asked = experience.ask(run.teacher, run.thread, responses, peak_BM, student.decoder, cfg, N, first_row=row)
+            asked = experience.ask(run.teacher, run.thread, responses, peak_BM, student.decoder, cfg, N)
         groups.append(Group(responses, scores, peak_BM, asked))
-        row += len(responses.tokens)
     return experience.merge(groups), N
 
 
@@ -119,7 +116,7 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
     start = int(jax.device_get(state.step))
     if cfg.max_staleness:
         ask = functools.partial(ask_again, run)
-        run.ahead.load(cfg.run_dir, start, experience.draw(run.prompts, cfg, start), cfg.rollout_groups, ask)
+        run.ahead.load(cfg.run_dir, start, experience.draw(run.prompts, cfg, start), ask)
 
     def save():
         reports.flush()
@@ -166,10 +163,10 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
     return state
 
 
-def ask_again(run: Run, responses: experience.Responses, peak_BM, N: int, first_row: int) -> list[experience.Asked]:
+def ask_again(run: Run, responses: experience.Responses, peak_BM, N: int) -> list[experience.Asked]:
     """Asks once more for what was asked before a resume: the journal has most of it."""
     decoder = run.student.decoder
-    return experience.ask(run.teacher, run.thread, responses, peak_BM, decoder, run.cfg, N, first_row=first_row)
+    return experience.ask(run.teacher, run.thread, responses, peak_BM, decoder, run.cfg, N)
 
 
 def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
@@ -178,7 +175,8 @@ def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
         found = evaluation.greedy(
             run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
-            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, compute=student.compute,
+            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, how=experience.how(cfg),
+            compute=student.compute,
         )  # fmt: skip
     reports.evaluation(int(jax.device_get(state.step)), found)
     return found.accuracy

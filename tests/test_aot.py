@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import model
+from omniopd_jax import model, rollout
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import fit, flops, hlo, topologies
@@ -42,6 +42,7 @@ def settings(student, **more) -> dict:
     return {
         "student.path": student, "prompts_per_step": ROWS // 4, "num_generations": 4, "max_prompt_length": 1024,
         "max_completion_length": LENGTH - 1024, "micro_batches": 32, "compute_dtype": "bfloat16", "model.remat": "full",
+        "rollout.cache_gib": 8.0,
     } | more  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_sizes_are_what_a_chip_holds(plan):
     held = (count - norms) / 4 + norms
     assert sizes["parameters"] == sizes["reference"] == 4 * held
     assert 8 * held <= sizes["optimizer"] <= 8 * held + 64  # and its step counter
-    assert sizes["cache"] == 2 * LAYERS * (ROWS / 2) * (8 / 2) * LENGTH * 128 * 2
+    pages = 1 + (ROWS // 2) * (LENGTH // rollout.PAGE + 1)  # of each of two shards, heads over two chips
+    assert sizes["cache"] == 2 * LAYERS * pages * (8 / 2) * rollout.PAGE * 128 * 2
 
 
 def test_sizes_of_a_smaller_reference_and_of_adapters(student, plan):
@@ -88,8 +90,8 @@ def test_decode_is_lowered_with_what_the_sampler_takes(plan):
     """With the whole cache, donated; the kernels of the other passes are compiled below."""
     lowered, donated, resident = plan.lower("decode")
     text = lowered.as_text()
-    assert f"tensor<{ROWS}x8x{LENGTH}x128xbf16>" in text and "stablehlo.while" in text
-    assert donated == fit.local_bytes(plan.sampler_state()) > plan.sizes()["cache"]
+    assert f"tensor<{plan.pages}x8x{rollout.PAGE}x128xbf16>" in text and "stablehlo.while" in text
+    assert donated == fit.local_bytes(plan.sampler_state()[:2]) > plan.sizes()["cache"]
     assert resident == fit.local_bytes(plan.state) + plan.sizes()["reference"]
 
 
@@ -98,13 +100,13 @@ def test_knobs_come_in_order_and_build_on_each_other(student):
     cfg = recipe(student, **{"model.remat": "none", "micro_batches": 8, "mesh.data": 2})
     taken = [(what, c.to_dict()) for what, c in fit.knobs(cfg, mesh)]
     assert [what for what, _ in taken] == [
-        "model.remat=full", "mesh.data=1, mesh.fsdp=-1", "rollout_groups=2", "rollout_groups=4", "rollout_groups=8",
+        "model.remat=full", "mesh.data=1, mesh.fsdp=-1", "rollout.slots=64", "rollout.slots=32", "rollout.parts=2", "rollout.parts=4",
         "anchor.ref_dtype=bfloat16", "anchor.ref_offload=True", "mesh.tp=2, mesh.fsdp=-1", "mesh.tp=4, mesh.fsdp=-1",
     ]  # fmt: skip
     last = taken[-1][1]
-    assert (last["model"]["remat"], last["rollout_groups"], last["mesh"]["tp"]) == ("full", 8, 4)
+    assert (last["model"]["remat"], last["rollout"]["parts"], last["mesh"]["tp"]) == ("full", 4, 4)
     assert last["anchor"]["ref_offload"] and last["anchor"]["ref_dtype"] == "bfloat16"
-    assert cfg.model.remat == "none" and cfg.rollout_groups == 1, "the recipe itself is left alone"
+    assert cfg.model.remat == "none" and cfg.rollout.parts == 1, "the recipe itself is left alone"
     adapters = recipe(student, **{"lora.rank": 8})
     assert not any("anchor" in what for what, _ in fit.knobs(adapters, mesh))
 
@@ -274,4 +276,4 @@ def test_what_does_not_fit_ends_with_3_and_a_suggestion(student):
     done = subprocess.run(command, cwd=tiny.REPO, env=tiny.environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == fit.NOT_FIT, done.stderr[-2000:]
     assert "decode  DOES NOT FIT" in done.stdout
-    assert "suggest: it fits with --config.rollout_groups=2" in done.stdout
+    assert "suggest: it fits with --config.rollout.slots=" in done.stdout

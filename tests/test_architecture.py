@@ -73,8 +73,8 @@ def test_nothing_is_imported_inside_a_function_but_optional_packages(path):
     name = str(path.relative_to(ROOT))
     if any(name.startswith(place) for place in ALONE):
         return
-    # TPU kernels: a second for nothing elsewhere
-    pallas = {"jax"} if name == "omniopd_jax/model/attention.py" else set()
+    # kernels of TPUs and GPUs: a second for nothing elsewhere
+    pallas = {"jax"} if name in ("omniopd_jax/model/attention.py", "omniopd_jax/model/paged.py") else set()
     assert inner_imports(path) <= OPTIONAL | pallas
     assert "importlib.import_module" not in path.read_text()
 

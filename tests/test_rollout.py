@@ -1,4 +1,4 @@
-"""The sampler: what is drawn and how often, what is reported about it, and what must not change it."""
+"""The sampler: which rows come out, what is reported about them, and what must not change them."""
 
 import functools
 
@@ -9,130 +9,9 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from known import chi_square, sampler_distribution
 
-from omniopd_jax import model, rollout, step
-
-TRUNCATIONS = [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.6, 0.8, 0), (1.0, 0.6, 0), (1.0, 1.0, 3), (0.8, 0.7, 5), (1.0, 0.9, 1)]
-
-
-def sampler_distribution(logits_V, temperature, top_p, top_k):
-    """NumPy: temperature, then top-k, then top-p, renormalised."""
-    q_V = oracle.truncate(np.exp(oracle.log_softmax(np.asarray(logits_V) / temperature)), top_p, top_k)
-    return q_V / q_V.sum()
-
-
-def chi_square(tokens, q_V):
-    """p-value of the counts, rare tokens pooled; 0 where a token of no mass was drawn."""
-    count = np.bincount(np.asarray(tokens), minlength=len(q_V))
-    if count[q_V == 0].any():
-        return 0.0
-    often = q_V * count.sum() >= 5
-    observed = np.append(count[often], count[~often].sum())
-    expected = np.append(q_V[often], q_V[~often].sum()) * count.sum()
-    keep = expected > 0
-    return stats.chisquare(observed[keep], expected[keep]).pvalue if keep.sum() > 1 else 1.0
-
-
-# --- one draw -------------------------------------------------------------------------------------------------------
-
-draw = jax.jit(rollout.draw)
-
-
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), TRUNCATIONS)
-def test_draw_follows_the_distribution(temperature, top_p, top_k):
-    rows, V = 20_000, 150  # three blocks of 64, the last one padded
-    z_V = np.random.default_rng(0).normal(size=V).astype(np.float32) * 2
-    u_B = jax.random.uniform(jax.random.key(4), (rows,))
-    how = (jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))
-    token, logp, sampler = map(np.asarray, draw(jnp.broadcast_to(z_V, (rows, V)), u_B, *how))
-    q_V = sampler_distribution(z_V, temperature, top_p, top_k)
-    assert chi_square(token, q_V) > 1e-3
-    np.testing.assert_allclose(logp, oracle.log_softmax(z_V)[token], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(sampler, np.log(q_V[token]), rtol=1e-4, atol=1e-5)
-
-
-def test_draw_is_the_inverse_of_the_cumulative_distribution():
-    """Not only the frequencies: u between two partial sums gives the token between them, over several blocks."""
-    q_V = np.random.default_rng(1).random(200)
-    q_V /= q_V.sum()
-    upper = np.cumsum(q_V)
-    middle = jnp.asarray(upper - q_V / 2, jnp.float32)
-    rows = jnp.broadcast_to(jnp.asarray(q_V, jnp.float32), (200, 200))
-    np.testing.assert_array_equal(rollout.inverse_cdf(rows, middle), np.arange(200))
-    np.testing.assert_array_equal(rollout.inverse_cdf(5.0 * rows, middle, block=7), np.arange(200))
-
-
-def test_greedy_takes_the_largest():
-    z = jnp.asarray(np.random.default_rng(2).normal(size=(6, 100)), jnp.float32)
-    token, logp, sampler = draw(z, jnp.linspace(0, 0.999, 6), jnp.float32(0), jnp.float32(1), jnp.int32(0))
-    np.testing.assert_array_equal(token, np.argmax(z, axis=1))
-    np.testing.assert_allclose(logp, jax.nn.log_softmax(z).max(1), rtol=1e-5)
-    np.testing.assert_array_equal(sampler, 0.0)
-
-
-ROWS, WIDTH = 8, 130
-inverse_cdf = jax.jit(rollout.inverse_cdf)
-UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-24, 0.5, 1 - 2**-24]), st.floats(0, 1 - 2**-24, width=32))
-
-
-@settings(max_examples=200)
-@given(
-    st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 0.9]), st.sampled_from([1, 20]),
-    st.lists(UNIFORMS, min_size=ROWS, max_size=ROWS),
-)  # fmt: skip
-def test_inverse_cdf_returns_a_token_with_mass(seed, share, spread, u):
-    rng = np.random.default_rng(seed)
-    q = (rng.random((ROWS, WIDTH)) ** spread * (rng.random((ROWS, WIDTH)) < share)).astype(np.float32)
-    q[:, rng.integers(WIDTH)] += 1e-3
-    token = np.asarray(inverse_cdf(q, jnp.asarray(u, jnp.float32)))
-    assert (q[np.arange(ROWS), token] > 0).all()
-
-
-def test_inverse_cdf_returns_a_token_with_mass_at_the_edge_of_a_block():
-    """Tokens 3 and 70 alone have mass and u is just their border: neither 64, the next block's first, nor any other."""
-    mass = np.random.default_rng(0).random((4000, 2)).astype(np.float32)
-    q = np.zeros((4000, 128), np.float32)
-    q[:, [3, 70]] = mass
-    border = mass[:, 0] / mass.sum(1)
-    for u in (border, np.nextafter(border, np.float32(0)), np.nextafter(border, np.float32(1))):
-        assert set(np.asarray(inverse_cdf(q, jnp.asarray(u))).tolist()) <= {3, 70}
-
-
-truncate = jax.jit(rollout.truncate)
-
-
-@settings(max_examples=150)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.83, 0.95]), st.integers(0, 12), st.booleans())
-def test_truncate_equals_sorting(seed, top_p, top_k, ties):
-    rng = np.random.default_rng(seed)
-    q = rng.integers(1, 6, (4, 40)) / 8 if ties else rng.random((4, 40)) ** 3
-    q = (q / q.sum(1, keepdims=True)).astype(np.float32)
-    got = np.asarray(truncate(q, jnp.float32(top_p), jnp.int32(top_k)))
-    for row, kept in zip(q, got):
-        want = [oracle.truncate(row, p, top_k) > 0 for p in (top_p - 1e-5, top_p + 1e-5)]  # rounding at the edge
-        assert any(((kept > 0) == w).all() for w in want)
-        np.testing.assert_array_equal(kept[kept > 0], row[kept > 0])
-
-
-def test_truncate_keeps_ties_and_switches_off():
-    q = jnp.array([[0.1, 0.3, 0.3, 0.2, 0.1]])
-    kept = functools.partial(np.flatnonzero)
-    assert kept(truncate(q, 1.0, 1)[0]).tolist() == [1, 2]
-    assert kept(truncate(q, 0.3, 0)[0]).tolist() == [1, 2]
-    assert kept(truncate(q, 0.7, 0)[0]).tolist() == [1, 2, 3]
-    assert kept(truncate(q, 1.0, 4)[0]).tolist() == [0, 1, 2, 3, 4]
-    assert kept(truncate(q, 0.65, 3)[0]).tolist() == [1, 2]  # 0.65 of the 0.8 that top-k has left
-    np.testing.assert_array_equal(truncate(q, 1.0, 0), q)
-    np.testing.assert_array_equal(truncate(q, 1.0, 99), q)
-
-
-def test_top_k_alone_keeps_a_token_of_tiny_mass():
-    q = jnp.array([[1.0, 1e-9, 1e-12, 0.0]])
-    assert np.flatnonzero(truncate(q, 1.0, 2)[0]).tolist() == [0, 1]
-
-
-# --- whole rows -----------------------------------------------------------------------------------------------------
+from omniopd_jax import decode, draw, model, rollout, step
 
 
 def prompts(seed=0, count=4, width=8, least=1):
@@ -240,39 +119,6 @@ def test_a_row_draws_the_same_in_another_bucket(sample, base):
     same_draws(sample(wide, length, KEYS, max_new_tokens=12, end_ids=END), base)
 
 
-def test_a_row_draws_the_same_when_the_cache_grows(sample, base):
-    got = sample(*prompts(), KEYS, max_new_tokens=12, end_ids=END, first_chunk=8)
-    assert got.token_BT.shape == base.token_BT.shape == (4, 16)
-    same_draws(got, base)
-
-
-def test_growing_never_holds_two_whole_caches(monkeypatch):
-    """The new cache and one old layer: at full size two caches would not fit a chip that the recipe fits."""
-    layers, B, T = 6, 2, 8
-    cache = [tuple(jnp.full((B, 2, 16, 4), float(2 * i + j)) for j in range(2)) for i in range(layers)]
-    out = rollout.Rollout(
-        jnp.ones((B, T), jnp.int32), jnp.full(B, T), jnp.zeros(B, bool), *(jnp.full((B, T), float(i)) for i in range(2))
-    )
-    whole, alive, real = sum(a.nbytes for layer in cache for a in layer), [], rollout._wider
-
-    def watched(tree, **kw):
-        got = real(tree, **kw)
-        alive.append(sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4 and a.shape[:2] == (B, 2)))
-        return got
-
-    monkeypatch.setattr(rollout, "_wider", watched)
-    state = rollout.SamplerState(cache, jnp.zeros((B, 4)), jnp.ones(B), None, jnp.int32(T), out)
-    grown = rollout._grow(state, S=24, T=16)
-    new = 24 * whole // 16
-    assert sum(a.nbytes for layer in grown.cache for a in layer) == new
-    assert max(alive) <= new + whole // layers
-    for i, layer in enumerate(grown.cache):
-        for j, a in enumerate(layer):
-            assert np.all(a[:, :, :16] == 2 * i + j) and not np.any(a[:, :, 16:])
-    assert grown.out.token_BT.shape == (B, 16) and not np.any(grown.out.logp_sampler_BT[:, T:])
-    assert np.all(grown.out.logp_sampler_BT[:, :T] == 1) and np.all(grown.out.length_B == T)
-
-
 def test_the_length_cap_only_cuts(sample, base):
     same = sample(*prompts(), KEYS, max_new_tokens=5, end_ids=END)
     np.testing.assert_array_equal(same.length_B, np.minimum(base.length_B, 5))
@@ -304,30 +150,6 @@ def test_greedy_follows_the_largest_logit_of_the_scoring_model(sample, params, m
     np.testing.assert_array_equal(out.logp_sampler_BT, 0.0)
 
 
-def test_an_early_end_stops_the_decoding(sample):
-    """Every token ends the row: one step, and the cache never grows to what a long answer would need."""
-    out = sample(*prompts(), KEYS, max_new_tokens=4096, end_ids=tuple(range(38)), first_chunk=8)
-    assert out.token_BT.shape == (4, 8)
-    np.testing.assert_array_equal(out.length_B, 1)
-    assert np.asarray(out.finished_B).all()
-
-
-def test_decoding_stops_inside_a_chunk_when_all_rows_are_done(sample, model_cfg, monkeypatch):
-    """The prompts of the two rows that end after 4 and 2 tokens, with room for 16: four steps are taken."""
-    steps, decode = [], rollout._decode
-
-    def spy(*args, **how):
-        state, done = decode(*args, **how)
-        steps.append(int(state.t))
-        return state, done
-
-    monkeypatch.setattr(rollout, "_decode", spy)
-    token, length = prompts()
-    two = np.array([0, 1, 0, 1])
-    out = sample(token[two], length[two], KEYS[two], max_new_tokens=12, end_ids=END)
-    assert out.length_B.tolist() == [4, 2, 4, 2] and steps == [4]
-
-
 def test_settings_are_traced_and_not_compiled_in(sample, base):
     with jax.no_tracing():
         sample(*prompts(5), KEYS, max_new_tokens=11, end_ids=END, temperature=0.3, top_p=0.4, top_k=2)
@@ -353,3 +175,159 @@ def test_pad_rows():
     token, length = rollout.pad_rows([[3, 4], [], [5]], 4)
     assert token.tolist() == [[3, 4, 0, 0], [0] * 4, [5, 0, 0, 0]] and length.tolist() == [2, 0, 1]
     assert token.dtype == length.dtype == np.int32
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------
+
+MOST = 80  # a page and a bit
+
+
+@pytest.fixture(scope="module")
+def naive(params, model_cfg):
+    """Rows as the training graph gives them, without a cache: naive(prompts, key_B2, limit_B, ...) -> tokens of each."""
+    forward = jax.jit(lambda p, x_BL: model.logits(p, model_cfg, model.hidden(p, model_cfg, x_BL)))
+    one = jax.jit(draw.draw)
+
+    def run(prompts, key_B2, limit_B, temperature=1.0, top_p=1.0, top_k=0, end_ids=END):
+        B, L = len(prompts), 96
+        token_BL = rollout.pad_rows(prompts, L)[0]
+        length = np.array(list(map(len, prompts)))
+        live, out = np.ones(B, bool), [[] for _ in prompts]
+        keys = jax.random.wrap_key_data(jnp.asarray(key_B2))
+        for t in range(int(max(limit_B))):
+            z_BV = np.asarray(forward(params, token_BL))[np.arange(B), length + t - 1]
+            u_B = jax.vmap(lambda k, t=t: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
+            drawn = np.asarray(one(z_BV, u_B, jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))[0])
+            for b in np.flatnonzero(live):
+                out[b].append(int(drawn[b]))
+                token_BL[b, length[b] + t] = drawn[b]
+                live[b] = drawn[b] not in end_ids and t + 1 < limit_B[b]
+            if not live.any():
+                return out
+        return out
+
+    return run
+
+
+def streamed(params, model_cfg, prompts, key_B2, limit_B, **how):
+    """All rows of `rollout.stream`, by row, and what was spent."""
+    spent = rollout.Spent()
+    settings = how.pop("how", rollout.DEFAULT)
+    parts = list(
+        rollout.stream(params, model_cfg, prompts, key_B2, max_new_tokens=limit_B, how=settings, spent=spent, **how)
+    )
+    rows = sum(parts, [])
+    assert sorted(r.row for r in rows) == list(range(len(key_B2)))
+    return sorted(rows, key=lambda r: r.row), parts, spent
+
+
+LENGTHS = {
+    "mixed": [3, 1, 2, 9, 4, 1, 12, 2, 5, 1, 3],
+    "all end in the same step": [4] * 11,
+    "all end in their first token": [1] * 11,
+    "one never ends": [1, 1, 1, 1, 12, 1, 1, 1, 1, 1, 1],
+    "longest first": list(range(12, 1, -1)),
+}
+
+
+@pytest.fixture(scope="module")
+def eleven():
+    """Prompts of 1 to 14 tokens, and keys."""
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(2, 38, n).tolist() for n in (1, 14, 3, 3, 9, 1, 6, 2, 12, 1, 5)]
+    return prompts, rollout.key_data(jax.random.key(3), np.arange(11))
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("slots", [1, 2, 8, 16])
+def test_a_row_is_the_same_in_any_slot_and_order_of_lengths(params, model_cfg, naive, eleven, case, slots):
+    prompts, keys = eleven
+    want = naive(prompts, keys, LENGTHS[case], end_ids=())
+    prepared = rollout.prepare(params, model_cfg)
+    got, _, spent = streamed(prepared, model_cfg, prompts, keys, LENGTHS[case], how=rollout.How(slots=slots))
+    assert [r.tokens.tolist() for r in got] == want
+    assert spent.tokens == sum(LENGTHS[case]) and spent.slot_steps >= spent.tokens
+    assert all(len(r.logp_model) == len(r.logp_sampler) == len(r.tokens) and not r.finished for r in got)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 8]), st.sampled_from([1, 3]), st.integers(0, 5),
+       st.sampled_from([(1.0, 1.0, 0), (0.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 5)]))  # fmt: skip
+def test_any_slots_turn_and_part_give_the_rows_of_the_training_graph(
+    params, model_cfg, naive, eleven, seed, slots, samples, turn, drawing
+):
+    prompts, _ = eleven
+    rng = np.random.default_rng(seed)
+    keys = rollout.key_data(jax.random.key(seed), np.arange(11 * samples))
+    limit = rng.integers(1, 13, 11 * samples)
+    temperature, top_p, top_k = drawing
+    how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "end_ids": END}
+    want = naive([p for p in prompts for _ in range(samples)], keys, limit, **how)
+    prepared, part = rollout.prepare(params, model_cfg), int(rng.integers(1, 11 * samples + 1))
+    got, parts, _ = streamed(
+        prepared, model_cfg, prompts, keys, limit, how=rollout.How(slots=slots, turn=turn), part=part,
+        num_samples=samples, **how,
+    )  # fmt: skip
+    assert [r.tokens.tolist() for r in got] == want
+    assert [r.finished for r in got] == [row[-1] in END for row in want]
+    assert [len(p) for p in parts[:-1]] == [part] * (len(parts) - 1) and 0 < len(parts[-1]) <= part
+    assert all(p == sorted(p, key=lambda r: r.row) for p in parts)
+
+
+def test_rows_that_fill_pages_and_share_their_prompt(params, model_cfg, naive):
+    """Prompts of a page, one less and one more: rows of one prompt share its pages and write behind them."""
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(2, 38, n).tolist() for n in (64, 63, 65)]
+    keys, limit = rollout.key_data(jax.random.key(5), np.arange(9)), [9, 3, 12, 1, 7, 12, 5, 12, 2]
+    want = naive([p for p in prompts for _ in range(3)], keys, limit, end_ids=())
+    prepared = rollout.prepare(params, model_cfg)
+    for slots in (2, 16):
+        got, _, _ = streamed(prepared, model_cfg, prompts, keys, limit, num_samples=3, how=rollout.How(slots=slots))
+        assert [r.tokens.tolist() for r in got] == want
+
+
+def test_a_pool_too_small_for_all_slots_gives_the_same_rows(params, model_cfg, naive, eleven):
+    """Room for two rows of full length, six slots: some wait, some give up their place, none changes."""
+    prompts, keys = eleven
+    limit, page = [80] * 11, rollout.page_bytes(model_cfg, model.Compute())
+    want = naive(prompts, keys, limit, end_ids=())
+    how = rollout.How(slots=6, cache_gib=5 * page / 2**30)
+    got, _, spent = streamed(rollout.prepare(params, model_cfg), model_cfg, prompts, keys, limit, how=how)
+    assert [r.tokens.tolist() for r in got] == want
+    assert rollout.sizes(model_cfg, model.Compute(), how, 11, 94)[1] == 6
+
+
+def test_an_int8_cache_changes_log_probs_little(params, model_cfg, eleven):
+    prompts, keys = eleven
+    prepared = rollout.prepare(params, model_cfg)
+    exact, coarse = (
+        streamed(prepared, model_cfg, prompts, keys, [12] * 11, how=rollout.How(cache_dtype=d))[0] for d in ("", "int8")
+    )
+    gap = [np.abs(a.logp_model - b.logp_model).max() for a, b in zip(exact, coarse) if (a.tokens == b.tokens).all()]
+    assert len(gap) >= 6 and 0 < max(gap) < 0.2
+
+
+def test_an_early_end_stops_the_decoding(sample, params, model_cfg, eleven):
+    """Every token ends its row: one step."""
+    prompts, keys = eleven
+    prepared = rollout.prepare(params, model_cfg)
+    got, _, spent = streamed(prepared, model_cfg, prompts, keys, [4096] * 11, end_ids=tuple(range(38)))
+    assert all(len(r.tokens) == 1 and r.finished for r in got)
+    assert spent.turns == 1 and spent.slot_steps == 16
+
+
+def test_nothing_of_the_vocabularys_size_times_a_turn_is_in_the_decode_loop(params, model_cfg):
+    """The largest array of a turn is a pool or [B, V]; nothing copies a pool within the loop's body."""
+    cfg = model_cfg
+    how = {"cfg": cfg, "compute": model.Compute()}
+    prepared = jax.eval_shape(lambda p: rollout.prepare(p, cfg), params)
+    pools = jax.eval_shape(functools.partial(decode.empty_pools, pages=33, page=64, dtype="float32", **how))
+    slots, _ = jax.eval_shape(functools.partial(decode.empty_slots, slots=16, entries=1, **how))
+    i32, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
+    drawing = (f32(()), f32(()), i32(()), i32((2,)))
+    live = jax.ShapeDtypeStruct((16,), bool)
+    lowered = decode.turn.lower(prepared, pools, slots, i32((16, 2)), live, drawing, i32(()), i32(()), **how)
+    memory = lowered.compile().memory_analysis()
+    pool_bytes = sum(np.prod(a.shape) * 4 for a in jax.tree.leaves(pools))
+    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes

@@ -118,7 +118,7 @@ def records(run):
 
 
 # one group: a row's log-prob differs in the last bit between batch shapes, and a stale step is scored again as a whole
-LOCAL = {"teacher.provider": "local", "num_steps": 4, "rollout_groups": 1}
+LOCAL = {"teacher.provider": "local", "num_steps": 4, "rollout.parts": 1}
 
 
 @pytest.mark.slow

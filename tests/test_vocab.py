@@ -9,7 +9,7 @@ import oracle
 import pytest
 from jax.extend import core
 
-from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax import decode, model, objective, rollout, step, vocab
 from omniopd_jax.model import cpu
 
 B, T, D, V = 3, 10, 8, 37
@@ -330,19 +330,18 @@ def test_scoring_and_update_never_hold_more_than_a_block_of_the_vocabulary(
 def test_the_sampler_never_holds_more_than_rows_times_vocabulary():
     params, batch = big_shapes()
     prepared = jax.eval_shape(lambda p: rollout.prepare(p, cfg=big), params)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    prompt = jax.ShapeDtypeStruct((4, 16), jnp.int32)
-    prefill = functools.partial(rollout._prefill, cfg=big, compute=model.Compute(), num_samples=2, T=8)
-    args = (prepared, prompt, batch.prompt_length_B, keys)
+    i32, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
+    how = {"cfg": big, "compute": model.Compute()}
+    pools = jax.eval_shape(functools.partial(decode.empty_pools, pages=5, page=16, dtype="float32", **how))
+    slots, kept = jax.eval_shape(functools.partial(decode.empty_slots, slots=8, entries=1, **how))
     rows = 8 * (BIG_V + -BIG_V % 64)  # B x V, the inverse CDF pads V to its blocks
+    prefill = functools.partial(decode.prefill, **how)
+    args = (prepared, pools, kept, i32((4, 16)), batch.prompt_length_B, i32((4, 1)))
     elements, where = largest_array(jax.make_jaxpr(prefill)(*args).jaxpr)
     assert elements < 4 * BIG_V, where  # prefill makes no logits at all
-    state = jax.eval_shape(prefill, *args)
-    i32, f32 = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    decode = functools.partial(rollout._decode, cfg=big, compute=model.Compute(), P=16)
-    bound_holds(
-        decode, prepared, state, i32, f32, f32, i32, jax.ShapeDtypeStruct((1,), jnp.int32), limit=rows
-    )  # fmt: skip
+    table, drawing = (i32((8, 2)), jax.ShapeDtypeStruct((8,), bool)), (f32(()), f32(()), i32(()), i32((1,)))
+    turn = functools.partial(decode.turn, **how)
+    bound_holds(turn, prepared, pools, slots, *table, drawing, i32(()), i32(()), limit=rows)
 
 
 def test_the_walk_finds_a_naive_pass():

@@ -1,6 +1,7 @@
 """Tokens a second of the sampler against transformers' `generate`, and what its parts take.
 
     python -m benchmarks.sampling [--rounds 3] [--case 0]     # runs what is missing; then the table
+    python -m benchmarks.sampling --lengths=trace             # rows that end: slots against the longest row (traces.py)
     python -m benchmarks.sampling --table                     # only docs/results/sampling.md from the lines
 
 The same random Qwen3 checkpoint (benchmarks/checkpoint.py) in one process, CPU, float32, all cores; the sides take
@@ -15,6 +16,7 @@ import tempfile
 import numpy as np
 
 from benchmarks import checkpoint, sides
+from benchmarks.sampling import traces
 
 PROMPT = 32
 CASES = ({"V": 32_768, "rows": 64, "new": 256, "bar": 2.0}, {"V": 151_936, "rows": 16, "new": 64, "bar": 3.5})
@@ -101,7 +103,7 @@ def write_table() -> None:
         "bar",
         "of matrix rate",
     ]
-    sides.write_page("sampling", sides.table(head, rows))
+    sides.write_page("sampling", sides.table(head, rows) + "\n\n" + traces.table())
 
 
 def main():
@@ -110,12 +112,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", type=int, default=-1, help="only this one")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--lengths", choices=("equal", "trace"), default="equal")
+    parser.add_argument("--trace", default="plain,thinking,equal", help="of --lengths=trace: which")
+    parser.add_argument("--others", default="", help="of --lengths=trace: also 'generate,continuous batching', once")
     args = parser.parse_args()
+    if args.lengths == "trace" and not args.table:
+        traces.run(args.rounds, args.case, args.trace.split(","), [n for n in args.others.split(",") if n])
+        return write_table()
     done = {(line["V"], line["rows"], line["new"]) for line in sides.read("sampling")}
     for i, case in enumerate(CASES):
         if not args.table and args.case in (-1, i) and (case["V"], case["rows"], case["new"]) not in done:
             sides.append("sampling", measure(case, args.rounds))
-    write_table()
+    return write_table()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -41,14 +40,16 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How completions are drawn. `rows` is the size of a batch, rounded so that it holds whole prompts."""
+    """How completions are drawn. `rows` of them, rounded to whole prompts, are written at once, which is what a killed
+    evaluation loses at most; `slots` are decoded at a time, 0: what the cache's memory holds."""
 
     samples: int
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
-    rows: int = 64
+    rows: int = 512
+    slots: int = 0
 
     def __post_init__(self):
         for name in ("samples", "max_new_tokens", "rows"):
@@ -59,10 +60,10 @@ class How:
         if self.temperature == 0 and self.samples > 1:
             raise UserError(f"--temperature = 0 makes all samples equal: --samples = {self.samples} must be 1")
 
-    def prompts(self, mesh) -> int:
-        """Prompts a batch: part of what decides the last bits of a completion, so fixed for a table."""
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        return -(-max(1, self.rows // self.samples) // shards) * shards
+    @property
+    def prompts(self) -> int:
+        """Prompts of a batch: part of what decides the last bits of a completion, so fixed for a table."""
+        return max(1, self.rows // self.samples)
 
 
 def load_student(cfg, checkpoint: str | None) -> Student:
@@ -120,16 +121,15 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     Returns:
       One dict a completion: id, sample, text, finish, correct, answer, tokens, repeated.
     """
-    per = how.prompts(student.compute.mesh)
+    per = how.prompts
     batches = [suite.prompts[i : i + per] for i in range(0, len(suite.prompts), per)]
-    width = rollout.bucket(max(len(p.token_ids) for p in suite.prompts))
     done = _whole_batches(path, batches, how.samples)
     if done:
         logging.say(f"{suite.name}: {len(done)} of {len(batches)} batches were there already")
     grader = graders.shared(suite.grader)
     with path.open("a", encoding="utf-8") as file:
         for i in range(len(done), len(batches)):
-            done.append(_sample_batch(student, suite, how, batches[i], per, width, grader))
+            done.append(_sample_batch(student, suite, how, batches[i], grader))
             file.writelines(json.dumps(line) + "\n" for line in done[-1])
             file.flush()
             if (i + 1) * 10 // len(batches) > i * 10 // len(batches):
@@ -137,39 +137,27 @@ def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
     return [line for batch in done for line in batch]
 
 
-def _sample_batch(
-    student: Student, suite, how: How, prompts, per: int, width: int, grader: graders.Grader
-) -> list[dict]:
-    mesh, n = student.compute.mesh, how.samples
-    put = functools.partial(sharding.put_rows, mesh=mesh)
-    padded = put(rollout.pad_rows([p.token_ids for p in prompts] + [(0,)] * (per - len(prompts)), width))
-    names = [stable_hash(suite.name, p.id, r) for p in prompts for r in range(n)] + [0] * ((per - len(prompts)) * n)
+def _sample_batch(student: Student, suite, how: How, prompts, grader: graders.Grader) -> list[dict]:
+    n = how.samples
+    names = [stable_hash(suite.name, p.id, r) % 2**32 for p in prompts for r in range(n)]
     key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
-    out = rollout.sample(
-        student.params,
-        student.model_cfg,
-        *padded,
-        rollout.row_keys(key, put(np.array(names).astype(np.uint32))),
-        max_new_tokens=how.max_new_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
-        num_samples=n,
-        end_ids=student.end_ids,
-        compute=student.compute,
-    )
-    token_BT, length_B, finished_B = (sharding.local_rows(a) for a in (out.token_BT, out.length_B, out.finished_B))
-    read = [student.template.read(token_BT[b, : length_B[b]].tolist()) for b in range(len(prompts) * n)]
+    [rows] = rollout.stream(
+        student.params, student.model_cfg, [p.token_ids for p in prompts], rollout.key_data(key, names),
+        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n,
+        end_ids=student.end_ids, how=rollout.How(slots=how.slots), compute=student.compute,
+    )  # fmt: skip
+    read = [student.template.read(row.tokens.tolist()) for row in rows]
     grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
     return [
         {
             "id": prompts[b // n].id,
             "sample": b % n,
             "text": text,
-            "finish": "stop" if finished_B[b] or stopped else "length",
+            "finish": "stop" if rows[b].finished or stopped else "length",
             "correct": bool(grades[b]),
             "answer": suite.extract(text) if suite.extract else None,
             "tokens": length,
-            "repeated": repeated_ngrams(token_BT[b, :length].tolist()),
+            "repeated": repeated_ngrams(rows[b].tokens[:length].tolist()),
         }
         for b, (text, length, stopped) in enumerate(read)
     ]
@@ -238,7 +226,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
 
 def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
-    per = how.prompts(student.compute.mesh)
+    per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]

@@ -88,6 +88,11 @@ def state_shardings(tree, params: dict, shardings: dict, mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def row_shards(mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows(mesh) -> NamedSharding:
     """Sharding of an array with rows in front."""
     return NamedSharding(mesh, P(ROWS))

@@ -41,10 +41,16 @@ def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg) -> Rows:
         prompt_length_B,
         most=cfg.packing.length,
         shards=sharding.own_shards(mesh),
-        micro_batches=cfg.micro_batches,
+        micro_batches=micro_batches(cfg, len(rows) * jax.process_count()),
     )
     packed, prompt_length_B = sharding.put_rows((packed, prompt_length_B), mesh)
     return Rows(None, packed, prompt_length_B, T)
+
+
+def micro_batches(cfg, rows: int) -> int:
+    """Micro-batches of a pass over so many rows of all processes: of a part of a step (`rollout.parts`), its share."""
+    part = rows * cfg.rollout.parts == cfg.prompts_per_step * cfg.num_generations
+    return max(1, cfg.micro_batches // cfg.rollout.parts) if part else cfg.micro_batches
 
 
 def longest(rows) -> int:

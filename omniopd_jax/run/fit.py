@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from omniopd_jax import model, objective, rollout, step, vocab
+from omniopd_jax import decode, model, objective, rollout, step, vocab
 from omniopd_jax.errors import UserError
-from omniopd_jax.model import attention, linear, lora
+from omniopd_jax.model import attention, lora, paged
 from omniopd_jax.parallel import packing, sharding
-from omniopd_jax.run import flops, hlo, preflight, setup
+from omniopd_jax.run import batching, flops, hlo, preflight, setup
 from omniopd_jax.run.topologies import devices, model_config
 
-PASSES = ("score", "decode", "update")
+PASSES = ("prefill", "start", "decode", "score", "update")
 NOT_FIT = 3  # exit code
 MIB = 2.0**20
 
@@ -79,8 +79,13 @@ class Plan:
         self.reference = step.abstract_reference(self.model_cfg, self.cfg, mesh)
         self.policy = step.policy(self.state.params, self.reference, self.cfg)
         self.rows = cfg.prompts_per_step * cfg.num_generations
-        self.sampled = -(-cfg.prompts_per_step // cfg.rollout_groups) * cfg.num_generations  # rows decoded at a time
+        self.scored = self.rows // cfg.rollout.parts  # rows scored at a time
         self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
+        shards, positions = sharding.row_shards(mesh), cfg.max_prompt_length + cfg.max_completion_length
+        self.how = rollout.How(cfg.rollout.slots, cfg.rollout.cache_gib or room_gib(mesh), 0, cfg.rollout.cache_dtype)
+        slots, pages = rollout.sizes(self.model_cfg, self.compute, self.how, self.rows, positions)
+        self.slots, self.pages = slots * shards, pages * shards
+        self.width = rollout.width(positions, rollout.PAGE)
         preflight.check_rows(mesh, cfg)
 
     def sizes(self) -> dict[str, float]:
@@ -88,7 +93,7 @@ class Plan:
         return {
             "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
             "reference": local_bytes(self.reference),
-            "cache": local_bytes(self.sampler_state().cache), "teacher": self.teacher_bytes(),
+            "cache": local_bytes(self.sampler_state()[0]), "teacher": self.teacher_bytes(),
         }  # fmt: skip
 
     def teacher_bytes(self) -> float:
@@ -108,8 +113,8 @@ class Plan:
             return self.row(self.P + self.T, dtype=jnp.int32, rows=rows)
         P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
         packed = packing.make(
-            [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length, micro_batches=self.cfg.micro_batches,
-            shards=list(range(self.mesh.shape["data"] * self.mesh.shape["fsdp"])),
+            [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length,
+            shards=list(range(sharding.row_shards(self.mesh))), micro_batches=batching.micro_batches(self.cfg, rows),
         )  # fmt: skip
         return jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=len(a)), packed)
 
@@ -146,54 +151,73 @@ class Plan:
         layers = [{name: a for name, a in one.items() if i in held[name]} for i in range(self.model_cfg.num_layers)]
         return stacked | {"layers": layers}
 
-    def sampler_state(self) -> rollout.SamplerState:
-        """The decode loop's carry with the longest cache."""
-        c, heads = self.model_cfg, sharding.DECODE_RULES["kv_heads"]
-        row = functools.partial(self.row, rows=self.sampled)
-        kv = jax.ShapeDtypeStruct(
-            (self.sampled, c.num_kv_heads, self.P + self.T, c.head_dim), self.compute.dtype,
-            sharding=NamedSharding(self.mesh, P(sharding.ROWS, heads)),
-        )  # fmt: skip
-        state = linear.State(
-            row(c.conv_width - 1, c.conv_channels, dtype=self.compute.dtype),
-            row(c.linear_value_heads, c.linear_key_dim, c.linear_value_dim),
-        )  # fmt: skip
-        cache = [state if kind == "linear" else (kv, kv) for kind in c.kinds]
-        i32, T = jnp.int32, self.T
-        out = rollout.Rollout(
-            row(T, dtype=i32), row(dtype=i32), row(dtype=bool), row(T), row(T)
-        )  # fmt: skip
-        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.sampled))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.rows(self.mesh))
-        hidden = row(c.hidden_size, dtype=self.compute.dtype)
-        t = jax.ShapeDtypeStruct((), i32, sharding=sharding.replicated(self.mesh))
-        return rollout.SamplerState(cache, hidden, row(dtype=i32), key, t, out)
+    def sampler_state(self):
+        """What the decode loop carries: (pools, slots, and what is kept of each shard's last prompt)."""
+        how = {"cfg": self.model_cfg, "compute": self.compute}
+        dtype = self.how.cache_dtype or self.compute.dtype
+        pools = jax.eval_shape(
+            functools.partial(decode.empty_pools, pages=self.pages, page=rollout.PAGE, dtype=dtype, **how)
+        )
+        layout = NamedSharding(self.mesh, paged.spec(self.mesh, self.model_cfg.num_kv_heads))
+        entries = sharding.row_shards(self.mesh)
+        slots, kept = jax.eval_shape(functools.partial(decode.empty_slots, slots=self.slots, entries=entries, **how))
+        return tuple(
+            jax.tree.map(lambda a, at=at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree)
+            for tree, at in ((pools, layout), (slots, sharding.rows(self.mesh)), (kept, sharding.rows(self.mesh)))
+        )
+
+    def _prompts(self) -> tuple[int, int]:
+        """(prompts of the largest prefill, their padded length)."""
+        shards, P = sharding.row_shards(self.mesh), 1 << (self.cfg.max_prompt_length - 1).bit_length()
+        return min(max(1, rollout.PREFILL_TOKENS // P), -(-self.cfg.prompts_per_step // shards)) * shards, P
+
+    def _sampler(self, name: str):
+        """A pass of the sampler, lowered, and the bytes a chip that it is donated."""
+        (pools, slots, kept), params = self.sampler_state(), self.sampler_params()
+        how, shards = {"cfg": self.model_cfg, "compute": self.compute}, sharding.row_shards(self.mesh)
+        entries, P = self._prompts()
+        i32 = functools.partial(self.row, dtype=jnp.int32)
+        if name == "prefill":
+            prompt = i32(P, rows=entries), i32(rows=entries), i32(P // rollout.PAGE, rows=entries)
+            return decode.prefill.lower(params, pools, kept, *prompt, **how), local_bytes(pools)
+        if name == "start":
+            both = jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=entries + shards), kept)
+            one = i32(rows=self.slots)
+            key = self.row(2, dtype=jnp.uint32, rows=self.slots)
+            rows = decode.Start(one, one, key, one, one, one, one, i32(rows=shards))
+            lowered = decode.start.lower(pools, slots, both, rows, compute=self.compute, copies=True)
+            return lowered, local_bytes((pools, slots))
+        whole = sharding.replicated(self.mesh)
+        scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
+            ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32), ((), jnp.int32), ((), jnp.int32))
+        ]  # fmt: skip
+        table = i32(self.width, rows=self.slots), self.row(dtype=bool, rows=self.slots)
+        lowered = decode.turn.lower(params, pools, slots, *table, tuple(scalars[:4]), *scalars[4:], **how)
+        return lowered, local_bytes((pools, slots))
 
     def lower(self, name: str):
         """The pass, lowered: (lowered, bytes a chip donated, bytes a chip that the run holds beside the arguments)."""
         s = self.state
         state, reference = local_bytes(s), self.sizes()["reference"]
         if name == "score":
-            rows = functools.partial(self.row, rows=self.sampled, dtype=jnp.int32)
-            lowered = self.steps.score_step.lower(self.policy, self.tokens(self.sampled), rows(), self.T)
+            rows = functools.partial(self.row, rows=self.scored, dtype=jnp.int32)
+            lowered = self.steps.score_step.lower(self.policy, self.tokens(self.scored), rows(), self.T)
             beside = state + reference + self.teacher_bytes() - local_bytes(self.policy)
-            return lowered, 0.0, beside + local_bytes(self.sampler_params())
+            cache = self.sizes()["cache"] if self.cfg.rollout.parts > 1 else 0.0  # the rest are being decoded
+            return lowered, 0.0, beside + local_bytes(self.sampler_params()) + cache
         if name == "update":
             scored = objective.needs_scores(self.cfg)
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
             lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
             return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0
-        carry, whole = self.sampler_state(), sharding.replicated(self.mesh)
-        scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
-            ((), jnp.int32), ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32))]  # fmt: skip
-        how = {"cfg": self.model_cfg, "compute": self.compute, "P": self.P}
-        lowered = rollout._decode.lower(self.sampler_params(), carry, *scalars, **how)
-        return lowered, local_bytes(carry), state + reference + self.teacher_bytes()
+        lowered, donated = self._sampler(name)
+        beside = state + reference + self.teacher_bytes()
+        return lowered, donated, beside + (local_bytes(self.sampler_params()) if name == "start" else 0.0)
 
     def work(self, name: str) -> tuple[float, float]:
         """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full
         length."""
-        rows = self.rows if name == "update" else self.sampled
+        rows = {"update": self.rows, "score": self.scored}.get(name, self.slots)
         n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
         item = np.dtype(self.compute.dtype).itemsize
         if name == "score":
@@ -203,9 +227,22 @@ class Plan:
                 self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef), frozen=bool(self.cfg.lora.rank)
             )
             return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
+        if name == "prefill":
+            entries, P = self._prompts()
+            return flops.forward(self.model_cfg, [P] * entries, [0] * entries) / n, local_bytes(self.sampler_params())
+        if name == "start":
+            return 0.0, 2.0 * self.sizes()["cache"] * self.slots / self.pages  # a page of each slot, read and written
         layers, head = flops.matmul_params(self.model_cfg)
         tp = self.mesh.shape["tp"]
         return 2.0 * (layers + head) * rows / n, item * (layers + head) / tp + self.sizes()["cache"]
+
+
+def room_gib(mesh) -> float:
+    """GiB of cache on each device where a recipe does not say: as `rollout.default_cache_gib` finds on the device
+    itself."""
+    platform = sharding.platform(mesh)
+    chip = flops.chip(mesh.devices.flat[0]) if platform != "cpu" else None
+    return rollout.CPU_CACHE_GIB if chip is None else chip.room * chip.memory / 3 / 2**30
 
 
 def local_bytes(tree) -> float:
@@ -231,7 +268,7 @@ def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         out.problem = next(
-            (li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), "out of memory"
+            (li.strip() for li in str(error).splitlines() if "Ran out of memory" in li), str(error).splitlines()[0]
         )[:200]
         out.seconds = time.perf_counter() - start
         return out
@@ -272,8 +309,7 @@ def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass]
     say(
         f"\n{cfg.student.path} on {topology}: {mesh.size} devices, mesh {dict(mesh.shape)}; "
         f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, "
-        f"{plan.sampled} "
-        f"decoded at a time, "
+        f"{plan.slots} slots with {plan.pages * rollout.PAGE / plan.slots:,.0f} positions each, "
         f"micro_batches {cfg.micro_batches}, remat {cfg.model.remat}"
     )
     say(
@@ -335,10 +371,16 @@ def knobs(cfg, mesh):
         cfg.mesh.data, cfg.mesh.fsdp = 1, -1
         yield "mesh.data=1, mesh.fsdp=-1", cfg
         shards = mesh.size // mesh.shape["tp"]
-    while cfg.rollout_groups < 8 and cfg.prompts_per_step % (2 * cfg.rollout_groups * shards) == 0:
-        cfg.rollout_groups *= 2
-        yield f"rollout_groups={cfg.rollout_groups}", cfg
-    most = cfg.prompts_per_step * cfg.num_generations // (shards * cfg.rollout_groups)
+    rows = cfg.prompts_per_step * cfg.num_generations
+    slots = cfg.rollout.slots or rows
+    while slots % (2 * shards) == 0 and slots > 8 * shards:
+        slots //= 2
+        cfg.rollout.slots = slots
+        yield f"rollout.slots={slots}", cfg
+    while cfg.rollout.parts < 8 and rows % (2 * cfg.rollout.parts * shards * cfg.micro_batches) == 0:
+        cfg.rollout.parts *= 2
+        yield f"rollout.parts={cfg.rollout.parts}", cfg
+    most = rows // (shards * cfg.rollout.parts)
     while cfg.micro_batches * 2 <= most and most % (cfg.micro_batches * 2) == 0:
         cfg.micro_batches *= 2
         yield f"micro_batches={cfg.micro_batches}", cfg

@@ -173,7 +173,7 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
             model_cfg,
             prompts,
             responses,
-            rows_together=max(1, len(responses) * tp // (devices * cfg.rollout_groups)),
+            rows_together=max(1, min(cfg.rollout.slots or len(responses), len(responses)) * tp // devices),
             itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
         )
         out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth

@@ -27,7 +27,10 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "resume.",
     "mesh.",
     "micro_batches",
-    "rollout_groups",
+    "rollout.slots",
+    "rollout.parts",
+    "rollout.turn",
+    "rollout.cache_gib",
     "packing.",
     "vocab_block",
     "model.remat",
@@ -48,7 +51,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "teacher.budget_share",
 )
 EARLIER = {"reward.grader": "world", "eval.grader": "world"}  # defaults of runs from before November 2026, where unused
-REMOVED = {"teacher.hedge_s": 0.0}  # keys that are gone: at this default they said nothing
+REMOVED = {"teacher.hedge_s": 0.0, "rollout_groups": 1}  # keys that are gone: at this default they said nothing
 SAMPLES, SAMPLE_BYTES = 64, 65_536  # of a file too large to be read whole
 
 

@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 
@@ -34,6 +35,17 @@ class PhaseTimer:
         finally:
             self.entered("")
             self.add(name, time.perf_counter() - start)
+
+    def each(self, name: str, items: Iterable):
+        """The items of an iterator; the wall time until each comes is added to `name`."""
+        items = iter(items)
+        while True:
+            with self.phase(name):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def add(self, name: str, seconds: float) -> None:
         """Adds seconds measured elsewhere."""

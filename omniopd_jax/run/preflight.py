@@ -7,7 +7,6 @@ What is wrong is collected, so that a person is told everything at once, in ever
 import dataclasses
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
@@ -23,7 +22,8 @@ from omniopd_jax.teachers import by_row
 
 LEAST = {  # dotted key -> the smallest value that it may have
     "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
-    "rollout_groups": 1, "max_prompt_length": 1, "max_completion_length": 1, "vocab_block": 1, "audit.num_chunks": 1,
+    "rollout.parts": 1, "rollout.slots": 0, "rollout.turn": 0, "rollout.cache_gib": 0,
+    "max_prompt_length": 1, "max_completion_length": 1, "vocab_block": 1, "audit.num_chunks": 1,
     "audit.chunk_tokens": 1, "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0,
     "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
@@ -116,8 +116,6 @@ def _check_data(c: ConfigDict) -> None:
 
 
 def _check_sizes(c: ConfigDict) -> None:
-    if c.rollout_groups > c.prompts_per_step:
-        raise UserError(f"rollout_groups = {c.rollout_groups} is more than prompts_per_step = {c.prompts_per_step}")
     longest = c.max_prompt_length + c.max_completion_length
     if 0 < c.packing.length < longest:
         raise UserError(
@@ -403,14 +401,13 @@ def check_rows(mesh, cfg) -> None:
     """
     shards, count = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
     own, rest = divmod(cfg.prompts_per_step, count)
-    pieces = [len(p) * count for p in np.array_split(np.arange(own), cfg.rollout_groups)]  # as the loop takes them
-    sampled = objective.of(cfg).asks != "solutions"  # else the responses are the teacher's
-    if rest or any((p % shards and sampled) or p * cfg.num_generations % (shards * cfg.micro_batches) for p in pieces):
+    rows, parts = own * count * cfg.num_generations, cfg.rollout.parts
+    scored = shards * max(1, cfg.micro_batches // parts)  # what a part's rows are divided over
+    if rest or rows % (shards * cfg.micro_batches) or rows % parts or rows // parts % scored:
         raise UserError(
             f"prompts_per_step = {cfg.prompts_per_step} x num_generations = {cfg.num_generations} = "
-            f"{cfg.prompts_per_step * cfg.num_generations} rows, in {cfg.rollout_groups} rollout_groups, must divide "
-            "over "
-            f"mesh.data x mesh.fsdp = {shards} (prompts too), micro_batches = {cfg.micro_batches} and {count} "
+            f"{cfg.prompts_per_step * cfg.num_generations} rows must divide over rollout.parts = {cfg.rollout.parts}, "
+            f"mesh.data x mesh.fsdp = {shards} and micro_batches = {cfg.micro_batches}, and the prompts over {count} "
             "process(es)"
         )
     owners: dict[int, set] = {}

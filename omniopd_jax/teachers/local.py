@@ -1,8 +1,8 @@
 """A Hugging Face folder run in process behind the text protocol: its own tokenizer, text in, text out.
 
-Requests that arrive together are sampled together: the first waits a moment for the rest, prefixes are sorted by length
-and padded to buckets, and each distinct prefix is prefilled once for its n continuations. Each continuation draws from
-its own seed, so its text does not depend on who else is in the batch.
+Requests that arrive together are sampled together: the first waits a moment for the rest, prefixes are sorted by
+length, and each is prefilled once for its n continuations. Each continuation draws from its own seed, so its text does
+not depend on who else is in the batch.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from omniopd_jax import hf, model, rollout, step
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf.template import Template, of_teacher
 from omniopd_jax.model import attention
+from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
     LOGP,
@@ -28,9 +29,8 @@ from omniopd_jax.teachers.protocol import (
     Usage,
 )
 
-MAX_ROWS = 1024  # continuations sampled at once
-CPU_ROWS = 256  # on a CPU, whose caches hold no more: 1.3 times as fast
-SCORE_ROWS = 128  # responses scored at once
+CPU_SLOTS = 256  # continuations decoded at a time on a CPU, whose caches hold no more: 1.3 times as fast
+SCORE_ROWS, SCORE_POSITIONS = 128, 1 << 15  # responses scored at once, and their positions with padding: at most
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -53,6 +53,7 @@ class LocalTeacher(Teacher):
         self._params, self._prepared = params, None
         self.model_cfg = self._cfg = model_cfg
         self._compute = compute or model.Compute()
+        self._how = rollout.How(slots=CPU_SLOTS if sharding.platform(self._compute.mesh) == "cpu" else 0)
         self._template, self._tokenizer = template, template.tokenizer
         self._end_ids = end_ids
         self._counts = Counts()
@@ -120,67 +121,54 @@ class LocalTeacher(Teacher):
         self._params = self._prepared = None
 
     def _score(self, batch) -> None:
-        for start in range(0, len(batch), SCORE_ROWS):
-            part = batch[start : start + SCORE_ROWS]
-            P = rollout.bucket(max(len(p) for p, _, _ in part))
-            T = rollout.bucket(max(len(r) for _, r, _ in part))
-            rows = [p + r for p, r, _ in part] + [[0]] * (SCORE_ROWS - len(part))
+        P = rollout.bucket(max(len(p) for p, _, _ in batch))
+        T = rollout.bucket(max(len(r) for _, r, _ in batch))
+        size = min(SCORE_ROWS, max(1, SCORE_POSITIONS // (P + T)))
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            rows = [p + r for p, r, _ in part] + [[0]] * (size - len(part))
             token_BL, _ = rollout.pad_rows(rows, P + T)
-            length_B = np.array([len(p) for p, _, _ in part] + [1] * (SCORE_ROWS - len(part)), np.int32)
+            length_B = np.array([len(p) for p, _, _ in part] + [1] * (size - len(part)), np.int32)
             stats = _score(self._params, *jax.device_put((token_BL, length_B)), T, self._cfg, self._compute)
             logp_BT = jax.device_get(stats.logp_BT)
             for (_, response, future), logp in zip(part, logp_BT):
                 future.set_result(logp[: len(response)])
 
     def _answer(self, batch) -> None:
+        """Requests of one temperature, top_p and number of continuations are sampled in one go, each up to its own
+        length."""
         groups: dict[tuple, list] = {}
         for item in batch:
             r = item[0]
-            groups.setdefault((len(r.indices), r.max_tokens, r.temperature, r.top_p), []).append(item)
-        for (n, max_tokens, temperature, top_p), items in groups.items():
+            groups.setdefault((len(r.indices), r.temperature, r.top_p), []).append(item)
+        for (n, temperature, top_p), items in groups.items():
             texts = [self._template.continued(r.messages, r.prefix) for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
-            size = max(1, (CPU_ROWS if jax.default_backend() == "cpu" else MAX_ROWS) // n)
-            for start in range(0, len(order), size):
-                part = order[start : start + size]
-                sampled = self._sample(
-                    [ids[i] for i in part], [items[i][0] for i in part], n, max_tokens, temperature, top_p
-                )
-                for i, continuations, tokens_out in zip(part, *sampled, strict=True):
-                    request, future, since = items[i]
-                    usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=tokens_out)
-                    result = ContinuationResult(continuations, (), usage, time.perf_counter() - since)
-                    if not future.done():
-                        future.set_result(self._counts.add(result))
+            rows = self._sample([ids[i] for i in order], [items[i][0] for i in order], n, temperature, top_p)
+            for k, i in enumerate(order):
+                (request, future, since), own = items[i], rows[k * n : (k + 1) * n]
+                continuations = tuple(self._read(ids[i], k, row) for k, row in zip(request.indices, own, strict=True))
+                usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=sum(len(row.tokens) for row in own))
+                result = ContinuationResult(continuations, (), usage, time.perf_counter() - since)
+                if not future.done():
+                    future.set_result(self._counts.add(result))
 
-    def _sample(self, ids, requests, n: int, max_tokens: int, temperature: float, top_p: float):
-        """Continuations and tokens written of each request; rows are padded to a bucket so that shapes stay few."""
-        width = rollout.bucket(max(map(len, ids)))
-        rows = rollout.bucket(len(ids), 8)
-        seeds = [r.seed(i) for r in requests for i in r.indices] + [0] * ((rows - len(ids)) * n)
-        prompt_BP, length_B = rollout.pad_rows(list(ids) + [[0]] * (rows - len(ids)), width)
+    def _sample(self, ids, requests, n: int, temperature: float, top_p: float) -> list[rollout.Ended]:
+        """The rows of all requests, n of each. Each draws from its own seed."""
+        seeds = [r.seed(i) for r in requests for i in r.indices]
         if self._prepared is None:
             self._prepared, self._params = rollout.prepare(self._params, self._cfg, compute=self._compute), None
-        out = rollout.sample(
-            self._prepared, self._cfg, *jax.device_put((prompt_BP, length_B)), rollout.row_keys(_base_key(), seeds),
-            max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, num_samples=n, end_ids=self._end_ids,
-            compute=self._compute,
+        [rows] = rollout.stream(
+            self._prepared, self._cfg, ids, rollout.key_data(_base_key(), seeds),
+            max_new_tokens=np.repeat([r.max_tokens for r in requests], n), temperature=temperature, top_p=top_p,
+            num_samples=n, end_ids=self._end_ids, how=self._how, compute=self._compute,
         )  # fmt: skip
-        token_BT, length_B, finished_B = jax.device_get((out.token_BT, out.length_B, out.finished_B))
-        answers, tokens_out = [], []
-        for b, (prefix, request) in enumerate(zip(ids, requests, strict=True)):
-            own = slice(b * n, (b + 1) * n)
-            tails = [list(map(int, t[:k])) for t, k in zip(token_BT[own], length_B[own], strict=True)]
-            texts = [self._template.cut(self._tail_text(prefix, tail)) for tail in tails]
-            answers.append(
-                tuple(
-                    Continuation(i, text, "stop" if ended or stopped else "length")
-                    for i, (text, stopped), ended in zip(request.indices, texts, finished_B[own], strict=True)
-                )
-            )
-            tokens_out.append(sum(map(len, tails)))
-        return answers, tokens_out
+        return rows
+
+    def _read(self, prefix: list[int], index: int, row: rollout.Ended) -> Continuation:
+        text, stopped = self._template.cut(self._tail_text(prefix, row.tokens.tolist()))
+        return Continuation(index, text, "stop" if row.finished or stopped else "length")
 
     def _tail_text(self, prefix: list[int], tail: list[int]) -> str:
         """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its

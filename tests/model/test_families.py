@@ -197,14 +197,14 @@ def test_a_segment_that_leaks_is_seen(loaded, changed, leak):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_follows_the_full_forward(loaded, family):
-    """Prompts of three lengths, a cache that grows: the largest logit of the whole row, wherever it is clear."""
+    """Prompts of three lengths, a cache of two pages: the largest logit of the whole row, wherever it is clear."""
     _, params, cfg, _ = loaded(family)
     token, *_ = batch()
     P, new, length = 80, 40, np.array([80, 50, 3], np.int32)
     prompt = np.where(np.arange(P)[None] < length[:, None], token[:, :P], 0)
     keys = jax.random.split(jax.random.key(0), 3)
     out = rollout.sample(
-        params, cfg, jnp.asarray(prompt), jnp.asarray(length), keys, max_new_tokens=new, temperature=0.0, first_chunk=16
+        params, cfg, jnp.asarray(prompt), jnp.asarray(length), keys, max_new_tokens=new, temperature=0.0
     )
     rows = np.zeros((3, P + new), np.int32)
     for b, n in enumerate(length):

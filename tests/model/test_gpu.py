@@ -99,7 +99,7 @@ def test_sampling_in_float32_draws_the_cpus_tokens(params, model_cfg, both):
     prompt = np.random.default_rng(0).integers(1, 38, (4, 16)).astype(np.int32)
     length, keys = np.array([16, 3, 9, 12], np.int32), rollout.row_keys(jax.random.key(5), np.arange(8))
     outs = [
-        rollout.sample(p, model_cfg, a, b, k, max_new_tokens=24, num_samples=2, first_chunk=8)
+        rollout.sample(p, model_cfg, a, b, k, max_new_tokens=24, num_samples=2)
         for p, a, b, k in both((params, prompt, length, keys))
     ]
     np.testing.assert_array_equal(*(np.asarray(o.token_BT) for o in outs))

@@ -160,7 +160,7 @@ CASES = {  # name -> (arguments, what the line must hold)
     "negative seed": (lambda f: base(f, seed=-1), ["seed", "-1"]),
     "mesh of no devices": (lambda f: base(f, **{"mesh.data": 0}), ["mesh", "0"]),
     "rows that do not divide": (lambda f: base(f, micro_batches=3), ["micro_batches", "3"]),
-    "more groups than prompts": (lambda f: base(f, rollout_groups=5), ["rollout_groups", "5", "4"]),
+    "parts that do not divide": (lambda f: base(f, **{"rollout.parts": 5}), ["rollout.parts", "5", "4"]),
     "top_p of zero": (lambda f: base(f, top_p=0.0), ["top_p", "0.0"]),
     "no continuations": (
         lambda f: base(f, **{"audit.num_continuations": 0}),

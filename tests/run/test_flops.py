@@ -68,8 +68,8 @@ def test_metrics_have_shares_only_where_the_chip_is_known(make_cfg):
     assert {"perf/score_mfu", "perf/step_mfu", "perf/decode_bandwidth"} < got.keys()
 
 
-def test_groups_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_cfg):
-    """8 rows in 2 groups: the parameters are read twice as often; 2 generations of a prompt: half of the prefill."""
+def test_slots_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_cfg):
+    """8 rows in 4 slots: the parameters are read twice as often; 2 generations of a prompt: half of the prefill."""
     mesh, chip = types.SimpleNamespace(size=1, shape={"tp": 1}), flops.Chip(1e6, 1e9, 1e6, 1e6)
     prompts, responses = [5] * 8, [6] * 8
     seconds = {"time/rollout": 1.0, "time/step": 1.0}
@@ -80,8 +80,8 @@ def test_groups_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_c
     def moved(rows):
         return flops.decode_bytes(CFG, prompts, responses, rows_together=rows, itemsize=4) / 1e6
 
-    for groups in (1, 2, 4):
-        assert metrics(rollout_groups=groups)["perf/decode_bandwidth"] == pytest.approx(moved(8 // groups))
+    for slots in (8, 4, 2):
+        assert metrics(**{"rollout.slots": slots})["perf/decode_bandwidth"] == pytest.approx(moved(slots))
     each, shared = (metrics(num_generations=g)["perf/step_mfu"] for g in (1, 2))
     assert (each - shared) * 1e6 == pytest.approx(
         flops.forward(CFG, prompts, [0]) - flops.forward(CFG, prompts[::2], [0])

@@ -120,7 +120,7 @@ SIZES = {
     "num_steps": 3,
     "prompts_per_step": 4,
     "num_generations": 2,
-    "rollout_groups": 2,
+    "rollout.parts": 2,
     "max_completion_length": 32,
     "audit.num_chunks": 2,
     "audit.chunk_tokens": 6,

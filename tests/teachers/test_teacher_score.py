@@ -249,7 +249,7 @@ def test_a_whole_run_distils_over_the_wire_and_replays_offline(runner, server_of
     folder = str(tiny.TRAINED / "teacher")
     tokenizer = hf.load_tokenizer(folder)
     server = server_of(scores=forward(folder), name_of=lambda i: tokenizer.decode([i]))
-    common = {"objective.name": "opd", "anchor.kl_coef": 0.0, "num_steps": 3, "rollout_groups": 1}
+    common = {"objective.name": "opd", "anchor.kl_coef": 0.0, "num_steps": 3, "rollout.parts": 1}
     remote = teacher_runs.wire(server) | common | {"teacher.tokenizer": folder, "teacher.timeout_s": 30.0}
     first = runner.run(tmp_path / "first", remote)
     assert first.code == 0, first.err[-2000:]
