@@ -4,7 +4,14 @@
     python -m omniopd_jax.main --config=configs/math.py --config.teacher.base_url=http://HOST:8000/v1
 
 Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
-4b, lora, e.g. --config=configs/math.py:m5,c100.
+4b, lora, thinking, e.g. --config=configs/math.py:m5,c100.
+
+`thinking` trains the student in its thinking mode, as the paper's base scores imply (1.7B on AIME: 48.5 / 37.5, which
+are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
+32,768 of the model's 40,960 positions), whole responses audited (`audit.span`). The teacher goes on inside the open
+<think> block, by raw completion, so its tokenizer is named; it thinks too, so that a chunk at the very start is
+compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. For chips of
+80 GB (v5p, H100: 8 of them); not run, and not compiled for them.
 
 Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout.parts=2,
 micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.
@@ -14,6 +21,13 @@ Result reported by the paper (not run here): 1.7B from Qwen3-32B 51.87 -> 60.67,
 
 from omniopd_jax import config
 
+THINKING = {
+    "student.chat_template_kwargs": {"enable_thinking": True},
+    "teacher.chat_template_kwargs": {"enable_thinking": True},
+    "teacher.tokenizer": "Qwen/Qwen3-32B",  # raw completion: a server's chat template would close the open block
+    "max_completion_length": 31_744,  # responses over it are cut, kept and counted: watch truncated_fraction
+    "rollout.cache_gib": 30.0,  # of 80 GB a chip; on 8 chips the keys and values of 70 rows at their longest
+}
 VARIANTS = {
     "no_anchor": {"anchor.kl_coef": 0.0},
     "random_chunks": {"audit.selection": "random"},
@@ -26,6 +40,7 @@ VARIANTS = {
     "rouge1": {"audit.similarity": "rouge1"},
     "4b": {"student.path": "Qwen/Qwen3-4B"},
     "lora": {"lora.rank": 32, "lora.alpha": 64.0, "optimizer.learning_rate": 1e-5, "anchor.ref_dtype": "bfloat16"},
+    "thinking": THINKING,
 }
 
 
@@ -44,7 +59,7 @@ def get_config(arg=None):
     c.compute_dtype = "bfloat16"
 
     c.student.path = "Qwen/Qwen3-1.7B"  # or a local folder
-    c.student.chat_template_kwargs.enable_thinking = False  # the teacher writes no thoughts either
+    c.student.chat_template_kwargs.enable_thinking = False  # variant `thinking` switches both on
     c.data.source = "hub"
     c.data.name = "open-r1/DAPO-Math-17k-Processed"
     c.data.fields.answer = "solution"
@@ -54,6 +69,7 @@ def get_config(arg=None):
 
     c.teacher.provider = "openai"
     c.teacher.model = "Qwen/Qwen3-32B"
+    c.teacher.chat_template_kwargs.enable_thinking = False  # else first chunks and solutions begin with <think>
 
     # The published method; the values are the defaults, spelled out because they are the recipe.
     c.audit.num_chunks = 10  # M

@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from omniopd_jax import span
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
@@ -88,6 +89,10 @@ class Decoder:
             prefix, whole = prefix[:kept], whole[:kept]
         same = len(prefix) if whole.startswith(prefix) else len(os.path.commonprefix([prefix, whole]))
         return prefix, whole[same:]
+
+    def opened(self, prompt) -> str:
+        """The mark of thoughts that the student's prompt leaves open; "" where it leaves none."""
+        return span.opened(self._tokenizer, prompt)
 
     def _length(self, token: int) -> int | None:
         """Characters that a token adds to a text; None where that depends on its neighbours (an open token)."""
@@ -223,11 +228,12 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     N = num_continuations or cfg.audit.num_continuations
     audits = []
     for b, peaks in enumerate(np.asarray(peak_BM)):
+        opened = decoder.opened(prompts[b])  # what the student's own prompt wrote of the answer
         for m, peak in enumerate(int(p) for p in peaks if p >= 0):
             prefix, chunk = decoder.chunk(tokens[b], peak, cfg.audit.chunk_tokens)
             request = ContinuationRequest(
-                sample_ids[b], peak, tuple(prompts[b].messages), prefix, tuple(range(N)),
-                cfg.audit.chunk_tokens, cfg.teacher.temperature, cfg.teacher.top_p,
+                sample_ids[b], peak, tuple(prompts[b].messages), opened + prefix, tuple(range(N)),
+                cfg.audit.chunk_tokens, cfg.teacher.temperature, cfg.teacher.top_p, prompts[b].teacher,
             )  # fmt: skip
             audits.append(Audit(b, m, request, chunk))
     return audits
@@ -247,19 +253,20 @@ async def ask(teacher: Teacher, audits: list[Audit]) -> None:
     await together(one(a) for a in audits)
 
 
-def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool) -> Feedback:
+def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool | list[bool]) -> Feedback:
     """k_sem = sum_i phi(text(y_c), text(z_i)) over the continuations that arrived.
 
     Args:
       phi: similarity.make(cfg).
       shape: (B, M).
-      trim: cut each continuation to the student chunk's length in characters first (foreign tokenizers; ours).
+      trim: cut each continuation to the student chunk's length in characters first (foreign tokenizers; ours); of all
+        audits, or one bool an audit.
     """
     texts = [[c.text for c in a.result.continuations] for a in audits]
     if cfg.audit.shuffle_texts:
         texts = _of_another_prompt(audits, texts)
-    if trim:
-        texts = [[t[: len(a.chunk)] for t in ts] for a, ts in zip(audits, texts, strict=True)]
+    trim_A = np.broadcast_to(trim, len(audits))
+    texts = [[t[: len(a.chunk)] for t in ts] if cut else ts for a, ts, cut in zip(audits, texts, trim_A, strict=True)]
     value = phi([a.chunk for a, ts in zip(audits, texts, strict=True) for _ in ts], [t for ts in texts for t in ts])
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all()):
         raise FloatingPointError(f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]")

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from omniopd_jax import audit, model, objective, rollout, scheduler, vocab
+from omniopd_jax import audit, model, objective, rollout, scheduler, span, vocab
 from omniopd_jax import step as steps
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
+from omniopd_jax.hf import thoughts
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
@@ -192,7 +193,7 @@ def solutions(
     requests = {
         p.id: ContinuationRequest(
             solution_id(p.id), -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length,
-            cfg.teacher.temperature, cfg.teacher.top_p,
+            cfg.teacher.temperature, cfg.teacher.top_p, p.teacher,
         )
         for p in drawn.prompts
     }  # fmt: skip
@@ -204,7 +205,8 @@ def solutions(
         got = {c.index: c for c in answered[solution_id(p.id)].result.continuations}
         for g in range(n):
             whole = g in got and got[g].finish == "stop"
-            text = student.template.tokenizer(got[g].text, add_special_tokens=False)["input_ids"] if g in got else []
+            text = thoughts.after_mark(got[g].text, opened=bool(student.decoder.opened(p))) if g in got else ""
+            text = student.template.tokenizer(text, add_special_tokens=False)["input_ids"]
             end = list(student.template.turn_end_ids[:1]) if whole else []
             tokens.append((text + end)[: cfg.max_completion_length])
             finished.append(whole)
@@ -247,6 +249,8 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
     T = scores.entropy_BT.shape[1]
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
     eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T, cfg.audit.chunk_tokens)
+    if cfg.audit.span != "all":
+        eligible_BT &= span.eligible(student.template.tokenizer, responses.prompts, responses.tokens, T, cfg)
     length_B, eligible_BT = sharding.put_rows((length_B, eligible_BT), student.mesh)
     score_BT = scores.stats.entropy_BT
     if cfg.audit.selection == "random":
@@ -335,10 +339,11 @@ def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseExceptio
 
 
 def compare(
-    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool
+    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool | list[bool]
 ) -> audit.Feedback:
-    """k_sem and n of every chunk."""
-    trim = cfg.audit.trim_continuation == "always" or (cfg.audit.trim_continuation == "auto" and foreign_tokenizer)
+    """k_sem and n of every chunk. `foreign_tokenizer`: of the teacher, or one bool an audit."""
+    how = cfg.audit.trim_continuation
+    trim = foreign_tokenizer if how == "auto" else how == "always"
     return audit.compare(similarity, audits, (rows, cfg.audit.num_chunks), cfg, trim=trim)
 
 
@@ -355,7 +360,9 @@ def grade(grader: Grader, responses: Responses, decoder: audit.Decoder) -> np.nd
 def teacher_logp(teacher: Teacher, thread: AsyncThread, stop: StopFlag, responses: Responses, T: int) -> np.ndarray:
     """The white-box teacher's log-probs of the response tokens [B, T]; 0 past a row's end."""
     pairs = zip(responses.prompts, responses.tokens, strict=True)
-    scored = thread.submit(together(teacher.score_tokens(p.messages, p.token_ids, r) for p, r in pairs))
+    scored = thread.submit(
+        together(teacher.named(p.teacher).score_tokens(p.messages, p.token_ids, r) for p, r in pairs)
+    )
     wait([scored], stop)
     out = np.zeros((len(responses.tokens), T), np.float32)
     for b, row in enumerate(scored.result()):

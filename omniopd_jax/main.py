@@ -28,7 +28,7 @@ def main(argv) -> int:
     preflight.validate(cfg)
     asks_teacher = bool(objective.of(cfg).asks)
     if _ESTIMATE.value:
-        print(estimate.Preview(cfg, asks_teacher).text(), flush=True)
+        print("\n\n".join(p.text() for p in estimate.previews(cfg, asks_teacher)), flush=True)
         return 0
     if not _YES.value:
         estimate.confirm(cfg, asks_teacher)

@@ -96,7 +96,7 @@ def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Expe
     with phase("teacher_wait"):
         audits = experience.answers(group, run.stop)
     with phase("similarity"):
-        foreign = run.teacher is not None and run.teacher.foreign_tokenizer
+        foreign = [run.teacher.named(a.request.teacher).foreign_tokenizer for a in audits]
         feedback = experience.compare(run.similarity, audits, len(responses.tokens), cfg, foreign_tokenizer=foreign)
     rewards = teacher_logp_BT = None
     if objective.needs_reward(cfg):

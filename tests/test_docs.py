@@ -8,6 +8,7 @@ import pytest
 
 from omniopd_jax import config
 from omniopd_jax.run import estimate, preflight, recipes
+from omniopd_jax.teachers import by_row
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -97,7 +98,7 @@ def test_keys_in_the_pages_exist():
     sections = {key.split(".")[0] for key in known if "." in key} - {"log"}
     for page in PAGES:
         for key in re.findall(r"--config\.([\w.]+)=", page.read_text()):
-            assert key in known, f"{name_of(page)}: --config.{key}"
+            assert by_row.key_of(key) in known, f"{name_of(page)}: --config.{key}"
         for key in re.findall(r"`(\w+\.\w+)(?: ?=[^`]*)?`", page.read_text()):
             if key.split(".")[0] in sections and not re.search(r"\.(md|py|jsonl?|safetensors|_\w*)$", key):
                 ok = (
@@ -126,14 +127,14 @@ def test_the_letters_of_shapes_are_those_of_the_model():
         assert re.search(rf"\b{letter} [a-z]", legend), letter
 
 
-def load(path: str):
+def load(path: str, variants: str | None = None):
     """The config of a recipe's file, as the command line finds and loads it."""
     path = recipes.find(path)
     with recipes.importable(path):
         spec = importlib.util.spec_from_file_location("recipe", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.get_config()
+        return module.get_config(variants)
 
 
 def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
@@ -142,8 +143,8 @@ def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
     assert len(source.splitlines()) <= 30
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    for path in ("mine.py", "configs/math.py"):
-        c = load(path)
+    for path, variants in (("mine.py", None), ("configs/math.py", None), ("configs/math.py", "thinking")):
+        c = load(path, variants)
         c.teacher.base_url = "http://HOST:8000/v1"
         preflight.validate(c)
         text = estimate.Preview(c, asks_teacher=True).text()

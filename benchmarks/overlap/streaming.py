@@ -67,7 +67,8 @@ def recipe(case: dict, folder: str):
     c = config.default()
     c.update_from_flattened_dict({
         "run_dir": folder, "student.path": f"{WORLD}/student", "teacher.model": f"{WORLD}/teacher",
-        "data.name": "forks", "prompts_per_step": 128, "num_generations": 4, "max_prompt_length": 64, "max_completion_length": 96,
+        "data.name": "forks", "prompts_per_step": 128, "num_generations": 4, "max_prompt_length": 64,
+        "max_completion_length": 96,
         "audit.num_chunks": 2, "audit.chunk_tokens": 8, "audit.num_continuations": 4, "rollout.slots": 64,
         "rollout.parts": case["parts"], "eval.num_prompts": 0, "num_steps": 100, "model.remat": "none",
     })  # fmt: skip

@@ -22,7 +22,7 @@ class Prompt:
     """One prompt. `messages` are chat messages; `token_ids` the rendered prompt, empty before `encode`.
 
     `answer` is what a grader compares with, an object or a list as its JSON; `solution` a worked one, which `sft`
-    reads.
+    reads. `teacher` is the one of `teachers.NAME` that is asked; "" where the run has but one.
     """
 
     id: str
@@ -30,6 +30,7 @@ class Prompt:
     answer: str | None = None
     solution: str | None = None
     token_ids: tuple[int, ...] = ()
+    teacher: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def load(
     for where, prompt, answer in readers[source](cfg, split, path, count, section):
         if check is not None:
             _check_answer(answer, check, where)
-        content = json.dumps(prompt.messages, sort_keys=True)
+        prompt = _with_teacher(prompt, cfg, where) if section == "data" else dataclasses.replace(prompt, teacher="")
+        content = json.dumps([prompt.messages, prompt.teacher], sort_keys=True)
         if content in seen:
             duplicates += 1
             continue
@@ -83,6 +85,21 @@ def load(
             f"prompt ids repeat in {_where(cfg, source, split, path)}: each `id` must be unique, or left out"
         )
     return Prompts(kept, duplicates)
+
+
+def _with_teacher(prompt: Prompt, cfg, where: str) -> Prompt:
+    """The prompt with the teacher that it names, where the run has several; else with none.
+
+    Raises:
+      UserError: it names none of them; names the row.
+    """
+    names = ", ".join(sorted(cfg.teachers))
+    if not names:
+        return dataclasses.replace(prompt, teacher="")
+    if prompt.teacher not in cfg.teachers:
+        said = f"`{cfg.data.fields.teacher}` = {prompt.teacher!r} is none" if prompt.teacher else "names none"
+        raise UserError(f"{where}: {said} of the run's teachers ({names}); name one, or add it to `teachers`")
+    return prompt
 
 
 def with_suffix(data: Prompts, suffix: str) -> Prompts:
@@ -223,7 +240,11 @@ def _prompt(row: dict, fields, where: str, number: int) -> Prompt:
         raise UserError(f"{where}: holds half a surrogate pair, which is no text ({error.reason})") from error
     except (TypeError, RecursionError) as error:
         raise UserError(f"{where}: `{fields.prompt}` holds what is no JSON, or is nested too deep") from error
-    return Prompt(f"{number:06d}" if name is None else str(name), messages, answer, solution)
+    teacher = _field(row, fields.teacher)
+    return Prompt(
+        f"{number:06d}" if name is None else str(name), messages, answer, solution,
+        teacher="" if teacher is None else str(teacher),
+    )  # fmt: skip
 
 
 def _field(row: dict, name: str):

@@ -27,7 +27,7 @@ IGNORED = frozenset(
     use_cache output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript
     chunk_size_feed_forward pretraining_tp use_bfloat16 tf_legacy_loss attn_implementation gradient_checkpointing
     gradient_checkpointing_kwargs use_flash_attn use_flash_attention use_flash_attention_2 flash_attn flash_attention
-    fp16 bf16 fp32 fused_mlp fused_qkv is_decoder bos_token eos_token pad_token unk_token cache_implementation
+    logits_to_keep num_logits_to_keep model_parallel fp16 bf16 fp32 fused_mlp fused_qkv is_decoder bos_token eos_token pad_token unk_token cache_implementation
     # sampling defaults, which the run's own settings replace
     do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
@@ -51,7 +51,7 @@ OFF = {  # at these values a field says that the model has not got what the fiel
             use_parallel_attention cross_attention tie_encoder_decoder use_mrope use_attention_sinks
             attention_sinks use_moe is_moe use_logit_softcapping scale_embedding scale_embeddings
             normalize_embedding use_dynamic_ntk use_logn_attn attn_output_gate use_post_norm post_norm
-            sandwich_norm use_sliding_window_attention use_mla use_mtp head_qk_norm query_pre_attn_scaling
+            rms_norm_unit_offset add_unit_offset sandwich_norm use_sliding_window_attention use_mla use_mtp head_qk_norm query_pre_attn_scaling
         """),
         (False, 0),
     ),
@@ -73,6 +73,18 @@ OFF = {  # at these values a field says that the model has not got what the fiel
         """),
         (1,),
     ),
+    **dict.fromkeys(  # what every family here has
+        _words("""
+            use_rms_norm use_rmsnorm rms_norm rmsnorm use_rope rope use_rotary use_rotary_embeddings gated_mlp
+            use_gated_mlp swiglu use_swiglu scale_attn_weights
+        """),
+        (True,),
+    ),
+    **dict.fromkeys(("position_embedding_type", "pos_embedding_type", "position_encoding_type"), ("rope", "rotary")),
+    **dict.fromkeys(("norm_type", "normalization", "norm_class"), ("rms", "rmsnorm", "rms_norm", "RMSNorm")),
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy",),
+    "moe_layer_freq": (1,),
     "pruned_heads": ({}, []),
     "auto_map": ({},),
     "quantization_config": ({},),

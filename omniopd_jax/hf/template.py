@@ -24,7 +24,7 @@ import dataclasses
 import pathlib
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import bounded, renderer
+from omniopd_jax.hf import bounded, renderer, thoughts
 from omniopd_jax.hf.tokenizer import load_tokenizer
 
 PLAIN_STOPS = ("\nQuestion:",)
@@ -55,6 +55,11 @@ class Template:
           UserError: the template refuses the conversation, or does not keep within its bounds.
         """
         return self._render(tuple(messages), True)
+
+    def continued(self, messages, prefix: str) -> str:
+        """The prompt and an unfinished answer behind it, as raw text (`thoughts.joined`). Raises `UserError` as
+        `render`."""
+        return thoughts.joined(self.render(messages), prefix)
 
     @property
     def identity(self) -> str:

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from omniopd_jax import config
 from omniopd_jax.errors import UserError, one_of, printable
 from omniopd_jax.run import recipes
+from omniopd_jax.teachers import by_row
 
 COMMANDS = ("main", "evaluate", "export", "aot", "report", "config")
 
@@ -74,11 +75,15 @@ def _tell(error: UserError) -> int:
 def _parse(argv):
     """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
     argv, recipe = _with_recipe_found(argv)
+    argv, named = _named_teachers(argv)
+    sys.argv = _named_teachers(sys.argv)[0]  # config_flags looks for keys there, too
     try:
         with recipes.importable(recipe) if recipe else contextlib.nullcontext():
             rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             _ = flags.FLAGS["config"].value.keys()  # a recipe that failed to load says so only when it is touched
+            for path, text in named:
+                by_row.set_by_flag(flags.FLAGS["config"].value, path, text)
         return rest
     except UserError as error:
         sys.exit(_tell(error))
@@ -105,6 +110,14 @@ def _with_recipe_found(argv) -> tuple[list[str], str]:
         argv[i : i + 1 if equals else i + 2] = [f"--config={path}{colon}{variants}"]
         return argv, path
     return argv, ""
+
+
+def _named_teachers(argv) -> tuple[list[str], list[tuple[str, str]]]:
+    """(argv without --config.teachers.NAME.KEY=VALUE, [(NAME.KEY, VALUE), ...]): a name need not be in the recipe."""
+    start = "config.teachers."
+    named = [a.lstrip("-").removeprefix(start).partition("=") for a in argv[1:] if a.lstrip("-").startswith(start)]
+    rest = [a for i, a in enumerate(argv) if not i or not a.lstrip("-").startswith(start)]
+    return rest, [(path, text) for path, _, text in named]
 
 
 def _recipe(argv) -> str:

@@ -6,7 +6,7 @@ python -m omniopd_jax.main --config=RECIPE --yes           starts a run above bu
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import files
-from omniopd_jax.teachers import budget
+from omniopd_jax.teachers import budget, by_row, prices
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 LATENCY_S = (1.0, 5.0)  # median and slow call of a few tokens: nothing was asked yet, so nothing was measured
@@ -15,7 +15,13 @@ FREE, OWN, KNOWN, UNKNOWN = "no price", "a server of your own", "known", "unknow
 
 
 def price_state(cfg, asks_teacher: bool) -> str:
-    """FREE (in process, or nobody is asked), OWN, KNOWN or UNKNOWN: an unknown price is never shown as $0.00."""
+    """FREE (in process, or nobody is asked), OWN, KNOWN or UNKNOWN: an unknown price is never shown as $0.00.
+
+    Of several teachers: UNKNOWN where any price is, else KNOWN where any has one.
+    """
+    if cfg.teachers:
+        states = [price_state(own, asks_teacher) for own in by_row.configs(cfg).values()]
+        return next(state for state in (UNKNOWN, KNOWN, OWN, FREE) if state in states)
     t = cfg.teacher
     if not asks_teacher or t.provider not in CLIENTS or t.replay == "only":
         return FREE
@@ -51,16 +57,31 @@ def table(e: budget.Estimate, state: str) -> str:
 
 
 def confirm(cfg, asks_teacher: bool) -> None:
-    """`Preview.confirm`; settings that can't be priced are left to the run's own checks, which name all that is wrong.
+    """`Preview.confirm` of every teacher; settings that can't be priced are left to the run's own checks, which name
+    all that is wrong.
 
     Raises:
       UserError: the run is likely to cost more than `budget.confirm_usd` and has no cap.
     """
     try:
-        preview = Preview(cfg, asks_teacher)
+        found = previews(cfg, asks_teacher)
     except UserError:
         return
-    preview.confirm()
+    found[0].confirm(found)
+
+
+def previews(cfg, asks_teacher: bool) -> list["Preview"]:
+    """One for each of the run's teachers; of several, each is taken to get an equal part of the prompts: which row
+    names whom is read with the prompts.
+
+    Raises:
+      UserError: as `Preview`.
+    """
+    named = by_row.configs(cfg)
+    if not named:
+        return [Preview(cfg, asks_teacher)]
+    folder, part = cfg.run_dir, 1 / len(named)
+    return [Preview(own, asks_teacher, name=name, part=part, folder=folder) for name, own in named.items()]
 
 
 class Preview:
@@ -69,21 +90,24 @@ class Preview:
     Args:
       cfg: the recipe.
       asks_teacher: whether its objective asks a teacher.
+      name, part, folder: of a named teacher: its name, its part of the prompts, the run's folder.
 
     Raises:
       UserError: settings of the teacher that can't be priced (`budget.usd` without a price).
     """
 
-    def __init__(self, cfg, asks_teacher: bool):
-        self.cfg, self.state = cfg, price_state(cfg, asks_teacher)
-        self.steps = max(0, cfg.num_steps - steps_done(cfg.run_dir))
+    def __init__(self, cfg, asks_teacher: bool, *, name: str = "", part: float = 1.0, folder: str = ""):
+        self.cfg, self.state, self.name, self.part = cfg, price_state(cfg, asks_teacher), name, part
+        self.steps = max(0, cfg.num_steps - steps_done(folder or cfg.run_dir))
         self.estimate, self.self_hosted = None, False
         if self.state != FREE:
             client = CLIENTS[cfg.teacher.provider](cfg)
             self.self_hosted = client.self_hosted
             price = budget.price(cfg, self_hosted=self.self_hosted)
-            takes_n = bool(client.seen.takes_n)
-            self.estimate = budget.estimate(cfg, price, takes_n=takes_n, latency_s=LATENCY_S, steps=self.steps)
+            self.estimate = budget.estimate(
+                cfg, price, takes_n=bool(client.seen.takes_n), latency_s=LATENCY_S, steps=self.steps * part,
+                most=client.most_texts,
+            )  # fmt: skip
 
     def text(self) -> str:
         """The table, where each cap would stop the run, and what was assumed."""
@@ -96,7 +120,11 @@ class Preview:
                 f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
             )
         lines = [f"{cfg.objective.name} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
+        if self.name:
+            lines[0] = f"teachers.{self.name}, taken to get {self.part:.0%} of the prompts: {lines[0]}"
         lines.append(table(e, self.state))
+        if self.state == KNOWN and (said := prices.source(cfg.teacher.model)) and cfg.teacher.price_input < 0:
+            lines.append(f"the price was {said}")
         lines += self.caps()
         if self.state == UNKNOWN:
             lines.append(
@@ -123,18 +151,28 @@ class Preview:
             out.append(f"budget.{name} = {cap:,}: low {said[0]}; middle {said[1]}; high {said[2]}")
         return out or ["no cap is set (budget.usd, budget.tokens, budget.calls)"]
 
-    def confirm(self) -> None:
+    def middle(self) -> float:
+        """The middle estimate in dollars of a service whose price is known; else 0."""
+        if self.state != KNOWN or self.self_hosted:
+            return 0.0
+        return self.estimate.usd[1]
+
+    def confirm(self, beside: "list[Preview] | None" = None) -> None:
         """Refuses a run that is likely to cost more than `budget.confirm_usd` and has no cap.
+
+        Args:
+          beside: the previews of all the run's teachers, where there are several.
 
         Raises:
           UserError: with the table; the command's exit code is 2.
         """
-        cfg, limit = self.cfg, self.cfg.budget.confirm_usd
-        capped = any(cfg.budget[name] for name in ("usd", "tokens", "calls"))
-        if self.state != KNOWN or self.self_hosted or capped or self.estimate.usd[1] <= limit:
+        limit, every = self.cfg.budget.confirm_usd, beside or [self]
+        usd = sum(p.middle() for p in every)
+        if any(self.cfg.budget[name] for name in ("usd", "tokens", "calls")) or usd <= limit:
             return
+        text = "\n".join(p.text() for p in every)
         raise UserError(
-            f"{self.text()}\nthe middle estimate, ${self.estimate.usd[1]:,.2f}, is above budget.confirm_usd = "
+            f"{text}\nthe middle estimate, ${usd:,.2f}, is above budget.confirm_usd = "
             f"{limit:g} and no "
             "cap is set: set budget.usd, or add --yes to start all the same"
         )

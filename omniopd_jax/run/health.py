@@ -236,6 +236,14 @@ def few_chunks(v: View):
     M, C = v.cfg.get("audit.num_chunks", 0), v.cfg.get("audit.chunk_tokens", 0)
     chunks, length = v.mean("audit/chunks"), v.mean("completions/mean_length")
     rows = v.cfg.get("prompts_per_step", 0) * v.cfg.get("num_generations", 0)
+    span, share = v.cfg.get("audit.span", "all"), v.mean("audit/span_fraction")
+    if share is not None and chunks is not None and rows and chunks / rows < M / 2:
+        return (
+            f"audit.span = {span!r} is {share:.0%} of the tokens: {chunks / rows:.1f} of {M} chunks a response fit",
+            "with few chunks most of what a response decides is never compared with the teacher",
+            "Raise max_completion_length (thoughts that were cut have no answer), lower audit.chunk_tokens, or set "
+            "audit.span = all",
+        )
     if not (v.audits and rows and C and chunks and length) or chunks / rows >= M / 2:
         return None
     room = int(length // C)

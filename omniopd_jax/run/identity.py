@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import files, host, logging
+from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import stable_hash
 from omniopd_jax.teachers.wire import secrets
 
@@ -48,6 +49,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "teacher.price_",
     "teacher.key_over_http",
     "teacher.pin_model",
+    "teacher.budget_share",
 )
 EARLIER = {"reward.grader": "world", "eval.grader": "world"}  # defaults of runs from before November 2026, where unused
 REMOVED = {"teacher.hedge_s": 0.0, "rollout_groups": 1}  # keys that are gone: at this default they said nothing
@@ -73,6 +75,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         return
     before, known = saved.pop(DIGESTS, None), config.flat(config.default())
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
+    names = [sorted(teachers) for teachers in (saved.get("teachers", {}), cfg.teachers)]
+    old, now = by_row.whole(old, names[0]), by_row.whole(now, names[1])
     old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
     if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
@@ -82,6 +86,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         for k in now
         if k in old and plain(old[k]) != plain(now[k]) and not allowed(k, may)
     ]
+    if names[0] != names[1] and not allowed("teachers", may):
+        changed.append(f"teachers were {', '.join(names[0]) or 'not named'}, are {', '.join(names[1]) or 'not named'}")
     if before is None:
         logging.say(f"warning: {file} is from before inputs were compared: what this run reads is taken as it is now")
     else:
@@ -100,7 +106,8 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
 
 def allowed(key: str, may) -> bool:
     """Whether a key is named by `may`: whole, or by a beginning that ends in a dot or underscore."""
-    return any(key == m or (m[-1:] in "._" and key.startswith(m)) or key.startswith(f"{m}.") for m in may)
+    keys = {key, by_row.key_of(key)}
+    return any(k == m or (m[-1:] in "._" and k.startswith(m)) or k.startswith(f"{m}.") for m in may for k in keys)
 
 
 def plain(value):
@@ -122,7 +129,9 @@ def read(file: pathlib.Path) -> dict | None:
 def as_json(cfg: ConfigDict) -> str:
     """The resolved config as a run's config.json holds it."""
     values = cfg.to_dict()
-    values["teacher"]["base_url"] = secrets.public_url(values["teacher"]["base_url"])  # its path may hold a key
+    for teacher in (values["teacher"], *values["teachers"].values()):
+        if "base_url" in teacher:
+            teacher["base_url"] = secrets.public_url(teacher["base_url"])  # its path may hold a key
     return secrets.hide_keys(json.dumps(values, indent=1, default=str))
 
 
@@ -142,10 +151,12 @@ def digests_of(cfg: ConfigDict, prompts, held_out, template: str) -> dict[str, s
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
     folders = {"the student's folder (student.path)": cfg.student.path}
-    if cfg.teacher.provider == "local" and cfg.teacher.model:
-        folders["the teacher's folder (teacher.model)"] = cfg.teacher.model
-    if cfg.teacher.tokenizer:
-        folders["the teacher's tokenizer (teacher.tokenizer)"] = cfg.teacher.tokenizer
+    named = {f"teachers.{name}": own.teacher for name, own in by_row.configs(cfg).items()}
+    for key, teacher in (named or {"teacher": cfg.teacher}).items():
+        if teacher.provider == "local" and teacher.model:
+            folders[f"the teacher's folder ({key}.model)"] = teacher.model
+        if teacher.tokenizer:
+            folders[f"the teacher's tokenizer ({key}.tokenizer)"] = teacher.tokenizer
     if cfg.audit.similarity == "embedding":
         folders["the embedding model (audit.embedding_model)"] = cfg.audit.embedding_model
     return out | {name: folder_digest(path) for name, path in folders.items()}
@@ -177,4 +188,5 @@ def folder_digest(name: str) -> str:
 
 def _prompts(prompts) -> str:
     parts = (x for p in prompts.prompts for x in (p.id, json.dumps(p.messages, sort_keys=True), p.answer, p.token_ids))
-    return f"{stable_hash(*parts):016x}"
+    teachers = [p.teacher for p in prompts.prompts if p.teacher]  # one a prompt, or none at all
+    return f"{stable_hash(*parts, *teachers):016x}"

@@ -17,8 +17,9 @@ from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, profiling, trackers
+from omniopd_jax.run import logging, profiling, thinking, trackers
 from omniopd_jax.run.host import AsyncThread
+from omniopd_jax.teachers import by_row
 
 LEAST = {  # dotted key -> the smallest value that it may have
     "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
@@ -54,17 +55,9 @@ def validate(c: ConfigDict) -> None:
         "audit.similarity": similarity.SIMILARITIES,
         "teacher.provider": teachers.TEACHERS,
     }
-    for path, allowed in choices.items():
-        one_of(config.get(c, path), allowed, path)
-    for path, least in LEAST.items():
-        if not config.get(c, path) >= least:
-            raise UserError(f"{path} = {config.get(c, path)} must be at least {least}")
-    for path in FRACTIONS:
-        if not 0 < config.get(c, path) <= 1:
-            raise UserError(f"{path} = {config.get(c, path)} must lie in (0, 1]")
-    for path in SECONDS:
-        if not config.get(c, path) > 0:
-            raise UserError(f"{path} = {config.get(c, path)} must be more than 0 seconds")
+    _check_values(c, choices)
+    for name, own in by_row.configs(c).items():
+        _check_values(own, choices, of=f"teachers.{name}.")
     if not 0 <= c.seed < 2**31:
         raise UserError(f"seed = {c.seed} must lie in [0, 2**31)")
     for axis in sharding.AXES:
@@ -78,6 +71,27 @@ def validate(c: ConfigDict) -> None:
     _check_updates(c)
     if c.lora.rank:
         _check_lora(c)
+
+
+def _check_values(c: ConfigDict, choices: dict, of: str = "") -> None:
+    """Each key by itself; with `of` those of a teacher alone, named so."""
+
+    def values(paths):
+        for path in paths:
+            if not of or path.startswith("teacher."):
+                yield of + path.removeprefix("teacher.") if of else path, path, config.get(c, path)
+
+    for name, path, value in values(choices):
+        one_of(value, choices[path], name)
+    for name, path, value in values(LEAST):
+        if not value >= LEAST[path]:
+            raise UserError(f"{name} = {value} must be at least {LEAST[path]}")
+    for name, _, value in values(FRACTIONS):
+        if not 0 < value <= 1:
+            raise UserError(f"{name} = {value} must lie in (0, 1]")
+    for name, _, value in values(SECONDS):
+        if not value > 0:
+            raise UserError(f"{name} = {value} must be more than 0 seconds")
 
 
 def _check_data(c: ConfigDict) -> None:
@@ -243,8 +257,13 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     asks = bool(own.asks) and not given
     if asks:
         found.of(check_teachers_files, cfg, prompts)
-    if asks and kernel is not None and (cfg.teacher.provider != "local" or not found.problems):
+    if own.chunks and template is not None:
+        found.of(thinking.check_span, cfg, template)
+    in_process = "local" in [c.teacher.provider for c in by_row.configs(cfg).values() or (cfg,)]
+    if asks and kernel is not None and (not in_process or not found.problems):
         teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
+    if teacher is not None and prompts is not None:
+        teacher.take_rows([p.teacher for p in prompts.prompts])
     if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
     if teacher is not None and own.asks == "distribution" and model_cfg is not None:
@@ -325,6 +344,14 @@ def check_teachers_files(cfg, prompts: data.Prompts | None) -> None:
     Raises:
       UserError: a template that refuses a kind of prompt; a tokenizer or lengths that do not go with the model.
     """
+    for name, own in by_row.configs(cfg).items():
+        mine = prompts and dataclasses.replace(prompts, prompts=[p for p in prompts.prompts if p.teacher == name])
+        try:
+            check_teachers_files(own, mine)
+        except UserError as error:
+            raise UserError(f"teachers.{name}: {error}") from error
+    if cfg.teachers:
+        return
     template = check_teacher(cfg)
     if prompts is not None:
         data.check_rendering(template, prompts)

@@ -196,6 +196,8 @@ def _audit(step: Step, a, by_chance, grade) -> dict:
     }
     if by_chance:
         record["chance"] = by_chance
+    if a.request.teacher:
+        record["teacher"] = a.request.teacher
     if texts.left_out:
         record["left_out_characters"] = texts.left_out
     return record

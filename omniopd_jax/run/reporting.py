@@ -5,11 +5,12 @@ import json
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, graders, objective
+from omniopd_jax import audit, config, experience, graders, objective, span
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
+from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
@@ -92,6 +93,8 @@ class Reports:
                 )
         asked = audit.metrics(got.feedback, cfg)
         asked |= logging.total(processes.gather("teacher's own counts", service), self._run.disks)
+        if cfg.teachers:
+            asked |= by_row.agreement(got.feedback.audits, processes.gather)
         for key in ADDED_UP:
             totals[key] = totals.get(key, 0) + asked[key]
         for key, seconds in own.items():
@@ -143,6 +146,8 @@ class Reports:
         }
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
             here["rollout/score_logp_gap"] = gap
+        if run.cfg.audit.span != "all" and objective.of(run.cfg).chunks:
+            here["audit/span_fraction"] = span.fraction(run.student.template.tokenizer, responses, run.cfg.audit.span)
         if got.rewards is not None:
             here["reward/mean"] = float(got.rewards.mean())
         lengths = [[len(p.token_ids) for p in responses.prompts], list(map(len, responses.tokens))]

@@ -14,16 +14,18 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import identity, logging, preflight, profiling
+from omniopd_jax.run import identity, logging, preflight, profiling, thinking
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
 from omniopd_jax.staleness import Ahead
+from omniopd_jax.teachers import by_row
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
-    "run_dir", "local_dir", "seed", "student", "data", "teacher", "eval", "log", "checkpoint", "budget", "distributed",
+    "run_dir", "local_dir", "seed", "student", "data", "teacher", "teachers", "eval", "log", "checkpoint", "budget",
+    "distributed",
     "profile",
 )  # fmt: skip
 compiled_steps = functools.lru_cache(maxsize=1)(step.make_steps)  # another seed in this process compiles nothing
@@ -78,7 +80,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(cfg, teacher, checked.teacher_said, len(set(disks)))
+            say_teacher(cfg, checked, len(set(disks)))
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -89,11 +91,13 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(cfg: ConfigDict, teacher: teachers.Teacher, said: str, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, checked: preflight.Checked, hosts: int) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
-    logging.say(said)
-    for line in remarks(cfg, teacher):
-        logging.say(line)
+    teacher = checked.teacher
+    logging.say(checked.teacher_said)
+    for own_cfg, own in by_row.each(cfg, teacher):
+        for line in remarks(own_cfg, own) + thinking.remarks(own_cfg, checked.template, own):
+            logging.say(line)
     teacher.divide_budget(hosts)
     if teacher.report:
         logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")

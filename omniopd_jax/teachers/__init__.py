@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from omniopd_jax.errors import TeacherStopped, UserError, one_of
-from omniopd_jax.teachers import local, probe, simulated
+from omniopd_jax.teachers import by_row, local, probe, simulated
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
     LOGP,
@@ -63,6 +63,8 @@ def make(cfg, needs: str | None = None) -> Teacher:
         settings.
     """
     needs = needs or _NEEDS.get(cfg.objective.name, TEXT)
+    if cfg.teachers:
+        return _by_row(cfg, needs)
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
     provider = TEACHERS[cfg.teacher.provider]
     if needs == TEXT:
@@ -84,6 +86,24 @@ def make(cfg, needs: str | None = None) -> Teacher:
             )
         )
     return teacher
+
+
+def _by_row(cfg, needs: str) -> Teacher:
+    """The named teachers, each made as if it were the run's only one; what has been made is closed where one fails."""
+    if needs == DISTRIBUTION:
+        raise UserError(
+            f"objective.name = {cfg.objective.name!r} reads one teacher's weights: `teachers` names several"
+        )
+    cfgs = by_row.configs(cfg)
+    made: dict[str, Teacher] = {}
+    for name, own in cfgs.items():
+        try:
+            made[name] = make(own, needs)
+        except UserError as error:
+            for journal in (t.journal for t in made.values() if t.journal is not None):
+                journal.close()
+            raise UserError(f"teachers.{name}: {error}") from error
+    return by_row.RowTeachers(cfgs, made)
 
 
 async def probe_report(cfg) -> probe.ProbeReport:

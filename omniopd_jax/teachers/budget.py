@@ -10,77 +10,15 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import re
 
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers.journal import Journal, Totals
+from omniopd_jax.teachers.prices import PRICES, Price, listed_price
+
+__all__ = ["PRICES", "Budget", "Estimate", "Price", "ends_early", "estimate", "listed_price", "price"]
 
 PROBE_TOKENS = 16  # what the probe asks for in each call
 OTHERS_S = 0.2  # how often the calls of other processes are looked at, where they hold the room
-
-
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """USD per million tokens: fresh input, input served from the provider's cache, output, input written to it."""
-
-    input: float = 0.0
-    cached: float = 0.0
-    output: float = 0.0
-    written: float = 0.0
-    known: bool = True  # False: no table has the model, and the config names no price: its cost is not 0, it is unknown
-
-    def cost(self, tokens_in: int, tokens_cached: int, tokens_out: int, tokens_written: int = 0) -> float:
-        """Dollars; `tokens_in` holds the cached and the written ones."""
-        fresh = tokens_in - tokens_cached - tokens_written
-        parts = fresh * self.input + tokens_cached * self.cached + tokens_written * self.written
-        return (parts + tokens_out * self.output) / 1e6
-
-
-# Looked up in stored copies of public pages, November 2026; check before spending: prices change without notice.
-# Anthropic: https://platform.claude.com/docs/en/about-claude/pricing (cache writes kept 5 minutes)
-# OpenAI: https://developers.openai.com/api/docs/pricing, read through secondary tables of March to November 2026
-# Gemini: https://ai.google.dev/gemini-api/docs/pricing, the 2.5 rows through secondary pages of January to March 2026
-# By exact name, or a name with a date, a version or `-latest` after it: a name that only begins alike is another model.
-PRICES = {
-    "claude-haiku-4-5": Price(1.00, 0.10, 5.00, 1.25),
-    "claude-haiku-5-5": Price(0.10, 0.01, 0.50, 0.125),  # up to 100,000 prompt tokens; five times that above
-    "claude-sonnet-4-5": Price(3.00, 0.30, 15.00, 3.75),
-    "claude-sonnet-4-6": Price(3.00, 0.30, 15.00, 3.75),
-    "claude-sonnet-5": Price(2.00, 0.20, 10.00, 2.50),
-    "claude-sonnet-5-5": Price(2.00, 0.10, 10.00, 2.50),
-    "claude-opus-4-1": Price(15.00, 1.50, 75.00, 18.75),
-    "claude-opus-4-5": Price(5.00, 0.50, 25.00, 6.25),
-    "claude-opus-4-6": Price(5.00, 0.50, 25.00, 6.25),
-    "claude-opus-4-7": Price(5.00, 0.50, 25.00, 6.25),
-    "claude-opus-4-8": Price(5.00, 0.50, 25.00, 6.25),
-    "claude-opus-5": Price(5.00, 0.50, 25.00, 6.25),
-    "gpt-4o": Price(2.50, 1.25, 10.00, 2.50),
-    "gpt-4o-mini": Price(0.15, 0.075, 0.60, 0.15),
-    "gpt-4.1": Price(2.00, 0.50, 8.00, 2.00),
-    "gpt-4.1-mini": Price(0.40, 0.10, 1.60, 0.40),
-    "gpt-4.1-nano": Price(0.10, 0.025, 0.40, 0.10),
-    "gpt-5": Price(1.25, 0.125, 10.00, 1.25),
-    "gpt-5-mini": Price(0.25, 0.025, 2.00, 0.25),
-    "gpt-5-nano": Price(0.05, 0.005, 0.40, 0.05),
-    "gpt-5.4": Price(2.50, 0.25, 15.00, 2.50),
-    "gpt-5.4-mini": Price(0.75, 0.075, 4.50, 0.75),
-    "gemini-2.5-flash": Price(0.30, 0.03, 2.50, 0.30),
-    "gemini-2.5-flash-lite": Price(0.10, 0.01, 0.40, 0.10),
-    "gemini-3.8-flash": Price(0.75, 0.075, 3.75, 0.75),  # until 31 December 2026, then 1.50 / 0.15 / 7.50
-}
-
-
-def listed_price(model: str) -> Price | None:
-    """The table's price of a model by its exact name, or by a name and a date, a version or `-latest`; None: not
-    listed."""
-    return PRICES.get(undated(model))
-
-
-def undated(model: str) -> str:
-    """A model's name without what only says which state of it: `models/` before it, a date, a version or `-latest`
-    after it."""
-    name = model.removeprefix("models/")
-    return re.sub(r"(?:-latest|[-@]20\d{6}|-20\d\d-\d\d-\d\d|-\d{3})$", "", name)
 
 
 def price(cfg, *, self_hosted: bool, model: str | None = None) -> Price:
@@ -152,8 +90,7 @@ class Budget:
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
         """
-        most = max(self.price.input, self.price.cached, self.price.written)
-        usd = (tokens_in * most + tokens_out * self.price.output) / 1e6
+        usd = self.price.most(tokens_in, tokens_out)
         async with self.turn:
             while True:
                 call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
@@ -294,8 +231,8 @@ def estimate(
     tokens_out = tuple(c * length for c, length in zip(calls, written))
     cached = (again, again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
     usd = tuple(
-        price.cost(i, i * share, o, (i - i * share) if price.written > price.input else 0)
-        for i, share, o in zip(tokens_in, cached, tokens_out)
+        c * price.cost(i, i * share, o, (i - i * share) if price.written > price.input else 0)
+        for c, i, share, o in zip(calls, sent, cached, written)
     )
     longest = {"sft": cfg.max_completion_length, "opd": 1}.get(cfg.objective.name, cfg.audit.chunk_tokens)
     slowest = latency_s[1] * max(1.0, longest / PROBE_TOKENS)

@@ -164,6 +164,8 @@ def restore(snapshot, folder) -> int:
     """
     snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(p for p in snapshot.glob("*") if p.is_dir()):  # of a named teacher
+        copied += restore(path, folder / path.name)
     for path in sorted(snapshot.glob("*.sqlite")):
         target = folder / path.name
         if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there

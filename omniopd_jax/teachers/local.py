@@ -142,7 +142,7 @@ class LocalTeacher(Teacher):
             r = item[0]
             groups.setdefault((len(r.indices), r.temperature, r.top_p), []).append(item)
         for (n, temperature, top_p), items in groups.items():
-            texts = [self._template.render(r.messages) + r.prefix for r, _, _ in items]
+            texts = [self._template.continued(r.messages, r.prefix) for r, _, _ in items]
             ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             rows = self._sample([ids[i] for i in order], [items[i][0] for i in order], n, temperature, top_p)

@@ -43,6 +43,7 @@ class ProbeReport:
     usd_per_call: float
     calls: int
     answering: str = ""  # the model that answered, where it is another than the one asked for
+    thinks: str = ""  # how an answer to an empty prefix begins: with `hidden` or `open` thoughts, or none
 
     def table(self) -> str:
         """Plain text, one row a question."""
@@ -66,6 +67,7 @@ class _Probe:
     def __init__(self, teacher):
         self.teacher, self.client, self.t = teacher, teacher.client, teacher.cfg.teacher
         self.rows, self.latencies, self.usd, self.calls = [], [], 0.0, 0
+        self.thinks = ""
 
     async def run(self) -> ProbeReport:
         start = time.monotonic()
@@ -86,7 +88,8 @@ class _Probe:
         answering = self.teacher.answering
         if answering:
             self._row("answered by", f"{answering}, not {self.client.model}")
-        report = ProbeReport(self.client.model, mode, tuple(self.rows), latency, usd, self.calls, answering)
+        rows = tuple(self.rows)
+        report = ProbeReport(self.client.model, mode, rows, latency, usd, self.calls, answering, self.thinks)
         self._save(report)
         return report
 
@@ -142,10 +145,12 @@ class _Probe:
             if reply.tokens_hidden or any("<think>" in text.text for text in reply.texts):
                 if self.client.silence():
                     continue
+                cost = self.teacher.price.output * reply.tokens_hidden / 1e6
+                paid = f", {cost:.6f} USD a call" if self.teacher.price.known and cost else ""
                 raise UserError(
                     f"{self._where()} spends its tokens on hidden reasoning ({reply.tokens_hidden} of "
-                    f"{reply.stated.tokens_out}) and it cannot be switched off: choose a model that does not, or set "
-                    "teacher.chat_template_kwargs.enable_thinking = False where the server takes it"
+                    f"{reply.stated.tokens_out}{paid}) and it cannot be switched off: choose a model that does not, or "
+                    "set teacher.chat_template_kwargs.enable_thinking = False where the server takes it"
                 )
             return reply
 
@@ -291,14 +296,23 @@ class _Probe:
         self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
         return best
 
-    async def _whole(self, mode) -> str:
-        """What an empty prefix gets, as first chunks and whole solutions do: a teacher that thinks begins with its
-        thoughts."""
+    async def _whole(self, mode) -> tuple[str, str]:
+        """(what an empty prefix gets, how it thinks: `hidden`, `open` or ""), as first chunks and whole solutions do.
+
+        Only here a teacher that thinks shows it: with a prefix it goes on with an answer that has begun. One that
+        thinks out of sight is asked once more with its reasoning switched off, as far as the service takes that.
+        """
         call = wire.Call(OPEN, "", 1, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), 13, mode)
-        try:
-            return begins(await self._send(call))
-        except wire.CallError as e:
-            return f"refused: {e}"
+        while True:
+            try:
+                reply = await self._send(call)
+            except wire.CallError as e:
+                if self.client.learn(e, call):
+                    continue
+                return f"refused: {e}", ""
+            if reply.tokens_hidden and self.client.silence():
+                continue
+            return begins(reply)
 
     async def _sampling(self, mode):
         """Does it sample, keep the seed, the cap on tokens and leading whitespace?"""
@@ -325,23 +339,24 @@ class _Probe:
         most = max(-(-reply.stated.tokens_out // len(reply.texts)) for reply in (first, again, other))
         self._row("max_tokens", f"kept: {most} of {PROBE_TOKENS}" if most <= PROBE_TOKENS else f"NOT kept: {most}")
         self._row("leading whitespace", "kept" if any(text[:1].isspace() for text in texts) else "not seen")
-        self._row("hidden reasoning", "none")
-        self._row("a whole answer", await self._whole(mode))
+        said, self.thinks = await self._whole(mode)
+        self._row("hidden reasoning", "none in continuations" if self.thinks else "none")
+        self._row("a whole answer", said)
         left_out = ", ".join(sorted(self.client.seen.dropped))
         if left_out:
             self._row("left out (refused)", left_out)
 
 
-def begins(reply) -> str:
-    """How an answer to an empty prefix begins: with the answer, or with thoughts, seen or hidden."""
+def begins(reply) -> tuple[str, str]:
+    """(how an answer to an empty prefix begins, `hidden`, `open` or "": with thoughts out of sight, seen, or none)."""
     text = reply.texts[0].text.lstrip()
     if reply.tokens_hidden:
-        return f"begins with hidden thoughts ({reply.tokens_hidden} tokens): switch its thinking off, or raise the caps"
+        said = f"begins with hidden thoughts ({reply.tokens_hidden} tokens): first chunks and solutions are cut short"
+        return f"{said} by them; switch its thinking off, or raise the caps", "hidden"
     if text.startswith(THOUGHTS):
-        return (
-            "begins with its thoughts: teacher.chat_template_kwargs.enable_thinking = False, unless the student thinks"
-        )
-    return "begins with the answer"
+        off = "teacher.chat_template_kwargs.enable_thinking = False"
+        return f"begins with its thoughts ({text[:20]!r}): {off}, unless the student thinks", "open"
+    return "begins with the answer", ""
 
 
 def verdict(text: str, mode: str) -> str:

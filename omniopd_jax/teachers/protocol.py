@@ -29,6 +29,7 @@ class ContinuationRequest:
       indices: which continuations are wanted, by index; their number is the n of the call.
       max_tokens: length of each, in the teacher's own tokens.
       temperature, top_p: the teacher's sampling; never greedy in training (method.md, section 2).
+      teacher: which of `teachers.NAME` is asked; "": the run's only one.
     """
 
     sample_id: str
@@ -39,6 +40,7 @@ class ContinuationRequest:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    teacher: str = ""
 
     def seed(self, index: int) -> int:
         """A 31-bit seed that depends on who asks, where and for which continuation, stable across processes."""
@@ -158,6 +160,13 @@ class Teacher(Protocol):
     async def close(self) -> None:
         """Frees connections and files."""
 
+    def named(self, name: str) -> "Teacher":
+        """The teacher of a prompt that names it so: of several (by_row.py) that one, else itself."""
+        return self
+
+    def take_rows(self, names: list[str]) -> None:
+        """Learns which teacher each training prompt names; nothing to a run's only one."""
+
     def metrics(self) -> dict[str, float]:
         """`Counts.take()` of what it did since the last call; empty for a teacher that does not count."""
         return {}
@@ -184,11 +193,12 @@ class PaidTeacher(Teacher, Protocol):
     budget: Any  # budget.Budget
     price: Any  # budget.Price
 
-    def estimate(self, steps: int | None = None) -> Any:
-        """budget.Estimate of what is still to come: calls, tokens, dollars and hours, each with a range."""
+    def estimate(self, steps: int | None = None, part: float = 1.0) -> Any:
+        """budget.Estimate of what is still to come for `part` of the prompts: calls, tokens, dollars and hours, each
+        with a range."""
         raise NotImplementedError
 
-    def forecast(self, steps: int | None = None) -> str:
+    def forecast(self, steps: int | None = None, part: float = 1.0) -> str:
         """The estimate as a table, with a warning where the budget will not last."""
         raise NotImplementedError
 

@@ -164,9 +164,9 @@ class RemoteTeacher(PaidTeacher):
             "teacher/price_known": int(self.price.known),
         }
 
-    def forecast(self, steps: int | None = None) -> str:
+    def forecast(self, steps: int | None = None, part: float = 1.0) -> str:
         """`estimate` as a table, and a warning where the budget will not last; plain text."""
-        estimate = self.estimate(steps)
+        estimate = self.estimate(steps, part)
         steps = self.cfg.num_steps if steps is None else steps
         warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
         if not self.price.known:
@@ -181,8 +181,12 @@ class RemoteTeacher(PaidTeacher):
         """See `Teacher.spent`."""
         return self.journal.spent()
 
-    def estimate(self, steps: int | None = None) -> money.Estimate:
-        """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`."""
+    def estimate(self, steps: int | None = None, part: float = 1.0) -> money.Estimate:
+        """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`.
+
+        `part`: of the prompts, where they have several teachers.
+        """
+        steps = (self.cfg.num_steps if steps is None else steps) * part
         latency = self.report.latency_s if self.report else (1.0, 5.0)
         takes_n = bool(self.client.seen.takes_n)
         most = self.client.most_texts
@@ -401,6 +405,7 @@ class _Audit:
                 r.messages, r.prefix, len(group), r.max_tokens, r.temperature, r.top_p, r.seed(group[0]), self.mode,
                 wanted=len(missing),
             )  # fmt: skip
+            dropped = set(t.client.seen.dropped)
             try:
                 sent = await t.traffic.send(
                     call, self.key, deadline=deadline, accept=lambda reply, group=group: self._rows(reply, group)
@@ -408,7 +413,7 @@ class _Audit:
                 break
             except wire.CallError as e:
                 self.usage += Usage(calls=e.attempts, retries=max(0, e.attempts - 1))
-                if t.client.learn(e, call):
+                if t.client.learn(e, call) or t.client.seen.learnt_meanwhile(e, dropped):
                     group = group if t.client.seen.takes_n else group[:1]
                     continue
                 if e.kind == "refused":  # the same for every index: ask no more

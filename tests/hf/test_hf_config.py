@@ -147,6 +147,17 @@ def test_what_is_not_implemented_is_refused_by_name(base, change, message):
 # --- what changes nothing, and the models that people ask for
 
 
+@pytest.mark.parametrize("base", [QWEN, LLAMA, MOE], ids=["qwen3", "llama", "moe"])
+def test_a_field_at_what_every_family_here_has_changes_nothing(base):
+    inert = {"use_rms_norm": True, "position_embedding_type": "rope", "gated_mlp": True, "norm_type": "rmsnorm",
+             "logits_to_keep": 0, "num_logits_to_keep": 1, "model_parallel": False, "scale_attn_weights": True,
+             "scoring_func": "softmax", "moe_layer_freq": 1, "rms_norm_unit_offset": False}  # fmt: skip
+    assert hf.model_config(base | inert, "f") == hf.model_config(base, "f")
+    for key, value in {"use_rms_norm": False, "position_embedding_type": "alibi", "scoring_func": "sigmoid"}.items():
+        with pytest.raises(UserError, match=f"unknown field {key}"):
+            hf.model_config(base | {key: value}, "f")
+
+
 @pytest.mark.parametrize("case", rows("cases.jsonl"), ids=lambda c: c["name"])
 def test_a_published_field_that_changes_nothing_is_accepted(case):
     """Files that were refused once; what is read is what the same file says without such fields."""

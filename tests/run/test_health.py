@@ -94,6 +94,13 @@ def test_a_teacher_temperature_of_0_trips_at_the_first_audits():
     assert runs.checks([runs.row(0)], [runs.audit(0, 0)], **{"teacher.temperature": 0.0}) == {"teacher_not_sampling"}
 
 
+def test_a_span_that_holds_no_chunk_trips_few_chunks_though_nothing_was_audited():
+    empty = rows(**{"audit/span_fraction": 0.0, "audit/chunks": 0, "completions/mean_length": 400})
+    assert runs.checks(empty, [], **PUBLISHED | {"audit.span": "answer"}) == {"few_chunks"}
+    full = rows(**{"audit/span_fraction": 0.5, "audit/chunks": 96, "completions/mean_length": 400})
+    assert runs.checks(full, **PUBLISHED | {"audit.span": "answer"}) == set()
+
+
 def test_the_middle_band_alone_can_trip_teacher_not_sampling():
     assert runs.checks(rows(**{"audit/midband_fraction": 0.01})) == {"teacher_not_sampling"}
     agreed = {"audit/midband_fraction": 0.01, "audit/k_sem_mean": 3.95}  # a student that writes what the teacher does

@@ -105,6 +105,8 @@ class OpenAI:
             more = {k: v for way in gives for k, v in (cls.SCORING[way] | cls.IDS).items()}
             if "ignore_unknown" in owner.extensions:
                 more = cls.SCORING["prompt_logprobs"] | cls.IDS
+            if "skip_special_tokens" in owner.extensions:
+                more = more | {"skip_special_tokens": _boolean}
             _fields(body, cls.COMPLETION | more, refuses=owner.refuses)
             _need(body, "model", "prompt")
             cls.known(owner, body)
@@ -450,6 +452,8 @@ class Gemini:
             role = "assistant" if content["role"] == "model" else "user"
             turns.append({"role": role, "content": "".join(part["text"] for part in content["parts"])})
         thinking = config.get("thinkingConfig", {})
+        if owner.refused and owner.refused(body):
+            raise Refusal(400, "thinking_budget is not supported by this model; use thinking_level.", "")
         budget = thinking.get("thinkingBudget", thinking.get("thinking_budget"))
         if owner.model_thinks == "always" and budget == 0:
             raise Refusal(400, "Budget 0 is invalid. This model only works in thinking mode.", "")

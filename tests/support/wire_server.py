@@ -90,9 +90,10 @@ class WireServer:
         self.key = None  # a key that every request must carry; None: any, or none
         self.speak = speak
         self.extensions = {"completion", "continue_final_message"}
-        # + "prefix", "prefill", "ignore_unknown", "prompt_logprobs", "echo"
+        # + "prefix", "prefill", "ignore_unknown", "prompt_logprobs", "echo", "skip_special_tokens"
         self.honours_n = True
         self.refuses = set()  # request fields that get a 400 by name
+        self.refused = None  # body -> whether it gets a 400 for its thinking settings
         # True: spends max_tokens on hidden reasoning unless told not to; "always": cannot stop
         self.model_thinks = False
         self.scores = None  # ids -> log-prob of each, None for the first: what a white-box teacher gives

@@ -1,13 +1,15 @@
 """The providers' models of November 2026: what they refuse, what they cost, who answers in whose place."""
 
 import asyncio
+import re
 
 import pytest
 from teacher_kit import EXTENSIONS, ask, cfg_for, check, request, teacher_of
 from wire_protocols import OpenAI
 from wire_server import WireServer, speak
 
-from omniopd_jax.teachers import TeacherStopped, budget, wire
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import TeacherStopped, budget, prices, wire
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,54 @@ def test_a_sampling_field_that_gemini_refuses_is_left_out_and_said(field, tmp_pa
         [result] = ask(c, request())
         assert len(result.continuations) == 4
         assert field not in server.calls()[-1]["body"]["generationConfig"]
+
+
+def test_a_field_that_is_refused_in_mid_run_fails_no_call(tmp_path):
+    """A model is rerouted while 16 calls are out: each is asked again without the field, and none is written off."""
+
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            return await asyncio.gather(*(teacher.continue_text(request(f"s{i}", n=1)) for i in range(16)))
+
+    with WireServer(refuses={"seed"}, delay_s=0.05) as server:
+        results = asyncio.run(run(cfg_for(server.url("openai"), "openai", tmp_path)))
+        assert all(len(r.continuations) == 1 for r in results) and len(server.calls()) <= 32
+
+
+def test_gemini_is_asked_for_the_least_thinking_that_it_takes(tmp_path):
+    """3.x refuses a budget of 0 and takes a level; a model that takes neither is left to itself, and probed."""
+
+    def refuses_budget(body):
+        return any("udget" in key for key in body["generationConfig"].get("thinkingConfig", {}))
+
+    with WireServer(extensions=EXTENSIONS["gemini"], refused=refuses_budget) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path)
+        _, report = check(c)
+        assert dict(report.rows)["left out (refused)"] == "thinking"
+        assert server.calls()[-1]["body"]["generationConfig"]["thinkingConfig"].popitem()[1] == "MINIMAL"
+    said = "spends its tokens on hidden reasoning .* cannot be switched off"
+    with (
+        WireServer(extensions=EXTENSIONS["gemini"], model_thinks="always") as server,
+        pytest.raises(UserError, match=said),
+    ):
+        check(cfg_for(server.url("gemini"), "gemini", tmp_path / "always"))
+
+
+@pytest.mark.parametrize("name", budget.PRICES)
+def test_every_price_has_a_day_and_a_page(name):
+    listed = prices.TABLE[name]
+    assert re.match(r"20\d\d(-\d\d){0,2}$", listed.read) and re.search(r"https?://|\w+/\w+, ", listed.page)
+    assert prices.source(f"{name}-latest").startswith(f"read {listed.read}: ")
+    assert 0 < listed.price.cached <= listed.price.input <= listed.price.output
+
+
+def test_a_price_that_rises_with_the_prompts_length_is_reserved_and_counted():
+    price = budget.listed_price("claude-haiku-5-5")
+    assert price.cost(100_000, 0, 0) == pytest.approx(0.01) and price.cost(100_001, 0, 0) > 0.05
+    for sent in (1_000, 100_000, 100_001, 400_000):
+        for cached, written in ((0, 0), (sent, 0), (0, sent)):
+            assert price.cost(sent, cached, 50, written) <= price.most(sent, 50) + 1e-12
+            assert price.cost(sent, cached, 50, written) <= price.most(4 * sent, 50) + 1e-12
 
 
 PREFIX = "".join(f"step {i}: we add the numbers and carry the one. " for i in range(340))  # some 4,000 tokens

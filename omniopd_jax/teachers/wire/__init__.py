@@ -118,6 +118,14 @@ class Learner:
             self.takes_n, self.n_suspected = True, False
         return False
 
+    def learnt_meanwhile(self, error: CallError, before: set) -> bool:
+        """Whether a call was refused for a field that others, sent at the same time, have learnt to leave out.
+
+        Args:
+          before: `dropped` as it was when the call went out.
+        """
+        return error.kind == "refused" and error.status in (400, 422) and error.field in self.dropped - before
+
 
 def same_model(asked: str, served: str, self_hosted: bool) -> bool:
     """Whether the model that answered is the one that was asked for: by name, or a state of it (a date, a version).

@@ -2,7 +2,8 @@
 
 - `prefill`: a last turn of role `model` is continued; `instruct` where it is not.
 - `candidateCount` asks for n texts where the model takes it, at most 8; a seed is taken.
-- Thinking is switched off by `thinkingBudget = 0` (2.5 Flash); a model that cannot (2.5 Pro) is refused by the probe.
+- Thinking is switched off by `thinkingBudget = 0` (2.5 Flash); where that is refused (3.x), `thinkingLevel = minimal`
+  is asked for, and where that is too, nothing. A model that then thinks (2.5 Pro) is refused by the probe.
 - `topP` always goes out, at 1.0 too: left out, the service takes its own 0.95, which is not the method's distribution.
 A model
   that refuses it (3.7 and 3.8 flash) is asked without, as it is for temperature and the thinking budget; the probe says
@@ -131,6 +132,8 @@ class GeminiClient:
             settings["seed"] = call.seed
         if "thinking" not in self.seen.dropped:
             settings["thinking_config"] = types.ThinkingConfig(thinking_budget=0)
+        elif "thinking_level" not in self.seen.dropped:
+            settings["thinking_config"] = types.ThinkingConfig(thinking_level=types.ThinkingLevel.MINIMAL)
         if system:
             settings["system_instruction"] = system
         return contents, types.GenerateContentConfig(**settings), sent, space
@@ -138,7 +141,9 @@ class GeminiClient:
     def learn(self, error: wire.CallError, call: wire.Call) -> bool:
         """Whether the call is worth sending once more, without what the service has refused by name."""
         # thinking: of a model that knows none; one that cannot stop it is caught by the probe
-        return self.seen.learn(error, call, {"seed", "thinking", "temperature", "top_p"})
+        if error.field == "thinking" and "thinking" in self.seen.dropped:
+            error.field = "thinking_level"
+        return self.seen.learn(error, call, {"seed", "thinking", "thinking_level", "temperature", "top_p"})
 
     def _reply(self, answer, headers, sent, space, mode) -> wire.Reply:
         candidates = answer.get("candidates")
@@ -188,6 +193,7 @@ def _field(message: str) -> str:
     names = {
         "thinking": "thinking",
         "candidatecount": "candidateCount",
+        "multiple candidates": "candidateCount",
         "topp": "top_p",
         "temperature": "temperature",
         "seed": "seed",

@@ -8,6 +8,8 @@ What differs between them, and how each is met:
   continue a last assistant turn as it is (`prefill`).
 - `completion` renders the chat template here (`teacher.tokenizer`) and asks `/v1/completions` for raw continuation: the
   one way that keeps every character, for every engine with an open model.
+- gpt-oss writes its thoughts and its answer in channels: `completion` puts the prefix in one, and reads them off what
+  comes (`hf.harmony`); the server is asked to leave the marks in (`skip_special_tokens`: vLLM, SGLang).
 - vLLM takes its sampling defaults from the model's generation_config.json (Qwen3: top_p 0.95, top_k 20): start it with
   `--generation-config vllm` (launch/teacher_vllm.sh does), since a top_p of 1.0 is left out on the wire.
 """
@@ -16,6 +18,7 @@ import dataclasses
 
 from omniopd_jax import hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import harmony, thoughts
 from omniopd_jax.hf.template import of_teacher
 from omniopd_jax.teachers import wire
 from omniopd_jax.teachers.protocol import LOGP, TEXT
@@ -143,7 +146,9 @@ class OpenAIClient:
         extra = dict(self.extra)
         if call.mode == "completion":
             method = client.completions
-            body["prompt"] = self.render(call.messages) + call.prefix
+            body["prompt"] = self._continued(call)
+            if self.harmony:
+                extra["skip_special_tokens"] = False  # channels are read off the marks: no refusal is passed over
             stops = self._template().stop_strings if self.raw else ()
             if stops and "stop" not in self.seen.dropped:
                 body["stop"] = list(stops[:4])  # OpenAI's most; the text is cut here too
@@ -155,7 +160,9 @@ class OpenAIClient:
             raw = await method.with_raw_response.create(**body, extra_body=extra or None)
         answer = wire.read.json_object(raw.http_response.content)
         with wire.as_promised():
-            reply = self._reply(answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode)
+            reply = self._reply(
+                answer, raw.headers, sent, space, chat=call.mode != "completion", mode=call.mode, prefix=call.prefix
+            )
         self.seen.answered(call, len(reply.texts))
         return reply
 
@@ -207,7 +214,7 @@ class OpenAIClient:
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
         return [*call.messages, turn], extra, sent, space
 
-    def _reply(self, answer, headers, sent, space, *, chat, mode) -> wire.Reply:
+    def _reply(self, answer, headers, sent, space, *, chat, mode, prefix) -> wire.Reply:
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise wire.malformed("choices")
@@ -228,8 +235,7 @@ class OpenAIClient:
             if mode != "instruct" and text.text:
                 text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
             if mode == "completion" and self.template is not None:
-                cut, stopped = self.template.cut(text.text)
-                text = dataclasses.replace(text, text=cut, finish="stop" if stopped else text.finish)
+                text = self._cut(text, prefix)
             texts.append(text)
         wrote = any(text.text for text in texts)
         billed = _billed(answer, wrote=wrote)
@@ -253,6 +259,25 @@ class OpenAIClient:
         template = self._template()
         start = template.tokenizer and template.tokenizer.bos_token
         return template.render(messages).removeprefix(start or "")  # the server puts its own start token in front
+
+    def _continued(self, call) -> str:
+        """The prompt and the unfinished answer behind it, for `/v1/completions`."""
+        return thoughts.joined(self.render(call.messages), call.prefix)
+
+    @property
+    def harmony(self) -> bool:
+        """Whether the teacher's own template writes gpt-oss's channels (`hf.harmony`)."""
+        source = self._template().source if self.raw else None
+        return bool(source) and harmony.BEGINS in source
+
+    def _cut(self, text: wire.Text, prefix: str) -> wire.Text:
+        """A text of raw completion up to where it ends: at a stop string, or a mark of the format."""
+        body, ended = text.text, False
+        if self.harmony:
+            marks = (thoughts.OPEN, thoughts.CLOSE)
+            body, ended = harmony.read(body, thoughts.CLOSE, thinking=harmony.thinking(prefix, *marks))
+        body, stopped = self.template.cut(body)
+        return dataclasses.replace(text, text=body, finish="stop" if stopped or ended else text.finish)
 
     def _template(self):
         """The teacher's template (`hf.template`), made when first asked."""

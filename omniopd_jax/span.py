@@ -1,0 +1,56 @@
+"""Which part of a response is audited (`audit.span`): all of it, the answer, or the thoughts before it (ours).
+
+A chunk must be in the span as a whole, as it must end inside the response: no weight falls on the other part. What is
+not audited stays in U, with the anchor; the equation is the same.
+"""
+
+import numpy as np
+
+from omniopd_jax.hf import thoughts
+
+TAIL = 32  # tokens of a prompt that are looked at for an open mark
+
+
+def eligible(tokenizer, prompts, tokens: list[list[int]], T: int, cfg) -> np.ndarray:
+    """bool [B, T]: a chunk of `audit.chunk_tokens` that starts at t is in `audit.span`; False past a row's end.
+
+    A response whose thoughts are never closed has no answer; one that never opens any is all answer.
+
+    Args:
+      tokenizer: the student's.
+      prompts: a data.Prompt per row.
+      tokens: response tokens per row.
+    """
+    out = np.zeros((len(tokens), T), bool)
+    for b, row in enumerate(tokens):
+        out[b, : len(row)] = inside(of_row(tokenizer, prompts[b], row, cfg.audit.span), cfg.audit.chunk_tokens)
+    return out
+
+
+def of_row(tokenizer, prompt, row: list[int], span: str) -> np.ndarray:
+    """bool [len]: the response's tokens that are in `span`."""
+    if span == "all":
+        return np.ones(len(row), bool)
+    thought_T = thoughts.token_mask(tokenizer, row, inside=bool(opened(tokenizer, prompt)))
+    return thought_T if span == "thinking" else ~thought_T
+
+
+def inside(in_span_T: np.ndarray, chunk_tokens: int) -> np.ndarray:
+    """bool [T]: all of the `chunk_tokens` tokens from t on, or those that there are, are in the span."""
+    T = len(in_span_T)
+    outside = np.concatenate([[0], np.cumsum(~in_span_T)])
+    return outside[np.minimum(np.arange(T) + chunk_tokens, T)] == outside[:T]
+
+
+def fraction(tokenizer, responses, span: str) -> float:
+    """The share of the tokens of `responses` (experience.Responses) that are in the span."""
+    rows = zip(responses.prompts, responses.tokens, strict=True)
+    return sum(int(of_row(tokenizer, p, row, span).sum()) for p, row in rows) / max(1, sum(map(len, responses.tokens)))
+
+
+def opened(tokenizer, prompt) -> str:
+    """What a prompt writes of the answer itself: the open mark at its end, "" where there is none."""
+    tail = tokenizer.decode(
+        list(prompt.token_ids[-TAIL:]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return thoughts.left_open(tail)
