@@ -22,7 +22,7 @@ report: .venv/.lean
 
 test: .venv/.full
 	@echo "== test: the default suite"
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist=worksteal  # whole files stay on one worker, and their fixtures are made once
 
 test-slow: .venv/.full
 	@echo "== test-slow: what takes minutes"

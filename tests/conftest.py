@@ -32,6 +32,16 @@ hypothesis.settings.load_profile("repo")
 
 
 @pytest.fixture(scope="session")
+def runner():
+    """One process that has imported everything and forks a run for each request; all files share it."""
+    import teacher_runs  # here: most tests need no checkpoint library
+
+    runner = teacher_runs.Runner()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
 def model_cfg() -> model.ModelConfig:
     """A Qwen3 of two layers; every axis is even, so that it fits a mesh of (2, 2, 2)."""
     return model.ModelConfig(

@@ -105,13 +105,6 @@ def test_staleness_needs_a_text_teacher_and_is_0_or_1():
             preflight.validate(c)
 
 
-@pytest.fixture(scope="module")
-def runner():
-    runner = teacher_runs.Runner()
-    yield runner
-    runner.close()
-
-
 def records(run):
     drop = ("latency_s", "cost_usd")
     return [{k: v for k, v in a.items() if k not in drop} for a in run.audits()]
