@@ -24,7 +24,7 @@ STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
 # Several processes compile for themselves, each time (processes.init): without LLVM's optimisation that is what takes
 # long
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+FLAGS = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {tiny.XLA_FLAGS}"}
 LAUNCH = str(tiny.REPO / "launch" / "multihost_cpu.sh")
 
 

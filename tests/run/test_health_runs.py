@@ -42,7 +42,7 @@ def one_answer(folder) -> dict:
     rows = [{"prompt": f"Ann has {i} apples. How many?", "solution": "7", "answer": "7"} for i in range(64)]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     data = {"data.source": "jsonl", "data.path": str(folder / "prompts.jsonl"), "data.name": ""}
-    return LONGER | data | {"objective.name": "sft", "optimizer.learning_rate": 3e-3}
+    return LONGER | data | {"objective.name": "sft", "num_generations": 1, "optimizer.learning_rate": 3e-3}
 
 
 def sharp(folder) -> dict:
