@@ -5,7 +5,10 @@ a mask hides the gap between a row's prompt and P. RoPE goes by the true positio
 array a layer, heads before time (docs/design notes: every other layout costs a copy of the cache).
 """
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -16,6 +19,9 @@ from omniopd_jax import model
 from omniopd_jax.model import attention, linear, lora, rope
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run.batching import bucket, pad_rows  # noqa: F401  called as rollout.bucket
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, Key
 
 
 @flax.struct.dataclass
@@ -82,8 +88,9 @@ def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angle
 
 
 def sample(
-    params: dict, cfg: model.ModelConfig, prompt_BP, prompt_length_B, key_B, *, max_new_tokens: int, temperature=1.0,
-    top_p=1.0, top_k=0, num_samples=1, end_ids=(), first_chunk=256, compute: model.Compute | None = None,
+    params: dict, cfg: model.ModelConfig, prompt_BP: Int[Array, "B P"], prompt_length_B: Int[Array, " B"],
+    key_B: Key[Array, " samples"], *, max_new_tokens: int, temperature=1.0, top_p=1.0, top_k=0, num_samples=1,
+    end_ids=(), first_chunk=256, compute: model.Compute | None = None,
 ) -> Rollout:  # fmt: skip
     """Samples `num_samples` completions of every prompt.
 
