@@ -1,7 +1,9 @@
 """Health checks on real runs of the small worlds: the default recipes trip none, and each check has a run that trips it."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 import teacher_runs
 import tiny
@@ -37,33 +39,29 @@ def says(folder, *texts) -> dict:
     return {"teacher.provider": "simulated", "teacher.model": str(folder / "teacher.json")}
 
 
-def one_answer(folder) -> dict:
-    """Fine-tuning on one short answer to everything."""
-    rows = [{"prompt": f"Ann has {i} apples. How many?", "solution": "7", "answer": "7"} for i in range(64)]
-    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
-    data = {"data.source": "jsonl", "data.path": str(folder / "prompts.jsonl"), "data.name": ""}
-    return LONGER | data | {"objective.name": "sft", "num_generations": 1, "optimizer.learning_rate": 3e-3}
-
-
-def sharp(folder) -> dict:
-    """A random student with logits of some hundreds, which bfloat16 rounds by whole nats."""
+def student(folder, sharpness: float, layers: int = 2, gain: float = 1.0) -> dict:
+    """A random student: its logits are scaled by `sharpness`, what each layer adds by `gain`."""
     tokenizer = tiny.tokenizer()
-    params, cfg = tiny.random_model(len(tokenizer), 3, sharpness=150.0)
+    _, cfg = tiny.random_model(len(tokenizer), 3)
+    cfg = dataclasses.replace(cfg, num_layers=layers)
+    params = tiny.init(jax.random.key(3), cfg)
+    written = {k: v * gain if k in ("o", "down") else v for k, v in params["layers"].items()}
+    params |= {"embed": params["embed"] * sharpness, "layers": written}
     hf.save(folder / "student", params, cfg, tokenizer, dtype="float32")
-    return {"student.path": str(folder / "student"), "compute_dtype": "bfloat16", "max_prompt_length": 160}
+    return {"student.path": str(folder / "student"), "max_prompt_length": 160, "prompts_per_step": 8}
 
 
 TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "teacher_not_sampling": lambda folder: {"teacher.temperature": 0.0},
     "teacher_restarting": lambda folder: says(folder, "Sure, here is the rest: 7", "Okay, let me continue: 3"),
     "weights_without_signal": lambda folder: says(folder, "so the answer is 7"),
-    "entropy_collapse": one_answer,
+    "entropy_collapse": lambda folder: student(folder, 150.0),
     "kl_runaway": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 5e-3},
     "repetition": lambda folder: WILD | {"optimizer.learning_rate": 2e-2},
     "truncation": lambda folder: {"max_completion_length": 16},
     "length_drift": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 1e-2},
     "few_chunks": lambda folder: {"audit.chunk_tokens": 24, "audit.num_chunks": 4},
-    "sampler_gap": sharp,
+    "sampler_gap": lambda folder: student(folder, 32.0, layers=48, gain=8.0) | {"compute_dtype": "bfloat16"},
     "no_progress": lambda folder: LONGER
     | {"optimizer.learning_rate": 0.0, "eval.num_prompts": 32, "eval.every": 10},
 }  # fmt: skip
