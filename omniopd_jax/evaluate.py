@@ -30,7 +30,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("temperature", None, "of the student's sampling; default: the recipe's")
     flags.DEFINE_float("top_p", None, "default: the recipe's")
     flags.DEFINE_integer("max_new_tokens", None, "default: the recipe's max_completion_length")
-    flags.DEFINE_integer("limit", 0, "the first so many problems of each benchmark; 0 = all")
+    flags.DEFINE_integer("limit", 0, "the first N problems of each benchmark; 0 = all")
     flags.DEFINE_integer("rows", 64, "completions sampled at once")
     flags.DEFINE_integer("seed", None, "of the sampling; default: the recipe's")
     flags.DEFINE_bool("unsafe", False, "run graded programs as you, without the sandbox")

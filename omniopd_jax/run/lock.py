@@ -138,9 +138,9 @@ def held(run_dir):
     """
     lock = Lock(run_dir)
     if jax.process_index() == 0:
-        processes.together("lock", lambda: _checked(lock, run_dir))
+        processes.raise_on_all("lock", lambda: _checked(lock, run_dir))
     else:
-        processes.together("lock", lambda: None)
+        processes.raise_on_all("lock", lambda: None)
     try:
         yield
     finally:
@@ -159,7 +159,7 @@ def _checked(lock: Lock, run_dir) -> None:
     except FileExistsError as error:
         raise UserError(f"run_dir = {run_dir} is a file, not a folder: set another run_dir") from error
     except NotADirectoryError as error:
-        raise UserError(f"run_dir = {run_dir} lies under a file, not a folder: set another run_dir") from error
+        raise UserError(f"run_dir = {run_dir} is below a file, not a folder: set another run_dir") from error
     except OSError as error:
         lock.release()
         raise UserError(f"run_dir = {run_dir} can't be written ({error.strerror}): set another run_dir") from error

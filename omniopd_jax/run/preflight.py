@@ -1,7 +1,7 @@
 """All checks of a run before its weights load: the config's values against each other, files, data, graders, the
 teacher.
 
-What is wrong is collected, so that a person is told everything at once, in every process.
+What is wrong is collected, so that a person sees everything at once, in every process.
 """
 
 import dataclasses
@@ -59,12 +59,12 @@ def validate(c: ConfigDict) -> None:
             raise UserError(f"{path} = {config.get(c, path)} must be at least {least}")
     for path in FRACTIONS:
         if not 0 < config.get(c, path) <= 1:
-            raise UserError(f"{path} = {config.get(c, path)} must lie in (0, 1]")
+            raise UserError(f"{path} = {config.get(c, path)} must be in (0, 1]")
     for path in SECONDS:
         if not config.get(c, path) > 0:
             raise UserError(f"{path} = {config.get(c, path)} must be more than 0 seconds")
     if not 0 <= c.seed < 2**31:
-        raise UserError(f"seed = {c.seed} must lie in [0, 2**31)")
+        raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
     for axis in sharding.AXES:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
@@ -264,8 +264,8 @@ def solutions_given(cfg, prompts: data.Prompts) -> bool:
         )
     if cfg.num_generations > 1:
         raise UserError(
-            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set "
-            "it to 1"
+            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts more than once: "
+            "set it to 1"
         )
     return True
 

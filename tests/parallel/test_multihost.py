@@ -337,7 +337,7 @@ def test_the_environment_says_how_to_start():
 def test_one_process_agrees_with_itself(tmp_path):
     assert processes.gather("a", {"x": 1}) == [{"x": 1}]
     assert processes.any_of("b", None) is None and processes.any_of("b", "SIGTERM") == "SIGTERM"
-    assert processes.first("c", 3) == 3 and processes.together("d", lambda: 4) == 4
+    assert processes.first("c", 3) == 3 and processes.raise_on_all("d", lambda: 4) == 4
     assert processes.disks(tmp_path) == [0]
 
 
