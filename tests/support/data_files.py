@@ -2,7 +2,8 @@
 
 import json
 
-from omniopd_jax import config, data
+from omniopd_jax import config
+from omniopd_jax.data import prompts
 
 
 def small(**more):
@@ -19,4 +20,4 @@ def write(tmp_path, *records, name="prompts.jsonl"):
 
 
 def load(path, count=0):
-    return data.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
+    return prompts.load(small(**{"data.source": "jsonl"}), source="jsonl", split="", path=path, count=count)
