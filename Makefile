@@ -22,15 +22,18 @@ report: .venv/.lean
 
 test: .venv/.full
 	@echo "== test: the default suite"
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist=worksteal  # whole files stay on one worker, and their fixtures are made once
 
 test-slow: .venv/.full
 	@echo "== test-slow: what takes minutes"
 	$(PY) -m pytest -m slow
 
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AXE := .cache/axe/package/axe.min.js
 test-browser: .venv/.full $(AXE)
-	@echo "== test-browser: the report in a headless Chromium; needs apt-get install chromium chromium-driver"
+	@echo "== test-browser: the report in a headless Chromium, from Debian's packages where there is none"
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null \
+		|| { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q chromium chromium-driver; }
 	.venv/bin/uv pip install -q --python $(PY) selenium==4.51.0
 	$(PY) -m pytest -m browser
 

@@ -14,7 +14,7 @@ from omniopd_jax import span
 from omniopd_jax.config import min_continuations
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, together
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, gather_all
 
 
 @dataclasses.dataclass
@@ -221,7 +221,7 @@ def plan(decoder: Decoder, prompts, tokens, peak_BM, sample_ids, cfg, num_contin
     Args:
       num_continuations: N, where a budget lowered it; 0: the config's.
       prompts: a data.Prompt a row.
-      tokens: response tokens a row.
+      tokens: response tokens of each row.
       peak_BM: int32, -1 where none.
       sample_ids: a row.
     """
@@ -250,7 +250,7 @@ async def ask(teacher: Teacher, audits: list[Audit]) -> None:
         audit.result = await teacher.continue_text(audit.request)
         _check_complete(audit)
 
-    await together(one(a) for a in audits)
+    await gather_all(one(a) for a in audits)
 
 
 def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool | list[bool]) -> Feedback:

@@ -29,7 +29,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("temperature", None, "of the student's sampling; default: the recipe's")
     flags.DEFINE_float("top_p", None, "default: the recipe's")
     flags.DEFINE_integer("max_new_tokens", None, "default: the recipe's max_completion_length")
-    flags.DEFINE_integer("limit", 0, "the first so many problems of each benchmark; 0 = all")
+    flags.DEFINE_integer("limit", 0, "the first N problems of each benchmark; 0 = all")
     flags.DEFINE_integer("rows", 512, "completions written at once")
     flags.DEFINE_integer("slots", 0, "completions decoded at a time; 0 = what the cache's memory holds")
     flags.DEFINE_integer("seed", None, "of the sampling; default: the recipe's")

@@ -24,7 +24,7 @@ from omniopd_jax.run import batching
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
-from omniopd_jax.teachers.protocol import ContinuationRequest, Teacher, sample_id, stable_hash, together
+from omniopd_jax.teachers.protocol import ContinuationRequest, Teacher, gather_all, sample_id, stable_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +321,7 @@ def wait(futures: list[concurrent.futures.Future], stop: StopFlag) -> None:
         if errors:
             raise next((e for e in errors if not isinstance(e, TeacherStopped)), errors[0])
 
-    processes.together("teacher", wait_here)
+    processes.raise_on_all("teacher", wait_here)
 
 
 def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseException | None:
@@ -361,7 +361,7 @@ def teacher_logp(teacher: Teacher, thread: AsyncThread, stop: StopFlag, response
     """The white-box teacher's log-probs of the response tokens [B, T]; 0 past a row's end."""
     pairs = zip(responses.prompts, responses.tokens, strict=True)
     scored = thread.submit(
-        together(teacher.named(p.teacher).score_tokens(p.messages, p.token_ids, r) for p, r in pairs)
+        gather_all(teacher.named(p.teacher).score_tokens(p.messages, p.token_ids, r) for p, r in pairs)
     )
     wait([scored], stop)
     out = np.zeros((len(responses.tokens), T), np.float32)

@@ -11,9 +11,12 @@ OmniOPD (arXiv 2606.01476; method.md, section 2), and what was kept, dropped and
 The loss is sum_t -weight_t * logp_t + kl_coef * mask_t * KL(ref || student)_t, with both already normalised.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -22,6 +25,9 @@ import jax.numpy as jnp
 from omniopd_jax.config import min_continuations
 from omniopd_jax.parallel.packing import Packed
 from omniopd_jax.scheduler import chunk_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Num
 
 RATIO_BAND = (0.5, 2.0)  # chunks whose importance ratio lies outside are dropped (max_staleness = 1)
 
@@ -123,7 +129,9 @@ class ChunkTargets:
     weight_BM: jax.Array
 
 
-def smoothed_target(k_sem, n, mean_logp, *, alpha):
+def smoothed_target(
+    k_sem: Float[Array, "*chunks"], n: Num[Array, "*chunks"], mean_logp: Float[Array, "*chunks"], *, alpha: float
+) -> Float[Array, "*chunks"]:
     """pi_hat = sg[(k_sem + alpha * pi_bar) / (n + alpha)], pi_bar = exp(mean log-prob) (method.md; detached: fork).
 
     Args:
@@ -315,7 +323,7 @@ def group_advantage(reward_B, group: int):
     return (centred / (reward_XG.std(1, keepdims=True) + 1e-4)).reshape(-1)
 
 
-def weights(logp_BT, batch: Batch, cfg):
+def weights(logp_BT: Float[Array, "B T"], batch: Batch, cfg) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The objective's (weight_BT, anchor_mask_BT), a task reward added where `reward.coef` asks for one, normalised."""
     weight_BT, mask_BT = of(cfg)(logp_BT, batch, cfg)
     weight_BT, mask_BT = normalize(weight_BT, mask_BT, weighted_mask(batch, cfg, logp_BT.shape[1]), cfg)

@@ -5,9 +5,12 @@ Between turns of the decode loop (decode.py) the host looks which rows have ende
 whatever its slot and its neighbours.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -24,6 +27,9 @@ PREFILL_TOKENS = 1 << 16  # positions of one prefill, at most, on each shard
 LOOKS = 5  # turns within the mean length so far, at least, while rows wait
 CPU_CACHE_GIB = 4.0
 PATIENCE = 16  # one slot of so many may be idle before the next row is started in it
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, Key
 
 
 @flax.struct.dataclass
@@ -269,8 +275,9 @@ class _Own:
 
 
 def sample(
-    params: dict, cfg: model.ModelConfig, prompt_BP, prompt_length_B, key_B, *, max_new_tokens: int, temperature=1.0,
-    top_p=1.0, top_k=0, num_samples=1, end_ids=(), how: How = DEFAULT, compute: model.Compute | None = None,
+    params: dict, cfg: model.ModelConfig, prompt_BP: Int[Array, "B P"], prompt_length_B: Int[Array, " B"],
+    key_B: Key[Array, " samples"], *, max_new_tokens: int, temperature=1.0, top_p=1.0, top_k=0, num_samples=1,
+    end_ids=(), how: How = DEFAULT, compute: model.Compute | None = None,
 ) -> Rollout:  # fmt: skip
     """Samples `num_samples` completions of every prompt.
 

@@ -5,15 +5,28 @@ inside the response. Ours: ties go to the later position (fork), and a position 
 eligible.
 """
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
 
 @functools.partial(jax.jit, static_argnames=("num_chunks", "chunk_tokens"))
-def entropy_peaks(entropy_BT, length_B, *, num_chunks: int, chunk_tokens: int, eligible_BT=None):
+def entropy_peaks(
+    entropy_BT: Float[Array, "B T"],
+    length_B: Int[Array, " B"],
+    *,
+    num_chunks: int,
+    chunk_tokens: int,
+    eligible_BT: Bool[Array, "B T"] | None = None,
+) -> Int[Array, "B M"]:
     """The M largest entropies, greedily, subject to t + C <= T_b and |t - t'| >= C for every peak already taken.
 
     Args:

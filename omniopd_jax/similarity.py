@@ -69,7 +69,7 @@ def rouge_l_fast(student: list[str], teacher: list[str]) -> np.ndarray:
 
 
 def make_embedding(name: str):
-    """Cosine of sentence embeddings, negative values taken as 0. Each distinct text is encoded once a call.
+    """Cosine of sentence embeddings, negative values taken as 0. Each distinct text is encoded once per call.
 
     Raises:
       UserError: no model name, or a model that can't be loaded.

@@ -8,15 +8,20 @@ Sums over a block's logits are running sums, relative to the largest logit so fa
 thousand `columns` at a time (model/cpu.py).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from omniopd_jax.model import Head, cpu
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 LOWEST = -1e30  # a logit that counts nothing; its products with 0 stay 0, which those of -inf do not
 
@@ -51,7 +56,14 @@ class Pass(NamedTuple):
     head_grad: bool = True
 
 
-def token_stats(hidden_BTD, head, target_BT, *, block: int, columns: int = 0) -> TokenStats:
+def token_stats(
+    hidden_BTD: Float[Array, "B T D"],
+    head: Float[Array, "D V"] | Head,
+    target_BT: Int[Array, "B T"],
+    *,
+    block: int,
+    columns: int = 0,
+) -> TokenStats:
     """Log-prob of the targets and exact entropy, float32, full vocabulary, no gradient (method.md, section 2).
 
     Args:
@@ -84,9 +96,19 @@ def token_stats(hidden_BTD, head, target_BT, *, block: int, columns: int = 0) ->
 
 
 def weighted_nll_and_kl(
-    hidden, head, ref_hidden, ref_head, target, weight, anchor_mask, *, beta, block: int, columns: int = 0,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"] | Head,
+    ref_hidden: Float[Array, "B T D"] | None,
+    ref_head: Float[Array, "D V"] | Head | None,
+    target: Int[Array, "B T"],
+    weight: Float[Array, "B T"],
+    anchor_mask: Float[Array, "B T"],
+    *,
+    beta,
+    block: int,
+    columns: int = 0,
     head_grad: bool = True,
-):  # fmt: skip
+) -> tuple[Float[Array, ""], LossStats]:
     """sum_t -weight_t * logp_t + beta * mask_t * KL(ref || student)_t, the KL exact over the vocabulary.
 
     Args:
@@ -109,8 +131,16 @@ def weighted_nll_and_kl(
 
 
 def reverse_kl(
-    hidden, head, teacher_hidden, teacher_head, weight, *, block: int, columns: int = 0, head_grad: bool = True
-):
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"] | Head,
+    teacher_hidden: Float[Array, "B T teacher_D"],
+    teacher_head: Float[Array, "teacher_D V"] | Head,
+    weight: Float[Array, "B T"],
+    *,
+    block: int,
+    columns: int = 0,
+    head_grad: bool = True,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """sum_t weight_t * KL(student || teacher)_t, exact over the vocabulary: white-box OPD with the teacher in process.
 
     Args:

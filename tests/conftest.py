@@ -15,8 +15,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPO), str(REPO / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
 )
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# fusions by the older emitter: a third of the compile time (tiny.XLA_FLAGS, for child processes, has it too)
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -29,6 +31,16 @@ from omniopd_jax import config, model  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(scope="session")
+def runner():
+    """One process that has imported everything and forks a run for each request; all files share it."""
+    import teacher_runs  # here: most tests need no checkpoint library
+
+    runner = teacher_runs.Runner()
+    yield runner
+    runner.close()
 
 
 @pytest.fixture(scope="session")

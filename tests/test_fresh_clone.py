@@ -22,7 +22,18 @@ def get_config(arg=None):
     c.run_dir = "runs/mine"
     return c
 """
-PYTHONS = [p for v in ("3.11", "3.12", "3.13") if (p := shutil.which(f"python{v}"))]
+VERSIONS = ("3.11", "3.12", "3.13")
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs: from the path, where pyenv's are only names, or from pyenv's own folders."""
+    own = sorted(pathlib.Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for path in filter(None, [shutil.which(f"python{version}"), *own]):
+        show = [str(path), "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
+        done = subprocess.run(show, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return str(path)
+    return None
 
 
 def run(command: list[str], cwd) -> str:
@@ -45,10 +56,11 @@ def test_make_demo_raises_the_students_accuracy(clone):
     assert after > before + 20
 
 
-@pytest.mark.parametrize("python", PYTHONS, ids=lambda p: pathlib.Path(p).name)
-def test_pip_install_and_one_step_from_an_empty_folder(clone, tmp_path, python):
-    if subprocess.run([python, "-c", "import venv"], check=False, capture_output=True).returncode:
-        pytest.skip(f"{python} does not run here")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pip_install_and_one_step_from_an_empty_folder(clone, tmp_path, version):
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
     run([python, "-m", "venv", str(tmp_path / "venv")], tmp_path)
     run([str(tmp_path / "venv/bin/pip"), "install", "-q", "."], clone)
     empty = tmp_path / "empty"

@@ -73,11 +73,17 @@ def by_hand(params, model_cfg, batch, cfg):
         return -(surrogate * real).sum() / (B * cfg.max_completion_length), (out * real).sum() / real.sum()
 
     optimizer, shares = optim.make_optimizer(cfg), []
-    opt_state, grad = optimizer.init(params), jax.jit(jax.grad(loss, has_aux=True))
-    for _ in range(cfg.num_iterations):
-        grads, share = grad(params)
+
+    @jax.jit
+    def update(params, opt_state):
+        grads, share = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        params, shares = optax.apply_updates(params, updates), [*shares, float(share)]
+        return optax.apply_updates(params, updates), opt_state, share
+
+    opt_state = jax.jit(optimizer.init)(params)
+    for _ in range(cfg.num_iterations):
+        params, opt_state, share = update(params, opt_state)
+        shares.append(float(share))
     return params, shares
 
 

@@ -69,9 +69,16 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(folder) -> pathlib.Path:
+def begin(runner, folder):
+    """begin(name) -> a run under way in a process that had imported everything before."""
+    return lambda name: runner.begin(folder / name, settings(folder, name))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, begin) -> pathlib.Path:
     """The run that nobody stopped."""
-    finish(start(folder, "whole"))
+    run = begin("whole").wait()
+    assert run.code == 0, run.err[-4000:]
     return folder / "whole"
 
 
@@ -88,23 +95,29 @@ def same_run(a: pathlib.Path, b: pathlib.Path, steps: int = STEPS) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(folder, whole):
+def stopped(folder, begin, whole):
     """One run through a kill -9, then a SIGTERM, then to its end: (folder, what each part left)."""
     at = random.Random(2024).randrange(1, 5)
     run_dir, left = folder / "stopped", {}
-    process = start(folder, "stopped")
-    when_logged(process, run_dir, at)
-    stop(process, signal.SIGKILL)
-    process.communicate()
-    left["killed"] = process.returncode
-    process = start(folder, "stopped")
-    when_logged(process, run_dir, at + 2)
-    stop(process, signal.SIGTERM)
-    left["said"] = finish(process, code=75)
+
+    def signalled(steps: int, number: int):
+        run, end = begin("stopped"), time.monotonic() + 300
+        while len(run.metrics()) < steps:
+            assert run.code is None and time.monotonic() < end, (run.code, run.err[-3000:])
+            time.sleep(0.002)
+        run.kill(number)
+        return run.wait()
+
+    left["killed"] = signalled(at, signal.SIGKILL).code
+    run = signalled(at + 2, signal.SIGTERM)
+    assert run.code == 75, run.err[-4000:]
+    left["said"] = run.out
     left["saved"] = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
     left["logged"] = [r["step"] for r in tiny.lines(run_dir / "metrics.jsonl")]
     left["summary"] = (run_dir / "summary.json").exists()
-    left["rest"] = finish(start(folder, "stopped"))
+    run = begin("stopped").wait()
+    assert run.code == 0, run.err[-4000:]
+    left["rest"] = run.out
     return run_dir, left
 
 

@@ -49,6 +49,7 @@ def test_by_hand():
     assert peaks(entropy, 7, 3, 1) == [1, 2, 5]  # the length cuts the 9 off; the tie goes to 5
     assert peaks(entropy, 2, 3, 3) == [-1, -1, -1]
     assert peaks(entropy, 0, 3, 1) == [-1, -1, -1]
+    assert peaks(entropy, 8, 2, 8) == [0, -1]  # a chunk as long as the response
 
 
 def test_the_score_is_the_peak_and_not_the_windows_mean():

@@ -141,13 +141,6 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
     assert alone.take(5, 5, 1, lambda t: ("anew", 1)) == ("anew", 1)
 
 
-@pytest.fixture(scope="module")
-def runner():
-    runner = teacher_runs.Runner()
-    yield runner
-    runner.close()
-
-
 def records(run):
     drop = ("latency_s", "cost_usd")
     return [{k: v for k, v in a.items() if k not in drop} for a in run.audits()]

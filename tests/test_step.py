@@ -368,6 +368,10 @@ def one_sgd_step(kind, batch, mesh):
     return state, {name: float(value) for name, value in metrics.items()}, ref
 
 
+# dense: tests/parallel has it in the quick part, packed over eight devices and over two processes
+DEVICES = (pytest.param("dense", marks=pytest.mark.slow), "lora", "moe")
+
+
 def eight_equal_one(kind, batch):
     """Raises where a step on (data, fsdp, tp) = (2, 2, 2) is not the step of one device."""
     many, many_metrics, _ = one_sgd_step(kind, batch, sharding.make_mesh({"data": 2, "fsdp": -1, "tp": 2}))
@@ -379,13 +383,13 @@ def eight_equal_one(kind, batch):
         assert many_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["dense", "lora", "moe"])
+@pytest.mark.parametrize("name", DEVICES)
 def test_eight_devices_take_the_step_of_one(kinds, batch, monkeypatch, name):
     monkeypatch.setattr(step.optim, "make_optimizer", sgd_that_keeps_its_gradient)
     eight_equal_one(kinds[name], batch)
 
 
-@pytest.mark.parametrize("name", ["dense", "lora", "moe"])
+@pytest.mark.parametrize("name", DEVICES)
 def test_eight_devices_decode_the_tokens_of_one(kinds, batch, name):
     """Greedily, wherever the top two logits are more than 1e-3 apart."""
     trained, ref, model_cfg, cfg = kinds[name]

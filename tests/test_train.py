@@ -231,6 +231,7 @@ def test_tensorboard_holds_the_same_figures(run):
             assert scalars[key, row["step"]] == pytest.approx(row[key], rel=1e-5)
 
 
+@pytest.mark.slow  # tests/test_resume.py compares two runs to the last bit, one of them through a kill
 def test_the_same_run_again_is_the_same_to_the_last_bit(make):
     runs = [make(name) for name in ("a", "b")]
     for c in runs:
@@ -311,6 +312,7 @@ def test_responses_shorter_than_a_chunk_are_not_audited(make, monkeypatch):
     assert tiny.lines(f"{c.run_dir}/audits.jsonl") == []
 
 
+@pytest.mark.slow  # the peaks of such a row: tests/test_scheduler.py
 def test_a_chunk_as_long_as_the_response_is_audited(make):
     c = make(**{"audit.chunk_tokens": 24, "num_steps": 1})
     train.train(c)
@@ -353,11 +355,8 @@ def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
     assert len({a["chunk"] for a in audits}) > 8
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [{"data": 1, "fsdp": 4, "tp": 2}, pytest.param({"data": 2, "fsdp": 4, "tp": 1}, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow  # the quick part: a step and decoding over eight devices (test_step.py), a run of two processes
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 4, "tp": 2}, {"data": 2, "fsdp": 4, "tp": 1}], ids=str)
 def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_device, mesh):
     alone, many = make("alone"), make("many", **{f"mesh.{k}": v for k, v in mesh.items()})
     train.train(alone)

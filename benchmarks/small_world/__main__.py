@@ -184,8 +184,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("world", "forks", "forks | slips | style")
     flags.DEFINE_bool("sweep", False, "find learning rates in place of results")
     flags.DEFINE_bool("all", False, "every world's missing sweeps and results, in order of weight")
-    flags.DEFINE_float("minutes", 1e9, "--all: begin nothing after so many")
-    flags.DEFINE_integer("try_steps", 0, "run so many steps, print the line, store nothing")
+    flags.DEFINE_float("minutes", 1e9, "--all: start nothing after this many")
+    flags.DEFINE_integer("try_steps", 0, "run this many steps, print the line, store nothing")
     flags.DEFINE_bool("table", False, "only write page and plots")
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks by name: where each lies on the hub, its fields, its grader and what the prompt asks for.
+"""Benchmarks by name: where each is on the hub, its fields, its grader and what the prompt asks for.
 
 A benchmark is one line in SUITES and, where its rows are not plain `problem` and `answer`, one function here. Names and
 fields were read off public code that uses them; the hub itself was out of reach here, so no set has been downloaded.
@@ -61,7 +61,7 @@ class Suite:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a benchmark lies and what its fields are called; `read` makes (text, answer) of a row with other habits."""
+    """Where a benchmark is stored and what its fields are called; `read`: (text, answer) of a row of another form."""
 
     hub: str
     split: str = "test"
@@ -165,7 +165,7 @@ def _livecodebench(row):
 
 
 def _arguments(lines: str) -> str:
-    """Arguments, one a line as JSON, as Python."""
+    """Arguments, one per line as JSON, as Python."""
     return ", ".join(repr(json.loads(line)) for line in lines.splitlines() if line.strip())
 
 

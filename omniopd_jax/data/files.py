@@ -96,7 +96,7 @@ def _array(file: pathlib.Path) -> Iterator[tuple[str, int, dict]]:
     with _open(file) as stream:
         raw = stream.read(WHOLE_BYTES + 1)
     if len(raw) > WHOLE_BYTES:
-        raise UserError(f"{file} is larger than {WHOLE_BYTES:,} bytes: save it as JSON Lines, one object a line")
+        raise UserError(f"{file} is larger than {WHOLE_BYTES:,} bytes: save it as JSON Lines, one object per line")
     found = bounded.parse(_text(raw.removeprefix(BOM), str(file)), str(file))
     if not isinstance(found, list):
         raise UserError(f"{file} holds no list of objects")

@@ -56,7 +56,7 @@ def load(
       source: world | jsonl | hub.
       split: of the world or the hub data set.
       path: of the file (`files`).
-      count: the first so many; 0 = all (world: 4,096).
+      count: the first N; 0 = all (world: 4,096).
       section: of the config, for the messages: whose `path` and `split` these are.
       check: of the grader that will read the answers (`Grader.check_answer`): raises a `UserError` for an answer of a
         form that it can't compare with, which then names the row's file and line. None: answers are not asked for.

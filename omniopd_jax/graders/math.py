@@ -25,7 +25,7 @@ START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from omniopd_jax.graders import math_worker; math_worker.main()"
 )
 START_SECONDS = 120.0  # for the worker's imports, sympy's above all, on a busy machine
-LONGEST = 40_000  # characters of a response that go to the worker: its end, and its last box where that lies before
+LONGEST = 40_000  # characters of a response that go to the worker: its end, and its last box where that comes before
 LONGEST_ANSWER = 20_000  # characters of a reference answer
 
 

@@ -64,7 +64,7 @@ def load(
       mesh: parameters are created sharded over it (`sharding.RULES`); a host reads only its devices' part. None: one
         device.
       dtype: of the parameters; None = float32, the master weights.
-      shardings: where each parameter lies instead, such as in host memory.
+      shardings: where each parameter is placed instead, such as in host memory.
       setting: the config key that errors name.
 
     Raises:

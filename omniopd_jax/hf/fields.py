@@ -1,7 +1,7 @@
 """What a config.json may hold besides the architecture: fields that change nothing, and why others are refused.
 
 A field is passed over for one of four reasons: it is null; its name says that it is no part of the computation
-(versions, token ids, initial values, sampling defaults, switches of a program); it stands at the value that means "off"
+(versions, token ids, initial values, sampling defaults, switches of a program); it has the value that means "off"
 or "as this family is"; or the family never reads it. Everything else is an error that names it.
 """
 

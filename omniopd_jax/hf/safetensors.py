@@ -26,7 +26,7 @@ HEADER_BYTES = 100_000_000  # the format's own bound
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies: `data` is the mapped file, bytes `start` to `start + nbytes`."""
+    """Where one tensor is stored: `data` is the mapped file, bytes `start` to `start + nbytes`."""
 
     file: Path
     data: np.memmap

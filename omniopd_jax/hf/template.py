@@ -90,7 +90,7 @@ class Template:
         return text, len(token_ids) if n is None else n, n is not None
 
     def end_ids(self, found: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-        """(the tokens that end an answer, first the one that it is taught to end with, a line on what was added or "").
+        """(the tokens that end an answer, the one that training uses first, a line on what was added or "").
 
         Args:
           found: of the model's own files (`tokenizer.end_ids`).

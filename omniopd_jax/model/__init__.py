@@ -18,7 +18,10 @@ sharding, init and export all read it. Layers are stacked along a leading axis a
 kinds a period at a time; the sampler unstacks them once an iteration (`unstack`).
 """
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -43,6 +46,9 @@ from omniopd_jax.model.table import (
     table_shardings,
 )
 from omniopd_jax.parallel import sharding
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 __all__ = [
     "Compute", "FLOAT32", "Head", "ModelConfig", "Param", "attention_of", "cast", "cast_layers", "count", "fits",
@@ -70,14 +76,20 @@ def stored_head(params: dict) -> Head:
     return Head(params["head"]) if "head" in params else Head(params["embed"], tied=True)
 
 
-def logits(params: dict, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+def logits(params: dict, cfg: ModelConfig, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """hidden [..., D] -> float32 logits [..., V]. For single positions and tests; sequences go through vocab.py."""
     return jnp.einsum("...d,dv->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def hidden(
-    params: dict, cfg: ModelConfig, token_BL, *, position_BL=None, segment_BL=None, compute: Compute | None = None
-) -> jax.Array:
+    params: dict,
+    cfg: ModelConfig,
+    token_BL: Int[Array, "B L"],
+    *,
+    position_BL: Int[Array, "B L"] | None = None,
+    segment_BL: Int[Array, "B L"] | None = None,
+    compute: Compute | None = None,
+) -> Float[Array, "B L D"]:
     """Final hidden states, after the last norm, of whole rows (training and scoring).
 
     Args:

@@ -64,7 +64,7 @@ def attend(
       q_BLQH, k_BLKH, v_BLKH: Q a multiple of K.
       segment_BL: int32; a token sees only its own segment. None: the whole row, causal.
       length_B: int32, real tokens of right-padded rows. The outputs at real tokens do not depend on it (attention is
-        causal); cudnn skips what lies beyond, and returns zeros there.
+        causal); cudnn skips what is beyond, and returns zeros there.
       window: tokens that a token sees, itself included; 0: all before it.
       scale: of the scores; None: H**-0.5.
       backend: a name of `BACKENDS`.

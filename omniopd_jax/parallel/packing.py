@@ -103,7 +103,7 @@ def first_fit(lengths, width: int) -> list[list[int]]:
     for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
         if lengths[i] > width:
             raise ValueError(f"{lengths[i]} tokens do not fit a row of {width}")
-        k = int(np.argmax(room >= lengths[i]))  # at most one row a response: there always is one
+        k = int(np.argmax(room >= lengths[i]))  # at most one row per response: there always is one
         room[k] -= lengths[i]
         if k == len(bins):
             bins.append([])

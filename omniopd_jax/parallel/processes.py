@@ -126,7 +126,7 @@ def barrier(name: str) -> None:
     gather(name, None)
 
 
-def together(name: str, function):
+def raise_on_all(name: str, function):
     """`function()`; where it raises a UserError in some process, every process raises one, so that none waits alone.
 
     Raises:
@@ -139,10 +139,10 @@ def together(name: str, function):
         value = function()
     except UserError as e:
         error = e
-    told = gather(name, None if error is None else [type(error).__name__, str(error), error.exit_code])
+    problems = gather(name, None if error is None else [type(error).__name__, str(error), error.exit_code])
     if error is not None:
         raise error
-    for rank, problem in enumerate(told):
+    for rank, problem in enumerate(problems):
         if problem:
             kind = {"TeacherStopped": TeacherStopped, "Stopped": Stopped}.get(problem[0], UserError)
             text = problem[1] if kind is Stopped else f"process {rank}: {problem[1]}"

@@ -1,4 +1,4 @@
-"""The vocabulary's two matrices on a mesh: gathered once a pass, their gradients reduced once a step.
+"""The vocabulary's two matrices on a mesh: gathered once per pass, their gradients reduced once per step.
 
 Left to itself the compiler gathers a sharded head, or reduces its gradient, in every block of the vocabulary pass: a
 collective of the head's size in a loop. Here every shard of rows gets a copy of its own in front of all loops, as one

@@ -11,7 +11,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
 
 AXES = ("data", "fsdp", "tp")
-ROWS = ("data", "fsdp")  # rows of a batch lie over both
+ROWS = ("data", "fsdp")  # rows of a batch are split over both
 RULES = {  # training: parameters and optimizer state
     "vocab": "tp",
     "embed": "fsdp",
@@ -75,7 +75,7 @@ def constrain(a, mesh, *axes):
 
 
 def state_shardings(tree, params: dict, shardings: dict, mesh):
-    """Shardings for an optimizer state: leaves shaped and named like a parameter lie as it does, the rest
+    """Shardings for an optimizer state: leaves shaped and named like a parameter are placed as it is, the rest
     replicated."""
     by_path = {jax.tree_util.keystr(k): (p.shape, s) for (k, p), s in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings))}  # fmt: skip

@@ -233,8 +233,8 @@ def held(cfg):
         if jax.process_index() == 0:
             mirror.lock = Lock(files.place(cfg.run_dir))
         try:
-            processes.together("bucket's lock", mirror.lock.acquire if mirror.lock else lambda: None)
-            processes.together("bucket's files", mirror.fetch)
+            processes.raise_on_all("bucket's lock", mirror.lock.acquire if mirror.lock else lambda: None)
+            processes.raise_on_all("bucket's files", mirror.fetch)
             try:
                 yield mirror
             except BaseException:

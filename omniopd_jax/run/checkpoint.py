@@ -1,6 +1,6 @@
 """Checkpoints by Orbax's manager: sharded, asynchronous, atomic, kept by count and by interval.
 
-Beside the state lies a fingerprint of its bits, the same on any mesh: what comes back must have it. A newest step that
+Beside the state is a fingerprint of its bits, the same on any mesh: what comes back must have it. A newest step that
 does not is moved aside, and the one before it is taken.
 """
 
@@ -33,7 +33,7 @@ CORRUPT = "corrupt_checkpoints"  # steps that could not be restored, moved out o
 def restore_journal(cfg) -> list[int]:
     """Puts back what the journal's folder lacks of the newest snapshot, before a resume on another machine.
 
-    Processes whose folder lies on disks of their own take a part of the snapshot each, whatever their number was.
+    Processes whose folder is on disks of their own take a part of the snapshot each, whatever their number was.
 
     Returns:
       For each process the lowest rank that shares its journal's disk.
@@ -75,7 +75,7 @@ class Checkpoints:
     come while a save is under way, opens them by `reader`.
 
     Args:
-      keep: the newest so many.
+      keep: the newest N.
       keep_every: and for good every step that it divides; 0: none.
       local: the folder of this host that the journal's copies go to; None: `run_dir`.
 
@@ -287,7 +287,7 @@ def restore_params(run_dir, step: int | None = None) -> tuple[dict, dict]:
 
 
 def fingerprint(state: TrainState) -> int:
-    """63 bits that depend on every bit of the state and not on how it lies on devices: sums of integers wrap
+    """63 bits that depend on every bit of the state and not on how it is placed on devices: sums of integers wrap
     exactly."""
     plain = _plain(state)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(plain)]

@@ -104,11 +104,11 @@ class Plan:
         return 4.0 * model.num_params(self.teacher_cfg) if self.teacher is None else local_bytes(self.teacher)
 
     def row(self, *shape, dtype=jnp.float32, rows: int = 0):
-        """An abstract array with the batch's rows in front, or so many."""
+        """An abstract array with the batch's rows in front, or `rows`."""
         return jax.ShapeDtypeStruct((rows or self.rows, *shape), dtype, sharding=sharding.rows(self.mesh))
 
     def tokens(self, rows: int):
-        """token_BL of so many rows, or what packing makes of them where each is as long as it may be."""
+        """token_BL of `rows` rows, or what packing makes of them where each is as long as it may be."""
         if not self.cfg.packing.length:
             return self.row(self.P + self.T, dtype=jnp.int32, rows=rows)
         P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
@@ -246,7 +246,7 @@ def room_gib(mesh) -> float:
 
 
 def local_bytes(tree) -> float:
-    """Bytes that one device holds of a tree of sharded shapes; what lies in host memory is not on it."""
+    """Bytes that one device holds of a tree of sharded shapes; what is in host memory is not on it."""
 
     def one(a):
         if a.sharding.memory_kind == "pinned_host":

@@ -19,15 +19,15 @@ MIN_MIDBAND = 0.02  # share of chunks that the teacher's samples neither all mat
 MAX_RESTARTS = 0.1  # share of continuations that start over or announce themselves
 ENTROPY_LEFT = 0.25  # of the entropy at the start
 MIN_PEAK_ENTROPY = 0.02  # nats at the chosen peaks
-MAX_KL = 0.2  # nats a token, exact KL(ref || student), without its coefficient
+MAX_KL = 0.2  # nats per token, exact KL(ref || student), without its coefficient
 MAX_REPEATED = 0.2  # share of repeated 4-grams
 MAX_ZLIB = 10.0  # characters for each byte after compression; prose has 2 to 3
 MIN_ZLIB_BYTES = 200  # shorter texts are not compressed: the ratio says nothing
 MAX_TRUNCATED = 0.3  # share of responses cut at the cap
 MAX_DRIFT = 1.5  # mean length against the start, either way
-MAX_GAP = 0.05  # nats a token between the sampler's log-probs and the training graph's
+MAX_GAP = 0.05  # nats per token between the sampler's log-probs and the training graph's
 MIN_STEPS = 10  # steps before entropy and length are compared with the start
-PROGRESS_STEPS = 20  # steps before a reward that stands still is a finding
+PROGRESS_STEPS = 20  # steps before a reward that does not rise is a finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def metrics(findings: list[Finding]) -> dict[str, int]:
 
 
 class Watch:
-    """The checks of a run that is going on: told each step, it says what trips and what has not been said lately.
+    """The checks of a run that is going on: given each step, it returns what trips and what was not reported lately.
 
     Args:
       cfg: {dotted key: value}.
@@ -151,7 +151,7 @@ def weights_without_signal(v: View):
         spread = float(np.std([a["pi_hat"] for a in kept]))
         if spread < MIN_SPREAD:
             low, high = np.quantile([a["pi_hat"] for a in kept], [0.05, 0.95])
-            return f"pi_hat lies between {low:.2f} and {high:.2f} for 9 of 10 chunks (spread {spread:.3f})", why, turn
+            return f"pi_hat is between {low:.2f} and {high:.2f} for 9 of 10 chunks (spread {spread:.3f})", why, turn
     pairs = [
         [sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]
     ]
@@ -168,10 +168,10 @@ def weights_without_signal(v: View):
 def entropy_collapse(v: View):
     """The student has become sure of everything."""
     first, now, peak = v.start("entropy"), v.mean("entropy"), v.mean("audit/entropy_at_peak")
-    why = "a student that is never torn samples one answer: nothing is left to explore or to audit"
+    why = "a student that is always certain samples one answer: nothing is left to explore or to audit"
     turn = "Lower optimizer.learning_rate, raise anchor.kl_coef, and check that temperature is 1"
     if first and now is not None and now < ENTROPY_LEFT * first:
-        return f"entropy fell from {first:.3g} to {now:.3g} nats a token", why, turn
+        return f"entropy fell from {first:.3g} to {now:.3g} nats per token", why, turn
     if v.audits and peak is not None and peak < MIN_PEAK_ENTROPY:
         return f"even at the peaks the entropy is only {peak:.3g} nats", why, turn
     return None
@@ -183,7 +183,7 @@ def kl_runaway(v: View):
     if kl is None or kl <= MAX_KL:
         return None
     return (
-        f"KL(ref || student) is {kl:.3g} nats a token",
+        f"KL(ref || student) is {kl:.3g} nats per token",
         "the anchor holds everything that is not audited; far from the base model answers fall apart",
         "Lower optimizer.learning_rate or raise anchor.kl_coef; go back to a checkpoint from before",
     )
@@ -248,7 +248,7 @@ def few_chunks(v: View):
         return None
     room = int(length // C)
     return (
-        f"C = {C} of {length:.0f} tokens leaves room for {room} of {M} chunks: {chunks / rows:.1f} a response",
+        f"C = {C} of {length:.0f} tokens leaves room for {room} of {M} chunks: {chunks / rows:.1f} per response",
         "with few chunks most of what a response decides is never compared with the teacher",
         f"Set audit.chunk_tokens to {max(1, int(length / (2 * M)))} or less, or audit.num_chunks to what fits",
     )
@@ -260,7 +260,7 @@ def sampler_gap(v: View):
     if gap is None or gap <= MAX_GAP:
         return None
     return (
-        f"the sampler's and the training graph's log-probs differ by {gap:.3g} nats a token",
+        f"the sampler's and the training graph's log-probs differ by {gap:.3g} nats per token",
         "the student is then trained on samples of a slightly different model, off-policy without anyone asking for it",
         "Set compute_dtype = float32 to see whether rounding is the cause; other model.attention",
     )

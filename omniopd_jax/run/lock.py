@@ -145,9 +145,9 @@ def held(folder, run_dir):
     """
     lock = Lock(folder)
     if jax.process_index() == 0:
-        processes.together("lock", lambda: _checked(lock, folder, run_dir))
+        processes.raise_on_all("lock", lambda: _checked(lock, folder, run_dir))
     else:
-        processes.together("lock", lambda: None)
+        processes.raise_on_all("lock", lambda: None)
     try:
         yield
     finally:
@@ -166,7 +166,7 @@ def _checked(lock: Lock, folder, run_dir) -> None:
     except FileExistsError as error:
         raise UserError(f"{name} = {folder} is a file, not a folder: set another {name}") from error
     except NotADirectoryError as error:
-        raise UserError(f"{name} = {folder} lies under a file, not a folder: set another {name}") from error
+        raise UserError(f"{name} = {folder} is below a file, not a folder: set another {name}") from error
     except OSError as error:
         lock.release()
         raise UserError(f"{name} = {folder} can't be written ({error.strerror}): set another {name}") from error

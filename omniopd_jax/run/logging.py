@@ -15,7 +15,7 @@ from omniopd_jax.run.trackers import Trackers
 
 
 class PhaseTimer:
-    """Seconds by phase of the current step, and over the run. `entered` is told the name of each phase, "" at its
+    """Seconds by phase of the current step, and over the run. `entered` is called with each phase's name, "" at its
     end."""
 
     def __init__(self):

@@ -1,7 +1,7 @@
 """All checks of a run before its weights load: the config's values against each other, files, data, graders, the
 teacher.
 
-What is wrong is collected, so that a person is told everything at once, in every process.
+What is wrong is collected, so that a person sees everything at once, in every process.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def validate(c: ConfigDict) -> None:
     for name, own in by_row.configs(c).items():
         _check_values(own, choices, of=f"teachers.{name}.")
     if not 0 <= c.seed < 2**31:
-        raise UserError(f"seed = {c.seed} must lie in [0, 2**31)")
+        raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
     for axis in sharding.AXES:
         if c.mesh[axis] < 1 and c.mesh[axis] != -1:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
@@ -88,7 +88,7 @@ def _check_values(c: ConfigDict, choices: dict, of: str = "") -> None:
             raise UserError(f"{name} = {value} must be at least {LEAST[path]}")
     for name, _, value in values(FRACTIONS):
         if not 0 < value <= 1:
-            raise UserError(f"{name} = {value} must lie in (0, 1]")
+            raise UserError(f"{name} = {value} must be in (0, 1]")
     for name, _, value in values(SECONDS):
         if not value > 0:
             raise UserError(f"{name} = {value} must be more than 0 seconds")
@@ -293,8 +293,8 @@ def solutions_given(cfg, prompts: data.Prompts) -> bool:
         )
     if cfg.num_generations > 1:
         raise UserError(
-            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts so many times: set "
-            "it to 1"
+            f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts more than once: "
+            "set it to 1"
         )
     return True
 

@@ -40,7 +40,7 @@ class Profiler:
         """Around step t: starts and stops the trace, and gives the step its name and number in it."""
         if t in self._steps and not self._on and jax.process_index() == 0:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # a million Python calls a step would hide the phases and double the time
+            options.python_tracer_level = 0  # a million Python calls per step would hide the phases and double the time
             jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._on = True
         try:

@@ -1,4 +1,4 @@
-"""What a run keeps of its texts, one JSON object a line: audits, whole responses, answers of an evaluation.
+"""What a run keeps of its texts, one JSON object per line: audits, whole responses, answers of an evaluation.
 
 Pure functions from a step's data to records. Settings bound how many are kept and how long a text may be; what is left
 out is counted, in the record where a text was cut and in the return value where whole records were not kept.
@@ -12,7 +12,7 @@ from omniopd_jax.teachers.wire import instruct
 
 PREFIX_CHARACTERS = 600  # of a prefix's end: what comes right before a chunk
 ANSWER_CHARACTERS = 400  # of a right answer: a program's tests may be long
-CHARACTER_TOKENS = 4  # at most so many make one character: its bytes in UTF-8
+CHARACTER_TOKENS = 4  # at most this many make one character: its bytes in UTF-8
 CONTEXT_TOKENS = 8  # decoded before a piece, for tokenizers whose first token drops its space
 
 
@@ -86,7 +86,7 @@ def chance(phi, audits, pairs: int) -> dict[int, list[float]]:
     Args:
       phi: similarity.make(cfg).
       audits: those that are logged, with results.
-      pairs: about so many comparisons in all; 0 = none.
+      pairs: about this many comparisons in all; 0 = none.
     """
     if not pairs or not audits:
         return {}
@@ -165,7 +165,7 @@ class Step:
 
 
 def audit_records(step: Step, audits, *, by_chance: dict, graded: dict) -> list[dict]:
-    """One record an audit: question, place, texts, agreement, weight, cost.
+    """One record per audit: question, place, texts, agreement, weight, cost.
 
     Args:
       audits: from `choose`. by_chance: from `chance`. graded: from `grades`.
@@ -266,7 +266,7 @@ def evaluation_records(evaluation, prompts, step: int, cfg) -> tuple[list[dict],
     prompts.
 
     Args:
-      evaluation: with `texts` and `correct`, one a prompt.
+      evaluation: with `texts` and `correct`, one per prompt.
       step: updates made before it.
     """
     out = []

@@ -57,7 +57,7 @@ class Reports:
         self._next = {}
 
     def evaluation(self, updates: int, found: Evaluation) -> None:
-        """Takes an evaluation after so many updates: for the line of the step that is added next, which has made them.
+        """Takes an evaluation after this many updates, for the line of the step that is added next and has made them.
 
         Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow. The
         last evaluation is made when its step is written and saved, and is added to that line.

@@ -63,7 +63,7 @@ class Run:
     digests: dict[str, str]
 
     def policy(self, state: TrainState) -> dict:
-        """The whole model as it stands."""
+        """The whole model as it is now."""
         return step.policy(state.params, self.reference, self.cfg)
 
 
@@ -217,7 +217,7 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
     )
     file, digests = folder / "config.json", run.digests
     if checkpoints.latest() is not None:
-        processes.together("same run", lambda: identity.check_same_run(cfg, digests, file))
+        processes.raise_on_all("same run", lambda: identity.check_same_run(cfg, digests, file))
         run.stop.saved = True
     run.stop.doing = "loading"
     if found := checkpoints.restore_newest(like):

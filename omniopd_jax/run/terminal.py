@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 class Status:
-    """What the status line says; a pure function of what it was told.
+    """What the status line says; a pure function of what it was given.
 
     Step, time left, dollars and the last accuracy come first and are never cut; the other figures fill what is left.
     """

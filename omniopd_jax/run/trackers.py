@@ -75,7 +75,7 @@ class Wandb:
         self._run.log({"step": step} | values)
 
     def table(self, name: str, step: int, records: list[dict]) -> None:
-        """One table a step."""
+        """One table per step."""
         table = self._wandb.Table(columns=list(COLUMNS[name]), data=_cells(name, records))
         self._run.log({"step": step, name: table})
 
@@ -104,7 +104,7 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def table(self, name: str, step: int, records: list[dict]) -> None:
-        """One table a step."""
+        """One table per step."""
         import pandas
 
         frame = pandas.DataFrame(_cells(name, records), columns=list(COLUMNS[name]))

@@ -17,16 +17,16 @@ from omniopd_jax.teachers.protocol import (
     PaidTeacher,
     Teacher,
     Usage,
+    gather_all,
     sample_id,
     stable_hash,
-    together,
 )
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 __all__ = [
     "DISTRIBUTION", "LOGP", "TEACHERS", "TEXT", "Continuation", "ContinuationRequest", "ContinuationResult", "Counts",
-    "Failure", "PaidTeacher", "Provider", "Teacher", "TeacherStopped", "Usage", "make", "probe_report", "sample_id",
-    "stable_hash", "together",
+    "Failure", "PaidTeacher", "Provider", "Teacher", "TeacherStopped", "Usage", "gather_all", "make", "probe_report",
+    "sample_id", "stable_hash",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers import budget as money
 from omniopd_jax.teachers.journal import Totals
-from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, PaidTeacher, Teacher, together
+from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, PaidTeacher, Teacher, gather_all
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
 ADDED_UP = ("calls", "retries", "failed", "tokens_in", "tokens_cached", "tokens_out", "cost_usd", "cost_usd_total")
@@ -215,7 +215,7 @@ class RowTeachers(PaidTeacher):
 
     async def close(self) -> None:
         """Closes all."""
-        await together(t.close() for t in self._teachers.values())
+        await gather_all(t.close() for t in self._teachers.values())
 
     def metrics(self) -> dict[str, float]:
         """`teacher/NAME/*` of each, and `teacher/*` of all: sums, the slowest one's 95th percentile, means of those

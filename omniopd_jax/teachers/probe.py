@@ -174,7 +174,7 @@ class _Probe:
             return [(key, WHO, 0, Continuation(0, text, "probe"), None)]
 
         try:
-            sent = await self.teacher.traffic.send(call, key, deadline=deadline, accept=accept, patient=False)
+            sent = await self.teacher.traffic.send(call, key, deadline=deadline, accept=accept, fail_fast=True)
         except TeacherStopped as e:
             raise UserError(f"{self._where()}: {e}") from None
         except wire.CallError as e:

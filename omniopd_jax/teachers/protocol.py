@@ -203,7 +203,7 @@ class PaidTeacher(Teacher, Protocol):
         raise NotImplementedError
 
 
-async def together(coroutines) -> list:
+async def gather_all(coroutines) -> list:
     """Their results. What one raises is raised when all have ended, so that nothing paid for is lost: errors before
     stops."""
     done = await asyncio.gather(*coroutines, return_exceptions=True)

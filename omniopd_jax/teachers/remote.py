@@ -24,7 +24,7 @@ from omniopd_jax.teachers.protocol import (
     Failure,
     PaidTeacher,
     Usage,
-    together,
+    gather_all,
 )
 from omniopd_jax.teachers.traffic import Traffic, now
 from omniopd_jax.teachers.wire import instruct, scoring
@@ -395,7 +395,7 @@ class _Audit:
 
     async def _side_by_side(self, groups, missing, deadline):
         """One call a group; a stop waits for the others, whose texts are paid for."""
-        await together(self._ask(group, missing, deadline) for group in groups)
+        await gather_all(self._ask(group, missing, deadline) for group in groups)
 
     async def _ask(self, group, missing, deadline):
         """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""

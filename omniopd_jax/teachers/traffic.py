@@ -161,12 +161,14 @@ class Traffic:
         self.waiting, self.watch, self.since = {}, None, now()
         self.budget.bind()
 
-    async def send(self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, patient: bool = True) -> Sent:
+    async def send(
+        self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, fail_fast: bool = False
+    ) -> Sent:
         """`_send`, and a word on the terminal where it takes long."""
         with self._waiting(deadline):
-            return await self._send(call, key, deadline=deadline, accept=accept, patient=patient)
+            return await self._send(call, key, deadline=deadline, accept=accept, fail_fast=fail_fast)
 
-    async def _send(self, call, key, *, deadline, accept, patient) -> Sent:
+    async def _send(self, call, key, *, deadline, accept, fail_fast) -> Sent:
         """One call until it is answered, refused, or out of retries or time.
 
         Args:
@@ -174,7 +176,7 @@ class Traffic:
           key: the journal's key of the request.
           deadline: the loop's time (`now()`) after which nothing more is tried.
           accept: turns the `Reply` into journal rows, before they are used.
-          patient: False gives up at once where nothing listens, and after two retries: for the probe.
+          fail_fast: give up at once where nothing listens, and after two retries: for the probe.
 
         Raises:
           CallError: refused, or still failing; its `attempts` says how often it was sent.
@@ -196,7 +198,7 @@ class Traffic:
                 refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
             elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
-            if (error.kind != "retry" and not again) or (not patient and (error.outcome == "unsent" or tries > 2)):
+            if (error.kind != "retry" and not again) or (fail_fast and (error.outcome == "unsent" or tries > 2)):
                 raise error
             if answered > self.max_retries:
                 raise error

@@ -24,7 +24,7 @@ STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
 # Several processes compile for themselves, each time (processes.init): without LLVM's optimisation that is what takes
 # long
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+FLAGS = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {tiny.XLA_FLAGS}"}
 LAUNCH = str(tiny.REPO / "launch" / "multihost_cpu.sh")
 
 
@@ -103,6 +103,15 @@ def same_run(a, b):
 
 
 @pytest.fixture(scope="module")
+def one_step(models, tmp_path_factory):
+    """The folder of a run of one step by two processes."""
+    folder = tmp_path_factory.mktemp("one_step")
+    run = Launched(2, recipe(models, folder, num_steps=1))
+    assert run.end() == 0, run.text
+    return folder
+
+
+@pytest.fixture(scope="module")
 def undisturbed(models, tmp_path_factory):
     """The folder of a whole run of two processes."""
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -170,6 +179,7 @@ def check_grads(count, data, models, folder):
         assert np.abs(many[name] - value).max() <= 1e-5 * np.abs(value).max(), name
 
 
+@pytest.mark.slow  # its quick part: the first batch below, and tests/test_step.py over eight devices
 def test_two_processes_find_the_loss_and_gradients_of_one(models, tmp_path):
     check_grads(2, 1, models, tmp_path)
 
@@ -180,9 +190,9 @@ def test_four_processes_find_the_loss_and_gradients_of_one(models, tmp_path, dat
     check_grads(4, data, models, tmp_path)
 
 
-def first_batch(count_folder, models, folder):
-    one = tiny.start(tiny.arguments(recipe(models, folder, num_steps=1)), **FLAGS)
-    assert one.wait(timeout=PATIENCE) == 0, one.stderr.read()
+def first_batch(count_folder, models, folder, runner):
+    one = runner.begin(folder, recipe(models, folder, num_steps=1), env=FLAGS).wait(PATIENCE)
+    assert one.code == 0, one.err
     assert audits(folder, 0) == audits(count_folder, 0) and len(audits(folder, 0)) > 8
     ours, theirs = without_time(folder)[0], without_time(count_folder)[0]
     assert ours.keys() == theirs.keys()
@@ -191,8 +201,8 @@ def first_batch(count_folder, models, folder):
     assert ours["teacher/calls"] > 0
 
 
-def test_the_first_batch_is_that_of_one_process(models, undisturbed, tmp_path):
-    first_batch(undisturbed, models, tmp_path)
+def test_the_first_batch_is_that_of_one_process(models, one_step, tmp_path, runner):
+    first_batch(one_step, models, tmp_path, runner)
 
 
 @pytest.mark.slow
@@ -208,11 +218,11 @@ def test_packed_rows_of_two_processes_give_the_first_batch_of_one_unpacked(model
         assert packed[key] == pytest.approx(plain[key], rel=2e-5), key
 
 
-def test_each_process_writes_its_own_audits_and_process_0_the_rest(undisturbed):
-    files = {f.name for f in undisturbed.iterdir()}
+def test_each_process_writes_its_own_audits_and_process_0_the_rest(one_step):
+    files = {f.name for f in one_step.iterdir()}
     assert {"audits.jsonl", "audits-1.jsonl", "metrics.jsonl", "summary.json"} <= files
-    assert [r["step"] for r in tiny.lines(undisturbed / "metrics.jsonl")] == list(range(STEPS))
-    mine, others = (tiny.lines(undisturbed / f"audits{i}.jsonl") for i in ("", "-1"))
+    assert [r["step"] for r in tiny.lines(one_step / "metrics.jsonl")] == [0]
+    mine, others = (tiny.lines(one_step / f"audits{i}.jsonl") for i in ("", "-1"))
     assert not {r["sample_id"] for r in mine} & {r["sample_id"] for r in others}
 
 
@@ -244,13 +254,13 @@ def test_process_0_killed(models, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_of_four_processes_are_bit_identical_and_survive_a_kill(models, tmp_path):
+def test_two_runs_of_four_processes_are_bit_identical_and_survive_a_kill(models, tmp_path, runner):
     runs = [Launched(4, recipe(models, tmp_path / "a"))]
     assert runs[0].end() == 0, runs[0].text
     runs.append(Launched(4, recipe(models, tmp_path / "b")))
     assert runs[1].end() == 0, runs[1].text
     same_run(tmp_path / "a", tmp_path / "b")
-    first_batch(tmp_path / "a", models, tmp_path / "one")
+    first_batch(tmp_path / "a", models, tmp_path / "one", runner)
     killed_and_resumed(0, 4, models, tmp_path / "killed", tmp_path / "a")
 
 
@@ -353,7 +363,7 @@ def test_the_environment_says_how_to_start():
 def test_one_process_agrees_with_itself(tmp_path):
     assert processes.gather("a", {"x": 1}) == [{"x": 1}]
     assert processes.any_of("b", None) is None and processes.any_of("b", "SIGTERM") == "SIGTERM"
-    assert processes.first("c", 3) == 3 and processes.together("d", lambda: 4) == 4
+    assert processes.first("c", 3) == 3 and processes.raise_on_all("d", lambda: 4) == 4
     assert processes.disks(tmp_path) == [0]
 
 

@@ -70,7 +70,7 @@ def browser(width: int = 1440, height: int = 1000, *, dark: bool = False):
 @pytest.fixture(scope="module", autouse=True)
 def needs():
     if not (CHROMIUM and DRIVER):
-        pytest.skip("apt-get install chromium chromium-driver")
+        pytest.skip("make test-browser installs Chromium")
 
 
 @pytest.fixture(scope="module")

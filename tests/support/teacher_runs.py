@@ -91,9 +91,13 @@ class Runner:
 
         `env`: variables of the run; None takes one away.
         """
+        return self.begin(folder, SIZES | settings, env=env, args=args)
+
+    def begin(self, folder, settings: dict, *, env=None, args=()) -> Run:
+        """The same in the recipe's own sizes."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = tiny.arguments(SIZES | {"run_dir": str(folder)} | settings) + list(args)
+        arguments = tiny.arguments({"run_dir": str(folder)} | settings) + list(args)
         request = [arguments, env or {}, str(folder / "run.out"), str(folder / "run.err")]
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

@@ -1,9 +1,11 @@
 """A tiny random student and teacher as Hugging Face folders, a recipe over them, and the main command for tests."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,8 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TRAINED = REPO / "omniopd_jax" / "world" / "checkpoints" / "forks"
 VOCAB = 320
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"  # of child processes: one device, and a third of the compile time
+init = jax.jit(model.init, static_argnums=1)  # one program; leaf by leaf it would be dozens
 
 
 def tokenizer(vocab_size: int = VOCAB, count: int = 60):
@@ -29,18 +33,24 @@ def random_model(vocab_size: int, seed: int, *, sharpness: float = 12.0):
     cfg = model.ModelConfig(
         "qwen3", vocab_size, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0, qk_norm=True, tied=True, max_positions=256
     )
-    params = model.init(jax.random.key(seed), cfg)
+    params = init(jax.random.key(seed), cfg)
     return params | {"embed": params["embed"] * sharpness}, cfg
 
 
-def make_folders(folder, *, teacher_seed: int = 7) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes `student` and `teacher` under `folder`, one tokenizer, different random weights."""
-    tok, paths = tokenizer(), []
-    for name, seed in (("student", 3), ("teacher", teacher_seed)):
+@functools.cache
+def _made() -> tempfile.TemporaryDirectory:
+    """`student` and `teacher`, made once in a process."""
+    made, tok = tempfile.TemporaryDirectory(prefix="tiny-models-"), tokenizer()
+    for name, seed in (("student", 3), ("teacher", 7)):
         params, cfg = random_model(len(tok), seed)
-        hf.save(pathlib.Path(folder) / name, params, cfg, tok, dtype="float32")
-        paths.append(pathlib.Path(folder) / name)
-    return tuple(paths)
+        hf.save(pathlib.Path(made.name) / name, params, cfg, tok, dtype="float32")
+    return made
+
+
+def make_folders(folder) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes `student` and `teacher` under `folder`, one tokenizer, different random weights."""
+    names = ("student", "teacher")
+    return tuple(pathlib.Path(shutil.copytree(f"{_made().name}/{n}", pathlib.Path(folder) / n)) for n in names)
 
 
 def overrides(student, teacher, run_dir) -> dict:
@@ -68,7 +78,7 @@ def arguments(values: dict) -> list[str]:
 
 def environment(**more) -> dict:
     """One CPU device, the tests' compile cache, no network worth waiting for."""
-    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="") | more
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=XLA_FLAGS) | more
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax_tests"))
     return env
 

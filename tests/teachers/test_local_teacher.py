@@ -138,7 +138,7 @@ def script(tok, text: str, *, end: bool):
     assert len(set(chain)) == len(chain), "a token repeats"
     V = len(tok)
     cfg = model.ModelConfig("llama", V, V, 4, 1, 1, 1, 4, tied=False, norm_eps=1e-12)
-    params = model.init(jax.random.key(0), cfg)
+    params = tiny.init(jax.random.key(0), cfg)
     for name in ("o", "down"):
         params["layers"][name] = params["layers"][name] * 0
     table = np.zeros((V, V), np.float32)

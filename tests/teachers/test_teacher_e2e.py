@@ -26,13 +26,6 @@ MARK = "sk-MARKED0123456789abcdef"
 N = teacher_runs.SIZES["audit.num_continuations"]
 
 
-@pytest.fixture(scope="module")
-def runner():
-    runner = teacher_runs.Runner()
-    yield runner
-    runner.close()
-
-
 def until(condition, run, seconds=180):
     """Waits for a condition while the run goes on."""
     end = time.monotonic() + seconds

@@ -182,35 +182,32 @@ def test_many_processes_write_at_once(tmp_path):
     j.close()
 
 
+def ask_all(url: str, folder) -> list[list[str]]:
+    """The texts of 24 audits with 2 continuations each."""
+    c = cfg_for(url, "openai", folder, **{"teacher.max_concurrency": 4, "budget.calls": 100000})
+    print("ready", flush=True)
+    return [texts(r) for r in ask(c, *(request(f"s{s}", p, "x" * p, n=2) for s in range(8) for p in (3, 6, 9)))]
+
+
 RUN = """
-import sys; sys.path[:0] = [{tests!r}, {repo!r}]
-import json
-from teacher_kit import ask, cfg_for, request, texts
-c = cfg_for({url!r}, "openai", {folder!r}, **{{"teacher.max_concurrency": 4, "budget.calls": 100000}})
-print("ready", flush=True)
-out = ask(c, *(request("s%d" % s, p, "x" * p, n=2) for s in range(8) for p in (3, 6, 9)))
-print(json.dumps([texts(r) for r in out]), flush=True)
+import json, sys; sys.path[:0] = {paths!r}
+from test_teacher_journal import ask_all
+print(json.dumps(ask_all({url!r}, {folder!r})), flush=True)
 """
 
 
-@pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
-    here = pathlib.Path(__file__).parents[1]
+    here = pathlib.Path(__file__).parent
+    paths = [str(here), str(here.parent / "support"), str(here.parents[1])]
     rng = random.Random(5)
     with WireServer(delay_s=0.05, honours_n=False) as server:
-
-        def run(folder):
-            code = RUN.format(
-                tests=str(here / "support"), repo=str(here.parent), url=server.url("openai"), folder=str(folder)
-            )
-            return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-        whole = run(tmp_path / "whole")
-        expected = json.loads(whole.communicate(timeout=60)[0].splitlines()[-1])
+        expected = ask_all(server.url("openai"), tmp_path / "whole")
         mark = len(server.calls())
+        code = RUN.format(paths=paths, url=server.url("openai"), folder=str(tmp_path / "killed"))
         kills = 0
         for _ in range(2 * wanted):
-            process = run(tmp_path / "killed")
+            process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             assert process.stdout.readline() == "ready\n"
             before = len(server.calls())
             while len(server.calls()) == before and process.poll() is None:
@@ -222,9 +219,7 @@ def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
             out, _ = process.communicate(timeout=60)
             if len(out.splitlines()) == 2 or kills == wanted:
                 break
-        last = run(tmp_path / "killed")
-        lines = last.communicate(timeout=60)[0].splitlines()
-        assert json.loads(lines[-1]) == expected
+        assert ask_all(server.url("openai"), tmp_path / "killed") == expected
         time.sleep(0.2)
         calls = server.calls()[mark:]
     j = Journal(tmp_path / "killed" / "journal")

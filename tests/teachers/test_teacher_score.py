@@ -235,13 +235,6 @@ def test_a_failing_service_is_a_clean_stop(server_of, cfg_for):
         score(cfg_for(server, **{"teacher.deadline_s": 1.0}), pairs()[1:2])
 
 
-@pytest.fixture(scope="module")
-def runner():
-    runner = teacher_runs.Runner()
-    yield runner
-    runner.close()
-
-
 @pytest.mark.slow
 def test_a_whole_run_distils_over_the_wire_and_replays_offline(runner, server_of, tmp_path):
     """opd with the small world's own teacher behind vLLM's protocol, against the same run with that teacher in

@@ -179,11 +179,11 @@ class AnthropicClient:
         text = wire.read.text(content, answer.get("stop_reason"), ended_empty=content == [])
         if mode != "instruct" and text.text:
             text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
-        usage = wire.read.told(answer.get("usage"))
+        usage = wire.read.as_dict(answer.get("usage"))
         read, written = (usage.get(f"cache_{what}_input_tokens") for what in ("read", "creation"))
         parts = [usage.get("input_tokens"), read or 0, written or 0]
         whole = all(wire.read.whole(part) for part in parts)
-        hidden = wire.read.told(usage.get("output_tokens_details")).get("thinking_tokens")
+        hidden = wire.read.as_dict(usage.get("output_tokens_details")).get("thinking_tokens")
         billed = wire.read.billed(
             sum(parts) if whole else None, usage.get("output_tokens"), cached=read, written=written, hidden=hidden,
             wrote=bool(text.text),

@@ -154,7 +154,7 @@ class GeminiClient:
             raise wire.CallError(f"the prompt was blocked: {blocked}", "refused", status=200)
         if not candidates:
             raise wire.malformed("candidates")
-        usage = wire.read.told(answer.get("usageMetadata"))
+        usage = wire.read.as_dict(answer.get("usageMetadata"))
         thoughts = usage.get("thoughtsTokenCount")
         texts, thought = [], False
         for candidate in candidates:

@@ -239,7 +239,7 @@ class OpenAIClient:
             texts.append(text)
         wrote = any(text.text for text in texts)
         billed = _billed(answer, wrote=wrote)
-        told = wire.read.told(wire.read.told(answer.get("usage")).get("completion_tokens_details")).get(
+        told = wire.read.as_dict(wire.read.as_dict(answer.get("usage")).get("completion_tokens_details")).get(
             "reasoning_tokens"
         )
         told = told if isinstance(told, int) and told > 0 else 0
@@ -290,8 +290,8 @@ class OpenAIClient:
 
 def _billed(answer, *, wrote: bool = True) -> wire.Billed | None:
     """What the answer says was billed."""
-    usage = wire.read.told(answer.get("usage"))
-    inputs, outputs = (wire.read.told(usage.get(f"{part}_tokens_details")) for part in ("prompt", "completion"))
+    usage = wire.read.as_dict(answer.get("usage"))
+    inputs, outputs = (wire.read.as_dict(usage.get(f"{part}_tokens_details")) for part in ("prompt", "completion"))
     return wire.read.billed(
         usage.get("prompt_tokens"), usage.get("completion_tokens"), cached=inputs.get("cached_tokens"),
         hidden=outputs.get("reasoning_tokens"), total=usage.get("total_tokens"), wrote=wrote,

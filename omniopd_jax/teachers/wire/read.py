@@ -269,7 +269,7 @@ def _or_0(value) -> int:
     return value if whole(value) else 0
 
 
-def told(value) -> dict:
+def as_dict(value) -> dict:
     """The fields of a part of the usage; {} where it is no object: then it says nothing."""
     return value if isinstance(value, dict) else {}
 

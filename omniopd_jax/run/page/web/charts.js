@@ -6,7 +6,7 @@ const CHARTS = [
   ["Agreement", "of n continuations", [["audit/k_sem_mean", "k_sem"], ["audit/n_eff", "n that arrived"]]],
   ["pi_hat: the chunks' target", "", [["audit/pi_hat_mean", "mean"], ["audit/pi_hat_spread", "spread (standard deviation)"], ["audit/pi_bar_mean", "pi_bar, the student's own"]]],
   ["Loss", "", [["loss", "loss"], ["loss/chunks", "chunks"], ["loss/anchor", "anchor"]]],
-  ["KL(ref || student)", "nats a token", [["anchor/kl_ref_to_student_exact", "exact KL"]]],
+  ["KL(ref || student)", "nats per token", [["anchor/kl_ref_to_student_exact", "exact KL"]]],
   ["Entropy", "nats", [["entropy", "all tokens"], ["audit/entropy_at_peak", "at the peaks"]]],
   ["Chunks in the middle band", "share", [["audit/midband_fraction", "neither all matched nor all missed"]]],
   ["Audits that count for nothing", "a step", [["audit/dropped", "dropped"], ["audit/short", "with too few continuations"], ["teacher/failed", "failed continuations"]]],
@@ -15,7 +15,7 @@ const CHARTS = [
   ["Teacher latency", "s", [["teacher/latency_p50", "median"], ["teacher/latency_p95", "95th percentile"]]],
   ["Teacher tokens a step", "tokens", [["teacher/tokens_in", "in"], ["teacher/tokens_out", "out"]]],
   ["Gradient norm", "", [["grad_norm", "gradient norm"]]],
-  ["Sampler against training graph", "nats a token", [["rollout/score_logp_gap", "log-prob gap"]]],
+  ["Sampler against training graph", "nats per token", [["rollout/score_logp_gap", "log-prob gap"]]],
 ];
 const DASHES = [[], [6, 4], [2, 3]];
 const drawn = [];
