@@ -88,18 +88,24 @@ def loss_and_grads(
     compute: model.Compute | None = None,
     teacher_params=None,
     teacher_cfg=None,
+    divergence_BT=None,
+    average=None,
 ):
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
     `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both
-    passes. `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
+    passes. `divergence_BT` weighs the divergence from another distribution; None: there is none. That is the white-box
+    teacher's (`teacher_params`, with the student's tokenizer), or where the objective has a scorer, one of the
+    student's own under `batch.context`: of the reference, of the `average` (`TrainState.average`), or of the student as
+    it stands, which takes no second copy of the weights.
 
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
     """
     compute = compute or model.Compute()
     T, mesh, dtype = weight_BT.shape[1], compute.mesh, compute.dtype
-    frozen, ref, teacher = None, None, None
+    own, frozen, ref, teacher = objective.of(cfg), None, None, None
+    scorer = own.scorer if divergence_BT is not None else None
     if holds_reference(cfg):
         frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
         if not cfg.anchor.ref_offload:
@@ -110,37 +116,48 @@ def loss_and_grads(
         params = replicas.replicate(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, dtype)
-    if objective.of(cfg).divergence:
+    if divergence_BT is not None and scorer is None:
         teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
+    if scorer is not None and scorer.averaged:
+        average = average if cfg.lora.rank else replicas.replicate(jax.lax.stop_gradient(average), mesh, dtype)
+        average = policy(model.cast_layers(jax.lax.stop_gradient(average), dtype), frozen, cfg)
     settings = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
-        head, ref_head, teacher_head = heads
-        h, ref_h, teacher_h, target, weight, mask = rows
-        loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **settings
+        head, ref_head, other_head = heads
+        h, ref_h, other_h, target, weight, mask, apart = rows
+        other = None
+        if apart is not None:
+            other = vocab.Other(other_h, other_head, apart, own.divergence, cfg.context.clip if scorer else 0.0)
+        return vocab.weighted_nll_and_kl(
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, other=other, **settings
         )
-        if teacher_head is not None:
-            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **settings)[0]
-        return loss, stats
 
     def micro_loss(params, rows):
-        token, segment, position, at, weight, mask = rows
+        (*place, weight, mask, apart), context_place = rows
 
-        def hidden(p, p_cfg, p_compute):
+        def hidden(p, p_cfg, p_compute, place):
             if p is None:
                 return None
+            token, segment, position, at = place
             states = model.hidden(p, p_cfg, token, position_BL=position, segment_BL=segment, compute=p_compute)
             return response_hidden(states, at)
 
         student = policy(params, frozen, cfg)
-        h = hidden(student, model_cfg, compute)
+        h = hidden(student, model_cfg, compute, place)
         with jax.named_scope("reference"):
-            ref_h = hidden(ref, model_cfg, ref_compute)
-        with jax.named_scope("teacher"):
-            teacher_h = hidden(teacher, teacher_cfg, compute)
-        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, teacher))
-        rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
+            ref_h = hidden(ref, model_cfg, ref_compute, place)
+        if scorer is None:
+            other = teacher
+            with jax.named_scope("teacher"):
+                other_h = hidden(teacher, teacher_cfg, compute, place)
+        else:
+            other = frozen if scorer.reference else average if scorer.averaged else jax.lax.stop_gradient(student)
+            with jax.named_scope("context"):
+                other_h = hidden(other, model_cfg, ref_compute if scorer.reference else compute, context_place)
+                other_h = jax.lax.stop_gradient(other_h)
+        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, other))
+        rows = (h, ref_h, other_h, response_tokens(place[0], place[3]), weight, mask, apart)
         return replicas.over_rows(over_vocabulary, mesh, heads, rows)
 
     def add(carry, rows):
@@ -149,7 +166,12 @@ def loss_and_grads(
         return (carry[0] + loss, grads), stats
 
     tokens = batch.token_BL if batch.packed is None else batch.packed
-    rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
+    rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT, divergence_BT)
+    context = None
+    if scorer is not None:
+        behind = batch.context
+        context = _rows(behind.tokens, behind.prompt_length_B, T, cfg.micro_batches, mesh)
+    rows = (rows, context)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
     return (
         loss,
@@ -191,31 +213,47 @@ def update(
     Returns:
       (state, metrics of scalars, objective.ChunkTargets for the audit log; None where nothing is audited).
     """
-    unscored = (len(batch.length_B), batch.width)
-    logp_BT = jnp.zeros(unscored, jnp.float32) if stats is None else stats.logp_BT
-    weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
-    loss, grads, loss_stats = loss_and_grads(
-        state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg, compute=compute,
-        teacher_params=teacher_params, teacher_cfg=teacher_cfg,
-    )  # fmt: skip
+    loss, grads = jnp.float32(0), None
+    found = []  # of each part of a mix that has rows of its own, the first being the batch's own
+    for rows, group in zip((batch, *batch.more), objective.row_groups(cfg), strict=True):
+        unscored = stats is None or rows is not batch
+        logp_BT = jnp.zeros((len(rows.length_B), rows.width), jnp.float32) if unscored else stats.logp_BT
+        weights = objective.token_weights(logp_BT, rows, group)
+        part, grad, loss_stats = loss_and_grads(
+            state.params, ref_params, rows, weights.weight_BT, weights.mask_BT, model_cfg=model_cfg, cfg=cfg,
+            compute=compute, teacher_params=teacher_params, teacher_cfg=teacher_cfg,
+            divergence_BT=weights.divergence_BT, average=state.average,
+        )  # fmt: skip
+        loss, grads = loss + part, grad if grads is None else jax.tree.map(jnp.add, grads, grad)
+        found.append((logp_BT, weights, loss_stats))
+    logp_BT, weights, loss_stats = found[0]
     with jax.named_scope("optimizer"):
         updates, opt_state = optim.make_optimizer(cfg).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    targets = objective.chunk_targets(logp_BT, batch, cfg) if objective.of(cfg).audited else None
-    real_BT = objective.response_mask(batch.length_B, weight_BT.shape[1])
+    own = objective.of(cfg)
+    targets = objective.chunk_targets(logp_BT, batch, cfg) if own.audited else None
+    real_BT = objective.response_mask(batch.length_B, logp_BT.shape[1])
     metrics = {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
     } | objective.metrics(batch, targets, None if stats is None else stats.entropy_BT, cfg)
+    for rows, group in zip(batch.more, objective.row_groups(cfg)[1:], strict=True):
+        metrics |= objective.lengths(rows, "continuation" if objective.of(group[0][1]).samples else "solutions")
     if stats is not None:
         metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
         clipped_BT = objective.clipped(logp_BT, batch, cfg) * real_BT
         metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
-        metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
-    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, weights.mask_BT)
+    if weights.divergence_BT is not None:
+        metrics |= objective.divergence_metrics(loss_stats.divergence_BT, weights.divergence_BT, own, cfg)
+    average = state.average
+    if average is not None:
+        keep = cfg.context.ema_decay
+        average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
+    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, average=average)
     return new, metrics, targets
 
 
@@ -326,12 +364,14 @@ def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
-    return TrainState(params, opt, all_, all_)  # type: ignore[arg-type]  # shardings in place of arrays
+    average = None if shape.average is None else params
+    return TrainState(params, opt, all_, all_, average)  # type: ignore[arg-type]  # shardings in place of arrays
 
 
 def holds_reference(cfg) -> bool:
-    """Whether an update reads the frozen model: for the anchor, or as the adapters' base."""
-    return bool(cfg.anchor.kl_coef or cfg.lora.rank)
+    """Whether an update reads the frozen model: for the anchor, as the adapters' base, or to score with a context."""
+    scorer = objective.of(cfg).scorer
+    return bool(cfg.anchor.kl_coef or cfg.lora.rank or (scorer and scorer.reference))
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
@@ -365,7 +405,9 @@ def abstract_reference(model_cfg, cfg, mesh) -> dict | None:
 
 def new_state(params: dict, cfg, key: jax.Array) -> TrainState:
     """The state before the first update. `params` are float32, what is trained; `key` is the run's."""
-    return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key)
+    scorer = objective.of(cfg).scorer
+    average = jax.tree.map(lambda a: a + 0, params) if scorer and scorer.averaged else None
+    return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key, average)
 
 
 def create_state(params: dict, cfg, steps: Steps, key: jax.Array) -> TrainState:
@@ -378,7 +420,7 @@ def _rows(tokens, prompt_length_B, T: int, n: int, mesh, *values_BT):
     if not isinstance(tokens, packing.Packed):
         return _split((tokens, None, None, response_places(prompt_length_B, T), *values_BT), n)
     at_ZX = packing.places(tokens, prompt_length_B, mesh)
-    values_ZX = (packing.pack_values(tokens, a, mesh) for a in values_BT)
+    values_ZX = (None if a is None else packing.pack_values(tokens, a, mesh) for a in values_BT)
     return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_ZX, *values_ZX), n)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import experience, hf, train
+from omniopd_jax import experience, hf, solutions, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, reporting
@@ -74,7 +74,7 @@ def test_solutions_that_can_not_be_used_are_one_line(models, tmp_path, rows, mor
 
 def test_a_solution_is_named_by_its_prompt_alone():
     """So a second epoch, another seed and another method find in the journal what was bought."""
-    assert experience.solution_id("7") == experience.solution_id("7") != experience.solution_id("8")
+    assert solutions.solution_id("7") == solutions.solution_id("7") != solutions.solution_id("8")
 
 
 def test_the_share_of_truncated_rows_counts_rows_that_came():

@@ -201,6 +201,7 @@ def fake_run(cfg, client) -> setup.Run:
         logging.PhaseTimer(),
         None,
         None,
+        {},
     )
 
 

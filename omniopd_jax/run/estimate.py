@@ -51,14 +51,14 @@ def table(e: budget.Estimate, state: str) -> str:
     )
 
 
-def confirm(cfg, asks_teacher: bool) -> None:
+def confirm(cfg, asks_teacher: bool, bought: dict[str, int] | None = None) -> None:
     """`Preview.confirm`; settings that can't be priced are left to the run's own checks, which name all that is wrong.
 
     Raises:
       UserError: the run is likely to cost more than `budget.confirm_usd` and has no cap.
     """
     try:
-        preview = Preview(cfg, asks_teacher)
+        preview = Preview(cfg, asks_teacher, bought)
     except UserError:
         return
     preview.confirm()
@@ -70,12 +70,13 @@ class Preview:
     Args:
       cfg: the recipe.
       asks_teacher: whether its objective asks a teacher.
+      bought: what it asks for (`budget.estimate`); None: continuations at the peaks.
 
     Raises:
       UserError: settings of the teacher that can't be priced (`budget.usd` without a price).
     """
 
-    def __init__(self, cfg, asks_teacher: bool):
+    def __init__(self, cfg, asks_teacher: bool, bought: dict[str, int] | None = None):
         self.cfg, self.state = cfg, price_state(cfg, asks_teacher)
         self.steps = max(0, cfg.num_steps - steps_done(cfg.run_dir))
         self.estimate = None
@@ -83,7 +84,8 @@ class Preview:
             client = CLIENTS[cfg.teacher.provider](cfg)
             price = budget.price(cfg, self_hosted=client.self_hosted)
             takes_n = bool(client.seen.takes_n)
-            self.estimate = budget.estimate(cfg, price, takes_n=takes_n, latency_s=LATENCY_S, steps=self.steps)
+            how = {"takes_n": takes_n, "latency_s": LATENCY_S, "steps": self.steps, "asks": bought}
+            self.estimate = budget.estimate(cfg, price, **how)
 
     def text(self) -> str:
         """The table, where each cap would stop the run, and what was assumed."""
@@ -92,10 +94,8 @@ class Preview:
             why = (
                 "is in process" if cfg.teacher.provider not in CLIENTS else "is not asked, or replayed from its journal"
             )
-            return (
-                f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
-            )
-        lines = [f"{cfg.objective.name} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
+            return f"objective {named(cfg)}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
+        lines = [f"{named(cfg)} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
         lines.append(table(e, self.state))
         lines += self.caps()
         if self.state == UNKNOWN:
@@ -140,6 +140,11 @@ class Preview:
             f"{limit:g} and no "
             "cap is set: set budget.usd, or add --yes to start all the same"
         )
+
+
+def named(cfg) -> str:
+    """The objective's name, or those of a mix."""
+    return " + ".join(sorted(cfg.objective.mix)) or cfg.objective.name
 
 
 def steps_done(run_dir) -> int:

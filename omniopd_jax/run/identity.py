@@ -127,16 +127,18 @@ def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
     host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | {DIGESTS: digests}, indent=1) + "\n")
 
 
-def digests_of(cfg: ConfigDict, prompts, held_out, template: str) -> dict[str, str]:
+def digests_of(cfg: ConfigDict, prompts, held_out, template: str, sets=()) -> dict[str, str]:
     """Digests of what a run reads under names that stay the same when the content changes.
 
     Args:
       prompts, held_out: data.Prompts, encoded; None: none is read.
       template: the student's chat template.
+      sets: data.benchmarks.Suites of `eval.sets`.
     """
     out = {"the training prompts": _prompts(prompts), "the student's chat template": f"{stable_hash(template):x}"}
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
+    out |= {f"the prompts of eval.sets {s.name!r}": _prompts(s) for s in sets}
     folders = {"the student's folder (student.path)": cfg.student.path}
     if cfg.teacher.provider == "local" and cfg.teacher.model:
         folders["the teacher's folder (teacher.model)"] = cfg.teacher.model

@@ -51,12 +51,13 @@ TEACHERS = {  # their SDKs are imported when a client connects
 _NEEDS = {"opd": LOGP, "opd_exact": DISTRIBUTION}  # for callers of `make` who have no objective's record at hand
 
 
-def make(cfg, needs: str | None = None) -> Teacher:
+def make(cfg, needs: str | None = None, asks: dict[str, int] | None = None) -> Teacher:
     """The teacher that `cfg.teacher.provider` names.
 
     Args:
       cfg: the recipe.
       needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what `cfg.objective.name` is known to.
+      asks: for its estimate (`budget.estimate`); None: continuations at the peaks.
 
     Raises:
       UserError: unknown provider, one that does not give what is needed, or whatever the provider finds wrong with its
@@ -66,7 +67,9 @@ def make(cfg, needs: str | None = None) -> Teacher:
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
     provider = TEACHERS[cfg.teacher.provider]
     if needs == TEXT:
-        return provider.make(cfg)
+        teacher = provider.make(cfg)
+        teacher.asks = asks
+        return teacher
     if needs not in provider.white_box:
         able = ", ".join(name for name, p in TEACHERS.items() if needs in p.white_box)
         raise UserError(
@@ -74,6 +77,7 @@ def make(cfg, needs: str | None = None) -> Teacher:
             f"{cfg.teacher.provider!r} does not give; set one of: {able}"
         )
     teacher = provider.make(cfg, needs)
+    teacher.asks = asks
     if teacher.foreign_tokenizer:
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer"

@@ -60,14 +60,15 @@ class Folder:
 
     @property
     def objective(self) -> str:
-        """The config's, or "?"."""
-        return str(self.config.get("objective.name", "?"))
+        """The config's, the parts of a mix, or "?"."""
+        mix = sorted(k.removeprefix("objective.mix.") for k in self.config if k.startswith("objective.mix."))
+        return " + ".join(mix) or str(self.config.get("objective.name", "?"))
 
     def _notes(self) -> None:
         if not self.rows:
             self.notes.append("metrics.jsonl is missing or empty: there are no curves")
         if not self.audits:
-            taught = self.objective in ("sft", "opd", "opd_exact", "grpo", "constant")
+            taught = self.objective in ("sft", "continuation", "context", "opd", "opd_exact", "grpo", "constant")
             why = f"the objective {self.objective} asks for none" if taught else "none was written"
             self.notes.append(f"no audits: {why}")
         elif not any("question" in a for a in self.audits):
