@@ -135,7 +135,7 @@ class Experience:
     host.
 
     `trained` are the rows of the batch and of its `more`: the responses, or the teacher's texts. `notes` are this
-    process's counts of them (`note_metrics`).
+    process's counts of them (`teaching.note_metrics`), `continued` the answered requests behind the student's prefixes.
     """
 
     batch: objective.Batch
@@ -146,6 +146,7 @@ class Experience:
     rewards: np.ndarray | None
     trained: list[Responses]
     notes: dict[str, float] = dataclasses.field(default_factory=dict)
+    continued: list[audit.Audit] = dataclasses.field(default_factory=list)
 
 
 def draw(prompts: Prompts, cfg, t: int) -> Drawn:
@@ -440,7 +441,7 @@ def assemble(
         batches.append(batch_of(own, rows, student, cfg, rewards if own is responses else None))
     trained = [responses] * (len(batches) > len(taught_rows)) + list(taught_rows)
     batch = batches[0].replace(more=tuple(batches[1:]))
-    return Experience(batch, stats, responses, scores, feedback, rewards, trained, notes)
+    return Experience(batch, stats, responses, scores, feedback, rewards, trained, notes, audits_of(group.continued))
 
 
 def batch_of(responses: Responses, rows: batching.Rows, student: Student, cfg, rewards, **arrays) -> objective.Batch:

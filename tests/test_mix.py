@@ -51,13 +51,15 @@ def batch() -> objective.Batch:
     )
 
 
-@pytest.mark.parametrize("normalizer", ["constant", "separate_means"])
 @pytest.mark.parametrize(
-    "mix",
+    "mix,normalizer",
     [
-        {"omniopd": 1.0, "grpo": 0.3},
-        {"omniopd": 0.7, "continuation": 0.5, "sft": 0.25},
-        {"sft": 0.5, "continuation": 2.0},
+        ({"sft": 0.5, "continuation": 2.0}, "constant"),
+        *(
+            pytest.param(mix, how, marks=pytest.mark.slow)
+            for mix in ({"omniopd": 1.0, "grpo": 0.3}, {"omniopd": 0.7, "continuation": 0.5, "sft": 0.25})
+            for how in ("constant", "separate_means")
+        ),
     ],
 )
 def test_an_update_is_the_sum_of_its_parts(params, ref_params, model_cfg, make_cfg, monkeypatch, mix, normalizer):
@@ -96,6 +98,21 @@ def test_an_update_is_the_sum_of_its_parts(params, ref_params, model_cfg, make_c
     assert loss == pytest.approx(want_loss, rel=1e-5)
     for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", ["constant", "separate_means"])
+def test_parts_that_share_rows_add_up_each_with_its_own_counts(make_cfg, normalizer):
+    """Weight and anchor of a token: the sum of the parts', each normalised by itself."""
+    how = {"objective.normalizer": normalizer, "objective.advantage": "batch_mean"}
+    logp = -jnp.asarray(np.random.default_rng(3).random((B, T)), jnp.float32)
+    got = objective.weights(logp, batch(), mixed(make_cfg, {"omniopd": 0.7, "grpo": 0.3}, **how))
+    sizes = {"audit.num_chunks": M, "audit.chunk_tokens": 3, "anchor.kl_coef": 0.2}
+    parts = [
+        objective.weights(logp, batch(), make_cfg(**how | sizes | {"objective.name": name}))
+        for name in ("omniopd", "grpo")
+    ]
+    for mine, a, b in zip(got, *parts):
+        np.testing.assert_allclose(mine, 0.7 * a + 0.3 * b, rtol=1e-6, atol=1e-8)
 
 
 def test_a_mix_of_one_is_that_one(make_cfg):

@@ -190,7 +190,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_accumulator(name):
 
     def loss(hidden, head, head_grad):
         if name == "divergence":
-            how = {"block": 8, "head_grad": head_grad}
+            how = {"block": 10, "head_grad": head_grad}
             return divergence("forward", hidden, head, ref_hidden, ref_head, weight, **how)[0]
         args = (hidden, head, ref_hidden, ref_head, target, weight, mask)
         return vocab.weighted_nll_and_kl(*args, beta=BETA, block=8, head_grad=head_grad)[0]

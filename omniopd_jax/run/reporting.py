@@ -129,7 +129,7 @@ class Reports:
         share = jax.process_count()
         targets = None if targets is None else jax.tree.map(sharding.local_rows, targets)
         peak_BM = sharding.local_rows(got.batch.peak_BM)
-        step = records.Step(t, run.cfg, got.responses, got.scores, peak_BM, got.feedback, targets)
+        step = records.Step(t, run.cfg, got.responses, got.scores, peak_BM, got.feedback, targets, tuple(got.continued))
         limits = (-(-run.cfg.audit.log_per_step // share), -(-log.completions_per_step // share))
         audits, rows, *left = records.choose(got.feedback, len(got.responses.tokens), *limits)
         audits = audits if targets is not None else []
