@@ -53,10 +53,13 @@ def test_a_run_ends_where_it_falls_below_but_not_before_its_first_step():
     assert totals[best.BEST] == 0.3
 
 
+GREEDY = sampling.greedy
+
+
 def scripted(monkeypatch, values):
     """Evaluations in the order in which they are made, whatever the model says."""
-    left, real = list(values), sampling.greedy
-    monkeypatch.setattr(sampling, "greedy", lambda *a, **k: dataclasses.replace(real(*a, **k), accuracy=left.pop(0)))
+    left = list(values)
+    monkeypatch.setattr(sampling, "greedy", lambda *a, **k: dataclasses.replace(GREEDY(*a, **k), accuracy=left.pop(0)))
     return left
 
 
@@ -113,7 +116,7 @@ def test_several_sets_are_evaluated_beside_the_held_out_prompts(models, tmp_path
         train.train(recipe(models, tmp_path / "run", **more | {"eval.sets": ("world:slips:test",)}))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_anothers_weights_and_the_anchor_stays_at_its_student(models, tmp_path, rank):
     """From a run (adapters go on as adapters), and from its export: at rate 0 what is trained is what was there."""
     lora = {"lora.rank": rank, "lora.alpha": 4.0, "optimizer.learning_rate": 0.02}
@@ -147,6 +150,7 @@ def test_settings_that_can_not_be_are_one_line(models, tmp_path, case):
         train.train(recipe(models, tmp_path / "run", **more))
 
 
+@pytest.mark.slow
 def test_adapters_go_on_with_the_same_alone(models, tmp_path):
     plain = {"eval.num_prompts": 0, "eval.every": 0, "checkpoint.best_metric": "", "eval.patience": 0, "num_steps": 1}
     train.train(recipe(models, tmp_path / "first", **plain | {"lora.rank": 2}))
