@@ -113,9 +113,7 @@ def default() -> ConfigDict:
     c.audit.adaptive_first = 3  # continuations of each round
     c.audit.adaptive_error = 0.06  # settled: the standard error of the mean similarity is at most this
     c.audit.adaptive_sign = 3.0  # or the mean is this many standard errors from the previous step's; needs an advantage
-    c.audit.gate = (
-        "none"  # none | graded: prompts whose own solutions by the teacher are all wrong are not bought further
-    )
+    c.audit.gate = "none"  # none | graded: prompts that the teacher always fails are not bought further
     c.audit.gate_attempts = 4  # solutions per prompt that are graded, by reward.grader; a prompt without answer is open
     c.audit.selection = "peak"  # peak | random (ablation)
     c.audit.similarity = "edit"  # edit | rouge1 | rougeL | embedding
@@ -153,9 +151,7 @@ def default() -> ConfigDict:
     c.context.divergence = "forward"  # forward: KL(context || student) | reverse: KL(student || context)
     c.context.clip = 0.0  # nats; a token whose divergence is above counts as this much, without gradient; 0 = off
     c.context.template = SHOWN  # of the last message: {prompt} and {solution} are filled in
-    c.context.max_prompt_length = (
-        0  # student tokens; longer ones are left out; 0 = prompt and response caps together + 128
-    )
+    c.context.max_prompt_length = 0  # student tokens; longer ones are left out; 0 = both caps together + 128
     c.context.ema_decay = 0.99  # ema: what is kept of the average in each update
 
     c.reward = ConfigDict()

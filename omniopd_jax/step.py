@@ -104,23 +104,22 @@ def loss_and_grads(
     """
     compute = compute or model.Compute()
     T, mesh, dtype = weight_BT.shape[1], compute.mesh, compute.dtype
-    own, frozen, ref, teacher = objective.of(cfg), None, None, None
+    own = objective.of(cfg)
     scorer = own.scorer if divergence_BT is not None else None
-    if holds_reference(cfg):
-        frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
-        if not cfg.anchor.ref_offload:
-            frozen = model.cast_layers(frozen, dtype)
-        ref = frozen if cfg.anchor.kl_coef else None
     ref_compute = dataclasses.replace(compute, host_layers=cfg.anchor.ref_offload)
+    frozen = _frozen(ref_params, cfg, mesh, dtype)
+    ref = frozen if cfg.anchor.kl_coef else None
     if not cfg.lora.rank:
         params = replicas.replicate(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, dtype)
+    other, other_cfg, other_compute = None, model_cfg, compute  # None: the student as it stands, if there is a scorer
     if divergence_BT is not None and scorer is None:
-        teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
-    if scorer is not None and scorer.averaged:
-        average = average if cfg.lora.rank else replicas.replicate(jax.lax.stop_gradient(average), mesh, dtype)
-        average = policy(model.cast_layers(jax.lax.stop_gradient(average), dtype), frozen, cfg)
+        other, other_cfg = _constant(teacher_params, mesh, dtype), teacher_cfg
+    elif scorer is not None and scorer.averaged:
+        other = policy(_constant(average, mesh, dtype, whole=not cfg.lora.rank), frozen, cfg)
+    elif scorer is not None and scorer.reference:
+        other, other_compute = frozen, ref_compute
     settings = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
@@ -147,16 +146,10 @@ def loss_and_grads(
         h = hidden(student, model_cfg, compute, place)
         with jax.named_scope("reference"):
             ref_h = hidden(ref, model_cfg, ref_compute, place)
-        if scorer is None:
-            other = teacher
-            with jax.named_scope("teacher"):
-                other_h = hidden(teacher, teacher_cfg, compute, place)
-        else:
-            other = frozen if scorer.reference else average if scorer.averaged else jax.lax.stop_gradient(student)
-            with jax.named_scope("context"):
-                other_h = hidden(other, model_cfg, ref_compute if scorer.reference else compute, context_place)
-                other_h = jax.lax.stop_gradient(other_h)
-        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, other))
+        beside = jax.lax.stop_gradient(student) if scorer and other is None else other
+        with jax.named_scope("context" if scorer else "teacher"):
+            other_h = hidden(beside, other_cfg, other_compute, context_place or place)
+        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, beside))
         rows = (h, ref_h, other_h, response_tokens(place[0], place[3]), weight, mask, apart)
         return replicas.over_rows(over_vocabulary, mesh, heads, rows)
 
@@ -178,6 +171,20 @@ def loss_and_grads(
         replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh),
         _in_place(stats, tokens, T, mesh),
     )
+
+
+def _constant(params: dict, mesh, dtype, *, whole: bool = True) -> dict:
+    """Parameters without gradient, as a pass takes them; `whole`: with an embedding and a head, not adapters."""
+    params = jax.lax.stop_gradient(params)
+    return model.cast_layers(replicas.replicate(params, mesh, dtype) if whole else params, dtype)
+
+
+def _frozen(ref_params: dict | None, cfg, mesh, dtype) -> dict | None:
+    """The reference as a pass takes it; with `anchor.ref_offload` its layers are cast as they arrive."""
+    if not holds_reference(cfg):
+        return None
+    frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
+    return frozen if cfg.anchor.ref_offload else model.cast_layers(frozen, dtype)
 
 
 def policy(params: dict, ref_params: dict | None, cfg) -> dict:

@@ -11,7 +11,7 @@ from omniopd_jax.run import fit
 
 @pytest.mark.parametrize(
     "method,packing",
-    [("mix", 0), *(pytest.param(m, p, marks=pytest.mark.slow) for m in METHODS for p in (0, 256))],
+    [("mix", 0), ("self", 0), *(pytest.param(m, p, marks=pytest.mark.slow) for m in METHODS for p in (0, 256))],
 )
 def test_the_update_is_lowered_with_the_rows_of_the_method(tmp_path, method, packing):
     """Lowering checks every array's shape against the step; rows of the teacher's texts are there, at their longest."""
@@ -25,4 +25,5 @@ def test_the_update_is_lowered_with_the_rows_of_the_method(tmp_path, method, pac
     rows = [len(b.length_B.shape) and b.length_B.shape[0] for b in (batch, *batch.more)]
     assert rows == {"continuation": [32], "peak": [32], "mix": [16, 32]}.get(method, [16])
     assert (plan.sizes()["average"] > 0) == (method == "ema")
-    assert (batch.context is not None) == (method in ("context", "ema"))
+    assert (plan.reference is None) == (method == "self"), "who scores itself takes no second copy of the weights"
+    assert (batch.context is not None) == (method in ("context", "self", "ema"))

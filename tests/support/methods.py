@@ -18,5 +18,6 @@ METHODS = {
         "audit.adaptive_error": 0.09,
         "objective.advantage": "batch_mean",
     },
+    "self": CONTEXT | {"context.model": "self", "anchor.kl_coef": 0.0},
     "ema": CONTEXT | {"context.model": "ema", "context.divergence": "reverse", "context.clip": 1.0},
 }
