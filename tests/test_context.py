@@ -44,7 +44,8 @@ def make_batch(*, packed: bool = False, same: bool = False) -> objective.Batch:
     if packed:
         how = {"most": 40, "shards": [0], "micro_batches": 2}
         pack = packing.make(own, PROMPT, **how)
-        pack_behind = packing.make(behind, before, like=pack, **how)
+        laid = packing.Laid(pack.first_B, pack.owner_ZX.shape[1])
+        pack_behind = packing.make(behind, before, like=laid, **how)
         assert (pack.owner_ZX == pack_behind.owner_ZX).all() and (pack.time_ZX == pack_behind.time_ZX).all()
         tokens = shown = None
     beside = context.ContextRows(shown, i32(before), jnp.asarray(GIVEN, jnp.float32), pack_behind)

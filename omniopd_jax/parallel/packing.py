@@ -8,6 +8,7 @@ crosses is a few numbers a token, no state. X are the response positions of one 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -52,12 +53,19 @@ class Plan:
     column_B: np.ndarray
 
 
+class Laid(NamedTuple):
+    """Where responses are among all Z X positions: `first_B` of this process, on the host, and X."""
+
+    first_B: np.ndarray
+    positions: int
+
+
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
 def make(
     rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int], micro_batches: int,
-    like: Packed | None = None,
+    like: Laid | None = None,
 ) -> Packed:  # fmt: skip
     """Packs a process's rows, in shapes that all processes share and that are few: width, rows and X are rounded up.
 
@@ -67,8 +75,8 @@ def make(
       most: widest packed row (`packing.length`), at least the longest of `rows`.
       shards: those that this process holds, ascending (`sharding.own_shards`); B must divide by shards x micro_batches.
       micro_batches: of each shard.
-      like: how the same responses are packed behind other prompts (this process's part, NumPy): each one's positions
-        are then in the same place among all Z X, so that states of both can be compared where they are.
+      like: where the same responses lie behind other prompts: each one's positions are then in the same place among
+        all Z X, so that states of both can be compared where they are.
 
     Returns:
       NumPy arrays, as `sharding.put_rows` takes them.
@@ -81,14 +89,14 @@ def make(
     if like is None:
         positions = min(_round(sharding.global_max(plan.positions)), count * width)
     else:
-        positions = like.owner_ZX.shape[1]
+        positions = like.positions
     plan = dataclasses.replace(plan, rows=count, positions=positions)
     return fill(plan, rows, prompt_length_B, width, shards, micro_batches)
 
 
-def parts_of(packed: Packed, shards: list[int], micro_batches: int) -> np.ndarray:
+def parts_of(laid: Laid, shards: list[int], micro_batches: int) -> np.ndarray:
     """The part of this process that each response is in."""
-    shard_B, part_B = np.divmod(packed.first_B // packed.owner_ZX.shape[1], micro_batches)
+    shard_B, part_B = np.divmod(laid.first_B // laid.positions, micro_batches)
     return np.searchsorted(shards, shard_B) * micro_batches + part_B
 
 

@@ -42,13 +42,16 @@ def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg, *, most: int 
         L = min(bucket(longest(rows)), prompt_width([p.token_ids for p in prompts]) + T)
         token_BL, prompt_length_B = sharding.put_rows((pad_rows(rows, L)[0], prompt_length_B), mesh)
         return Rows(token_BL, None, prompt_length_B, T)
+    laid = None
+    if like:
+        laid = packing.Laid(sharding.local_rows(like.packed.first_B), like.packed.owner_ZX.shape[1])
     packed = packing.make(
         rows,
         prompt_length_B,
-        most=max(cfg.packing.length, longest(rows)),  # a privileged prompt may be longer than any other row
+        most=max(cfg.packing.length, longest(rows)) if like else cfg.packing.length,  # privileged prompts are longer
         shards=sharding.own_shards(mesh),
         micro_batches=cfg.micro_batches,
-        like=jax.tree.map(sharding.local_rows, like.packed) if like else None,
+        like=laid,
     )
     packed, prompt_length_B = sharding.put_rows((packed, prompt_length_B), mesh)
     return Rows(None, packed, prompt_length_B, T)

@@ -28,6 +28,9 @@ class Best:
 
     def __init__(self, cfg, totals: dict):
         self._cfg, self._totals = cfg, totals
+        if not (cfg.eval.patience or cfg.eval.stop_below):  # a run that had ended early goes on
+            for key in (STOPPED, LAST):
+                totals.pop(key, None)
         self._metric = cfg.checkpoint.best_metric or DEFAULT
         self._folder = pathlib.Path(cfg.run_dir) / FOLDER
         self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None

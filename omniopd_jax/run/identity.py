@@ -20,6 +20,8 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "checkpoint.",
     "log.",
     "eval.every",
+    "eval.patience",
+    "eval.stop_below",
     "budget.",
     "distributed.",
     "profile.",

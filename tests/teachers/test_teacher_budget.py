@@ -187,7 +187,7 @@ SIZES = {
 
 def high(tmp_path, **more):
     """(calls, tokens in, tokens out) at the most, of a service that takes n; a tenth is repeated."""
-    c = cfg_for("", "openai", tmp_path, **SIZES | more)
+    c = cfg_for("", "openai", tmp_path, **SIZES | {"audit.num_continuations": 10} | more)
     e = budget.estimate(c, budget.Price(1, 1, 5), takes_n=True, latency_s=(1.0, 2.0), asks=solutions.bought(c))
     assert all(0 < low <= middle <= most for low, middle, most in (e.calls, e.tokens_in, e.tokens_out, e.hours))
     return [field[2] / 1.1 for field in (e.calls, e.tokens_in, e.tokens_out)]
