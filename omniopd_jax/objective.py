@@ -418,7 +418,7 @@ class TokenWeights:
 
 def token_weights(logp_BT, batch: Batch, group) -> TokenWeights:
     """The sum over the parts that share these rows (`row_groups`): each with its own baseline and normaliser."""
-    total = None
+    total: TokenWeights | None = None
     for share, cfg in group:
         weight_BT, mask_BT = _normalized(logp_BT, batch, cfg)
         one = TokenWeights(weight_BT, mask_BT, mask_BT if of(cfg).divergence else None)
@@ -429,6 +429,7 @@ def token_weights(logp_BT, batch: Batch, group) -> TokenWeights:
                 total.weight_BT + one.weight_BT, total.mask_BT + one.mask_BT, apart[0] if apart else None
             )
         total = one
+    assert total is not None, "a group has at least one part"
     return total
 
 

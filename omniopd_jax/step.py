@@ -163,6 +163,7 @@ def loss_and_grads(
     context = None
     if scorer is not None:
         behind = batch.context
+        assert behind is not None, "a scorer needs the responses behind their privileged prompts"
         context = _rows(behind.tokens, behind.prompt_length_B, T, cfg.micro_batches, mesh)
     rows = (rows, context)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
@@ -183,6 +184,7 @@ def _frozen(ref_params: dict | None, cfg, mesh, dtype) -> dict | None:
     """The reference as a pass takes it; with `anchor.ref_offload` its layers are cast as they arrive."""
     if not holds_reference(cfg):
         return None
+    assert ref_params is not None, "this update reads the reference"
     frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
     return frozen if cfg.anchor.ref_offload else model.cast_layers(frozen, dtype)
 
@@ -223,8 +225,8 @@ def update(
     loss, grads = jnp.float32(0), None
     found = []  # of each part of a mix that has rows of its own, the first being the batch's own
     for rows, group in zip((batch, *batch.more), objective.row_groups(cfg), strict=True):
-        unscored = stats is None or rows is not batch
-        logp_BT = jnp.zeros((len(rows.length_B), rows.width), jnp.float32) if unscored else stats.logp_BT
+        unscored = jnp.zeros((len(rows.length_B), rows.width), jnp.float32)
+        logp_BT = stats.logp_BT if stats is not None and rows is batch else unscored
         weights = objective.token_weights(logp_BT, rows, group)
         part, grad, loss_stats = loss_and_grads(
             state.params, ref_params, rows, weights.weight_BT, weights.mask_BT, model_cfg=model_cfg, cfg=cfg,

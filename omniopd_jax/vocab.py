@@ -124,7 +124,8 @@ def weighted_nll_and_kl(
       (loss_sum, LossStats): the stats are without gradient and without beta.
     """
     ref_head = None if ref_hidden is None else _head(ref_head, ref_hidden.dtype)
-    settings, terms = Pass(block, columns, head_grad), (None, None, None, None)
+    settings = Pass(block, columns, head_grad)
+    terms: tuple = (None, None, None, None)
     if other is not None:
         settings = settings._replace(divergence=other.kind)
         own = _head(other.head, other.hidden.dtype)

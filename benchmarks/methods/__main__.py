@@ -52,10 +52,11 @@ def config_of(method: str, seed: int = 0):
     return cfg
 
 
-def measure_bias() -> dict:
+def measure_bias(temperature: float) -> dict:
     """A run's audits, recorded in full and replayed with stops: mean similarity at the stop against that of all ten."""
     cfg = config_of("n_10")
     cfg.run_dir = tempfile.mkdtemp(prefix="methods_")
+    cfg.teacher.temperature = temperature
     cfg.num_steps, cfg.eval.num_prompts, cfg.audit.log_per_step = 10, 0, 128
     try:
         train.train(cfg)
@@ -64,7 +65,8 @@ def measure_bias() -> dict:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
     audits = [a for a in map(json.loads, lines) if len(a["similarity"]) == cfg.audit.num_continuations]
     value_AN, step_A = np.array([a["similarity"] for a in audits]), np.array([a["step"] for a in audits])
-    out = {"audits": len(audits), "n": cfg.audit.num_continuations}
+    out = {"audits": len(audits), "n": cfg.audit.num_continuations, "temperature": temperature}
+    out["spread"] = float(value_AN.std(1).mean())
     for name, uses in (("error alone", False), ("error or sign", True)):
         stopped, asked = [], []
         for step in sorted(set(step_A)):
@@ -92,16 +94,15 @@ def write_table() -> None:
             )  # fmt: skip
     head = ["method", "what", "before", "accuracy every 4 steps", "after", "teacher tokens", "lr"]
     text = sides.table(head, rows)
-    bias = [r for r in lines if "audits" in r]
-    if bias:
-        last = bias[-1]
-        rows = [
-            (name, f"{last['audits']:,}", f"{v['bias']:+.4f}", f"{v['rms']:.3f}", f"{v['asked']:.2f} of {last['n']}",
-             f"{v['in_full']:.0%}")
-            for name, v in last.items() if isinstance(v, dict)
-        ]  # fmt: skip
-        head = ["settled by", "audits", "bias of the mean similarity", "rms", "asked", "asked in full"]
-        text += "\n\nAdaptive N on recorded audits, against all ten continuations:\n\n" + sides.table(head, rows)
+    rows = [
+        (f"{line['temperature']:g}", f"{line['spread']:.3f}", name, f"{line['audits']:,}", f"{v['bias']:+.4f}",
+         f"{v['rms']:.3f}", f"{v['asked']:.2f} of {line['n']}", f"{v['in_full']:.0%}")
+        for line in lines if "audits" in line for name, v in line.items() if isinstance(v, dict)
+    ]  # fmt: skip
+    if rows:
+        head = ["teacher's temperature", "spread in an audit", "settled by", "audits", "bias of the mean similarity"]
+        text += "\n\nAdaptive N on recorded audits, against all ten continuations:\n\n"
+        text += sides.table([*head, "rms", "asked", "asked in full"], rows)
     sides.write_page("methods", text)
 
 
@@ -110,6 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--audits", action="store_true")
+    parser.add_argument("--temperature", type=float, default=1.0, help="the teacher's, of --audits")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.method or args.audits:
@@ -120,7 +122,7 @@ def main():
     if args.method:
         sides.append("methods", run(config_of(args.method), args.method, METHODS[args.method][2]))
     if args.audits:
-        sides.append("methods", measure_bias())
+        sides.append("methods", measure_bias(args.temperature))
     write_table()
 
 
