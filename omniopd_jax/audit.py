@@ -37,10 +37,6 @@ class Feedback:
     n_BM: np.ndarray
     audits: list[Audit]
 
-    def with_solutions(self, solutions: list[Audit]) -> "Feedback":
-        """The same with whole solutions among the audits: they cost what they cost, and are compared with nothing."""
-        return dataclasses.replace(self, audits=self.audits + solutions)
-
 
 class Decoder:
     """Text of token prefixes, special tokens and what comes from a stop string on left out; and where a chunk may
@@ -77,6 +73,15 @@ class Decoder:
         readable = 2 * (marks[end] - marks[:T]) <= length[end] - length[:T]
         out = whole[:T] & whole[end] & readable & self._stays(token_ids, whole, end)
         return out & self._before_stop(token_ids) if self._stops else out
+
+    def borders(self, token_ids: list[int]) -> np.ndarray:
+        """bool [len + 1]: y_<t decodes on its own: it ends at the end of a character and reaches into no stop
+        string."""
+        whole = (self._fallback_prefixes(token_ids) if self._bytes else self._utf8_prefixes(token_ids))[0]
+        if self._stops:
+            whole[:-1] &= self._before_stop(token_ids)
+            whole[-1] &= self.text(token_ids) == self._raw(token_ids)
+        return whole
 
     def chunk(self, token_ids: list[int], peak: int, chunk_tokens: int) -> tuple[str, str]:
         """(prefix, chunk): decode(y_<t) and what decode(y_<t+C) adds to it.
@@ -262,6 +267,16 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
       trim: cut each continuation to the student chunk's length in characters first (foreign tokenizers; ours); of all
         audits, or one bool an audit.
     """
+    k_sem_BM, n_BM = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for audit, value_N in zip(audits, similarities(phi, audits, cfg, trim=trim), strict=True):
+        audit.similarity = value_N
+        k_sem_BM[audit.row, audit.m] = value_N.sum(dtype=np.float64)
+        n_BM[audit.row, audit.m] = len(value_N)
+    return Feedback(k_sem_BM, n_BM, audits)
+
+
+def similarities(phi, audits: list[Audit], cfg, *, trim: bool) -> list[np.ndarray]:
+    """phi of each audit's chunk with each of its continuations that arrived; arguments as in `compare`."""
     texts = [[c.text for c in a.result.continuations] for a in audits]
     if cfg.audit.shuffle_texts:
         texts = _of_another_prompt(audits, texts)
@@ -270,14 +285,8 @@ def compare(phi, audits: list[Audit], shape: tuple[int, int], cfg, *, trim: bool
     value = phi([a.chunk for a, ts in zip(audits, texts, strict=True) for _ in ts], [t for ts in texts for t in ts])
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all()):
         raise FloatingPointError(f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]")
-    k_sem_BM, n_BM = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    start = 0
-    for audit, ts in zip(audits, texts, strict=True):
-        audit.similarity = np.asarray(value[start : start + len(ts)])
-        start += len(ts)
-        k_sem_BM[audit.row, audit.m] = audit.similarity.sum(dtype=np.float64)
-        n_BM[audit.row, audit.m] = len(ts)
-    return Feedback(k_sem_BM, n_BM, audits)
+    ends = np.cumsum([len(ts) for ts in texts])
+    return np.split(np.asarray(value), ends[:-1]) if audits else []
 
 
 def fewest(cfg, asked: int) -> int:

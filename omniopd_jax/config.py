@@ -17,14 +17,18 @@ CHOICES = {
     "max_staleness": (0, 1),
     "data.source": ("world", "jsonl", "hub"),
     "data.overlong": ("error", "drop"),
+    "audit.gate": ("none", "graded"),
     "audit.selection": ("peak", "random"),
     "audit.span": ("all", "answer", "thinking"),
     "audit.trim_continuation": ("auto", "always", "never"),
     "anchor.scope": ("unaudited", "all"),
     "anchor.ref_dtype": ("float32", "bfloat16"),
+    "continuation.cut": ("zero", "fixed", "uniform", "peak"),
+    "context.model": ("reference", "self", "ema"),
+    "context.divergence": ("forward", "reverse"),
     "objective.advantage": ("none", "batch_mean", "leave_one_out"),
     "objective.normalizer": ("constant", "separate_means"),
-    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.schedule": ("constant", "linear", "cosine", "wsd"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "teacher.continuation": ("auto", "completion", "prefill", "continue_final_message", "prefix", "instruct"),
     "teacher.prefix_order": ("ascending", "free"),
@@ -35,8 +39,17 @@ CHOICES = {
     "model.remat": ("none", "dots", "context", "full"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
 }
+SHOWN = """{prompt}
+
+Here is a solution to this problem:
+
+{solution}
+
+With this solution in mind, answer the problem again in your own words, step by step."""  # of context.template
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of lora.targets
 LINEAR_TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")  # Qwen3.5's linear layers take too
+
+OPEN = ("chat_template_kwargs", "mix")  # dicts of any key: one value each
 
 PAGE_HEAD = """# Config keys
 
@@ -75,6 +88,7 @@ def default() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""  # a Hugging Face folder, or a hub name (needs network)
+    c.student.start = ""  # train on from a run's checkpoint (RUN, RUN/best, RUN/checkpoints/STEP) or an export
     c.student.template = "chat"  # chat (the tokenizer's own) | plain (a base model: docs/students.md) | a Jinja file
     c.student.stop_strings = ()  # texts that end an answer, beside the format's own; as a flag: "('\\n\\n',)"
     c.student.chat_template_kwargs = ConfigDict()  # for the chat template, e.g. enable_thinking; any key
@@ -106,6 +120,12 @@ def default() -> ConfigDict:
     c.audit.chunk_tokens = 50  # C, student tokens
     c.audit.num_continuations = 10  # N, per chunk
     c.audit.min_continuations = 0  # n_min: an audit with fewer is dropped; 0 = half of N, rounded up
+    c.audit.adaptive = False  # True: continuations are asked in rounds, and no more where a chunk is settled
+    c.audit.adaptive_first = 3  # continuations of each round
+    c.audit.adaptive_error = 0.06  # settled: the standard error of the mean similarity is at most this
+    c.audit.adaptive_sign = 3.0  # or the mean is this many standard errors from the previous step's; needs an advantage
+    c.audit.gate = "none"  # none | graded: prompts that the teacher always fails are not bought further
+    c.audit.gate_attempts = 4  # solutions per prompt that are graded, by reward.grader; a prompt without answer is open
     c.audit.selection = "peak"  # peak | random (ablation)
     c.audit.span = "all"  # all | answer | thinking: the part of a response that chunks are in (<think> ... </think>)
     c.audit.similarity = "edit"  # edit | rouge1 | rougeL | embedding
@@ -129,6 +149,22 @@ def default() -> ConfigDict:
     c.objective.constant = 1.0  # constant: the weight of every chunk; negative pushes down
     c.objective.clip = 0.2  # grpo with several updates per batch: the ratio's clip range
     c.objective.normalizer = "constant"  # constant: rows x max_completion_length | separate_means
+
+    c.objective.mix = ConfigDict()  # several at once: {name: weight}, in place of the one name; their gradients add up
+
+    c.continuation = ConfigDict()  # of the objective `continuation`; sft is its cut = zero
+    c.continuation.cut = "fixed"  # zero (whole solutions) | fixed | uniform | peak: where the student's prefix ends
+    c.continuation.cut_tokens = 4096  # fixed: k, student tokens; with several cuts k, 2 k, ..
+    c.continuation.cuts = 1  # prefixes per response, each continued once; zero: one solution per response
+    c.continuation.max_tokens = 0  # E, tokens of the teacher's text; 0 = max_completion_length
+
+    c.context = ConfigDict()  # of the objective `context`
+    c.context.model = "reference"  # reference (the frozen initial student) | self | ema: who scores with the solution
+    c.context.divergence = "forward"  # forward: KL(context || student) | reverse: KL(student || context)
+    c.context.clip = 0.0  # nats; a token whose divergence is above counts as this much, without gradient; 0 = off
+    c.context.template = SHOWN  # of the last message: {prompt} and {solution} are filled in
+    c.context.max_prompt_length = 0  # student tokens; longer ones are left out; 0 = both caps together + 128
+    c.context.ema_decay = 0.99  # ema: what is kept of the average in each update
 
     c.reward = ConfigDict()
     c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
@@ -173,7 +209,9 @@ def default() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6  # AdamW, after the warm-up
-    c.optimizer.schedule = "constant"  # constant | linear | cosine, after the warm-up
+    c.optimizer.schedule = "constant"  # constant | linear | cosine | wsd (constant, then linear), after the warm-up
+    c.optimizer.min_learning_rate = 0.0  # where linear, cosine and wsd end
+    c.optimizer.decay_steps = 0  # wsd: updates of its last part; 0 = a tenth of those after the warm-up
     c.optimizer.warmup_steps = 0  # linear, from the first update on
     c.optimizer.b1 = 0.9  # decay of the first moment
     c.optimizer.b2 = 0.999  # decay of the second moment
@@ -195,6 +233,7 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step is always saved
     c.checkpoint.keep = 3  # the newest N checkpoints
+    c.checkpoint.best_metric = ""  # e.g. eval/accuracy: the best by it is kept too, in <run_dir>/best; "" = none
     c.checkpoint.keep_every = 0  # checkpoints whose step is divisible by this are kept forever; 0 = none
 
     c.eval = ConfigDict()
@@ -202,6 +241,9 @@ def default() -> ConfigDict:
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation
+    c.eval.sets = ()  # more sets, as evaluate --benchmarks names them: eval/accuracy/NAME; "('world:slips:test',)"
+    c.eval.patience = 0  # evaluations without a new best after which the run ends; 0 = off
+    c.eval.stop_below = 0.0  # the run ends where an evaluation is below: a student that has collapsed; 0 = off
     c.eval.suffix = ""  # put behind each problem, a blank line between: in the loop's evaluation and in `evaluate`
     c.eval.grader = ""  # as reward.grader
 
@@ -225,7 +267,7 @@ def default() -> ConfigDict:
     c.log.text_characters = 20_000  # characters of each text in a record; what is cut is counted
     c.log.chance_pairs = 128  # comparisons per step with another prompt's continuations: agreement by chance; 0 = none
     c.lock()
-    for part in (c.student.chat_template_kwargs, c.teacher.chat_template_kwargs, c.teachers):
+    for part in (c.student.chat_template_kwargs, c.teacher.chat_template_kwargs, c.teachers, c.objective.mix):
         part.unlock()
     return c
 
@@ -275,7 +317,7 @@ def flat(c: ConfigDict, prefix: str = "") -> dict:
     """The config as {dotted key: value}."""
     out = {}
     for key, value in c.items():
-        if isinstance(value, ConfigDict) and key != "chat_template_kwargs":
+        if isinstance(value, ConfigDict) and key not in OPEN:
             out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
@@ -294,7 +336,7 @@ def describe() -> list[tuple[str, str, str]]:
     rows, values = [], flat(default())
     for key, what in re.findall(r"^    c\.([\w.]+) = .*?  # (.*)$", inspect.getsource(default), re.M):
         if key in values:
-            rows.append((key, str(values[key]).strip() or "''", what))
+            rows.append((key, str(values[key]).strip().replace("\n", "\\n") or "''", what))
     return rows
 
 

@@ -12,19 +12,18 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from omniopd_jax import audit, model, objective, rollout, scheduler, span, vocab
+from omniopd_jax import adaptive, audit, cuts, model, objective, rollout, scheduler, span, vocab
 from omniopd_jax import step as steps
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
 from omniopd_jax.errors import Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
-from omniopd_jax.hf import thoughts
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import batching
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
-from omniopd_jax.teachers.protocol import ContinuationRequest, Teacher, gather_all, sample_id, stable_hash
+from omniopd_jax.teachers.protocol import Teacher, gather_all, sample_id, stable_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +69,12 @@ class Responses:
     sampled_logp_BT: np.ndarray | None = None
     place_B: np.ndarray | None = None
 
+    def placed(self, audits: list[audit.Audit]) -> None:
+        """Numbers the audits' rows as the step does."""
+        if self.place_B is not None:
+            for a in audits:
+                a.row = int(self.place_B[a.row])
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -85,6 +90,14 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How agreement is measured between rounds of continuations; `before`: the previous step's mean, or None."""
+
+    similarity: Similarity
+    before: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked:
     """Audits under way: the future ends when each has its answer."""
 
@@ -94,19 +107,32 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A group of responses as far as it can be taken before the teacher has answered."""
+    """A group of responses as far as it can be taken before the teacher has answered.
 
-    responses: Responses
+    Attributes:
+      responses: None where the student does not answer: they are then the teacher's, once `taught` has them.
+      prompts: those of the group. solving: their whole solutions. continued: texts behind the student's prefixes.
+      notes: counts of the gate.
+    """
+
+    responses: Responses | None
     scores: Scores | None
     peak_BM: np.ndarray
     asked: list[Asked]
-    solutions: list[audit.Audit] = dataclasses.field(default_factory=list)
+    prompts: list[Prompt] = dataclasses.field(default_factory=list)
+    solving: list[Asked] = dataclasses.field(default_factory=list)
+    continued: list[Asked] = dataclasses.field(default_factory=list)
+    notes: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
     """What an update is made from: the global batch and its scores on the devices, and this process's part on the
-    host."""
+    host.
+
+    `trained` are the rows of the batch and of its `more`: the responses, or the teacher's texts. `notes` are this
+    process's counts of them (`teaching.note_metrics`), `continued` the answered requests behind the student's prefixes.
+    """
 
     batch: objective.Batch
     stats: vocab.TokenStats | None
@@ -114,6 +140,9 @@ class Experience:
     scores: Scores | None
     feedback: audit.Feedback
     rewards: np.ndarray | None
+    trained: list[Responses]
+    notes: dict[str, float] = dataclasses.field(default_factory=dict)
+    continued: list[audit.Audit] = dataclasses.field(default_factory=list)
 
 
 def draw(prompts: Prompts, cfg, t: int) -> Drawn:
@@ -135,16 +164,21 @@ def draw(prompts: Prompts, cfg, t: int) -> Drawn:
     return Drawn(drawn, ids)
 
 
-def allowance(teacher: Teacher | None, cfg, t: int) -> tuple[int, int]:
+def allowance(teacher: Teacher | None, cfg, t: int, asked: float | None = None) -> tuple[int, int]:
     """(M, N) of step t: the config's, or less where `budget.on_exhausted` spreads what is left of the budget.
 
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
+
+    Args:
+      asked: continuations that an audit took on the average, where they are asked in rounds; None: N.
     """
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
     if teacher is None:
         return M, N
     rows = cfg.prompts_per_step * cfg.num_generations // jax.process_count()
-    own = teacher.allowance(cfg.num_steps - t, rows, M, N)
+    mean = N if asked is None else min(N, max(1, round(asked)))
+    most, each = teacher.allowance(cfg.num_steps - t, rows, M, mean)
+    own = (most, N if each == mean else max(1, N * each // mean))
     return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
 
 
@@ -177,56 +211,6 @@ def how(cfg) -> rollout.How:
     """The sampler's settings."""
     r = cfg.rollout
     return rollout.How(r.slots, r.cache_gib, r.turn, r.cache_dtype)
-
-
-def solutions(
-    teacher: Teacher, thread: AsyncThread, stop: StopFlag, drawn: Drawn, student: Student, cfg
-) -> tuple[Responses, list[audit.Audit]]:
-    """The teacher's own solutions in the student's tokens, `num_generations` per prompt, and the requests they answer.
-
-    A solution that failed is an empty row: it weighs nothing. One cut at the cap is kept, without an end token.
-
-    Raises:
-      TeacherStopped, Stopped: in every process, whichever had it.
-    """
-    n = cfg.num_generations
-    requests = {
-        p.id: ContinuationRequest(
-            solution_id(p.id), -1, tuple(p.messages), "", tuple(range(n)), cfg.max_completion_length,
-            cfg.teacher.temperature, cfg.teacher.top_p, p.teacher,
-        )
-        for p in drawn.prompts
-    }  # fmt: skip
-    audits = [audit.Audit(b, 0, r, "", similarity=np.zeros(0)) for b, r in enumerate(requests.values())]
-    wait([thread.submit(audit.ask(teacher, audits))], stop)
-    answered = {a.request.sample_id: a for a in audits}
-    tokens, finished = [], []
-    for p in drawn.prompts:
-        got = {c.index: c for c in answered[solution_id(p.id)].result.continuations}
-        for g in range(n):
-            whole = g in got and got[g].finish == "stop"
-            text = thoughts.after_mark(got[g].text, opened=bool(student.decoder.opened(p))) if g in got else ""
-            text = student.template.tokenizer(text, add_special_tokens=False)["input_ids"]
-            end = list(student.template.turn_end_ids[:1]) if whole else []
-            tokens.append((text + end)[: cfg.max_completion_length])
-            finished.append(whole)
-    rows = [p for p in drawn.prompts for _ in range(n)]
-    return Responses(rows, [solution_id(p.id) for p in rows], tokens, np.array(finished)), audits
-
-
-def given_solutions(drawn: Drawn, student: Student, cfg) -> Responses:
-    """The prompts file's own solutions in the student's tokens, one per prompt; those over the cap are cut."""
-    tokenizer, end = student.template.tokenizer, student.template.turn_end_ids[:1]
-    texts = tokenizer([p.solution for p in drawn.prompts], add_special_tokens=False)["input_ids"]
-    tokens = [[*text, *end][: cfg.max_completion_length] for text in texts]
-    finished_B = np.array([len(text) < cfg.max_completion_length for text in texts])
-    return Responses(drawn.prompts, [solution_id(p.id) for p in drawn.prompts], tokens, finished_B)
-
-
-def solution_id(prompt_id: str) -> str:
-    """Who asks for a whole solution: the prompt alone, so that epochs and methods share what was bought (method.md,
-    5)."""
-    return f"{stable_hash('solution', prompt_id):016x}"
 
 
 def score(passes: steps.Steps, policy: dict, responses: Responses, student: Student, cfg) -> Scores | None:
@@ -267,22 +251,30 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
 
 def ask(
     teacher: Teacher | None, thread: AsyncThread, responses: Responses, peak_BM: np.ndarray, decoder: audit.Decoder,
-    cfg, N: int,
+    cfg, N: int, *, rounds: Rounds | None = None,
 ) -> list[Asked]:  # fmt: skip
-    """Starts asking the teacher at every peak. Empty: nothing is asked."""
+    """Starts asking the teacher at every peak. Empty: nothing is asked.
+
+    `rounds`: how agreement is measured on the way (`audit.adaptive`).
+    """
     if not objective.of(cfg).audited:
         return []
     audits = audit.plan(decoder, responses.prompts, responses.tokens, peak_BM, responses.sample_ids, cfg, N)
-    if responses.place_B is not None:
-        for a in audits:
-            a.row = int(responses.place_B[a.row])
+    responses.placed(audits)
+    if cfg.audit.adaptive and rounds is not None:
+
+        def values(some):
+            return audit.similarities(rounds.similarity, some, cfg, trim=trims(cfg, teacher, some))
+
+        before = rounds.before if objective.has_baseline(cfg) else None  # without one no sign is waited for
+        return [Asked(thread.submit(adaptive.ask(teacher, audits, values, before, cfg)), audits)]
     return [Asked(thread.submit(audit.ask(teacher, audits)), audits)]
 
 
-def merge(groups: list[Group]) -> Group:
-    """The parts of a step as one, each row in its place."""
+def merge(groups: list[Group], prompts: list[Prompt], solving: list[Asked], notes: dict[str, float]) -> Group:
+    """The parts of a step as one, each row in its place, with the step's prompts, solutions and counts."""
     if len(groups) == 1:
-        return groups[0]
+        return dataclasses.replace(groups[0], prompts=prompts, solving=solving, notes=notes)
     parts = [g.responses for g in groups]
     order = np.argsort(np.concatenate([p.place_B for p in parts]))
 
@@ -299,7 +291,8 @@ def merge(groups: list[Group]) -> Group:
         logp_BT, entropy_BT = (_stack([getattr(g.scores, n) for g in groups])[order] for n in ("logp_BT", "entropy_BT"))
         scores = Scores(logp_BT, entropy_BT, None, None)
     peak_BM = np.concatenate([g.peak_BM for g in groups])[order]
-    return Group(responses, scores, peak_BM, sum((g.asked for g in groups), []))
+    asked, behind = (sum((getattr(g, n) for g in groups), []) for n in ("asked", "continued"))
+    return Group(responses, scores, peak_BM, asked, prompts, solving, behind, notes)
 
 
 def answers(group: Group, stop: StopFlag) -> list[audit.Audit]:
@@ -309,8 +302,13 @@ def answers(group: Group, stop: StopFlag) -> list[audit.Audit]:
       TeacherStopped, Stopped: in every process, whichever had it; only when all have ended, so that nothing paid is
       lost.
     """
-    wait([asked.future for asked in group.asked], stop)
-    return [a for asked in group.asked for a in asked.audits]
+    wait([asked.future for asked in (*group.asked, *group.solving, *group.continued)], stop)
+    return audits_of(group.asked)
+
+
+def audits_of(asked: list[Asked]) -> list[audit.Audit]:
+    """The audits of several questions, in order."""
+    return [a for one in asked for a in one.audits]
 
 
 def wait(futures: list[concurrent.futures.Future], stop: StopFlag) -> None:
@@ -339,12 +337,31 @@ def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseExceptio
 
 
 def compare(
-    similarity: Similarity, audits: list[audit.Audit], rows: int, cfg, *, foreign_tokenizer: bool | list[bool]
+    similarity: Similarity, teacher: Teacher | None, audits: list[audit.Audit], rows: int, cfg
 ) -> audit.Feedback:
-    """k_sem and n of every chunk. `foreign_tokenizer`: of the teacher, or one bool an audit."""
-    how = cfg.audit.trim_continuation
-    trim = foreign_tokenizer if how == "auto" else how == "always"
+    """k_sem and n of every chunk."""
+    trim = trims(cfg, teacher, audits)
     return audit.compare(similarity, audits, (rows, cfg.audit.num_chunks), cfg, trim=trim)
+
+
+def trims(cfg, teacher: Teacher | None, audits: list[audit.Audit]) -> list[bool]:
+    """Of each audit, whether its continuations are cut to the chunk's length in characters."""
+    how = cfg.audit.trim_continuation
+    if how != "auto" or teacher is None:
+        return [how == "always"] * len(audits)
+    return [teacher.named(a.request.teacher).foreign_tokenizer for a in audits]
+
+
+def agreement(feedback: audit.Feedback) -> dict[str, float]:
+    """The mean of k_sem / n and of what was asked over all processes' audits, for the next step's rounds; {} where
+    none was answered. All processes must call."""
+    own = [[float(a.similarity.mean()), len(a.request.indices)] for a in feedback.audits if len(a.similarity)]
+    every = sum(processes.gather("agreement", own), [])
+    return (
+        {"agreement": float(np.mean([m for m, _ in every])), "asked": float(np.mean([n for _, n in every]))}
+        if every
+        else {}
+    )
 
 
 def grade(grader: Grader, responses: Responses, decoder: audit.Decoder) -> np.ndarray:
@@ -383,6 +400,7 @@ def assemble(
     student: Student,
     cfg,
     now: Scores | None = None,
+    own_rows: tuple[list[Responses], dict[str, float]] = ((), {}),
 ) -> Experience:
     """The global batch on the devices.
 
@@ -390,37 +408,60 @@ def assemble(
       rewards: [B], None without a task reward. teacher_logp_BT: of a white-box objective, else None.
       N: continuations asked for per chunk.
       now: scores under the present policy, where another one sampled (staleness.py); else the group's own hold.
+      own_rows: rows that are the teacher's texts, and counts of them (teaching.py).
     """
     responses, scores = group.responses, now or group.scores
-    rows = scores.rows if scores else None
-    if rows is None:
-        rows = batching.put(responses.prompts, responses.tokens, student.mesh, cfg)
-    stats = scores.stats if scores else None
-    if scores and stats is None:
-        stats = sharding.put_rows(vocab.TokenStats(scores.logp_BT, scores.entropy_BT), student.mesh)
-    length_B = np.array(list(map(len, responses.tokens)), np.int32)
+    (taught_rows, notes), batches, stats = own_rows, [], None
+    if any(objective.of(part).cut is None for _, part in objective.parts(cfg)):
+        rows = scores.rows if scores else None
+        if rows is None:
+            rows = batching.put(responses.prompts, responses.tokens, student.mesh, cfg)
+        stats = scores.stats if scores else None
+        if scores and stats is None:
+            stats = sharding.put_rows(vocab.TokenStats(scores.logp_BT, scores.entropy_BT), student.mesh)
+        n_min_BM = None
+        if cfg.audit.num_continuations > N or cfg.audit.adaptive:
+            n_min_BM = np.full(feedback.n_BM.shape, audit.fewest(cfg, N), np.int32)
+            for a in feedback.audits:
+                n_min_BM[a.row, a.m] = audit.fewest(cfg, len(a.request.indices))
+        more = stale_fields(group, now, cfg) if now else {}
+        batches.append(
+            batch_of(
+                responses,
+                rows,
+                student,
+                cfg,
+                rewards,
+                peak_BM=group.peak_BM,
+                k_sem_BM=feedback.k_sem_BM,
+                n_BM=feedback.n_BM,
+                n_min_BM=n_min_BM,
+                teacher_logp_BT=teacher_logp_BT,
+                **more,
+            )  # fmt: skip
+        )
+    for own in taught_rows:
+        rows = batching.put(own.prompts, own.tokens, student.mesh, cfg, most=cuts.most_tokens(cfg))
+        batches.append(batch_of(own, rows, student, cfg, rewards if own is responses else None))
+    trained = [responses] * (len(batches) > len(taught_rows)) + list(taught_rows)
+    batch = batches[0].replace(more=tuple(batches[1:]))
+    return Experience(batch, stats, responses, scores, feedback, rewards, trained, notes, audits_of(group.continued))
+
+
+def batch_of(responses: Responses, rows: batching.Rows, student: Student, cfg, rewards, **arrays) -> objective.Batch:
+    """Rows on the devices as a batch; `arrays` are host arrays of `objective.Batch`, no chunks where they have none."""
+    B, M = len(responses.tokens), cfg.audit.num_chunks
+    none = {"peak_BM": np.full((B, M), -1, np.int32), "k_sem_BM": np.zeros((B, M), np.float32)}
+    none["n_BM"] = np.zeros((B, M), np.int32)
     advantage_B = None
     if rewards is not None:
         advantage_B = np.asarray(objective.group_advantage(rewards, cfg.num_generations), np.float32)
-    n_min_B = None
-    if cfg.audit.num_continuations > N:
-        n_min_B = np.full(len(length_B), audit.fewest(cfg, N), np.int32)
     host = objective.Batch(
-        None,
-        None,
-        length_B,
-        group.peak_BM,
-        feedback.k_sem_BM,
-        feedback.n_BM,
-        n_min_B,
-        advantage_B,
-        teacher_logp_BT=teacher_logp_BT,
-        width=rows.T,
-        **(stale_fields(group, now, cfg) if now else {}),
-    )
+        token_BL=None, prompt_length_B=None, length_B=np.array(list(map(len, responses.tokens)), np.int32),
+        advantage_B=advantage_B, width=rows.T, **none | arrays,
+    )  # fmt: skip
     batch = sharding.put_rows(host, student.mesh)
-    batch = batch.replace(token_BL=rows.token_BL, packed=rows.packed, prompt_length_B=rows.prompt_length_B)
-    return Experience(batch, stats, responses, scores, feedback, rewards)
+    return batch.replace(token_BL=rows.token_BL, packed=rows.packed, prompt_length_B=rows.prompt_length_B)
 
 
 def stale_fields(group: Group, now: Scores, cfg) -> dict:

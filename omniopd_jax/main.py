@@ -7,7 +7,7 @@ Short on purpose: everything else can be imported.
 from absl import flags
 from ml_collections import config_flags
 
-from omniopd_jax import objective, train
+from omniopd_jax import solutions, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import cli, estimate, preflight
@@ -26,12 +26,12 @@ def main(argv) -> int:
     cfg = _CONFIG.value
     cli.setup_jax(cfg.compute_dtype)
     preflight.validate(cfg)
-    asks_teacher = bool(objective.of(cfg).asks)
+    bought = solutions.bought(cfg)
     if _ESTIMATE.value:
-        print("\n\n".join(p.text() for p in estimate.previews(cfg, asks_teacher)), flush=True)
+        print("\n\n".join(p.text() for p in estimate.previews(cfg, bool(bought), bought)), flush=True)
         return 0
     if not _YES.value:
-        estimate.confirm(cfg, asks_teacher)
+        estimate.confirm(cfg, bool(bought), bought)
     try:
         processes.init(cfg)
         return train.train(cfg)["exit_code"]

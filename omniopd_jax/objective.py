@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from omniopd_jax import cuts
 from omniopd_jax.config import min_continuations
+from omniopd_jax.context import SCORERS, ContextRows, Scorer
 from omniopd_jax.parallel.packing import Packed
 from omniopd_jax.scheduler import chunk_mask
 
@@ -42,13 +45,15 @@ class Batch:
       peak_BM: int32 response positions where chunks start, ascending, -1 where none.
       k_sem_BM: float32, sum of similarities of the continuations that arrived.
       n_BM: int32, how many arrived.
-      n_min_B: int32, fewest continuations of an audit that is kept, where a budget lowered N; None: the config's.
+      n_min_BM: int32, fewest continuations of an audit that is kept, where fewer than N were asked; None: the config's.
       advantage_B: float32, of a task reward (`group_advantage`); None: no reward.
       old_logp_BT: float32, log-probs under the policy that sampled, where there are several updates a batch; None: the
         policy is still that one.
       ratio_BM: float32, `chunk_ratio`, where the policy has moved on since it sampled (max_staleness = 1); else None.
       teacher_logp_BT: float32, the teacher's log-probs of the response tokens (white-box `opd`); None elsewhere.
       packed: the tokens in packed rows (packing.py), where several responses share one; None: a row each.
+      context: the responses behind privileged prompts (`context`); None elsewhere.
+      more: batches of the parts of `objective.mix` that bring rows of their own, where this one is not theirs.
       width: T, where the batch was not scored and no array says it.
     """
 
@@ -58,12 +63,14 @@ class Batch:
     peak_BM: jax.Array
     k_sem_BM: jax.Array
     n_BM: jax.Array
-    n_min_B: jax.Array | None = None
+    n_min_BM: jax.Array | None = None
     advantage_B: jax.Array | None = None
     old_logp_BT: jax.Array | None = None
     ratio_BM: jax.Array | None = None
     teacher_logp_BT: jax.Array | None = None
     packed: Packed | None = None
+    context: ContextRows | None = None
+    more: tuple[Batch, ...] = ()
     width: int = flax.struct.field(pytree_node=False, default=0)
 
 
@@ -76,22 +83,34 @@ class Objective:
 
     Attributes:
       weights: (logp_BT, batch, cfg) -> (weight_BT, anchor_mask_BT), float32, not yet normalised.
-      asks: of a teacher: `continuations` at the peaks, whole `solutions`, `logp` of the student's tokens, its whole
-        `distribution`; empty: there is no teacher.
+      asks: of a teacher: `continuations` at the peaks, whole `solutions`, a text behind each of the student's
+        `prefixes`, `logp` of the student's tokens, its whole `distribution`; empty: there is no teacher.
       chunks: weighs the tokens of chunks at entropy peaks; else every token of a response.
       reads_logp: `weights` reads log-probs under the policy that sampled (chunks always need the scoring pass).
       needs_reward: reads a task reward's advantage.
       clips: takes several updates a batch, by a clipped ratio.
-      divergence: the exact full-vocabulary term beside the weights: `reverse_kl` to the teacher, or none.
+      divergence: the exact full-vocabulary term beside the weights, on the anchor mask's tokens: a key of
+        `vocab.DIVERGENCES`; empty: there is none.
+      cut: its rows are the teacher's texts behind prefixes of the student's that end by this rule (cuts.py); None: its
+        rows are the student's responses.
+      scorer: who gives the divergence's other distribution, under a privileged prompt (context.py); None: the teacher.
+      settle: (the record, cfg) -> the record as the config's settings make it; None: they change nothing of it.
     """
 
     weights: Callable
-    asks: str = ""
+    asks: str | frozenset[str] = frozenset()
     chunks: bool = False
     reads_logp: bool = False
     needs_reward: bool = False
     clips: bool = False
     divergence: str = ""
+    cut: cuts.Cut | None = None
+    scorer: Scorer | None = None
+    settle: Callable | None = None
+
+    def __post_init__(self):
+        if isinstance(self.asks, str):  # one thing, by its name
+            object.__setattr__(self, "asks", frozenset(filter(None, [self.asks])))
 
     def __call__(self, logp_BT, batch: Batch, cfg):
         """(weight_BT, anchor_mask_BT), not yet normalised."""
@@ -100,18 +119,75 @@ class Objective:
     @property
     def audited(self) -> bool:
         """Whether a chunk counts only once enough of the teacher's continuations have arrived."""
-        return self.chunks and self.asks == "continuations"
+        return self.chunks and "continuations" in self.asks
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student answers: not where all that is trained on are whole solutions."""
+        return self.cut is None or self.cut.places is not None
 
 
 def of(cfg) -> Objective:
-    """The objective that `objective.name` names."""
-    return OBJECTIVES[cfg.objective.name]
+    """The objective that `objective.name` names, or of a mix what its parts need together."""
+    if cfg.objective.mix:
+        return _together([of(part) for _, part in parts(cfg)])
+    own = OBJECTIVES[cfg.objective.name]
+    return own.settle(own, cfg) if own.settle else own
+
+
+def parts(cfg) -> list[tuple[float, ConfigDict | FrozenConfigDict]]:
+    """(weight, the config with this objective alone) of each part of `objective.mix`, or the one that there is."""
+    if not cfg.objective.mix:
+        return [(1.0, cfg)]
+    out = []
+    for name, weight in sorted(cfg.objective.mix.items()):
+        alone = ConfigDict(cfg.to_dict())
+        alone.objective.name, alone.objective.mix = name, ConfigDict()
+        out.append((float(weight), FrozenConfigDict(alone)))
+    return out
+
+
+def title(cfg) -> str:
+    """The objective's name, or the parts of a mix with their weights."""
+    mix = cfg.objective.mix
+    return " + ".join(f"{weight:g} {name}" for name, weight in sorted(mix.items())) if mix else cfg.objective.name
+
+
+def row_groups(cfg) -> list[list[tuple[float, ConfigDict | FrozenConfigDict]]]:
+    """The parts by the rows that they train on: first those that share the responses, then each with rows of its own.
+
+    In the order of a step's batches: `Batch`, then its `more`.
+    """
+    shared = [p for p in parts(cfg) if of(p[1]).cut is None]
+    return ([shared] if shared else []) + [[p] for p in parts(cfg) if of(p[1]).cut is not None]
+
+
+def _together(records: list[Objective]) -> Objective:
+    """What several parts need: of the loop, not of their weights, which are formed one by one."""
+    shared = [r for r in records if r.cut is None]
+
+    def weights(logp_BT, batch, cfg):
+        raise TypeError("the parts of objective.mix are weighed one by one: objective.token_weights")
+
+    return Objective(
+        weights,
+        asks=frozenset().union(*(r.asks for r in records)),
+        chunks=any(r.chunks for r in records),
+        reads_logp=any(r.reads_logp for r in records),
+        needs_reward=any(r.needs_reward for r in records),
+        clips=all(r.clips for r in records),
+        divergence=next((r.divergence for r in records if r.divergence), ""),
+        cut=None if shared else next((r.cut for r in records if r.samples), records[0].cut),
+        scorer=next((r.scorer for r in records if r.scorer), None),
+    )
 
 
 def needs_scores(cfg) -> bool:
-    """Whether a step's responses are scored before its update: for their chunks, their weights, or a ratio."""
-    own = of(cfg)
-    return own.chunks or own.reads_logp or cfg.num_iterations > 1
+    """Whether a step's responses are scored before its update: for their chunks, their cuts, their weights, or a
+    ratio."""
+    own = [of(part) for _, part in parts(cfg)]
+    read = any(o.chunks or o.reads_logp or (o.cut is not None and o.cut.reads_entropy) for o in own)
+    return read or cfg.num_iterations > 1
 
 
 def needs_reward(cfg) -> bool:
@@ -161,7 +237,7 @@ def kept(batch: Batch, cfg):
     """
     if not of(cfg).audited:
         return batch.peak_BM >= 0
-    n_min = min_continuations(cfg) if batch.n_min_B is None else batch.n_min_B[:, None]
+    n_min = min_continuations(cfg) if batch.n_min_BM is None else batch.n_min_BM
     enough_BM = (batch.peak_BM >= 0) & (batch.n_BM >= n_min)
     return enough_BM if batch.ratio_BM is None else enough_BM & in_band(batch.ratio_BM)
 
@@ -212,6 +288,11 @@ def baseline(pi_hat_BM, keep_BM, advantage: str):
     return jnp.broadcast_to(mean_B[:, None], pi_hat_BM.shape)
 
 
+def has_baseline(cfg) -> bool:
+    """Whether a chunk's weight may be negative: a mean is taken off pi_hat."""
+    return cfg.objective.advantage != "none"
+
+
 def omniopd(logp_BT, batch: Batch, cfg):
     """The published objective: pi_hat (less a baseline) on the chunks' tokens, the anchor on U.
 
@@ -246,10 +327,12 @@ def weighted_mask(batch: Batch, cfg, T: int):
 def normalize(weight_BT, mask_BT, weighted_BT, cfg):
     """Divides by the global counts, once, so that micro-batches and hosts just add up (method.md, section 2, Z: ours).
 
-    `constant`: both by rows x max_completion_length. `separate_means`: each by its own token count.
+    `constant`: both by rows x max_completion_length, or x E where the rows are the teacher's texts. `separate_means`:
+    each by its own token count.
     """
     if cfg.objective.normalizer == "constant":
-        z = float(weight_BT.shape[0] * cfg.max_completion_length)
+        most = cfg.max_completion_length if of(cfg).cut is None else cuts.most_tokens(cfg)
+        z = float(weight_BT.shape[0] * most)
         return weight_BT / z, mask_BT / z
     return weight_BT / jnp.maximum(weighted_BT.sum(), 1.0), mask_BT / jnp.maximum(mask_BT.sum(), 1.0)
 
@@ -262,10 +345,19 @@ def constant(logp_BT, batch: Batch, cfg):
     return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
 
 
-def sft(logp_BT, batch: Batch, cfg):
-    """Cross-entropy on every token of somebody's solutions."""
+def cross_entropy(logp_BT, batch: Batch, cfg):
+    """Cross-entropy on every token of somebody's texts: whole solutions (`sft`), or what the teacher wrote behind the
+    student's prefix (`continuation`), which counts among the prompt."""
     real_BT = response_mask(batch.length_B, logp_BT.shape[1])
     return real_BT, real_BT
+
+
+def context(logp_BT, batch: Batch, cfg):
+    """The divergence from the distribution under the privileged prompt, on every token of a row that has one."""
+    real_BT = response_mask(batch.length_B, logp_BT.shape[1])
+    if batch.context is not None:
+        real_BT *= batch.context.given_B[:, None]
+    return jnp.zeros_like(real_BT), real_BT
 
 
 def opd(logp_BT, batch: Batch, cfg):
@@ -279,8 +371,7 @@ def opd(logp_BT, batch: Batch, cfg):
 
 
 def opd_exact(logp_BT, batch: Batch, cfg):
-    """White-box OPD with the exact full-vocabulary reverse KL: that term is `vocab.reverse_kl`, in step.py; no weight
-    here."""
+    """White-box OPD with the exact full-vocabulary reverse KL: that term is the vocabulary pass's; no weight here."""
     real_BT = response_mask(batch.length_B, logp_BT.shape[1])
     return jnp.zeros_like(real_BT), real_BT
 
@@ -323,8 +414,38 @@ def group_advantage(reward_B, group: int):
     return (centred / (reward_XG.std(1, keepdims=True) + 1e-4)).reshape(-1)
 
 
+@flax.struct.dataclass
+class TokenWeights:
+    """Of the vocabulary pass, normalised: weight of -logp, anchor's mask, weight of another divergence or None."""
+
+    weight_BT: jax.Array
+    mask_BT: jax.Array
+    divergence_BT: jax.Array | None = None
+
+
+def token_weights(logp_BT, batch: Batch, group) -> TokenWeights:
+    """The sum over the parts that share these rows (`row_groups`): each with its own baseline and normaliser."""
+    total: TokenWeights | None = None
+    for share, cfg in group:
+        weight_BT, mask_BT = _normalized(logp_BT, batch, cfg)
+        one = TokenWeights(weight_BT, mask_BT, mask_BT if of(cfg).divergence else None)
+        one = one if share == 1 else jax.tree.map(lambda a, s=share: s * a, one)
+        if total is not None:
+            apart = [a for a in (total.divergence_BT, one.divergence_BT) if a is not None]
+            weight_BT, mask_BT = total.weight_BT + one.weight_BT, total.mask_BT + one.mask_BT
+            one = TokenWeights(weight_BT, mask_BT, apart[0] if apart else None)
+        total = one
+    assert total is not None, "a group has at least one part"
+    return total
+
+
 def weights(logp_BT: Float[Array, "B T"], batch: Batch, cfg) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """The objective's (weight_BT, anchor_mask_BT), a task reward added where `reward.coef` asks for one, normalised."""
+    """(weight_BT, anchor_mask_BT) of an objective, a task reward added where `reward.coef` asks for one, normalised."""
+    got = token_weights(logp_BT, batch, parts(cfg))
+    return got.weight_BT, got.mask_BT
+
+
+def _normalized(logp_BT, batch: Batch, cfg):
     weight_BT, mask_BT = of(cfg)(logp_BT, batch, cfg)
     weight_BT, mask_BT = normalize(weight_BT, mask_BT, weighted_mask(batch, cfg, logp_BT.shape[1]), cfg)
     if cfg.reward.coef and not of(cfg).needs_reward:
@@ -334,14 +455,42 @@ def weights(logp_BT: Float[Array, "B T"], batch: Batch, cfg) -> tuple[Float[Arra
     return weight_BT, mask_BT
 
 
+def _by_cut(own: Objective, cfg) -> Objective:
+    cut = cuts.CUTS[cfg.continuation.cut]
+    return dataclasses.replace(own, cut=cut, asks=frozenset([cut.asks]))
+
+
+def _by_context(own: Objective, cfg) -> Objective:
+    return dataclasses.replace(own, scorer=SCORERS[cfg.context.model], divergence=cfg.context.divergence)
+
+
 OBJECTIVES = {
     "omniopd": Objective(omniopd, asks="continuations", chunks=True, reads_logp=True),
     "constant": Objective(constant, chunks=True),
-    "sft": Objective(sft, asks="solutions"),
+    "continuation": Objective(cross_entropy, settle=_by_cut),
+    "sft": Objective(cross_entropy, asks="solutions", cut=cuts.CUTS["zero"]),
+    "context": Objective(context, asks="solutions", settle=_by_context),
     "opd": Objective(opd, asks="logp", reads_logp=True),
-    "opd_exact": Objective(opd_exact, asks="distribution", divergence="reverse_kl"),
+    "opd_exact": Objective(opd_exact, asks="distribution", divergence="reverse"),
     "grpo": Objective(grpo, needs_reward=True, clips=True),
 }
+
+
+def divergence_metrics(divergence_BT, weight_BT, own: Objective, cfg) -> dict:
+    """The mean divergence from the other distribution over the tokens that it counts on, its direction in the name."""
+    on_BT = (weight_BT > 0).astype(jnp.float32)
+    tokens = jnp.maximum(on_BT.sum(), 1.0)
+    name = {"forward": "kl_other_to_student_exact", "reverse": "kl_student_to_other_exact"}[own.divergence]
+    out = {f"divergence/{name}": (divergence_BT * on_BT).sum() / tokens}
+    if own.scorer and cfg.context.clip:
+        out["divergence/clipped_fraction"] = ((divergence_BT >= cfg.context.clip) * on_BT).sum() / tokens
+    return out
+
+
+def lengths(batch: Batch, name: str) -> dict:
+    """Tokens of a batch's rows: device scalars."""
+    length_B = batch.length_B
+    return {f"{name}/mean_length": length_B.astype(jnp.float32).mean(), f"{name}/max_length": length_B.max()}
 
 
 def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
@@ -352,10 +501,7 @@ def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict
       targets: `chunk_targets` of an audited objective; None: `audit/*` is left out, but for what all chunks have.
       entropy_BT: None where the batch was not scored; then `entropy` is left out.
     """
-    out = {
-        "completions/mean_length": batch.length_B.astype(jnp.float32).mean(),
-        "completions/max_length": batch.length_B.max(),
-    }
+    out = lengths(batch, "completions" if of(cfg).cut is None or not of(cfg).samples else "continuation")
     if entropy_BT is None:
         return out
     real_BT = response_mask(batch.length_B, entropy_BT.shape[1])

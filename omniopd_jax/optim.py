@@ -5,16 +5,21 @@ import optax
 
 
 def make_schedule(cfg):
-    """Learning rate by update: linear warm-up over `warmup_steps`, then constant, linear or cosine to 0.
+    """Learning rate by update: linear warm-up over `warmup_steps`, then constant, linear or cosine to
+    `min_learning_rate`, or `wsd`: constant, and linear over the last `decay_steps`.
 
     A batch makes `num_iterations` updates, and each of them counts.
     """
     o = cfg.optimizer
     left = max(1, cfg.num_steps * cfg.num_iterations - o.warmup_steps)
+    decay = min(left, o.decay_steps or -(-left // 10))
     after = {
         "constant": optax.constant_schedule(o.learning_rate),
-        "linear": optax.linear_schedule(o.learning_rate, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(o.learning_rate, left),
+        "linear": optax.linear_schedule(o.learning_rate, o.min_learning_rate, left),
+        "cosine": optax.cosine_decay_schedule(
+            o.learning_rate, left, alpha=o.min_learning_rate / (o.learning_rate or 1)
+        ),
+        "wsd": optax.linear_schedule(o.learning_rate, o.min_learning_rate, decay, left - decay),
     }[o.schedule]
     if not o.warmup_steps:
         return after

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @functools.partial(jax.jit, static_argnames=("num_chunks", "chunk_tokens"))
 def entropy_peaks(
     entropy_BT: Float[Array, "B T"],
-    length_B: Int[Array, " B"],  # type: ignore[name-defined]  # mypy takes one axis for a name
+    length_B: Int[Array, " B"],
     *,
     num_chunks: int,
     chunk_tokens: int,

@@ -89,59 +89,69 @@ def loss_and_grads(
     compute: model.Compute | None = None,
     teacher_params=None,
     teacher_cfg=None,
+    divergence_BT=None,
+    average=None,
 ):
     """The loss and its gradient, summed over micro-batches: weight and mask are already divided by global counts.
 
     `params` are what is trained (`TrainState.params`), `ref_params` the frozen reference, with LoRA the base of both
-    passes. `teacher_params` is for `opd_exact` alone: the white-box teacher, with the student's tokenizer.
+    passes. `divergence_BT` weighs the divergence from another distribution; None: there is none. That is the white-box
+    teacher's (`teacher_params`, with the student's tokenizer), or where the objective has a scorer, one of the
+    student's own under `batch.context`: of the reference, of the `average` (`TrainState.average`), or of the student as
+    it stands, which takes no second copy of the weights.
 
     Returns:
       (loss, grads, vocab.LossStats [B, T]).
     """
     compute = compute or model.Compute()
     T, mesh, dtype = weight_BT.shape[1], compute.mesh, compute.dtype
-    frozen, ref, teacher = None, None, None
-    if holds_reference(cfg):
-        frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
-        if not cfg.anchor.ref_offload:
-            frozen = model.cast_layers(frozen, dtype)
-        ref = frozen if cfg.anchor.kl_coef else None
+    own = objective.of(cfg)
+    scorer = own.scorer if divergence_BT is not None else None
     ref_compute = dataclasses.replace(compute, host_layers=cfg.anchor.ref_offload)
+    frozen = _frozen(ref_params, cfg, mesh, dtype)
+    ref = frozen if cfg.anchor.kl_coef else None
     if not cfg.lora.rank:
         params = replicas.replicate(params, mesh)
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))  # of the masters: micro-batches add up in float32
     params = model.cast_layers(params, dtype)
-    if objective.of(cfg).divergence:
-        teacher = model.cast_layers(replicas.replicate(jax.lax.stop_gradient(teacher_params), mesh, dtype), dtype)
+    other, other_cfg, other_compute = None, model_cfg, compute  # None: the student as it stands, if there is a scorer
+    if divergence_BT is not None and scorer is None:
+        other, other_cfg = _constant(teacher_params, mesh, dtype), teacher_cfg
+    elif scorer is not None and scorer.averaged:
+        other = policy(_constant(average, mesh, dtype, whole=not cfg.lora.rank), frozen, cfg)
+    elif scorer is not None and scorer.reference:
+        other, other_compute = frozen, ref_compute
     settings = {"block": cfg.vocab_block, "columns": cpu.vocab_columns(mesh), "head_grad": not cfg.lora.rank}
 
     def over_vocabulary(heads, rows):
-        head, ref_head, teacher_head = heads
-        h, ref_h, teacher_h, target, weight, mask = rows
-        loss, stats = vocab.weighted_nll_and_kl(
-            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, **settings
+        head, ref_head, other_head = heads
+        h, ref_h, other_h, target, weight, mask, apart = rows
+        other = None
+        if apart is not None:
+            other = vocab.Other(other_h, other_head, apart, own.divergence, cfg.context.clip if scorer else 0.0)
+        return vocab.weighted_nll_and_kl(
+            h, head, ref_h, ref_head, target, weight, mask, beta=cfg.anchor.kl_coef, other=other, **settings
         )
-        if teacher_head is not None:
-            loss += vocab.reverse_kl(h, head, teacher_h, teacher_head, mask, **settings)[0]
-        return loss, stats
 
     def micro_loss(params, rows):
-        token, segment, position, at, weight, mask = rows
+        (*place, weight, mask, apart), context_place = rows
 
-        def hidden(p, p_cfg, p_compute):
+        def hidden(p, p_cfg, p_compute, place):
             if p is None:
                 return None
+            token, segment, position, at = place
             states = model.hidden(p, p_cfg, token, position_BL=position, segment_BL=segment, compute=p_compute)
             return response_hidden(states, at)
 
         student = policy(params, frozen, cfg)
-        h = hidden(student, model_cfg, compute)
+        h = hidden(student, model_cfg, compute, place)
         with jax.named_scope("reference"):
-            ref_h = hidden(ref, model_cfg, ref_compute)
-        with jax.named_scope("teacher"):
-            teacher_h = hidden(teacher, teacher_cfg, compute)
-        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, teacher))
-        rows = (h, ref_h, teacher_h, response_tokens(token, at), weight, mask)
+            ref_h = hidden(ref, model_cfg, ref_compute, place)
+        beside = jax.lax.stop_gradient(student) if scorer and other is None else other
+        with jax.named_scope("context" if scorer else "teacher"):
+            other_h = hidden(beside, other_cfg, other_compute, context_place or place)
+        heads = tuple(None if p is None else model.stored_head(p) for p in (student, ref, beside))
+        rows = (h, ref_h, other_h, response_tokens(place[0], place[3]), weight, mask, apart)
         return replicas.over_rows(over_vocabulary, mesh, heads, rows)
 
     def add(carry, rows):
@@ -150,13 +160,34 @@ def loss_and_grads(
         return (carry[0] + loss, grads), stats
 
     tokens = batch.token_BL if batch.packed is None else batch.packed
-    rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT)
+    rows = _rows(tokens, batch.prompt_length_B, T, cfg.micro_batches, mesh, weight_BT, mask_BT, divergence_BT)
+    context = None
+    if scorer is not None:
+        behind = batch.context
+        assert behind is not None, "a scorer needs the responses behind their privileged prompts"
+        context = _rows(behind.tokens, behind.prompt_length_B, T, cfg.micro_batches, mesh)
+    rows = (rows, context)
     (loss, grads), stats = jax.lax.scan(add, zero, rows)
     return (
         loss,
         replicas.sum_replicas(grads, model.param_shardings(model_cfg, mesh), mesh),
         _in_place(stats, tokens, T, mesh),
     )
+
+
+def _constant(params: dict, mesh, dtype, *, whole: bool = True) -> dict:
+    """Parameters without gradient, as a pass takes them; `whole`: with an embedding and a head, not adapters."""
+    params = jax.lax.stop_gradient(params)
+    return model.cast_layers(replicas.replicate(params, mesh, dtype) if whole else params, dtype)
+
+
+def _frozen(ref_params: dict | None, cfg, mesh, dtype) -> dict | None:
+    """The reference as a pass takes it; with `anchor.ref_offload` its layers are cast as they arrive."""
+    if not holds_reference(cfg):
+        return None
+    assert ref_params is not None, "this update reads the reference"
+    frozen = replicas.replicate(jax.lax.stop_gradient(ref_params), mesh, dtype)
+    return frozen if cfg.anchor.ref_offload else model.cast_layers(frozen, dtype)
 
 
 def policy(params: dict, ref_params: dict | None, cfg) -> dict:
@@ -192,31 +223,47 @@ def update(
     Returns:
       (state, metrics of scalars, objective.ChunkTargets for the audit log; None where nothing is audited).
     """
-    unscored = (len(batch.length_B), batch.width)
-    logp_BT = jnp.zeros(unscored, jnp.float32) if stats is None else stats.logp_BT
-    weight_BT, mask_BT = objective.weights(logp_BT, batch, cfg)
-    loss, grads, loss_stats = loss_and_grads(
-        state.params, ref_params, batch, weight_BT, mask_BT, model_cfg=model_cfg, cfg=cfg, compute=compute,
-        teacher_params=teacher_params, teacher_cfg=teacher_cfg,
-    )  # fmt: skip
+    loss, grads = jnp.float32(0), None
+    found = []  # of each part of a mix that has rows of its own, the first being the batch's own
+    for rows, group in zip((batch, *batch.more), objective.row_groups(cfg), strict=True):
+        unscored = jnp.zeros((len(rows.length_B), rows.width), jnp.float32)
+        logp_BT = stats.logp_BT if stats is not None and rows is batch else unscored
+        weights = objective.token_weights(logp_BT, rows, group)
+        part, grad, loss_stats = loss_and_grads(
+            state.params, ref_params, rows, weights.weight_BT, weights.mask_BT, model_cfg=model_cfg, cfg=cfg,
+            compute=compute, teacher_params=teacher_params, teacher_cfg=teacher_cfg,
+            divergence_BT=weights.divergence_BT, average=state.average,
+        )  # fmt: skip
+        loss, grads = loss + part, grad if grads is None else jax.tree.map(jnp.add, grads, grad)
+        found.append((logp_BT, weights, loss_stats))
+    logp_BT, weights, loss_stats = found[0]
     with jax.named_scope("optimizer"):
         updates, opt_state = optim.make_optimizer(cfg).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    targets = objective.chunk_targets(logp_BT, batch, cfg) if objective.of(cfg).audited else None
-    real_BT = objective.response_mask(batch.length_B, weight_BT.shape[1])
+    own = objective.of(cfg)
+    targets = objective.chunk_targets(logp_BT, batch, cfg) if own.audited else None
+    real_BT = objective.response_mask(batch.length_B, logp_BT.shape[1])
     metrics = {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
     } | objective.metrics(batch, targets, None if stats is None else stats.entropy_BT, cfg)
+    for rows, group in zip(batch.more, objective.row_groups(cfg)[1:], strict=True):
+        metrics |= objective.lengths(rows, "continuation" if objective.of(group[0][1]).samples else "solutions")
     if stats is not None:
         metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
         clipped_BT = objective.clipped(logp_BT, batch, cfg) * real_BT
         metrics["clip_fraction"] = clipped_BT.sum() / jnp.maximum(real_BT.sum(), 1.0)
     if cfg.anchor.kl_coef:
-        metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, mask_BT)
-    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, weights.mask_BT)
+    if weights.divergence_BT is not None:
+        metrics |= objective.divergence_metrics(loss_stats.divergence_BT, weights.divergence_BT, own, cfg)
+    average = state.average
+    if average is not None:
+        keep = cfg.context.ema_decay
+        average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
+    new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, average=average)
     return new, metrics, targets
 
 
@@ -331,12 +378,14 @@ def state_shardings(model_cfg, cfg, mesh) -> TrainState:
     params = model.table_shardings(trained(model_cfg, cfg), mesh)
     all_ = sharding.replicated(mesh)
     opt = sharding.state_shardings(shape.opt_state, shape.params, params, mesh)
-    return TrainState(params, opt, all_, all_)  # type: ignore[arg-type]  # shardings in place of arrays
+    average = None if shape.average is None else params
+    return TrainState(params, opt, all_, all_, average)  # type: ignore[arg-type]  # shardings in place of arrays
 
 
 def holds_reference(cfg) -> bool:
-    """Whether an update reads the frozen model: for the anchor, or as the adapters' base."""
-    return bool(cfg.anchor.kl_coef or cfg.lora.rank)
+    """Whether an update reads the frozen model: for the anchor, as the adapters' base, or to score with a context."""
+    scorer = objective.of(cfg).scorer
+    return bool(cfg.anchor.kl_coef or cfg.lora.rank or (scorer and scorer.reference))
 
 
 def reference_shardings(model_cfg, cfg, mesh) -> dict | None:
@@ -370,7 +419,9 @@ def abstract_reference(model_cfg, cfg, mesh) -> dict | None:
 
 def new_state(params: dict, cfg, key: jax.Array) -> TrainState:
     """The state before the first update. `params` are float32, what is trained; `key` is the run's."""
-    return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key)
+    scorer = objective.of(cfg).scorer
+    average = jax.tree.map(lambda a: a + 0, params) if scorer and scorer.averaged else None
+    return TrainState(params, optim.make_optimizer(cfg).init(params), jnp.int32(0), key, average)
 
 
 def create_state(params: dict, cfg, steps: Steps, key: jax.Array) -> TrainState:
@@ -383,7 +434,7 @@ def _rows(tokens, prompt_length_B, T: int, n: int, mesh, *values_BT):
     if not isinstance(tokens, packing.Packed):
         return _split((tokens, None, None, response_places(prompt_length_B, T), *values_BT), n)
     at_ZX = packing.places(tokens, prompt_length_B, mesh)
-    values_ZX = (packing.pack_values(tokens, a, mesh) for a in values_BT)
+    values_ZX = (None if a is None else packing.pack_values(tokens, a, mesh) for a in values_BT)
     return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_ZX, *values_ZX), n)
 
 

@@ -9,14 +9,16 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import config, experience, graders, objective, rollout
+from omniopd_jax import config, experience, graders, objective, rollout, teaching
 from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import bucket, checkpoint, host, logging, preflight, reporting, setup
+from omniopd_jax.run import best, bucket, checkpoint, host, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
+
+CARRIED = "carried"  # of the totals: what one step leaves to the next beside the state (Run.carried)
 
 
 def train(cfg: ConfigDict) -> dict:
@@ -39,18 +41,22 @@ def train(cfg: ConfigDict) -> dict:
 def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     """Evaluates, takes the steps that are left, evaluates again; returns the summary."""
     state, totals = setup.first_state(run, checkpoints)
-    with reporting.Reports(run, totals, start=int(jax.device_get(state.step))) as reports:
+    run.carried.update(totals.get(CARRIED, {}))
+    start = int(jax.device_get(state.step))
+    with reporting.Reports(run, totals, start=start) as reports, best.watched(run.cfg, totals) as kept:
         if run.held_out and totals.get("accuracy_before") is None:
             run.stop.doing = "evaluating before the first step"
-            totals["accuracy_before"] = evaluate(run, state, reports)
+            totals["accuracy_before"] = evaluate(run, state, reports, kept)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
         run.timer.take()
         with run.stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
-            state = loop(run, state, checkpoints, reports)
+            state = loop(run, state, checkpoints, reports, kept)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
         run.stop.saved, run.stop.doing = True, "evaluating after the last step"
-        after = evaluate(run, state, reports) if run.held_out else None
+        after = totals.get(best.LAST)
+        if run.held_out and after is None:
+            after = evaluate(run, state, reports, kept)
         reports.close()
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
@@ -64,16 +70,11 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
     """
     cfg, student, phase = run.cfg, run.student, run.timer.phase
     drawn = experience.draw(run.prompts, cfg, t)
-    M, N = experience.allowance(run.teacher, cfg, t)
-    if objective.of(cfg).asks == "solutions":
-        with phase("teacher_wait"):
-            if run.teacher is None:  # the prompts file has them
-                responses, solved = experience.given_solutions(drawn, student, cfg), []
-            else:
-                responses, solved = experience.solutions(run.teacher, run.thread, run.stop, drawn, student, cfg)
-        with phase("score"):
-            scores = experience.score(run.steps, run.policy(state), responses, student, cfg)
-        return Group(responses, scores, experience.peaks(scores, responses, student, cfg, M), [], solved), N
+    M, N = experience.allowance(run.teacher, cfg, t, run.carried.get("asked"))
+    rounds = experience.Rounds(run.similarity, run.carried.get("agreement"))  # of `audit.adaptive`
+    solving = teaching.solve(run.teacher, run.thread, drawn, cfg)
+    if not objective.of(cfg).samples:
+        return teaching.unsampled(drawn, solving, cfg), N
     policy = run.policy(state)
     sampler, groups = rollout.prepare(policy, student.model_cfg, compute=student.compute), []
     for responses in run.timer.each("rollout", experience.sample(sampler, drawn, student, state.key, cfg)):
@@ -81,36 +82,45 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             scores = experience.score(run.steps, policy, responses, student, cfg)
             peak_BM = experience.peaks(scores, responses, student, cfg, M)
         with phase("teacher_wait"):
-            asked = experience.ask(run.teacher, run.thread, responses, peak_BM, student.decoder, cfg, N)
-        groups.append(Group(responses, scores, peak_BM, asked))
-    return experience.merge(groups), N
+            if not groups:
+                shut, notes = teaching.gate(solving, drawn, run.stop, cfg)
+            peak_BM = teaching.unless_closed(peak_BM, responses, shut)
+            where = (responses, peak_BM, student.decoder, cfg, N)
+            asked = experience.ask(run.teacher, run.thread, *where, rounds=rounds)
+            behind = teaching.go_on(run.teacher, run.thread, responses, scores, student, cfg, shut=shut)
+        groups.append(Group(responses, scores, peak_BM, asked, continued=behind))
+    return experience.merge(groups, drawn.prompts, solving, notes), N
 
 
 def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Experience:
     """The second half: the teacher's texts become similarities, grades and the batch of an update."""
-    cfg, student, phase = run.cfg, run.student, run.timer.phase
-    responses, now = group.responses, None
+    cfg, student, phase, now = run.cfg, run.student, run.timer.phase, None
     if cfg.max_staleness:  # an older policy sampled
         with phase("score"):
-            now = experience.score(run.steps, run.policy(state), responses, student, cfg)
+            now = experience.score(run.steps, run.policy(state), group.responses, student, cfg)
     with phase("teacher_wait"):
         audits = experience.answers(group, run.stop)
+    group, *own_rows = teaching.taught(group, student, cfg)
+    responses = group.responses
     with phase("similarity"):
-        foreign = [run.teacher.named(a.request.teacher).foreign_tokenizer for a in audits]
-        feedback = experience.compare(run.similarity, audits, len(responses.tokens), cfg, foreign_tokenizer=foreign)
+        feedback = experience.compare(run.similarity, run.teacher, audits, len(responses.tokens), cfg)
     rewards = teacher_logp_BT = None
+    if cfg.audit.adaptive:
+        run.carried.update(experience.agreement(feedback))
     if objective.needs_reward(cfg):
         with phase("reward"):
             rewards = experience.grade(graders.shared(cfg.reward.grader), responses, student.decoder)
-    if objective.of(cfg).asks == "logp":
+    if "logp" in objective.of(cfg).asks:
         with phase("teacher_wait"):
             T = group.scores.logp_BT.shape[1]
             teacher_logp_BT = experience.teacher_logp(run.teacher, run.thread, run.stop, responses, T)
-    feedback = feedback.with_solutions(group.solutions)
-    return experience.assemble(group, feedback, rewards, teacher_logp_BT, N, student, cfg, now)
+    got = experience.assemble(group, feedback, rewards, teacher_logp_BT, N, student, cfg, now, own_rows)
+    return teaching.with_context(got, group, student, cfg)
 
 
-def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, reports: reporting.Reports) -> TrainState:
+def loop(
+    run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, reports: reporting.Reports, kept: best.Best
+) -> TrainState:
     """Steps from the state's own to `num_steps`; the metrics of a step are read after the next one was dispatched."""
     cfg, stop = run.cfg, run.stop
     start = int(jax.device_get(state.step))
@@ -121,12 +131,13 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
 
     def save():
         reports.flush()
+        reports.totals |= {CARRIED: dict(run.carried)} if run.carried else {}
         run.ahead.save(config.local_folder(cfg), int(jax.device_get(state.step)), cfg.checkpoint.keep)
         with run.compiled.expected():
             checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 
     try:
-        for t in range(start, cfg.num_steps):
+        for t in range(start, start if reports.totals.get(best.STOPPED) else cfg.num_steps):
             with run.profiler.step(t):
                 begin_now = functools.partial(begin, run, state)
                 group, N = run.ahead.take(t, cfg.num_steps - 1, cfg.max_staleness, begin_now)
@@ -138,14 +149,18 @@ def loop(run: Run, state: TrainState, checkpoints: checkpoint.Checkpoints, repor
                     reports.flush()
                     jax.block_until_ready(state.step)
             stop.agreed = processes.any_of("stop", stop.requested)
-            done = t + 1 == cfg.num_steps
+            done, early = t + 1 == cfg.num_steps, None
             if run.held_out and cfg.eval.every and (t + 1) % cfg.eval.every == 0 and not (done or stop.agreed):
-                evaluate(run, state, reports)
+                evaluate(run, state, reports, kept)
                 stop.agreed = processes.any_of("stop", stop.requested)  # a signal may have come meanwhile
+                early = reports.totals.get(best.STOPPED)
             reports.add(t, values, targets, got, run.timer.take())
-            if done or stop.agreed or (t + 1) % cfg.checkpoint.every == 0:
+            if done or early or stop.agreed or (t + 1) % cfg.checkpoint.every == 0:
                 save()
             run.compiled.step_done(t + 1 - start)
+            if early:
+                reports.say(f"ended early after step {t + 1}: {early}")
+                break
             if stop.agreed:
                 run.ahead.drain(cfg.teacher.timeout_s)
                 reports.say(f"stopped by {stop.agreed} after step {t + 1}; the checkpoint is saved")
@@ -170,14 +185,20 @@ def ask_again(run: Run, responses: experience.Responses, peak_BM, N: int) -> lis
     return experience.ask(run.teacher, run.thread, responses, peak_BM, decoder, run.cfg, N)
 
 
-def evaluate(run: Run, state: TrainState, reports: reporting.Reports) -> float:
-    """Greedy answers to the held-out prompts, reported with the number of updates before them; returns the accuracy."""
+def evaluate(run: Run, state: TrainState, reports: reporting.Reports, kept: best.Best) -> float:
+    """Greedy answers to the held-out prompts and to `eval.sets`, reported with the number of updates before them; the
+    best state is kept. Returns the accuracy on the held-out prompts.
+    """
     student, cfg = run.student, run.cfg
     with run.timer.phase("eval"), run.compiled.expected(), jax.transfer_guard("allow"):
-        found = evaluation.greedy(
-            run.policy(state), student.model_cfg, run.held_out.prompts, student.template, student.end_ids,
-            grader=graders.shared(cfg.eval.grader), max_new_tokens=cfg.max_completion_length, how=experience.how(cfg),
-            compute=student.compute,
+        params = rollout.prepare(run.policy(state), student.model_cfg, compute=student.compute)
+        found, *others = (
+            evaluation.greedy(
+                params, student.model_cfg, prompts, student.template, student.end_ids, grader=graders.shared(grader),
+                max_new_tokens=cfg.max_completion_length, how=experience.how(cfg), compute=student.compute,
+            )
+            for prompts, grader in [(run.held_out.prompts, cfg.eval.grader), *((s.prompts, s.grader) for s in run.sets)]
         )  # fmt: skip
-    reports.evaluation(int(jax.device_get(state.step)), found)
+        named = {s.name: other.accuracy for s, other in zip(run.sets, others, strict=True)}
+        kept.take(state, reports.evaluation(int(jax.device_get(state.step)), found, named))
     return found.accuracy

@@ -36,10 +36,29 @@ class TokenStats:
 
 @flax.struct.dataclass
 class LossStats:
-    """Per-position values of the loss pass, without gradient: log-prob and KL(ref || student), nats; 0 off its mask."""
+    """Per-position values of the loss pass, without gradient: log-prob, KL(ref || student) and the divergence from the
+    other distribution, nats; 0 where there is no reference or no other."""
 
     logp_BT: jax.Array
     kl_BT: jax.Array
+    divergence_BT: jax.Array
+
+
+class Other(NamedTuple):
+    """A distribution beside the reference that the student is drawn to: a teacher in process, a privileged context.
+
+    Attributes:
+      hidden, head: as the reference's; no gradient. Its width may differ from the student's, its vocabulary may not.
+      weight: float32 [B, T], already normalised.
+      kind: a key of DIVERGENCES.
+      clip: nats; a token whose divergence is above counts as this much and has no gradient. 0: off.
+    """
+
+    hidden: jax.Array
+    head: jax.Array | Head
+    weight: jax.Array
+    kind: str
+    clip: float = 0.0
 
 
 class Pass(NamedTuple):
@@ -49,11 +68,13 @@ class Pass(NamedTuple):
       block: positions of a block.
       columns: vocabulary columns worked on at a time (`cpu.vocab_columns`); 0: all.
       head_grad: False where the head is frozen: its gradient is zero, and neither formed nor held.
+      divergence: a key of DIVERGENCES, where there is an `Other`.
     """
 
     block: int
     columns: int = 0
     head_grad: bool = True
+    divergence: str = ""
 
 
 def token_stats(
@@ -108,8 +129,9 @@ def weighted_nll_and_kl(
     block: int,
     columns: int = 0,
     head_grad: bool = True,
+    other: Other | None = None,
 ) -> tuple[Float[Array, ""], LossStats]:
-    """sum_t -weight_t * logp_t + beta * mask_t * KL(ref || student)_t, the KL exact over the vocabulary.
+    """sum_t -weight_t * logp_t + beta * mask_t * KL(ref || student)_t + d_t * divergence_t, exact over the vocabulary.
 
     Args:
       hidden: hidden_BTD that produces each target; carries gradient.
@@ -119,52 +141,32 @@ def weighted_nll_and_kl(
       weight, anchor_mask: float32 [B, T], constants, already divided by their global counts.
       beta: coefficient of the KL (`anchor.kl_coef`).
       block, columns, head_grad: as in `Pass`.
+      other: whose divergence is added, d its weight; None: there is no such term.
 
     Returns:
       (loss_sum, LossStats): the stats are without gradient and without beta.
     """
-    rows = (ref_hidden, target, weight.astype(jnp.float32), anchor_mask.astype(jnp.float32))
     ref_head = None if ref_hidden is None else _head(ref_head, ref_hidden.dtype)
-    constants = jax.lax.stop_gradient((rows, (ref_head, jnp.float32(beta))))
-    loss, stats = _loss(_anchored_nll, Pass(block, columns, head_grad), hidden, _head(head), *constants)
+    settings = Pass(block, columns, head_grad)
+    terms: tuple = (None, None, None, None)
+    if other is not None:
+        settings = settings._replace(divergence=other.kind)
+        own = _head(other.head, other.hidden.dtype)
+        terms = (other.hidden, other.weight.astype(jnp.float32), own, jnp.float32(other.clip))
+    rows = (ref_hidden, target, weight.astype(jnp.float32), anchor_mask.astype(jnp.float32), *terms[:2])
+    constants = jax.lax.stop_gradient((rows, (ref_head, jnp.float32(beta), *terms[2:])))
+    loss, stats = _loss(settings, hidden, _head(head), *constants)
     return loss, LossStats(*stats)
 
 
-def reverse_kl(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"] | Head,
-    teacher_hidden: Float[Array, "B T teacher_D"],
-    teacher_head: Float[Array, "teacher_D V"] | Head,
-    weight: Float[Array, "B T"],
-    *,
-    block: int,
-    columns: int = 0,
-    head_grad: bool = True,
-) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """sum_t weight_t * KL(student || teacher)_t, exact over the vocabulary: white-box OPD with the teacher in process.
-
-    Args:
-      hidden, head: of the student, carry gradient. teacher_hidden, teacher_head: of the teacher, no gradient; its width
-        may differ, its vocabulary may not. Heads as in `weighted_nll_and_kl`.
-      weight: float32 [B, T], already normalised.
-      block, columns, head_grad: as in `Pass`.
-
-    Returns:
-      (loss_sum, kl_BT): nats, the second without gradient.
-    """
-    rows = (teacher_hidden, weight.astype(jnp.float32))
-    constants = jax.lax.stop_gradient((rows, (_head(teacher_head, teacher_hidden.dtype),)))
-    loss, (kl_BT,) = _loss(_reverse_kl, Pass(block, columns, head_grad), hidden, _head(head), *constants)
-    return loss, kl_BT
+# --- the loss of one block -------------------------------------------------------------------------------------------
 
 
-# --- the two losses, of one block ------------------------------------------------------------------------------------
-# f(z_XV, the block's rows, what all blocks share, columns) -> (loss, statistics [X], () -> d loss / d z_XV)
-
-
-def _anchored_nll(z_XV, rows, shared, columns):
-    ref_h_XD, y_X, w_X, m_X = rows
-    ref_head, beta = shared
+def _token_loss(z_XV, rows, shared, settings: Pass):
+    """(loss, (logp, KL, divergence) [X], () -> d loss / d z_XV) of a block; `shared` is the same for every block."""
+    ref_h_XD, y_X, w_X, m_X, other_h_XD, d_X = rows
+    ref_head, beta, other_head, clip = shared
+    columns = settings.columns
     if ref_head is None:
         top, mass = _sums(z_XV, columns)
         kl_X = jnp.zeros_like(top)
@@ -172,6 +174,10 @@ def _anchored_nll(z_XV, rows, shared, columns):
         ref_XV = _logits(ref_h_XD, ref_head, columns)
         kl_X, (ref_top, ref_mass, _), (top, mass) = _kl(ref_XV, z_XV, columns)
     logp_X = (_pick(z_XV, y_X) - top) - jnp.log(mass)
+    apart_X, far = jnp.zeros_like(top), None
+    if other_head is not None:
+        apart_X, far = DIVERGENCES[settings.divergence](z_XV, _logits(other_h_XD, other_head, columns), columns)
+        inside_X = (clip <= 0) | (apart_X < clip)
 
     def gradient():
         """d/dz of -logp is p - onehot, of KL(ref || p) is p - ref; both in one array."""
@@ -179,38 +185,55 @@ def _anchored_nll(z_XV, rows, shared, columns):
         dz_XV = (coef / mass)[:, None] * jnp.exp(z_XV - top[:, None])
         if ref_head is not None:
             dz_XV -= (beta * m_X / ref_mass)[:, None] * jnp.exp(ref_XV - ref_top[:, None])
+        if far is not None:
+            dz_XV += far(jnp.where(inside_X, d_X, 0.0))
         return jnp.where(jnp.arange(dz_XV.shape[1])[None] == y_X[:, None], dz_XV - w_X[:, None], dz_XV)
 
-    return jnp.sum(-w_X * logp_X) + beta * jnp.sum(m_X * kl_X), (logp_X, kl_X), gradient
+    loss = jnp.sum(-w_X * logp_X) + beta * jnp.sum(m_X * kl_X)
+    if far is not None:
+        loss += jnp.sum(d_X * jnp.where(inside_X, apart_X, clip))
+    return loss, (logp_X, kl_X, apart_X), gradient
 
 
-def _reverse_kl(z_XV, rows, shared, columns):
-    teacher_h_XD, w_X = rows
-    teacher_XV = _logits(teacher_h_XD, shared[0], columns)
-    kl_X, (top, mass, gap), _ = _kl(z_XV, teacher_XV, columns)
+def _forward_kl(z_XV, other_XV, columns):
+    """KL(other || student), and its d/dz times a weight a position: p - other."""
+    kl_X, (other_top, other_mass, _), (top, mass) = _kl(other_XV, z_XV, columns)
 
-    def gradient():
-        """d/dz of KL(p || q) is p (z - z_q - their mean difference under p)."""
+    def gradient(d_X):
+        p_XV = (d_X / mass)[:, None] * jnp.exp(z_XV - top[:, None])
+        return p_XV - (d_X / other_mass)[:, None] * jnp.exp(other_XV - other_top[:, None])
+
+    return kl_X, gradient
+
+
+def _reverse_kl(z_XV, other_XV, columns):
+    """KL(student || other), and its d/dz times a weight: p (z - z_other - their mean difference under p)."""
+    kl_X, (top, mass, gap), _ = _kl(z_XV, other_XV, columns)
+
+    def gradient(d_X):
         p_XV = jnp.exp(z_XV - top[:, None])
-        return (w_X / mass)[:, None] * p_XV * (z_XV - teacher_XV - gap[:, None])
+        return (d_X / mass)[:, None] * p_XV * (z_XV - other_XV - gap[:, None])
 
-    return jnp.sum(w_X * kl_X), (kl_X,), gradient
+    return kl_X, gradient
+
+
+DIVERGENCES = {"forward": _forward_kl, "reverse": _reverse_kl}  # (z, other's z, columns) -> (KL [X], weight -> d/dz)
 
 
 # --- the pass, with its gradient -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(loss_of_block, settings: Pass, hidden, head: Head, rows, shared):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(settings: Pass, hidden, head: Head, rows, shared):
     """(loss, statistics [B, T]); `rows` are [B, T, ...] arrays, `shared` is the same for every block."""
-    return _pass(loss_of_block, settings, hidden, head, rows, shared, with_grad=False)[0]
+    return _pass(settings, hidden, head, rows, shared, with_grad=False)[0]
 
 
 def _forward(*args):
     return _pass(*args, with_grad=True)
 
 
-def _backward(loss_of_block, settings, grads, cotangent):
+def _backward(settings, grads, cotangent):
     scaled = jax.tree.map(lambda a: (cotangent[0] * a).astype(a.dtype), grads)  # the statistics carry no cotangent
     return *scaled, None, None
 
@@ -218,7 +241,7 @@ def _backward(loss_of_block, settings, grads, cotangent):
 _loss.defvjp(_forward, _backward)
 
 
-def _pass(loss_of_block, settings: Pass, hidden, head: Head, rows, shared, *, with_grad: bool):
+def _pass(settings: Pass, hidden, head: Head, rows, shared, *, with_grad: bool):
     """Loss, statistics and, in the same pass, d loss / d hidden and d loss / d head (None: frozen)."""
     blocks, count = _blocks(settings.block, (hidden, rows))
     cast = _head(head, hidden.dtype)
@@ -227,14 +250,14 @@ def _pass(loss_of_block, settings: Pass, hidden, head: Head, rows, shared, *, wi
         loss, dhead = carry
         h_XD, rows = rows
         z_XV = _logits(h_XD, cast, settings.columns)
-        part, stats, gradient = loss_of_block(z_XV, rows, shared, settings.columns)
+        part, stats, gradient = _token_loss(z_XV, rows, shared, settings)
         if not with_grad:
             return (loss + part, None), (stats, None)
         dh_XD, dhead = _head_grads(h_XD, cast, gradient(), dhead, settings.columns)
         return (loss + part, dhead), (stats, dh_XD)
 
     dhead = jnp.zeros(head.matrix.shape, jnp.float32) if with_grad and settings.head_grad else None
-    with jax.named_scope(f"vocab{loss_of_block.__name__}"):
+    with jax.named_scope("vocab_loss"):
         (loss, dhead), (stats, dh) = jax.lax.scan(body, (jnp.float32(0), dhead), blocks)
     out = loss, _unblocked(stats, count, hidden.shape[:2])
     if not with_grad:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from divergence import divergence
 
 from omniopd_jax import objective, teachers, vocab
 from omniopd_jax.errors import UserError
@@ -231,13 +232,14 @@ def test_opd_exact_is_the_same_gradient_without_the_sampling():
     weight = jnp.asarray(visits(theta), jnp.float32)[None]
 
     def exact(head):
-        return vocab.reverse_kl(states, head, states, jnp.asarray(teacher, jnp.float32), weight, block=2)[0]
+        return divergence("reverse", states, head, states, jnp.asarray(teacher, jnp.float32), weight, block=2)[0]
 
     np.testing.assert_allclose(jax.grad(exact)(jnp.asarray(theta, jnp.float32)), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
 @pytest.mark.parametrize("block", [1, 4, 5, 64])
-def test_reverse_kl_against_float64(block):
+def test_divergences_against_float64(block, kind):
     """Value, KL a position and both gradients; D = 5, the teacher 3 wide."""
     rng = np.random.default_rng(1)
     hidden, teacher_hidden = rng.normal(size=(2, 4, 5)), rng.normal(size=(2, 4, 3))
@@ -247,15 +249,20 @@ def test_reverse_kl_against_float64(block):
     kl, dhidden, dhead = np.zeros((2, 4)), np.zeros_like(hidden), np.zeros_like(head)
     for b, t in itertools.product(range(2), range(4)):
         logp = oracle.log_softmax(hidden[b, t] @ head)
-        gap = logp - oracle.log_softmax(teacher_hidden[b, t] @ teacher_head)
-        kl[b, t] = (np.exp(logp) * gap).sum()
-        dz = weight[b, t] * np.exp(logp) * (gap - kl[b, t])
+        teacher_logp = oracle.log_softmax(teacher_hidden[b, t] @ teacher_head)
+        gap = logp - teacher_logp
+        if kind == "reverse":
+            kl[b, t] = (np.exp(logp) * gap).sum()
+            dz = weight[b, t] * np.exp(logp) * (gap - kl[b, t])
+        else:
+            kl[b, t] = (np.exp(teacher_logp) * -gap).sum()
+            dz = weight[b, t] * (np.exp(logp) - np.exp(teacher_logp))
         dhidden[b, t] = head @ dz
         dhead += np.outer(hidden[b, t], dz)
 
     def ours(hidden, head):
-        return vocab.reverse_kl(
-            hidden, head, jnp.asarray(teacher_hidden, jnp.float32), jnp.asarray(teacher_head, jnp.float32),
+        return divergence(
+            kind, hidden, head, jnp.asarray(teacher_hidden, jnp.float32), jnp.asarray(teacher_head, jnp.float32),
             jnp.asarray(weight, jnp.float32), block=block,
         )  # fmt: skip
 

@@ -26,6 +26,17 @@ def test_linear_and_cosine_end_at_zero(make_cfg):
     np.testing.assert_allclose(got, [0.25 * (1 + np.cos(np.pi * min(i, 10) / 10)) for i in range(12)], atol=1e-7)
 
 
+def test_warm_up_stay_and_decay_to_a_floor(make_cfg):
+    how = {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 2, "optimizer.min_learning_rate": 0.1}
+    got = rates(make_cfg, 13, **how | {"optimizer.decay_steps": 4})
+    down = [0.5 - 0.1 * i for i in range(5)]
+    np.testing.assert_allclose(got, [0.25, 0.5, 0.5, 0.5, 0.5, 0.5, *down, 0.1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(rates(make_cfg, 11, **how), [0.25, *[0.5] * 9, 0.1], rtol=1e-6)  # a tenth of 8, up
+    for schedule, middle in (("linear", 0.3), ("cosine", 0.3)):
+        got = rates(make_cfg, 12, **{"optimizer.schedule": schedule, "optimizer.min_learning_rate": 0.1})
+        np.testing.assert_allclose([got[0], got[5], got[10], got[11]], [0.5, middle, 0.1, 0.1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [1, 4])
 def test_warm_up_rises_evenly_and_the_first_update_moves(make_cfg, schedule, warmup):

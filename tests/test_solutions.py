@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import experience, hf, train
+from omniopd_jax import experience, hf, solutions, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, reporting
@@ -74,7 +74,7 @@ def test_solutions_that_can_not_be_used_are_one_line(models, tmp_path, rows, mor
 
 def test_a_solution_is_named_by_its_prompt_alone():
     """So a second epoch, another seed and another method find in the journal what was bought."""
-    assert experience.solution_id("7") == experience.solution_id("7") != experience.solution_id("8")
+    assert solutions.solution_id("7") == solutions.solution_id("7") != solutions.solution_id("8")
 
 
 def test_the_share_of_truncated_rows_counts_rows_that_came():
@@ -82,3 +82,13 @@ def test_the_share_of_truncated_rows_counts_rows_that_came():
     assert reporting.truncated_fraction(r) == 0.5
     empty = experience.Responses([], [], [[], []], np.array([False, False]))
     assert reporting.truncated_fraction(empty) == 0.0
+
+
+@pytest.mark.slow
+def test_a_context_shows_the_files_own_solutions_without_a_teacher(models, tmp_path):
+    """Several responses a prompt are welcome here: the solution is shown, not trained on."""
+    more = {"objective.name": "context", "num_generations": 2, "context.template": "{solution} {prompt}"}
+    out = train.train(recipe(models, tmp_path, ROWS, **more))
+    assert out["exit_code"] == 0 and out.get("teacher/calls", 0) == 0
+    rows = tiny.lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(r["divergence/kl_other_to_student_exact"] > 0 and r["context/left_out"] == 0 for r in rows)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from divergence import divergence
 from jax.extend import core
 
 from omniopd_jax import decode, model, objective, rollout, step, vocab
@@ -131,21 +132,26 @@ def test_no_gradient_into_reference_weight_or_mask():
 
 
 @pytest.mark.parametrize(("block", "columns"), SETTINGS[1:])
-def test_reverse_kl_and_gradients(block, columns):
-    """KL(student || teacher) against naive, the teacher narrower than the student."""
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize("clip", [0.0, 4.0])
+def test_divergences_and_gradients(block, columns, kind, clip):
+    """KL in both directions against naive, the other model narrower than the student; what is clipped is constant."""
     hidden, head, teacher_hidden, teacher_head, _, weight, _ = case()
     teacher = (teacher_hidden[..., :5], teacher_head[:5])
 
     def naive(hidden, head):
         logp = naive_logp(hidden, head)
-        kl = jnp.sum(jnp.exp(logp) * (logp - naive_logp(*teacher)), axis=-1)
-        return jnp.sum(weight * kl), kl
+        a, b = (logp, naive_logp(*teacher)) if kind == "reverse" else (naive_logp(*teacher), logp)
+        kl = jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+        return jnp.sum(weight * (jnp.minimum(kl, clip) if clip else kl)), kl
 
     def ours(hidden, head):
-        return vocab.reverse_kl(hidden, head, *teacher, weight, block=block, columns=columns)
+        return divergence(kind, hidden, head, *teacher, weight, block=block, columns=columns, clip=clip)
 
     (loss, kl), grads = value_and_grad(ours)(hidden, head)
     (want, want_kl), want_grads = value_and_grad(naive)(hidden, head)
+    if clip:
+        assert (want_kl > clip).any() and (want_kl < clip).any(), "the case must tell the two apart"
     assert float(loss) == pytest.approx(float(want), rel=1e-5)
     np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
     for got, wanted in zip(grads, want_grads):
@@ -164,7 +170,7 @@ def test_a_tied_head_is_taken_as_the_embedding_is_stored(columns):
         def both(hidden, head):
             ref = stored(ref_head, tied)
             loss, _ = vocab.weighted_nll_and_kl(hidden, head, ref_hidden, ref, target, weight, mask, beta=BETA, **how)
-            return loss + vocab.reverse_kl(hidden, head, ref_hidden, ref, mask, **how)[0]
+            return loss + divergence("reverse", hidden, head, ref_hidden, ref, mask, **how)[0]
 
         return jax.value_and_grad(both, argnums=(0, 1))(hidden, stored(head, tied))
 
@@ -178,13 +184,14 @@ def test_a_tied_head_is_taken_as_the_embedding_is_stored(columns):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["weighted_nll_and_kl", "reverse_kl"])
+@pytest.mark.parametrize("name", ["weighted_nll_and_kl", "divergence"])
 def test_a_frozen_head_gets_no_gradient_and_no_accumulator(name):
     hidden, head, ref_hidden, ref_head, target, weight, mask = case()
 
     def loss(hidden, head, head_grad):
-        if name == "reverse_kl":
-            return vocab.reverse_kl(hidden, head, ref_hidden, ref_head, weight, block=8, head_grad=head_grad)[0]
+        if name == "divergence":
+            how = {"block": 10, "head_grad": head_grad}
+            return divergence("forward", hidden, head, ref_hidden, ref_head, weight, **how)[0]
         args = (hidden, head, ref_hidden, ref_head, target, weight, mask)
         return vocab.weighted_nll_and_kl(*args, beta=BETA, block=8, head_grad=head_grad)[0]
 

@@ -43,13 +43,13 @@ from benchmarks.small_world.cells import (
     rates,
     recipe,
 )
-from omniopd_jax import train, world
+from omniopd_jax import objective, train, world
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.run import cli
 
 
-def run(cfg, method: str) -> dict:
-    """One run in a folder of its own, gone afterwards; returns its result line."""
+def run(cfg, method: str, overrides: dict | None = None) -> dict:
+    """One run in a folder of its own, gone afterwards; returns its result line. `overrides`: None: the method's own."""
     cfg.run_dir = tempfile.mkdtemp(prefix="small_world_")
     started = time.time()
     try:
@@ -58,14 +58,15 @@ def run(cfg, method: str) -> dict:
     finally:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
     curve, tokens, spent = [], [], [0, 0]
-    sampled = 0 if cfg.objective.name == "sft" else cfg.prompts_per_step * cfg.num_generations
+    sampled = cfg.prompts_per_step * cfg.num_generations if objective.of(cfg).samples else 0
     for s in steps:
         spent = [spent[0] + round(s["completions/mean_length"] * sampled), spent[1] + s["teacher/tokens_out"]]
         if s.get("eval/updates"):
             curve.append([s["eval/updates"], round(s["eval/accuracy"], 4)])
             tokens.append(spent)
     return {
-        "method": method, "world": cfg.data.name, "seed": cfg.seed, "overrides": (METHODS | ABLATIONS)[method],
+        "method": method, "world": cfg.data.name, "seed": cfg.seed,
+        "overrides": (METHODS | ABLATIONS)[method] if overrides is None else overrides,
         "steps": out["step"], "learning_rate": cfg.optimizer.learning_rate, "before": out["accuracy_before"],
         "after": out["accuracy_after"], "curve": curve, "curve_tokens": tokens, "student_tokens": spent[0],
         "teacher_tokens": out["teacher/tokens_out"],

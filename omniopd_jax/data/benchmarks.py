@@ -235,6 +235,22 @@ def load(name: str, limit: int = 0, suffix: str = "") -> Suite:
     return _suite(name, source, _hub_files(name, source) if source.files else _hub(name, source), limit, suffix)
 
 
+def load_sets(cfg, template) -> tuple[Suite, ...]:
+    """The sets of `eval.sets`, their first `eval.num_prompts` problems rendered where there is a template.
+
+    Raises:
+      UserError: an unknown set, a bad row, or two of one name.
+    """
+    sets = [load(name, cfg.eval.num_prompts, cfg.eval.suffix) for name in cfg.eval.sets]
+    names = [s.name for s in sets]
+    if len(set(names)) < len(names):
+        raise UserError(f"eval.sets = {tuple(cfg.eval.sets)}: the same set twice")
+    if template is None:
+        return tuple(sets)
+    encoded = [data.encode(data.Prompts(s.prompts), template, cfg).prompts for s in sets]
+    return tuple(dataclasses.replace(s, prompts=p) for s, p in zip(sets, encoded, strict=True))
+
+
 def _hub(name, source):
     advice = f"check the network, or give its rows: --benchmarks={name}=FILE.jsonl"
     return data.load_hub(source.hub, source.split, subset=source.subset, setting=f"benchmark {name}", advice=advice)

@@ -76,7 +76,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     folder, source, trained, setting = cfg.student.path, cfg.student.path, None, "student.path"
     if checkpoint:
         run, step = trained_run.locate(checkpoint)
-        if is_run(run):
+        if trained_run.is_run(run):
             if step is None:
                 with contextlib.closing(Checkpoints.reader(run)) as checkpoints:
                     step = checkpoints.latest()
@@ -102,14 +102,6 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     params = rollout.prepare(params, model_cfg, compute=compute)
     return Student(params, model_cfg, compute, template, end_ids, source)
-
-
-def is_run(folder: pathlib.Path) -> bool:
-    """Whether its config.json is a run's, not a model's."""
-    try:
-        return "student" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:

@@ -12,6 +12,8 @@ METHODS = {
     "opd": "white-box on-policy distillation: reverse KL to the teacher by the sampled token",
     "opd_exact": "white-box on-policy distillation: exact KL to the teacher over the vocabulary",
     "sft": "cross-entropy on the teacher's own solutions",
+    "continuation": "continuation fine-tuning: cross-entropy on the teacher's text behind the student's own prefix",
+    "context": "self-distillation: KL to the student's own distribution where it is shown the teacher's solution",
     "grpo": "GRPO with a rule-based reward, no teacher",
     "constant": "a control: one constant weight on the student's own chunks, no teacher",
 }
@@ -46,17 +48,18 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
     """The card: front matter that the hub reads, then base, teacher, method, settings, before and after, cost,
     licence."""
     base, teacher = str(config["student"]["path"]), config.get("teacher", {})
-    objective = config["objective"]["name"]
-    asked = objective not in ("grpo", "constant")
+    mix = sorted(config["objective"].get("mix") or {})
+    parts = mix or [config["objective"]["name"]]
+    asked = any(part not in ("grpo", "constant") for part in parts)
     done = step if step is not None else summary.get("step", len(rows))
     head = {
         "library_name": "peft" if adapter else "transformers",
         "base_model": _hub_name(base),
         "base_model_relation": "adapter" if adapter else "finetune",
-        "tags": list(dict.fromkeys(["on-policy-distillation", "omniopd", objective])),
+        "tags": list(dict.fromkeys(["on-policy-distillation", "omniopd", *parts])),
         **_licence(base),
     }
-    method = METHODS.get(objective, objective)
+    method = "; ".join(METHODS.get(part, part) for part in parts)
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items() if v), "---", "", f"# {_line(name)}", ""]
     lines += [
         f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.",

@@ -8,6 +8,7 @@ crosses is a few numbers a token, no state. X are the response positions of one 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -52,10 +53,20 @@ class Plan:
     column_B: np.ndarray
 
 
+class Laid(NamedTuple):
+    """Where responses are among all Z X positions: `first_B` of this process, on the host, and X."""
+
+    first_B: np.ndarray
+    positions: int
+
+
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
-def make(rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int], micro_batches: int) -> Packed:
+def make(
+    rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int], micro_batches: int,
+    like: Laid | None = None,
+) -> Packed:  # fmt: skip
     """Packs a process's rows, in shapes that all processes share and that are few: width, rows and X are rounded up.
 
     Args:
@@ -64,29 +75,49 @@ def make(rows: list[list[int]], prompt_length_B, *, most: int, shards: list[int]
       most: widest packed row (`packing.length`), at least the longest of `rows`.
       shards: those that this process holds, ascending (`sharding.own_shards`); B must divide by shards x micro_batches.
       micro_batches: of each shard.
+      like: where the same responses lie behind other prompts: each one's positions are then in the same place among
+        all Z X, so that states of both can be compared where they are.
 
     Returns:
       NumPy arrays, as `sharding.put_rows` takes them.
     """
     length_B, prompt_length_B = np.array(list(map(len, rows)), np.int32), np.asarray(prompt_length_B, np.int32)
-    width, count = choose_width(length_B, most, len(shards) * micro_batches)
-    plan = make_plan(length_B, length_B - prompt_length_B, width, len(shards) * micro_batches)
-    positions = min(_round(sharding.global_max(plan.positions)), count * width)
+    parts = len(shards) * micro_batches
+    part_B = None if like is None else parts_of(like, shards, micro_batches)
+    width, count = choose_width(length_B, most, parts, part_B)
+    plan = make_plan(length_B, length_B - prompt_length_B, width, parts, part_B)
+    if like is None:
+        positions = min(_round(sharding.global_max(plan.positions)), count * width)
+    else:
+        positions = like.positions
     plan = dataclasses.replace(plan, rows=count, positions=positions)
     return fill(plan, rows, prompt_length_B, width, shards, micro_batches)
 
 
-def choose_width(length_B, most: int, parts: int) -> tuple[int, int]:
-    """(tokens of a row, rows of each part): the fewest tokens, of the widths from the longest row's to `most`."""
+def parts_of(laid: Laid, shards: list[int], micro_batches: int) -> np.ndarray:
+    """The part of this process that each response is in."""
+    shard_B, part_B = np.divmod(laid.first_B // laid.positions, micro_batches)
+    return np.searchsorted(shards, shard_B) * micro_batches + part_B
+
+
+def choose_width(length_B, most: int, parts: int, part_B=None) -> tuple[int, int]:
+    """(tokens of a row, rows of each part): the fewest tokens, of the widths from the longest row's to `most`.
+
+    `part_B`: the part of each response, where that is given.
+    """
     longest = sharding.global_max(int(length_B.max()))
     if longest > most:
         raise ValueError(f"a response of {longest} tokens with its prompt does not fit a packed row of {most}")
     widths = [min(_round(longest), most)]
     while widths[-1] < most:
         widths.append(min(_round(widths[-1] + 1), most))
-    own = [-(-len(first_fit(length_B, w)) // parts) for w in widths]
+    if part_B is None:
+        own, top = [-(-len(first_fit(length_B, w)) // parts) for w in widths], len(length_B) // parts
+    else:
+        own = [max(len(first_fit(length_B[part_B == z], w)) for z in range(parts)) for w in widths]
+        top = len(length_B)
     counts = [max(of) for of in zip(*processes.gather("packed rows", own))]
-    counts = [min(_round(c, least=1), len(length_B) // parts) for c in counts]
+    counts = [min(_round(c, least=1), top) for c in counts]
     fewest = min(w * c for w, c in zip(widths, counts))
     return next((w, c) for w, c in zip(widths, counts) if w * c <= NEAR * fewest)
 
@@ -111,14 +142,17 @@ def first_fit(lengths, width: int) -> list[list[int]]:
     return bins
 
 
-def make_plan(length_B, response_length_B, width: int, parts: int) -> Plan:
+def make_plan(length_B, response_length_B, width: int, parts: int, part_B=None) -> Plan:
     """First-fit decreasing, the rows then dealt to the parts, evenly in response tokens; deterministic.
 
     Args:
       length_B: tokens of prompt and response. response_length_B: of the response alone.
       width: tokens of a row.
       parts: shards x micro-batches; each gets as many rows, give or take an empty one.
+      part_B: the part of each response, where that is given.
     """
+    if part_B is not None:
+        return _plan_within(length_B, response_length_B, width, parts, part_B)
     part_B, row_B, column_B = (np.zeros(len(length_B), np.int32) for _ in range(3))
     bins = [np.array(b) for b in first_fit(length_B, width)]
     most, held, tokens = -(-len(bins) // parts), np.zeros(parts, int), np.zeros(parts, int)
@@ -128,6 +162,20 @@ def make_plan(length_B, response_length_B, width: int, parts: int) -> Plan:
         held[z] += 1
         tokens[z] += response_length_B[b].sum()
     return Plan(most, max(1, int(tokens.max())), part_B, row_B, column_B)
+
+
+def _plan_within(length_B, response_length_B, width: int, parts: int, part_B) -> Plan:
+    """First-fit decreasing in each part."""
+    row_B, column_B = np.zeros((2, len(length_B)), np.int32)
+    most, tokens = 0, [1]
+    for z in range(parts):
+        own = np.flatnonzero(part_B == z)
+        bins = [own[b] for b in first_fit(length_B[own], width)]
+        for i, b in enumerate(bins):
+            row_B[b], column_B[b] = i, np.cumsum(length_B[b]) - length_B[b]
+        most = max(most, len(bins))
+        tokens.append(int(response_length_B[own].sum()))
+    return Plan(most, max(tokens), part_B, row_B, column_B)
 
 
 def fill(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro_batches: int) -> Packed:

@@ -27,21 +27,31 @@ class Rows:
         return self.token_BL if self.packed is None else self.packed
 
 
-def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg) -> Rows:
-    """This process's prompts and responses, joined and sent once. All processes must call."""
+def put(prompts: list[Prompt], tokens: list[list[int]], mesh, cfg, *, most: int = 0, like: Rows | None = None) -> Rows:
+    """This process's prompts and responses, joined and sent once. All processes must call.
+
+    Args:
+      prompts: what precedes each response.
+      most: tokens of the longest response; 0: `max_completion_length`.
+      like: the same responses behind other prompts, as they were sent: T and each one's place are then the same.
+    """
     rows = [list(p.token_ids) + r for p, r in zip(prompts, tokens, strict=True)]
     prompt_length_B = np.array([len(p.token_ids) for p in prompts], np.int32)
-    T = response_width(tokens, cfg.max_completion_length)
+    T = like.T if like else response_width(tokens, most or cfg.max_completion_length)
     if not cfg.packing.length:
         L = min(bucket(longest(rows)), prompt_width([p.token_ids for p in prompts]) + T)
         token_BL, prompt_length_B = sharding.put_rows((pad_rows(rows, L)[0], prompt_length_B), mesh)
         return Rows(token_BL, None, prompt_length_B, T)
+    laid = None
+    if like:
+        laid = packing.Laid(sharding.local_rows(like.packed.first_B), like.packed.owner_ZX.shape[1])
     packed = packing.make(
         rows,
         prompt_length_B,
-        most=cfg.packing.length,
+        most=max(cfg.packing.length, longest(rows)) if like else cfg.packing.length,  # privileged prompts are longer
         shards=sharding.own_shards(mesh),
         micro_batches=micro_batches(cfg, len(rows) * jax.process_count()),
+        like=laid,
     )
     packed, prompt_length_B = sharding.put_rows((packed, prompt_length_B), mesh)
     return Rows(None, packed, prompt_length_B, T)

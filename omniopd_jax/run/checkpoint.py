@@ -158,7 +158,8 @@ class Checkpoints:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise UserError(f"checkpoint {step} in {self._folder} can't be restored: {reason}") from error
         s, meta = got["state"], got["meta"]
-        state = TrainState(s["params"], s["opt_state"], s["step"], jax.random.wrap_key_data(s["key"]))
+        key = jax.random.wrap_key_data(s["key"])
+        state = TrainState(s["params"], s["opt_state"], s["step"], key, s.get("average"))
         if meta.pop("fingerprint", None) != fingerprint(state):
             raise UserError(
                 f"checkpoint {step} in {self._folder} can't be restored: its numbers are not those that were saved"
@@ -321,4 +322,5 @@ def _plain(state: TrainState) -> dict:
         key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
     else:
         key = jax.random.key_data(key)
-    return {"params": state.params, "opt_state": state.opt_state, "step": state.step, "key": key}
+    plain = {"params": state.params, "opt_state": state.opt_state, "step": state.step, "key": key}
+    return plain if state.average is None else plain | {"average": state.average}

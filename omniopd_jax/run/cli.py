@@ -128,7 +128,7 @@ def _config_message(argv, error: Exception) -> str:
     known = config.default()
     for arg in argv:
         flag, _, key = arg.lstrip("-").split("=")[0].partition(".")
-        if flag == "config" and key and key not in config.flat(known) and "chat_template_kwargs" not in key:
+        if flag == "config" and key and key not in config.flat(known) and not any(o in key for o in config.OPEN):
             return config.unknown_key_message(known, key)
     recipe = _recipe(argv)
     if isinstance(error, OSError):

@@ -56,7 +56,7 @@ def table(e: budget.Estimate, state: str) -> str:
     )
 
 
-def confirm(cfg, asks_teacher: bool) -> None:
+def confirm(cfg, asks_teacher: bool, bought: dict[str, int] | None = None) -> None:
     """`Preview.confirm` of every teacher; settings that can't be priced are left to the run's own checks, which name
     all that is wrong.
 
@@ -64,24 +64,24 @@ def confirm(cfg, asks_teacher: bool) -> None:
       UserError: the run is likely to cost more than `budget.confirm_usd` and has no cap.
     """
     try:
-        found = previews(cfg, asks_teacher)
+        found = previews(cfg, asks_teacher, bought)
     except UserError:
         return
     found[0].confirm(found)
 
 
-def previews(cfg, asks_teacher: bool) -> list["Preview"]:
+def previews(cfg, asks_teacher: bool, bought: dict[str, int] | None = None) -> list["Preview"]:
     """One for each of the run's teachers; of several, each is taken to get an equal part of the prompts: which row
     names whom is read with the prompts.
 
     Raises:
       UserError: as `Preview`.
     """
-    named = by_row.configs(cfg)
-    if not named:
-        return [Preview(cfg, asks_teacher)]
-    folder, part = cfg.run_dir, 1 / len(named)
-    return [Preview(own, asks_teacher, name=name, part=part, folder=folder) for name, own in named.items()]
+    own = by_row.configs(cfg)
+    if not own:
+        return [Preview(cfg, asks_teacher, bought)]
+    how = {"part": 1 / len(own), "folder": cfg.run_dir}
+    return [Preview(one, asks_teacher, bought, name=name, **how) for name, one in own.items()]
 
 
 class Preview:
@@ -90,13 +90,17 @@ class Preview:
     Args:
       cfg: the recipe.
       asks_teacher: whether its objective asks a teacher.
+      bought: what it asks for (`budget.estimate`); None: continuations at the peaks.
       name, part, folder: of a named teacher: its name, its part of the prompts, the run's folder.
 
     Raises:
       UserError: settings of the teacher that can't be priced (`budget.usd` without a price).
     """
 
-    def __init__(self, cfg, asks_teacher: bool, *, name: str = "", part: float = 1.0, folder: str = ""):
+    def __init__(
+        self, cfg, asks_teacher: bool, bought: dict[str, int] | None = None, *, name: str = "", part: float = 1.0,
+        folder: str = "",
+    ):  # fmt: skip
         self.cfg, self.state, self.name, self.part = cfg, price_state(cfg, asks_teacher), name, part
         self.steps = max(0, cfg.num_steps - steps_done(folder or cfg.run_dir))
         self.estimate, self.self_hosted = None, False
@@ -104,10 +108,8 @@ class Preview:
             client = CLIENTS[cfg.teacher.provider](cfg)
             self.self_hosted = client.self_hosted
             price = budget.price(cfg, self_hosted=self.self_hosted)
-            self.estimate = budget.estimate(
-                cfg, price, takes_n=bool(client.seen.takes_n), latency_s=LATENCY_S, steps=self.steps * part,
-                most=client.most_texts,
-            )  # fmt: skip
+            how = {"takes_n": bool(client.seen.takes_n), "latency_s": LATENCY_S, "steps": self.steps * part}
+            self.estimate = budget.estimate(cfg, price, **how, most=client.most_texts, asks=bought)
 
     def text(self) -> str:
         """The table, where each cap would stop the run, and what was assumed."""
@@ -116,10 +118,8 @@ class Preview:
             why = (
                 "is in process" if cfg.teacher.provider not in CLIENTS else "is not asked, or replayed from its journal"
             )
-            return (
-                f"objective {cfg.objective.name}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
-            )
-        lines = [f"{cfg.objective.name} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
+            return f"objective {named(cfg)}: nothing is bought (teacher.provider = {cfg.teacher.provider!r} {why})"
+        lines = [f"{named(cfg)} with {cfg.teacher.model} ({cfg.teacher.provider}): {self.steps} steps to come"]
         if self.name:
             lines[0] = f"teachers.{self.name}, taken to get {self.part:.0%} of the prompts: {lines[0]}"
         lines.append(table(e, self.state))
@@ -176,6 +176,11 @@ class Preview:
             f"{limit:g} and no "
             "cap is set: set budget.usd, or add --yes to start all the same"
         )
+
+
+def named(cfg) -> str:
+    """The objective's name, or those of a mix."""
+    return " + ".join(sorted(cfg.objective.mix)) or cfg.objective.name
 
 
 def steps_done(run_dir) -> int:

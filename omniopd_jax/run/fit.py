@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from omniopd_jax import decode, model, objective, rollout, step, vocab
+from omniopd_jax import context, cuts, decode, model, objective, rollout, step, vocab
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import attention, lora, paged
 from omniopd_jax.parallel import packing, sharding
@@ -62,8 +62,8 @@ class Plan:
         self.model_cfg = model_config(cfg.student.path)
         self.compute = model.Compute(cfg.compute_dtype, cfg.model.remat, kernel, mesh, lora.scale(cfg.lora))
         asks, local = objective.of(cfg).asks, cfg.teacher.provider == "local"
-        self.teacher_cfg = model_config(cfg.teacher.model) if local and asks in ("logp", "distribution") else None
-        whole = self.teacher_cfg if asks == "distribution" else None  # laid out on the mesh; else on one device
+        self.teacher_cfg = model_config(cfg.teacher.model) if local and asks & {"logp", "distribution"} else None
+        whole = self.teacher_cfg if "distribution" in asks else None  # laid out on the mesh; else on one device
         self.steps = step.make_steps(self.model_cfg, self.cfg, compute=self.compute, teacher_cfg=whole)
         self.teacher = (
             None
@@ -92,7 +92,7 @@ class Plan:
         """Bytes a chip of what the run always holds, and of the decode cache at its longest."""
         return {
             "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
-            "reference": local_bytes(self.reference),
+            "reference": local_bytes(self.reference), "average": local_bytes(self.state.average),
             "cache": local_bytes(self.sampler_state()[0]), "teacher": self.teacher_bytes(),
         }  # fmt: skip
 
@@ -107,30 +107,56 @@ class Plan:
         """An abstract array with the batch's rows in front, or `rows`."""
         return jax.ShapeDtypeStruct((rows or self.rows, *shape), dtype, sharding=sharding.rows(self.mesh))
 
-    def tokens(self, rows: int):
-        """token_BL of `rows` rows, or what packing makes of them where each is as long as it may be."""
+    def tokens(self, rows: int, P: int = 0, T: int = 0):
+        """token_BL of `rows` rows of P + T tokens, or what packing makes of them where each is as long as it may be."""
         if not self.cfg.packing.length:
-            return self.row(self.P + self.T, dtype=jnp.int32, rows=rows)
-        P, longest = self.cfg.max_prompt_length, self.cfg.max_prompt_length + self.cfg.max_completion_length
+            return self.row((P or self.P) + (T or self.T), dtype=jnp.int32, rows=rows)
+        P = P or self.cfg.max_prompt_length
+        longest = P + (T or self.cfg.max_completion_length)
         packed = packing.make(
-            [[0] * longest] * rows, [P] * rows, most=self.cfg.packing.length,
+            [[0] * longest] * rows, [P] * rows, most=max(self.cfg.packing.length, longest),
             shards=list(range(sharding.row_shards(self.mesh))), micro_batches=batching.micro_batches(self.cfg, rows),
         )  # fmt: skip
         return jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=len(a)), packed)
 
     def batch(self) -> objective.Batch:
         """The global batch at the longest lengths."""
+        own, batches = objective.of(self.cfg), []
+        if own.cut is None:
+            stale = {"old_logp_BT": self.row(self.T)} if self.cfg.max_staleness else {}
+            if stale:
+                stale["ratio_BM"] = self.row(self.cfg.audit.num_chunks)
+            reward = self.row() if objective.needs_reward(self.cfg) else None
+            logp = self.row(self.T) if "logp" in own.asks else None
+            behind = self.context_rows() if own.scorer else None
+            batches.append(
+                self.batch_of(
+                    self.rows, self.P, self.T, advantage_B=reward, teacher_logp_BT=logp, context=behind, **stale
+                )
+            )
+        most = rollout.bucket(cuts.most_tokens(self.cfg))
+        for group in objective.row_groups(self.cfg)[len(batches) :]:
+            behind = objective.of(group[0][1]).samples  # a prefix of the student's
+            rows = self.rows * self.cfg.continuation.cuts if behind else self.rows
+            batches.append(self.batch_of(rows, self.P + (self.T if behind else 0), most))
+        return batches[0].replace(more=tuple(batches[1:]))
+
+    def batch_of(self, rows: int, P: int = 0, T: int = 0, **arrays) -> objective.Batch:
+        """So many rows of P + T tokens."""
         M, i32 = self.cfg.audit.num_chunks, jnp.int32
-        reward = objective.needs_reward(self.cfg)
-        stale = {"old_logp_BT": self.row(self.T), "ratio_BM": self.row(M)} if self.cfg.max_staleness else {}
-        tokens = self.tokens(self.rows)
+        tokens = self.tokens(rows, P, T)
         packed = tokens if self.cfg.packing.length else None
+        one = functools.partial(self.row, rows=rows)
         return objective.Batch(
-            None if packed else tokens, self.row(dtype=i32), self.row(dtype=i32), self.row(M, dtype=i32),
-            self.row(M), self.row(M, dtype=i32), advantage_B=self.row() if reward else None,
-            teacher_logp_BT=self.row(self.T) if objective.of(self.cfg).asks == "logp" else None, packed=packed,
-            width=self.T, **stale,
+            None if packed else tokens, one(dtype=i32), one(dtype=i32), one(M, dtype=i32), one(M), one(M, dtype=i32),
+            packed=packed, width=T or self.T, **arrays,
         )  # fmt: skip
+
+    def context_rows(self) -> context.ContextRows:
+        """The responses behind privileged prompts at their longest."""
+        tokens = self.tokens(self.rows, rollout.bucket(context.most_tokens(self.cfg)), self.T)
+        packed = tokens if self.cfg.packing.length else None
+        return context.ContextRows(None if packed else tokens, self.row(dtype=jnp.int32), self.row(), packed)
 
     def sampler_params(self):
         """As `rollout.prepare` leaves them."""
@@ -207,6 +233,7 @@ class Plan:
             return lowered, 0.0, beside + local_bytes(self.sampler_params()) + cache
         if name == "update":
             scored = objective.needs_scores(self.cfg)
+            scored = scored and objective.of(self.cfg).cut is None
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
             lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
             return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0

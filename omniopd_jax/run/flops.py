@@ -131,16 +131,20 @@ def decode_bytes(cfg: model.ModelConfig, prompts, responses, *, rows_together: i
     return float(itemsize) * (weights + cache) + state * sum(responses)
 
 
-def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None) -> dict:
+def metrics(
+    cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None, *, trained=None
+) -> dict:
     """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is
     known.
 
     Args:
       prompts, responses: real tokens of every row of the global batch.
       seconds: `time/*` of the step.
+      trained: (prompts, responses) of the rows of the update, where they are others.
     """
     devices, tokens = mesh.size, sum(responses)
     lengths = [p + n for p, n in zip(prompts, responses)]
+    before, taught = trained or (prompts, responses)
     out = {}
     work = {
         # a prompt is prefilled once for all its generations
@@ -149,8 +153,8 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
         "score": forward(model_cfg, lengths, responses),
         "update": update(
             model_cfg,
-            lengths,
-            responses,
+            [p + n for p, n in zip(before, taught)],
+            taught,
             anchored=bool(cfg.anchor.kl_coef),
             teacher=teacher_cfg,
             frozen=bool(cfg.lora.rank),
@@ -158,7 +162,7 @@ def metrics(cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh
     }
     for phase in work:
         if spent := seconds.get(f"time/{phase}"):
-            out[f"perf/{phase}_tokens_per_s"] = tokens / spent / devices
+            out[f"perf/{phase}_tokens_per_s"] = (sum(taught) if phase == "update" else tokens) / spent / devices
     if chip is None:
         return out
     again = cfg.num_iterations - 1  # each scores the batch anew

@@ -22,6 +22,8 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "checkpoint.",
     "log.",
     "eval.every",
+    "eval.patience",
+    "eval.stop_below",
     "budget.",
     "distributed.",
     "profile.",
@@ -140,16 +142,18 @@ def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
     host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | {DIGESTS: digests}, indent=1) + "\n")
 
 
-def digests_of(cfg: ConfigDict, prompts, held_out, template: str) -> dict[str, str]:
+def digests_of(cfg: ConfigDict, prompts, held_out, template: str, sets=()) -> dict[str, str]:
     """Digests of what a run reads under names that stay the same when the content changes.
 
     Args:
       prompts, held_out: data.Prompts, encoded; None: none is read.
       template: the student's chat template.
+      sets: data.benchmarks.Suites of `eval.sets`.
     """
     out = {"the training prompts": _prompts(prompts), "the student's chat template": f"{stable_hash(template):x}"}
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
+    out |= {f"the prompts of eval.sets {s.name!r}": _prompts(s) for s in sets}
     folders = {"the student's folder (student.path)": cfg.student.path}
     named = {f"teachers.{name}": own.teacher for name, own in by_row.configs(cfg).items()}
     for key, teacher in (named or {"teacher": cfg.teacher}).items():

@@ -10,14 +10,15 @@ import importlib.util
 import jax
 from ml_collections import ConfigDict
 
-from omniopd_jax import config, graders, hf, model, objective, similarity, step, teachers
+from omniopd_jax import config, graders, hf, model, objective, similarity, solutions, step, teachers
+from omniopd_jax.data import benchmarks
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, profiling, thinking, trackers
+from omniopd_jax.run import logging, objectives, profiling, thinking, trackers, trained
 from omniopd_jax.run.host import AsyncThread
 from omniopd_jax.teachers import by_row
 
@@ -26,9 +27,14 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "rollout.parts": 1, "rollout.slots": 0, "rollout.turn": 0, "rollout.cache_gib": 0,
     "max_prompt_length": 1, "max_completion_length": 1, "vocab_block": 1, "audit.num_chunks": 1,
     "audit.chunk_tokens": 1, "audit.num_continuations": 1, "audit.min_continuations": 0, "audit.log_per_step": 0,
+    "audit.adaptive_first": 1, "audit.adaptive_error": 0, "audit.adaptive_sign": 0, "audit.gate_attempts": 1,
     "prior.alpha": 0, "anchor.kl_coef": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
+    "continuation.cut_tokens": 1, "continuation.cuts": 1, "continuation.max_tokens": 0, "context.clip": 0,
+    "context.max_prompt_length": 0, "context.ema_decay": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
-    "lora.rank": 0, "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
+    "optimizer.min_learning_rate": 0,
+    "optimizer.decay_steps": 0, "eval.patience": 0, "eval.stop_below": 0, "lora.rank": 0,
+    "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
     "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
     "teacher.tokens_per_minute": 0, "teacher.price_input": -1, "teacher.price_cached": -1, "teacher.price_output": -1,
     "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
@@ -65,10 +71,12 @@ def validate(c: ConfigDict) -> None:
             raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
     trackers.check(c.log.trackers)
+    objectives.check(c)
     _check_data(c)
     _check_sizes(c)
     _check_audits(c)
     _check_updates(c)
+    _check_evaluations(c)
     if c.lora.rank:
         _check_lora(c)
 
@@ -104,7 +112,8 @@ def _check_data(c: ConfigDict) -> None:
         raise UserError(
             f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'"
         )
-    for section, used in ((c.reward, objective.needs_reward(c)), (c.eval, c.eval.num_prompts > 0)):
+    graded = objective.needs_reward(c) or solutions.gated(c)
+    for section, used in ((c.reward, graded), (c.eval, c.eval.num_prompts > 0)):
         name = "reward.grader" if section is c.reward else "eval.grader"
         if used and not section.grader:
             if c.data.source != "world":
@@ -151,17 +160,17 @@ def _check_audits(c: ConfigDict) -> None:
             f"audit.min_continuations = {c.audit.min_continuations} is larger than audit.num_continuations = "
             f"{c.audit.num_continuations}: every audit would be dropped"
         )
-    if c.max_staleness and not objective.of(c).audited:
+    if c.max_staleness and objective.of(c).asks != {"continuations"}:
         raise UserError(
-            f"max_staleness = {c.max_staleness} hides a text teacher's time; objective.name = {c.objective.name!r} "
-            "asks none: 0"
+            f"max_staleness = {c.max_staleness} hides the time of a text teacher's audits alone; objective.name = "
+            f"{objective.title(c)!r} asks for something else: 0"
         )
 
 
 def _check_updates(c: ConfigDict) -> None:
     if objective.of(c).needs_reward and c.num_generations == 1:
         raise UserError(
-            f"num_generations = 1 with objective.name = {c.objective.name!r}: a response is compared with others to "
+            f"num_generations = 1 with objective.name = {objective.title(c)!r}: a response is compared with others to "
             "the same "
             "prompt, and alone it teaches nothing; set num_generations to 2 or more"
         )
@@ -169,7 +178,26 @@ def _check_updates(c: ConfigDict) -> None:
         able = ", ".join(repr(name) for name, o in objective.OBJECTIVES.items() if o.clips)
         raise UserError(
             f"num_iterations = {c.num_iterations} is for objective.name = {able}, whose ratio is clipped; "
-            f"{c.objective.name!r} takes 1 update a batch"
+            f"{objective.title(c)!r} takes 1 update a batch"
+        )
+
+
+def _check_evaluations(c: ConfigDict) -> None:
+    """What reads the run's evaluations needs some."""
+    for path in ("checkpoint.best_metric", "eval.patience", "eval.stop_below"):
+        if config.get(c, path) and not c.eval.num_prompts:
+            raise UserError(f"{path} = {config.get(c, path)!r} goes by the run's evaluations: set eval.num_prompts")
+    for path in ("eval.patience", "eval.stop_below"):
+        if config.get(c, path) and not c.eval.every:
+            raise UserError(f"{path} = {config.get(c, path)!r} needs evaluations during the run: set eval.every")
+    if c.eval.sets and not c.eval.num_prompts:
+        raise UserError(
+            f"eval.sets = {tuple(c.eval.sets)} are evaluated beside the held-out prompts: set eval.num_prompts"
+        )
+    if c.optimizer.min_learning_rate > c.optimizer.learning_rate:
+        raise UserError(
+            f"optimizer.min_learning_rate = {c.optimizer.min_learning_rate:g} is above optimizer.learning_rate = "
+            f"{c.optimizer.learning_rate:g}"
         )
 
 
@@ -201,6 +229,7 @@ class Checked:
     similarity: similarity.Similarity
     teacher: teachers.Teacher | None
     teacher_said: str
+    sets: tuple[benchmarks.Suite, ...]
 
 
 class Findings:
@@ -244,29 +273,36 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         on=jax.default_backend(),
     )
     model_cfg = found.of(hf.read_config, cfg.student.path)
-    trained, template, end_ids = None, None, ()
+    table, template, end_ids = None, None, ()
     if model_cfg is not None:
-        trained = found.of(step.trained, model_cfg, cfg)
+        table = found.of(step.trained, model_cfg, cfg)
         template, end_ids = found.of(check_student, cfg, model_cfg) or (None, ())
+        found.of(trained.check_start, cfg, model_cfg)
     prompts, held_out = found.of(load_prompts, cfg, template) or (None, None)
+    if prompts is not None and template is not None:
+        found.of(objectives.check_privileged, cfg, prompts, template)
     phi = found.of(similarity.make, cfg)
-    for name in graders_of(cfg):
+    sets = found.of(benchmarks.load_sets, cfg, template) or ()
+    for name in dict.fromkeys([*graders_of(cfg), *(s.grader for s in sets)]):
         found.of(graders.shared, name)
     teacher, said = None, ""
-    given = prompts is not None and own.asks == "solutions" and found.of(solutions_given, cfg, prompts)
-    asks = bool(own.asks) and not given
+    bought = solutions.bought(cfg)
+    if prompts is not None and "solutions" in bought and found.of(solutions_given, cfg, prompts):
+        del bought["solutions"]
+    asks = bool(bought)
     if asks:
         found.of(check_teachers_files, cfg, prompts)
     if own.chunks and template is not None:
         found.of(thinking.check_span, cfg, template)
     in_process = "local" in [c.teacher.provider for c in by_row.configs(cfg).values() or (cfg,)]
     if asks and kernel is not None and (not in_process or not found.problems):
-        teacher = found.of(teachers.make, cfg, NEEDS.get(own.asks, teachers.TEXT))
+        needs = next((ability for what, ability in NEEDS.items() if what in own.asks), teachers.TEXT)
+        teacher = found.of(teachers.make, cfg, needs, bought)
     if teacher is not None and prompts is not None:
         teacher.take_rows([p.teacher for p in prompts.prompts])
     if teacher is not None and not found.problems:
         said = found.of(lambda: thread.submit(teacher.check()).result())
-    if teacher is not None and own.asks == "distribution" and model_cfg is not None:
+    if teacher is not None and "distribution" in own.asks and model_cfg is not None:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     try:
         found.raise_everywhere()
@@ -275,11 +311,11 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         if teacher is not None:
             thread.submit(teacher.close()).result(timeout=30)
         raise
-    return Checked(kernel, model_cfg, trained, template, end_ids, prompts, held_out, phi, teacher, said)
+    return Checked(kernel, model_cfg, table, template, end_ids, prompts, held_out, phi, teacher, said, sets)
 
 
 def solutions_given(cfg, prompts: data.Prompts) -> bool:
-    """Whether the prompts bring solutions of their own, so that no teacher is asked.
+    """Whether the prompts bring solutions of their own, so that no teacher is asked for them.
 
     Raises:
       UserError: some do and some do not, or each would be trained on several times.
@@ -287,11 +323,17 @@ def solutions_given(cfg, prompts: data.Prompts) -> bool:
     missing = [p.id for p in prompts.prompts if p.solution is None]
     if len(missing) == len(prompts):
         return False
+    if solutions.gated(cfg):
+        raise UserError(
+            f"audit.gate = {cfg.audit.gate!r} grades the teacher's own solutions, and the prompts bring some: set "
+            "data.fields.solution = '' to leave theirs out"
+        )
     if missing:
         raise UserError(
             f"{len(missing)} of {len(prompts)} prompts have no `solution`, such as {missing[0]!r}: all or none"
         )
-    if cfg.num_generations > 1:
+    own = (objective.of(part) for _, part in objective.parts(cfg))
+    if cfg.num_generations > 1 and any("solutions" in o.asks and not o.samples for o in own):
         raise UserError(
             f"num_generations = {cfg.num_generations} would train on each `solution` of the prompts more than once: "
             "set it to 1"
@@ -315,7 +357,8 @@ def check_same_vocabulary(cfg, student: model.ModelConfig, teacher: model.ModelC
 
 def graders_of(cfg) -> list[str]:
     """Names of the graders that the run will ask."""
-    return [cfg.reward.grader] * objective.needs_reward(cfg) + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
+    graded = objective.needs_reward(cfg) or solutions.gated(cfg)
+    return [cfg.reward.grader] * graded + [cfg.eval.grader] * (cfg.eval.num_prompts > 0)
 
 
 def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[int, ...]]:
@@ -413,6 +456,8 @@ def check_rows(mesh, cfg) -> None:
     shards, count = sharding.row_shards(mesh), jax.process_count()
     own, rest = divmod(cfg.prompts_per_step, count)
     rows, parts = own * count * cfg.num_generations, cfg.rollout.parts
+    if parts > 1 and not objective.of(cfg).samples:
+        raise UserError(f"rollout.parts = {parts}: {cfg.objective.name} samples nothing, so set it to 1")
     scored = shards * max(1, cfg.micro_batches // parts)  # what a part's rows are divided over
     if rest or rows % (shards * cfg.micro_batches) or rows % parts or rows // parts % scored:
         raise UserError(

@@ -123,6 +123,7 @@ class Step:
       responses: experience.Responses. scores: experience.Scores, or None where nothing was scored.
       peak_BM: int32, host. feedback: audit.Feedback.
       targets: objective.ChunkTargets, host arrays, or None for an objective without chunks.
+      continued: audit.Audits of the teacher's texts behind prefixes that are trained on.
     """
 
     number: int
@@ -132,6 +133,7 @@ class Step:
     peak_BM: np.ndarray
     feedback: object
     targets: object
+    continued: tuple = ()
 
     def entropy(self, b: int) -> np.ndarray:
         """Entropies of a row's tokens; empty where nothing was scored."""
@@ -222,6 +224,12 @@ def _completion(step: Step, b: int, decoder, grade) -> dict:
         "entropy": [_round(h, 3) for h in entropy_T[: len(parts)]], "chunk_tokens": step.cfg.audit.chunk_tokens,
         "chunks": [{"peak": peak} | step.chunk(b, m) for m, peak in chunks],
     }  # fmt: skip
+    if behind := [a for a in step.continued if a.row == b]:
+        record["continued"] = [
+            {"cut": a.request.peak} | {"text": texts.start(c.text), "finish": c.finish}
+            for a in behind
+            for c in a.result.continuations
+        ]
     if len(parts) < len(tokens):
         record["left_out_tokens"] = len(tokens) - len(parts)
     if texts.left_out:

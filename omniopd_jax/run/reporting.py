@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, graders, objective, span
+from omniopd_jax import audit, config, experience, graders, objective, solutions, span, teaching
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
@@ -33,7 +33,7 @@ class Reports:
         self._writer = logging.Writer(config.local_folder(cfg), start_step=start, **log)
         recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
         self._health = health.Watch(flat, self._writer.lines("metrics"), *recent)
-        self._price = estimate.price_state(cfg, bool(objective.of(cfg).asks))
+        self._price = estimate.price_state(cfg, bool(solutions.bought(cfg)))
         self._progress = terminal.Progress(cfg.num_steps, start)
         run.timer.entered = self._progress.enter
 
@@ -56,14 +56,21 @@ class Reports:
         self._pending = (t, values, targets, got, own | self._next, service)
         self._next = {}
 
-    def evaluation(self, updates: int, found: Evaluation) -> None:
-        """Takes an evaluation after this many updates, for the line of the step that is added next and has made them.
+    def evaluation(self, updates: int, found: Evaluation, sets: dict[str, float]) -> dict[str, float]:
+        """Takes an evaluation after this many updates: for the line of the next step, which has made them.
 
         Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow. The
         last evaluation is made when its step is written and saved, and is added to that line.
+
+        Args:
+          sets: {name: accuracy} of `eval.sets`.
+
+        Returns:
+          The accuracies by their metrics' names.
         """
         answers, left_out = records.evaluation_records(found, self._run.held_out.prompts, updates, self._run.cfg)
-        values = {"eval/accuracy": found.accuracy, "eval/updates": updates, "eval/log_left_out": left_out}
+        accuracies = {"eval/accuracy": found.accuracy} | {f"eval/accuracy/{name}": a for name, a in sets.items()}
+        values = accuracies | {"eval/updates": updates, "eval/log_left_out": left_out}
         if not updates:
             values["eval/accuracy_before"] = found.accuracy
         if updates and updates == self._run.cfg.num_steps:
@@ -72,6 +79,7 @@ class Reports:
             self._next |= values
         self._writer.evaluations(answers)
         self._progress.accuracy(found.accuracy)
+        return accuracies
 
     def flush(self) -> None:
         """Writes the step that waits, if one does."""
@@ -106,7 +114,8 @@ class Reports:
         if self._price in (estimate.KNOWN, estimate.UNKNOWN):
             values["teacher/price_known"] = int(self._price == estimate.KNOWN)
         audits, completions, left_out = self._records(t, targets, got)
-        values |= self._of_all_hosts(got, left_out, own)
+        hosts = self._of_all_hosts(got, left_out, own) | teaching.note_metrics(got.notes)
+        values |= {key: value for key, value in hosts.items() if key not in values}
         found, new = self._health.step({"step": t} | values, audits, completions)
         values |= health.metrics(found)
         self._writer.metrics(t, values)
@@ -122,7 +131,7 @@ class Reports:
         share = jax.process_count()
         targets = None if targets is None else jax.tree.map(sharding.local_rows, targets)
         peak_BM = sharding.local_rows(got.batch.peak_BM)
-        step = records.Step(t, run.cfg, got.responses, got.scores, peak_BM, got.feedback, targets)
+        step = records.Step(t, run.cfg, got.responses, got.scores, peak_BM, got.feedback, targets, tuple(got.continued))
         limits = (-(-run.cfg.audit.log_per_step // share), -(-log.completions_per_step // share))
         audits, rows, *left = records.choose(got.feedback, len(got.responses.tokens), *limits)
         audits = audits if targets is not None else []
@@ -150,16 +159,25 @@ class Reports:
             here["audit/span_fraction"] = span.fraction(run.student.template.tokenizer, responses, run.cfg.audit.span)
         if got.rewards is not None:
             here["reward/mean"] = float(got.rewards.mean())
-        lengths = [[len(p.token_ids) for p in responses.prompts], list(map(len, responses.tokens))]
+        lengths = [lengths_of([responses]), lengths_of(got.trained)]
         parts = processes.gather("host metrics", [here, left_out, *lengths])  # every process has as many rows
         out = {k: float(np.mean([part[0][k] for part in parts])) for k in here}
         out |= {key: sum(part[1][key] for part in parts) for key in left_out}
-        prompts, tokens = (sum((part[i] for part in parts), []) for i in (2, 3))
+        sampled, trained = ([sum((part[i][k] for part in parts), []) for k in (0, 1)] for i in (2, 3))
+        tokens = sampled[1]
         self.totals["student_tokens"] = self.totals.get("student_tokens", 0) + sum(tokens)
-        computed = got.batch.token_BL.size if got.batch.packed is None else got.batch.packed.token_RL.size
-        out["perf/padding_fraction"] = 1 - (sum(prompts) + sum(tokens)) / computed
+        out |= {"completions/mean_length": float(np.mean(tokens)), "completions/max_length": max(tokens)}
+        batches = [got.batch, *got.batch.more]
+        computed = sum(b.token_BL.size if b.packed is None else b.packed.token_RL.size for b in batches)
+        out["perf/padding_fraction"] = 1 - sum(map(sum, trained)) / computed
         mesh, chip = run.student.mesh, flops.chip()
-        return out | flops.metrics(run.cfg, run.student.model_cfg, run.teacher_cfg, prompts, tokens, own, mesh, chip)
+        cfgs = (run.cfg, run.student.model_cfg, run.teacher_cfg)
+        return out | flops.metrics(*cfgs, *sampled, own, mesh, chip, trained=trained)
+
+
+def lengths_of(rows: list[experience.Responses]) -> list[list[int]]:
+    """[tokens of what precedes each row, tokens of each row] of all of them."""
+    return [[len(p.token_ids) for r in rows for p in r.prompts], [len(t) for r in rows for t in r.tokens]]
 
 
 def truncated_fraction(responses: experience.Responses) -> float:
@@ -199,7 +217,7 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
     rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
-    terminal.say(terminal.table(rows, f"{run.cfg.objective.name} in {run.cfg.run_dir}"))
+    terminal.say(terminal.table(rows, f"{objective.title(run.cfg)} in {run.cfg.run_dir}"))
     to = " --out=report.html" if config.is_bucket(run.cfg.run_dir) else ""
     terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}{to}")
     if jax.process_index() == 0:

@@ -9,12 +9,13 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from omniopd_jax import audit, config, hf, model, objective, step, teachers
+from omniopd_jax.data import benchmarks
 from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import identity, logging, preflight, profiling, thinking
+from omniopd_jax.run import identity, logging, preflight, profiling, thinking, trained
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
@@ -41,6 +42,8 @@ class Run:
       teacher_params: of a white-box teacher whose whole distribution is read, on the mesh; else None.
       disks: for each process the lowest rank that shares its journal's disk.
       digests: of what the run reads (identity.py).
+      sets: of `eval.sets`, encoded.
+      carried: what one step leaves to the next beside the state, saved with it: the audits' mean agreement.
     """
 
     cfg: ConfigDict
@@ -61,6 +64,8 @@ class Run:
     profiler: profiling.Profiler
     compiled: profiling.Recompilations
     digests: dict[str, str]
+    sets: tuple[benchmarks.Suite, ...] = ()
+    carried: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def policy(self, state: TrainState) -> dict:
         """The whole model as it is now."""
@@ -131,7 +136,7 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     preflight.check_rows(mesh, cfg)
     reference = load_reference(cfg, model_cfg, mesh)
     teacher_params, teacher_cfg = None, None
-    if objective.of(cfg).asks == "distribution":
+    if "distribution" in objective.of(cfg).asks:
         teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
     prompts, template = checked.prompts, checked.template
@@ -161,7 +166,8 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
         logging.PhaseTimer(),
         profiling.Profiler(cfg),
         profiling.Recompilations(logging.say),
-        identity.digests_of(cfg, prompts, checked.held_out, template.identity),
+        identity.digests_of(cfg, prompts, checked.held_out, template.identity, checked.sets),
+        checked.sets,
     )
 
 
@@ -192,8 +198,10 @@ def frozen(cfg: ConfigDict) -> FrozenConfigDict:
 
 
 def first_params(run: Run, key: jax.Array) -> dict:
-    """What a new run trains: new adapters, or the student in float32."""
+    """What a new run trains: new adapters, or the student in float32; or what `student.start` holds."""
     cfg, mesh = run.cfg, run.student.mesh
+    if cfg.student.start:
+        return started(cfg, mesh)
     if cfg.lora.rank:
         where = run.steps.state_shardings.params
         new = jax.jit(
@@ -204,6 +212,18 @@ def first_params(run: Run, key: jax.Array) -> dict:
     if run.reference is None or cfg.anchor.ref_offload or cfg.anchor.ref_dtype != "float32":
         return hf.load(cfg.student.path, mesh=mesh)[0]
     return run.reference
+
+
+def started(cfg, mesh) -> dict:
+    """What another run trained, or an export's weights: float32, on the mesh. Adapters are merged unless they go on."""
+    start = cfg.student.start
+    folder, at = trained.locate(start)
+    if not trained.is_run(folder):
+        return hf.load(start, mesh=mesh, setting="student.start")[0]
+    got = trained.read(folder, at, mesh)
+    if cfg.lora.rank or not got.lora.rank:
+        return got.params
+    return jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(got.whole(mesh))
 
 
 def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:

@@ -1,6 +1,7 @@
 """What a run's checkpoint holds, for export and evaluation."""
 
 import dataclasses
+import json
 import pathlib
 
 from etils import epath
@@ -54,12 +55,49 @@ def read(run_dir, step: int | None, mesh=None) -> Trained:
     return Trained(params, table, model_cfg, settings, saved.config)
 
 
+def is_run(folder: pathlib.Path | epath.Path) -> bool:
+    """Whether its config.json is a run's, not a model's."""
+    try:
+        return "student" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def locate(source) -> tuple[pathlib.Path | epath.Path, int | None]:
     """(run folder, step or None for the newest) of RUN, RUN/checkpoints or RUN/checkpoints/STEP."""
     path = files.place(source)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return (path.parent if path.name == "checkpoints" else path), None
+
+
+def check_start(cfg, model_cfg: model.ModelConfig) -> None:
+    """`student.start` must hold what this run trains.
+
+    Raises:
+      UserError: nothing there, another model, or adapters where whole weights are trained on, or the other way.
+    """
+    start = cfg.student.start
+    if not start:
+        return
+    run, at = locate(start)
+    if not is_run(run):
+        if cfg.lora.rank:
+            raise UserError(
+                f"student.start = {start!r} is no run with adapters: set student.path to it for lora.rank > 0"
+            )
+        if hf.read_config(start, setting="student.start") != model_cfg:
+            raise UserError(f"student.start = {start!r} is another model than student.path = {cfg.student.path!r}")
+        return
+    saved = checkpoint.saved_params(run, at)
+    old = lora.settings_of(saved.config)
+    if cfg.lora.rank and (old.rank, tuple(old.targets)) != (cfg.lora.rank, tuple(cfg.lora.targets)):
+        raise UserError(
+            f"student.start = {start!r} has lora.rank = {old.rank}, lora.targets = {tuple(old.targets)}: adapters go "
+            "on with the same, or from an export as student.path"
+        )
+    if not model.fits(saved.shapes, lora.table(model_cfg, old) if old.rank else model.table(model_cfg)):
+        raise UserError(f"student.start = {start!r} was not trained from the model in {cfg.student.path}")
 
 
 def recipe(source) -> ConfigDict | None:

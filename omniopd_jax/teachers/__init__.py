@@ -51,12 +51,13 @@ TEACHERS = {  # their SDKs are imported when a client connects
 _NEEDS = {"opd": LOGP, "opd_exact": DISTRIBUTION}  # for callers of `make` who have no objective's record at hand
 
 
-def make(cfg, needs: str | None = None) -> Teacher:
+def make(cfg, needs: str | None = None, asks: dict[str, int] | None = None) -> Teacher:
     """The teacher that `cfg.teacher.provider` names.
 
     Args:
       cfg: the recipe.
       needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what `cfg.objective.name` is known to.
+      asks: for its estimate (`budget.estimate`); None: continuations at the peaks.
 
     Raises:
       UserError: unknown provider, one that does not give what is needed, or whatever the provider finds wrong with its
@@ -64,11 +65,13 @@ def make(cfg, needs: str | None = None) -> Teacher:
     """
     needs = needs or _NEEDS.get(cfg.objective.name, TEXT)
     if cfg.teachers:
-        return _by_row(cfg, needs)
+        return _by_row(cfg, needs, asks)
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
     provider = TEACHERS[cfg.teacher.provider]
     if needs == TEXT:
-        return provider.make(cfg)
+        teacher = provider.make(cfg)
+        teacher.asks = asks
+        return teacher
     if needs not in provider.white_box:
         able = ", ".join(name for name, p in TEACHERS.items() if needs in p.white_box)
         raise UserError(
@@ -76,6 +79,7 @@ def make(cfg, needs: str | None = None) -> Teacher:
             f"{cfg.teacher.provider!r} does not give; set one of: {able}"
         )
     teacher = provider.make(cfg, needs)
+    teacher.asks = asks
     if teacher.foreign_tokenizer:
         raise UserError(
             f"objective.name = {cfg.objective.name!r} needs a teacher with the student's own tokenizer"
@@ -88,7 +92,7 @@ def make(cfg, needs: str | None = None) -> Teacher:
     return teacher
 
 
-def _by_row(cfg, needs: str) -> Teacher:
+def _by_row(cfg, needs: str, asks: dict[str, int] | None) -> Teacher:
     """The named teachers, each made as if it were the run's only one; what has been made is closed where one fails."""
     if needs == DISTRIBUTION:
         raise UserError(
@@ -98,7 +102,7 @@ def _by_row(cfg, needs: str) -> Teacher:
     made: dict[str, Teacher] = {}
     for name, own in cfgs.items():
         try:
-            made[name] = make(own, needs)
+            made[name] = make(own, needs, asks)
         except UserError as error:
             for journal in (t.journal for t in made.values() if t.journal is not None):
                 journal.close()

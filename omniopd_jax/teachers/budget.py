@@ -204,13 +204,14 @@ class Estimate:
 
 
 def estimate(
-    cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None, most: int = 128
-) -> Estimate:
+    cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None, most: int = 128,
+    asks: dict[str, int] | None = None,
+) -> Estimate:  # fmt: skip
     """What the run will ask of the teacher, before the first call.
 
     Low: short prompts and answers, repeated input from the provider's cache, fast answers; high: every length at its
       cap, nothing cached, slow answers, one call in ten repeated. Middle: half the caps, half of the repeated input
-      cached. By `objective.name`: audits, whole solutions (`sft`) or scores (`opd`).
+      cached.
 
     Args:
       cfg: the recipe.
@@ -220,29 +221,28 @@ def estimate(
       latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much
         longer.
       steps: optimizer steps still to come; `cfg.num_steps` by default.
+      asks: {what the objective asks for: how many of it (BOUGHT)}; None: continuations at the peaks.
     """
     t = cfg.teacher
     steps = cfg.num_steps if steps is None else steps
-    asked, sent, written, again = {"sft": _solutions, "opd": _scores}.get(cfg.objective.name, _audits)(
-        cfg, most if takes_n else 1
-    )
-    calls = tuple(steps * cfg.prompts_per_step * n * repeats for n, repeats in zip(asked, (1.0, 1.02, 1.1)))
-    tokens_in = tuple(c * length for c, length in zip(calls, sent))
-    tokens_out = tuple(c * length for c, length in zip(calls, written))
-    cached = (again, again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
-    usd = tuple(
-        c * price.cost(i, i * share, o, (i - i * share) if price.written > price.input else 0)
-        for c, i, share, o in zip(calls, sent, cached, written)
-    )
-    longest = {"sft": cfg.max_completion_length, "opd": 1}.get(cfg.objective.name, cfg.audit.chunk_tokens)
-    slowest = latency_s[1] * max(1.0, longest / PROBE_TOKENS)
-    slow = (latency_s[0], (latency_s[0] + slowest) / 2, slowest)
-    hours = [c * s / t.max_concurrency / 3600 for c, s in zip(calls, slow)]
+    bought = {"continuations": 1} if asks is None else asks
+    calls, tokens_in, tokens_out, usd, hours = ([0.0] * 3 for _ in range(5))
+    for one in (BOUGHT[what](cfg, most if takes_n else 1, count) for what, count in bought.items() if what in BOUGHT):
+        slowest = latency_s[1] * max(1.0, one.longest / PROBE_TOKENS)
+        slow = (latency_s[0], (latency_s[0] + slowest) / 2, slowest)
+        cached = (one.again, one.again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
+        for i, repeats in enumerate((1.0, 1.02, 1.1)):
+            n = steps * cfg.prompts_per_step * one.calls[i] * repeats
+            sent, written = n * one.sent[i], n * one.written[i]
+            again = sent * cached[i]
+            usd[i] += price.cost(sent, again, written, (sent - again) if price.written > price.input else 0)
+            calls[i], tokens_in[i], tokens_out[i] = calls[i] + n, tokens_in[i] + sent, tokens_out[i] + written
+            hours[i] += n * slow[i] / t.max_concurrency / 3600
     if t.requests_per_minute:
         hours = [max(h, c / t.requests_per_minute / 60) for h, c in zip(hours, calls)]
     if t.tokens_per_minute:
         hours = [max(h, (i + o) / t.tokens_per_minute / 60) for h, i, o in zip(hours, tokens_in, tokens_out)]
-    return Estimate(calls, tokens_in, tokens_out, usd, tuple(hours), price.known)
+    return Estimate(*map(tuple, (calls, tokens_in, tokens_out, usd, hours)), price.known)
 
 
 def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
@@ -270,26 +270,56 @@ def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
 SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high
 
 
-def _audits(cfg, most):
-    """(calls a prompt, tokens in and out a call: low, middle, high each; share of the input that an earlier call has
-    sent)."""
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one kind of question takes: calls a prompt, tokens in and out a call (low, middle, high each), the share of
+    the input that an earlier call has sent, tokens of the longest answer."""
+
+    calls: list[float]
+    sent: list[float]
+    written: list[float]
+    again: float
+    longest: int
+
+
+def _audits(cfg, most, _) -> Asked:
     a = cfg.audit
     fit = [min(1.0, share * cfg.max_completion_length / (a.num_chunks * a.chunk_tokens)) for share in SHARES]
-    per_audit = -(-a.num_continuations // most)
-    calls = [cfg.num_generations * a.num_chunks * per_audit * f for f in fit]
+    n = (a.num_continuations,) * 3
+    if a.adaptive:  # every chunk is settled after the first round, after half of them, never
+        n = (a.adaptive_first, (a.adaptive_first + a.num_continuations) / 2, a.num_continuations)
+        each_round = -(-a.adaptive_first // most)
+        per_audit = [math.ceil(k / a.adaptive_first) * each_round for k in n]
+    else:
+        per_audit = [-(-a.num_continuations // most)] * 3
+    calls = [cfg.num_generations * a.num_chunks * per * f for per, f in zip(per_audit, fit)]
     sent = [share * (cfg.max_prompt_length + cfg.max_completion_length / 2) for share in SHARES]
-    each = a.chunk_tokens * a.num_continuations / per_audit
-    return calls, sent, [each * share for share in (0.8, 0.95, 1.0)], 1 - 1 / (per_audit * a.num_chunks)
+    written = [a.chunk_tokens * k / per * share for k, per, share in zip(n, per_audit, (0.8, 0.95, 1.0))]
+    return Asked(calls, sent, written, 1 - 1 / (per_audit[1] * a.num_chunks), a.chunk_tokens)
 
 
-def _solutions(cfg, most):
-    """The same for whole answers (`sft`)."""
-    per_prompt = -(-cfg.num_generations // most)
-    written = [cfg.num_generations / per_prompt * cfg.max_completion_length * share for share in SHARES]
-    return [per_prompt] * 3, [share * cfg.max_prompt_length for share in SHARES], written, 1 - 1 / per_prompt
+def _solutions(cfg, most, count) -> Asked:
+    """`count` whole answers per prompt. Bought once a prompt: epochs after the first are not taken off."""
+    per_prompt = -(-count // most)
+    written = [count / per_prompt * cfg.max_completion_length * share for share in SHARES]
+    sent = [share * cfg.max_prompt_length for share in SHARES]
+    return Asked([per_prompt] * 3, sent, written, 1 - 1 / per_prompt, cfg.max_completion_length)
 
 
-def _scores(cfg, _):
-    """The same for log-probs of the student's answers (`opd`): one token is written in each call."""
+def _prefixes(cfg, _, count) -> Asked:
+    """A text behind each cut. Answers that end before theirs have none: a quarter, half or all reach it."""
+    c, length = cfg.continuation, cfg.max_completion_length
+    calls, longest = cfg.num_generations * c.cuts * count, c.max_tokens or length
+    k = min(c.cut_tokens * (c.cuts + 1) / 2, length) if c.cut == "fixed" else length / 2
+    shares = SHARES if c.cut == "fixed" else (1.0, 1.0, 1.0)
+    sent = [share * cfg.max_prompt_length + (k if c.cut == "fixed" else share * k) for share in SHARES]
+    return Asked([calls * s for s in shares], sent, [share * longest for share in SHARES], 1 - 1 / c.cuts, longest)
+
+
+def _scores(cfg, _most, _) -> Asked:
+    """Log-probs of the student's answers: one token is written in each call."""
     sent = [share * (cfg.max_prompt_length + cfg.max_completion_length) for share in SHARES]
-    return [cfg.num_generations] * 3, sent, [1] * 3, 0.0
+    return Asked([cfg.num_generations] * 3, sent, [1] * 3, 0.0, 1)
+
+
+BOUGHT = {"continuations": _audits, "solutions": _solutions, "prefixes": _prefixes, "logp": _scores}

@@ -142,6 +142,7 @@ class Teacher(Protocol):
         frozenset()
     )  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
     model_cfg: Any = None  # of its weights, where it gives its DISTRIBUTION
+    asks: Any = None  # what the run asks for (budget.estimate); None: continuations at the peaks
     report: Any = None  # probe.ProbeReport, once `check` has probed it
     journal: Any = None  # journal.Journal: what was bought and what it cost
 

@@ -190,7 +190,8 @@ class RemoteTeacher(PaidTeacher):
         latency = self.report.latency_s if self.report else (1.0, 5.0)
         takes_n = bool(self.client.seen.takes_n)
         most = self.client.most_texts
-        return money.estimate(self.cfg, self.price, takes_n=takes_n, latency_s=latency, steps=steps, most=most)
+        how = {"takes_n": takes_n, "latency_s": latency, "steps": steps, "most": most, "asks": self.asks}
+        return money.estimate(self.cfg, self.price, **how)
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) for the next step: see `Budget.allowance`."""

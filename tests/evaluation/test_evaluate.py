@@ -21,6 +21,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
 from omniopd_jax.graders import sandbox, small_world
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run import trained as trained_run
 
 HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
 
@@ -331,10 +332,10 @@ def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, m
 
 def test_a_folder_is_a_run_only_with_a_runs_config(whole, tmp_path):
     cfg, *_ = whole
-    assert not runner.is_run(pathlib.Path(cfg.student.path))
-    assert not runner.is_run(tmp_path)
+    assert not trained_run.is_run(pathlib.Path(cfg.student.path))
+    assert not trained_run.is_run(tmp_path)
     (tmp_path / "config.json").write_text('{"student": {}}')
-    assert runner.is_run(tmp_path)
+    assert trained_run.is_run(tmp_path)
     with pytest.raises(UserError, match="no checkpoint yet"):
         runner.load_student(cfg, str(tmp_path))
 

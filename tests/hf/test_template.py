@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 
-from omniopd_jax import audit, config, experience, hf
+from omniopd_jax import audit, config, experience, hf, solutions
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
@@ -176,11 +176,8 @@ def test_a_solution_ends_with_the_turn_end_and_not_with_the_smallest_end_token()
     tok = tokenizer()
     tok.eos_token = "<|pad|>"  # 0; the template ends turns with <|im_end|>, 2
     made = template.make(tok)
-    student = experience.Student(None, None, made, audit.Decoder(tok), made.end_ids((0,))[0])
     prompt = data.Prompt("p", tuple(USER), solution="It is 2.")
-    drawn = experience.Drawn([prompt], [["s0", "s1"]])
     cfg = config.default()
-    cfg.num_generations = 2
 
     class Ends(SimulatedTeacher):
         async def continue_text(self, request):
@@ -190,11 +187,15 @@ def test_a_solution_ends_with_the_turn_end_and_not_with_the_smallest_end_token()
 
     words, thread = tok("It is 2.", add_special_tokens=False)["input_ids"], host.AsyncThread()
     try:
-        responses, _ = experience.solutions(Ends(["It is 2."]), thread, host.StopFlag(), drawn, student, cfg)
+        audits = solutions.plan([prompt], 2, cfg)
+        experience.wait([thread.submit(audit.ask(Ends(["It is 2."]), audits))], host.StopFlag())
     finally:
         thread.close()
-    assert responses.tokens == [[*words, 2], words], "one cut off has no end"
-    assert experience.given_solutions(drawn, student, cfg).tokens == [[*words, 2]]
+    found = solutions.texts([dataclasses.replace(prompt, solution=None)], audits)
+    assert solutions.rows([prompt], found, 2, made, 99) == ([[*words, 2], words], [True, False]), "one cut has no end"
+    given = solutions.texts([prompt], [])
+    assert solutions.rows([prompt], given, 1, made, 99) == ([[*words, 2]], [True])
+    assert solutions.rows([prompt], given, 1, made, 2) == ([words[:2]], [False])
 
 
 # --- refused before weights load

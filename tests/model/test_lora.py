@@ -126,6 +126,7 @@ def taught(
         compute=compute,
         teacher_params=teacher_params,
         teacher_cfg=teacher_cfg,
+        divergence_BT=None if teacher_params is None else mask,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from teacher_kit import ask, cfg_for, request, teacher_of
 from wire_server import WireServer
 
+from omniopd_jax import solutions
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import TeacherStopped, budget
 from omniopd_jax.teachers.journal import Journal
@@ -163,14 +164,51 @@ def test_the_estimate_of_the_baselines(tmp_path):
         "max_prompt_length": 60,
     }
     # calls with n and without, most tokens in and out a text
-    asks = {"sft": ((6, 24), 60, 100), "opd": ((24, 24), 160, 1)}
-    for name, (calls, most_in, most_out) in asks.items():
+    asks = {"sft": ("solutions", 4, (6, 24), 60, 100), "opd": ("logp", 1, (24, 24), 160, 1)}
+    for name, (what, texts, calls, most_in, most_out) in asks.items():
         c = cfg_for("", "openai", tmp_path, **sizes | {"objective.name": name})
+        assert solutions.bought(c) == {what: texts}
         for takes_n, count in zip((True, False), calls):
-            e = budget.estimate(c, budget.Price(1, 0.1, 5), takes_n=takes_n, latency_s=(1.0, 2.0))
+            how = {"takes_n": takes_n, "latency_s": (1.0, 2.0), "asks": {what: texts}}
+            e = budget.estimate(c, budget.Price(1, 0.1, 5), **how)
             assert e.calls[0] == count and e.tokens_in[2] == pytest.approx(1.1 * count * most_in)
             assert e.tokens_out[2] == pytest.approx(1.1 * 24 * most_out)
             assert all(0 < low <= middle <= high for low, middle, high in (e.usd, e.hours))
+
+
+SIZES = {
+    "num_steps": 2,
+    "prompts_per_step": 3,
+    "num_generations": 4,
+    "max_completion_length": 100,
+    "max_prompt_length": 60,
+}
+
+
+def high(tmp_path, **more):
+    """(calls, tokens in, tokens out) at the most, of a service that takes n; a tenth is repeated."""
+    c = cfg_for("", "openai", tmp_path, **SIZES | {"audit.num_continuations": 10} | more)
+    e = budget.estimate(c, budget.Price(1, 1, 5), takes_n=True, latency_s=(1.0, 2.0), asks=solutions.bought(c))
+    assert all(0 < low <= middle <= most for low, middle, most in (e.calls, e.tokens_in, e.tokens_out, e.hours))
+    return [field[2] / 1.1 for field in (e.calls, e.tokens_in, e.tokens_out)]
+
+
+def test_the_estimate_of_prefixes_contexts_the_gate_and_rounds(tmp_path):
+    """24 responses of 6 prompts in two steps, every length at its cap; what several parts buy adds up."""
+    cut = {"objective.name": "continuation", "continuation.cut_tokens": 40, "continuation.max_tokens": 30}
+    assert high(tmp_path, **cut) == pytest.approx([24, 24 * (60 + 40), 24 * 30])
+    two = cut | {"continuation.cut": "uniform", "continuation.cuts": 2}
+    assert high(tmp_path, **two) == pytest.approx([48, 48 * (60 + 50), 48 * 30])
+    whole = high(tmp_path, **{"objective.name": "context"})
+    assert whole == pytest.approx([6, 6 * 60, 6 * 100])
+    audits = high(tmp_path, **{"audit.num_chunks": 2, "audit.chunk_tokens": 10})
+    assert audits == pytest.approx([48, 48 * 110, 48 * 10 * 10])
+    gate = {"audit.gate": "graded", "audit.gate_attempts": 3, "audit.num_chunks": 2, "audit.chunk_tokens": 10}
+    assert high(tmp_path, **gate) == pytest.approx([a + b for a, b in zip(audits, [6, 6 * 60, 6 * 300])])
+    mix = {"objective.mix.omniopd": 1.0, "objective.mix.context": 0.5, "audit.num_chunks": 2, "audit.chunk_tokens": 10}
+    assert high(tmp_path, **mix) == pytest.approx([a + b for a, b in zip(audits, whole)])
+    rounds = {"audit.num_chunks": 2, "audit.chunk_tokens": 10, "audit.adaptive": True, "audit.adaptive_first": 3}
+    assert high(tmp_path, **rounds) == pytest.approx([4 * 48, 4 * 48 * 110, 48 * 10 * 10])  # 3 + 3 + 3 + 1
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,9 @@ class Folder:
 
     @property
     def objective(self) -> str:
-        """The config's, or "?"."""
-        return str(self.config.get("objective.name", "?"))
+        """The config's, the parts of a mix, or "?"."""
+        mix = sorted(k.removeprefix("objective.mix.") for k in self.config if k.startswith("objective.mix."))
+        return " + ".join(mix) or str(self.config.get("objective.name", "?"))
 
     @property
     def own(self) -> Objective | None:

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.methods` makes docs/results/methods.md."""

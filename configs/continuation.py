@@ -1,0 +1,45 @@
+"""Continuation fine-tuning (OLIVE, arXiv 2609.36246): the student begins, the teacher goes on once, cross-entropy on
+the teacher's tokens.
+
+    export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
+    python -m omniopd_jax.main --config=configs/continuation.py --config.teacher.base_url=http://HOST:8000/v1
+
+Variants, comma-separated after a colon: uniform, peak (where the prefix ends), zero (whole solutions: configs/sft.py on
+the same keys), e4096 (longer texts), gate (prompts that the teacher fails are not bought), 4b.
+
+Kept of its paper: the cut at 4,096 tokens, texts of up to 1,024, learning rate 1e-5, 64 prompts x 4, no KL. Ours: the
+answer is sampled to 4,096 tokens and no further, and one that ended before has no cut.
+Hardware: as configs/math.py (a v5e-16 or v5p-8 slice, or 8 GPUs of 80 GB), and any OpenAI-compatible server.
+Time and cost: at most 256 texts of 1,024 tokens per step, a fifth of the audits' output tokens (docs/recipes.md has the
+estimate beside OmniOPD's); not run here.
+Result reported by the paper (not run here): RLVE avg@8 of Qwen3-4B 18.1 -> 23.5, of 1.7B 3.3 -> 7.8; one run each.
+"""
+
+from configs import math
+from omniopd_jax import config
+
+VARIANTS = {
+    "uniform": {"continuation.cut": "uniform"},
+    "peak": {"continuation.cut": "peak"},
+    "zero": {"continuation.cut": "zero", "continuation.max_tokens": 0, "max_completion_length": 7168},
+    "e4096": {"continuation.max_tokens": 4096},
+    "gate": {"audit.gate": "graded", "reward.grader": "math"},
+    "4b": math.VARIANTS["4b"],
+}
+
+
+def get_config(arg=None):
+    """configs/math.py with the objective `continuation`; `arg` names variants."""
+    c = math.get_config()
+    c.run_dir = "runs/continuation"
+    c.objective.name = "continuation"
+    c.objective.normalizer = "separate_means"  # the mean over the teacher's tokens, as cross-entropy is written
+    c.continuation.cut = "fixed"
+    c.continuation.cut_tokens = 4096  # k
+    c.continuation.max_tokens = 1024  # E
+    c.max_completion_length = 4096  # nothing behind the cut is read
+    c.anchor.kl_coef = 0.0
+    c.teacher.deadline_s = 600.0  # a thousand tokens, not fifty
+    c.teacher.timeout_s = 300.0
+    c.optimizer.learning_rate = 1e-5
+    return config.apply(c, VARIANTS, arg)

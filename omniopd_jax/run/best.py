@@ -1,0 +1,90 @@
+"""The best checkpoint by evaluation, and when a run has seen enough (`checkpoint.best_metric`, `eval.patience`,
+`eval.stop_below`).
+
+RUN/best is a run's folder of its own, with config.json and one checkpoint, so that `export` and `evaluate` take it like
+any other. What was seen so far is in the run's totals, which every checkpoint holds: a resumed run goes on from there.
+"""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+
+from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import processes
+from omniopd_jax.run.checkpoint import Checkpoints
+from omniopd_jax.run.state import TrainState
+
+FOLDER = "best"
+DEFAULT = "eval/accuracy"  # what patience and stop_below go by, where no best_metric is set
+# keys of the totals; LAST is the accuracy of the evaluation that ended the run
+BEST, STEP, WAITED, STOPPED, LAST = "best/value", "best/step", "best/waited", "stopped_early", "accuracy_at_stop"
+
+
+class Best:
+    """Takes a run's evaluations; `totals` are the run's, changed in place."""
+
+    def __init__(self, cfg, totals: dict):
+        self._cfg, self._totals = cfg, totals
+        if not (cfg.eval.patience or cfg.eval.stop_below):  # a run that had ended early goes on
+            for key in (STOPPED, LAST):
+                totals.pop(key, None)
+        self._metric = cfg.checkpoint.best_metric or DEFAULT
+        self._folder = pathlib.Path(cfg.run_dir) / FOLDER
+        self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None
+
+    def take(self, state: TrainState, values: dict[str, float]) -> str:
+        """Keeps the state where its evaluation is better than any before; returns why the run should end, or "".
+
+        All processes must call, with the same values.
+
+        Raises:
+          UserError: the metric is none of the run's evaluations.
+        """
+        if self._metric not in values:
+            raise UserError(
+                f"checkpoint.best_metric = {self._metric!r} is no metric of this run's evaluations: {', '.join(values)}"
+            )
+        value, totals, step = values[self._metric], self._totals, int(jax.device_get(state.step))
+        if step <= totals.get(STEP, -1):
+            return totals.get(STOPPED, "")  # evaluated again after a resume
+        better = BEST not in totals or value > totals[BEST]
+        if better:
+            totals |= {BEST: value, STEP: step, WAITED: 0}
+            self._save(state)
+        else:
+            totals[WAITED] = totals.get(WAITED, 0) + 1
+        patience, floor = self._cfg.eval.patience, self._cfg.eval.stop_below
+        why = ""
+        if value < floor:
+            why = f"{self._metric} = {value:.4g} is below eval.stop_below = {floor:g}"
+        elif patience and totals[WAITED] >= patience:
+            why = f"{self._metric} has not risen above {totals[BEST]:.4g} for {patience} evaluations (eval.patience)"
+        if why and step:
+            totals |= {STOPPED: why, LAST: values[DEFAULT]}
+        return why if step else ""
+
+    def _save(self, state: TrainState) -> None:
+        if self._checkpoints is None:
+            return
+        if jax.process_index() == 0:
+            shutil.copyfile(pathlib.Path(self._cfg.run_dir) / "config.json", self._folder / "config.json")
+        processes.barrier("best config copied")
+        self._checkpoints.save(state, dict(self._totals))
+
+    def close(self) -> None:
+        """Waits for a save under way."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+
+@contextlib.contextmanager
+def watched(cfg, totals: dict) -> Iterator[Best]:
+    """The run's `Best`, closed at the end."""
+    best = Best(cfg, totals)
+    try:
+        yield best
+    finally:
+        best.close()

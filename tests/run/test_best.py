@@ -1,0 +1,160 @@
+"""The best checkpoint, early stops, several evaluation sets, and runs that start from another's weights."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from omniopd_jax import config, export, hf, train
+from omniopd_jax.errors import UserError
+from omniopd_jax.evaluation import runner, sampling
+from omniopd_jax.parallel import sharding
+from omniopd_jax.run import best, checkpoint, preflight
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.make_folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    real = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+
+
+def watch(values, **more):
+    """(what `take` said after each value, the totals), without a checkpoint to keep."""
+    c = config.default()
+    c.update_from_flattened_dict(more)
+    kept, said = best.Best(c, totals := {}), []
+    for i, value in enumerate(values):
+        said.append(kept.take(types.SimpleNamespace(step=np.int32(i)), {"eval/accuracy": value}))
+        if said[-1]:
+            break
+    return said, totals
+
+
+def test_patience_counts_evaluations_without_a_new_best():
+    said, totals = watch([0.1, 0.3, 0.2, 0.3, 0.4], **{"eval.patience": 2})
+    assert said[:3] == ["", "", ""] and "has not risen above 0.3 for 2 evaluations" in said[3] and len(said) == 4
+    assert (totals[best.BEST], totals[best.STEP], totals[best.LAST]) == (0.3, 1, 0.3) and totals[best.STOPPED] == said[
+        3
+    ]
+    assert watch([0.1, 0.3, 0.2, 0.4, 0.2], **{"eval.patience": 2})[0] == [""] * 5
+
+
+def test_a_run_ends_where_it_falls_below_but_not_before_its_first_step():
+    said, totals = watch([0.02, 0.3, 0.04, 0.9], **{"eval.stop_below": 0.05})
+    assert said[:2] == ["", ""] and "eval/accuracy = 0.04 is below eval.stop_below = 0.05" in said[2]
+    assert totals[best.BEST] == 0.3
+
+
+GREEDY = sampling.greedy
+
+
+def scripted(monkeypatch, values):
+    """Evaluations in the order in which they are made, whatever the model says."""
+    left = list(values)
+    monkeypatch.setattr(sampling, "greedy", lambda *a, **k: dataclasses.replace(GREEDY(*a, **k), accuracy=left.pop(0)))
+    return left
+
+
+def recipe(models, folder, **more):
+    settings = {
+        "num_steps": 6, "checkpoint.every": 1, "checkpoint.keep": 1, "eval.num_prompts": 4, "eval.every": 1,
+        "checkpoint.best_metric": "eval/accuracy", "eval.patience": 3, "prompts_per_step": 4, "num_generations": 1,
+    }  # fmt: skip
+    return tiny.recipe(*models, folder, **settings | more)
+
+
+SCRIPT = [0.1, 0.2, 0.5, 0.4, 0.3, 0.2]  # before, then after steps 1 to 5: the best is step 2, the end step 5
+
+
+def test_the_best_is_kept_through_a_crash_and_the_run_ends_at_the_same_step(models, tmp_path, monkeypatch):
+    """A crash between two steps loses nothing: best, patience and parameters are those of a run without it."""
+    scripted(monkeypatch, SCRIPT)
+    out = train.train(recipe(models, tmp_path / "whole"))
+    assert out["step"] == 5 and "has not risen above 0.5" in out["stopped_early"]
+    assert (out["accuracy_before"], out["accuracy_after"]) == (0.1, 0.2)
+
+    left, real = scripted(monkeypatch, SCRIPT), train.begin
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "begin", lambda run, state, t: real(run, state, t) if t < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(recipe(models, tmp_path / "run"))
+    assert left == SCRIPT[4:]
+    again = train.train(recipe(models, tmp_path / "run"))
+    assert {k: again[k] for k in (best.BEST, best.STEP, best.WAITED, "step")} == {
+        k: out[k] for k in (best.BEST, best.STEP, best.WAITED, "step")
+    }
+    for name in ("", best.FOLDER):
+        a, b = (checkpoint.saved_params(tmp_path / run / name) for run in ("whole", "run"))
+        assert a.step == b.step == (2 if name else 5)
+        assert tiny.same(checkpoint.read_params(a), checkpoint.read_params(b))
+
+    assert train.train(recipe(models, tmp_path / "run"))["step"] == 5, "a run that has ended early stays at its end"
+    export.export(tmp_path / "run" / "best", tmp_path / "out", dtype="float32")
+    exported, _ = hf.load(tmp_path / "out")
+    assert tiny.same(exported, checkpoint.restore_params(tmp_path / "run" / "best")[0])
+    student = runner.load_student(recipe(models, tmp_path / "x"), str(tmp_path / "run" / "best"))
+    assert student.source == f"{tmp_path}/run/best/checkpoints/2"
+
+
+def test_several_sets_are_evaluated_beside_the_held_out_prompts(models, tmp_path, monkeypatch):
+    more = {"eval.sets": ("world:slips:test", "world:forks:validation"), "num_steps": 2, "eval.patience": 0}
+    scripted(monkeypatch, [0.1, 0.2, 0.3] * 3)
+    c = recipe(models, tmp_path / "run", **more | {"checkpoint.best_metric": "eval/accuracy/world:slips:test"})
+    assert train.train(c)[best.BEST] == 0.2
+    rows = tiny.lines(tmp_path / "run" / "metrics.jsonl")
+    names = ["eval/accuracy", "eval/accuracy/world:slips:test", "eval/accuracy/world:forks:validation"]
+    assert [rows[-1][n] for n in names] == [0.1, 0.2, 0.3]
+    with pytest.raises(UserError, match="holds a run with other settings.*eval.sets"):
+        train.train(recipe(models, tmp_path / "run", **more | {"eval.sets": ("world:slips:test",)}))
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_anothers_weights_and_the_anchor_stays_at_its_student(models, tmp_path, rank):
+    """From a run (adapters go on as adapters), and from its export: at rate 0 what is trained is what was there."""
+    lora = {"lora.rank": rank, "lora.alpha": 4.0, "optimizer.learning_rate": 0.02}
+    plain = {"eval.num_prompts": 0, "eval.every": 0, "checkpoint.best_metric": "", "eval.patience": 0, "num_steps": 1}
+    train.train(recipe(models, tmp_path / "first", **plain | lora))
+    on = plain | lora | {"optimizer.learning_rate": 0.0}
+    sources = [("run", tmp_path / "first", on)]
+    if not rank:
+        export.export(tmp_path / "first", tmp_path / "out", dtype="float32")
+        sources += [("export", tmp_path / "out", on), ("step", tmp_path / "first" / "checkpoints" / "1", on)]
+    for name, start, settings in sources:
+        train.train(recipe(models, tmp_path / name, **settings | {"student.start": str(start)}))
+        first, then = (checkpoint.restore_params(tmp_path / n)[0] for n in ("first", name))
+        assert tiny.same(first, then)
+        (row,) = tiny.lines(tmp_path / name / "metrics.jsonl")
+        assert row["anchor/kl_ref_to_student_exact"] > 1e-4, "the reference is student.path, not where the run starts"
+
+
+REFUSED = {
+    "best of nothing": ({"eval.num_prompts": 0, "eval.every": 0, "eval.patience": 0}, "set eval.num_prompts"),
+    "patience without evaluations": ({"eval.every": 0}, "eval.patience = 3 needs evaluations during the run"),
+    "no such run": ({"student.start": "/nowhere"}, "/nowhere"),
+    "a floor above the rate": ({"optimizer.min_learning_rate": 1.0}, "min_learning_rate = 1 is above"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_can_not_be_are_one_line(models, tmp_path, case):
+    more, words = REFUSED[case]
+    with pytest.raises(UserError, match=words):
+        train.train(recipe(models, tmp_path / "run", **more))
+
+
+@pytest.mark.slow
+def test_adapters_go_on_with_the_same_alone(models, tmp_path):
+    plain = {"eval.num_prompts": 0, "eval.every": 0, "checkpoint.best_metric": "", "eval.patience": 0, "num_steps": 1}
+    train.train(recipe(models, tmp_path / "first", **plain | {"lora.rank": 2}))
+    c = recipe(models, tmp_path / "run", **plain | {"lora.rank": 3, "student.start": str(tmp_path / "first")})
+    preflight.validate(c)
+    with pytest.raises(UserError, match="has lora.rank = 2.*adapters go on with the same"):
+        train.train(c)
