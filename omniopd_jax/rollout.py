@@ -298,7 +298,9 @@ def sample(
     compute = compute or model.Compute()
     if isinstance(params["layers"], dict):
         params = prepare(params, cfg, compute=compute)
-    tokens, lengths = sharding.local_rows(prompt_BP), sharding.local_rows(prompt_length_B)
+    tokens, lengths = (
+        sharding.local_rows(a) if isinstance(a, jax.Array) else np.asarray(a) for a in (prompt_BP, prompt_length_B)
+    )
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     [rows] = stream(
         params, cfg, prompts, sharding.local_rows(jax.random.key_data(key_B)), max_new_tokens=max_new_tokens,

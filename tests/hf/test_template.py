@@ -6,11 +6,12 @@ import time
 from concurrent.futures import Future
 
 import hf_fixtures
+import numpy as np
 import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 
-from omniopd_jax import audit, config, experience, hf, solutions
+from omniopd_jax import audit, config, experience, hf, rollout, solutions
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
@@ -120,7 +121,8 @@ def test_a_prompt_has_exactly_one_start_token(how, monkeypatch):
 
     def sample(ids, requests, n, *_):
         seen.extend(ids)
-        return [()] * len(ids), [0] * len(ids)
+        none = np.zeros(0)
+        return [rollout.Ended(k, none.astype(int), none, none, True) for k in range(len(ids) * n)]
 
     monkeypatch.setattr(teacher, "_sample", sample)
     request = ContinuationRequest("s", 0, tuple(USER), "It is", (0,), 4)
