@@ -19,6 +19,7 @@ CUDNN_PACKED = (
     "call "
     "lacks"
 )
+CUDNN_WIDTH = 128  # of a head, at most (jax 0.10.2)
 # xla: queries a block, at least; blocks, at most (each is compiled; two are not worth it)
 XLA_BLOCK, XLA_BLOCKS = 64, 8
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
@@ -74,7 +75,7 @@ def attend(
       out_BLQH in the dtype of q; the remat policy `context` keeps it.
 
     Raises:
-      UserError: cudnn with segments: its public call knows lengths, not segments.
+      UserError: cudnn with segments (its public call knows lengths alone), or with heads wider than `CUDNN_WIDTH`.
     """
     if backend in ("splash", "splash_interpret"):
         run = functools.partial(_splash, window=window, scale=scale, interpret=backend == "splash_interpret")
@@ -135,6 +136,10 @@ def saved_by_kernel(primitive, *_, **__) -> bool:
 def _cudnn(q_BLQH, k_BLKH, v_BLKH, segment_BL, length_B, window: int, scale):
     if segment_BL is not None:
         raise UserError(f"{CUDNN_PACKED}; set model.attention=xla, or do not pack")
+    if q_BLQH.shape[-1] > CUDNN_WIDTH:
+        raise UserError(
+            f"heads of {q_BLQH.shape[-1]}: cuDNN's attention takes at most {CUDNN_WIDTH}; set model.attention=xla"
+        )
     lengths = None if length_B is None else length_B.astype(jnp.int32)
     L = q_BLQH.shape[1]
     # its backward kernel takes even lengths alone; causal, so no real token sees what is added on the right
