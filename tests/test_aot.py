@@ -90,8 +90,8 @@ def test_decode_is_lowered_with_what_the_sampler_takes(plan):
     """With the whole cache, donated; the kernels of the other passes are compiled below."""
     lowered, donated, resident = plan.lower("decode")
     text = lowered.as_text()
-    assert f"tensor<{plan.pages}x8x{rollout.PAGE}x128xbf16>" in text and "stablehlo.while" in text
-    assert donated == fit.local_bytes(plan.sampler_state()[:2]) > plan.sizes()["cache"]
+    assert f"tensor<{plan.sampler.pages}x8x{rollout.PAGE}x128xbf16>" in text and "stablehlo.while" in text
+    assert donated == fit.local_bytes(plan.sampler.state()[:2]) > plan.sizes()["cache"]
     assert resident == fit.local_bytes(plan.state) + plan.sizes()["reference"]
 
 
@@ -189,7 +189,7 @@ def compiled(student):
 @pytest.mark.aot
 def test_a_recipe_fits_and_every_pass_is_reported(compiled):
     said, plan, passes, fits = compiled
-    assert fits and set(passes) == set(fit.PASSES) and not any(p.problem for p in passes.values())
+    assert fits and set(passes) == set(plan.passes(fit.PASSES)) and not any(p.problem for p in passes.values())
     assert all(0 < p.total < 16 * GIB and p.compute_s > 0 for p in passes.values())
     assert passes["update"].arguments >= fit.local_bytes(plan.state) + plan.sizes()["reference"]
     assert not any("warning" in line for line in said)

@@ -97,7 +97,9 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:
         params, model_cfg = trained.whole(mesh), trained.model_cfg
-    kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh))
+    kernel = attention.resolve(
+        cfg.model.attention, cfg.compute_dtype, on=sharding.platform(mesh), head_dim=model_cfg.head_dim
+    )
     scale = None if trained is None else lora.scale(trained.lora)
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     params = rollout.prepare(params, model_cfg, compute=compute)

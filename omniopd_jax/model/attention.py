@@ -25,13 +25,14 @@ XLA_BLOCK, XLA_BLOCKS = 64, 8
 SPLASH_BLOCK = 512  # query and key positions a tile of it, where the row is that long
 
 
-def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: str = "") -> str:
+def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: str = "", head_dim: int = 0) -> str:
     """The kernel for `auto`: splash on TPU, cudnn on GPU, xla elsewhere. Resolved once, at start-up, and printed.
 
     Args:
       name: `auto` or a name of `BACKENDS`.
       dtype: of the computation; cuDNN has no float32 kernel, so `auto` gives xla there.
       packed: whether several responses share a row (`packing.length`).
+      head_dim: of the model; cuDNN takes at most CUDNN_WIDTH, so `auto` gives xla above it. 0: not known.
       on: tpu, gpu or cpu, whose kernel it must be; empty: `auto` goes by the default device, and a name is not checked.
 
     Raises:
@@ -42,6 +43,8 @@ def resolve(name: str, dtype: str | None = None, *, packed: bool = False, on: st
     auto = name == "auto"
     if auto:
         name = KERNELS.get(on or jax.default_backend(), "xla")
+    if auto and name == "cudnn" and head_dim > CUDNN_WIDTH:
+        return "xla"
     if name == "cudnn" and dtype == "float32":
         if not auto:
             raise UserError(

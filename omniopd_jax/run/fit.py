@@ -7,18 +7,16 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from omniopd_jax import context, cuts, decode, model, objective, rollout, step, vocab
+from omniopd_jax import context, cuts, model, objective, rollout, step, vocab
 from omniopd_jax.errors import UserError
-from omniopd_jax.model import attention, lora, paged
+from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import packing, sharding
 from omniopd_jax.run import batching, flops, hlo, preflight, setup
+from omniopd_jax.run.fit_sampler import Sampler, local_bytes
 from omniopd_jax.run.topologies import devices, model_config
 
-PASSES = ("prefill", "start", "decode", "score", "update")
+PASSES = ("prefill", "start", "decode", "evaluate", "teacher", "score", "update")
 NOT_FIT = 3  # exit code
 MIB = 2.0**20
 
@@ -58,8 +56,9 @@ class Plan:
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh = setup.frozen(cfg), mesh
         how = {"packed": cfg.packing.length > 0, "on": sharding.platform(mesh)}
-        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.model_cfg = model_config(cfg.student.path)
+        how["head_dim"] = self.model_cfg.head_dim
+        kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **how)
         self.compute = model.Compute(cfg.compute_dtype, cfg.model.remat, kernel, mesh, lora.scale(cfg.lora))
         asks, local = objective.of(cfg).asks, cfg.teacher.provider == "local"
         self.teacher_cfg = model_config(cfg.teacher.model) if local and asks & {"logp", "distribution"} else None
@@ -81,19 +80,53 @@ class Plan:
         self.rows = cfg.prompts_per_step * cfg.num_generations
         self.scored = self.rows // cfg.rollout.parts  # rows scored at a time
         self.P, self.T = rollout.bucket(cfg.max_prompt_length), rollout.bucket(cfg.max_completion_length)
-        shards, positions = sharding.row_shards(mesh), cfg.max_prompt_length + cfg.max_completion_length
-        self.how = rollout.How(cfg.rollout.slots, cfg.rollout.cache_gib or room_gib(mesh), 0, cfg.rollout.cache_dtype)
-        slots, pages = rollout.sizes(self.model_cfg, self.compute, self.how, self.rows, positions)
-        self.slots, self.pages = slots * shards, pages * shards
-        self.width = rollout.width(positions, rollout.PAGE)
+        self.samplers = self._samplers(cfg)
         preflight.check_rows(mesh, cfg)
+
+    def _samplers(self, cfg) -> dict[str, Sampler]:
+        """By pass of the decode loop: the student's own, its evaluation where that takes other sizes, and a teacher in
+        process, which runs on one device."""
+        longest = cfg.max_prompt_length, cfg.max_completion_length
+        how = rollout.How(cfg.rollout.slots, cfg.rollout.cache_gib or room_gib(self.mesh), 0, cfg.rollout.cache_dtype)
+        out = {"decode": Sampler(self.model_cfg, self.compute, how, self.rows, cfg.prompts_per_step, *longest)}
+        if cfg.eval.num_prompts:
+            one = Sampler(self.model_cfg, self.compute, how, cfg.eval.num_prompts, cfg.eval.num_prompts, *longest)
+            if (one.slots, one.pages) != (out["decode"].slots, out["decode"].pages):
+                out["evaluate"] = one
+        if (
+            cfg.teacher.provider == "local"
+            and cfg.teacher.model
+            and objective.of(cfg).asks & {"continuations", "solutions", "prefixes"}
+        ):
+            device = sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, devices=self.mesh.devices.flatten()[:1])
+            teacher_cfg = model_config(cfg.teacher.model)
+            where = {"on": sharding.platform(device), "head_dim": teacher_cfg.head_dim}
+            kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **where)
+            compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=device)
+            asked = self.scored * cfg.audit.num_chunks  # prefixes of a part, at the longest
+            most = max(
+                cfg.audit.chunk_tokens, cfg.max_completion_length if "solutions" in objective.of(cfg).asks else 0
+            )
+            how = rollout.How(cache_gib=room_gib(device))
+            rows = asked * cfg.audit.num_continuations
+            out["teacher"] = Sampler(teacher_cfg, compute, how, rows, asked, sum(longest), most)
+        return out
+
+    def passes(self, names) -> list[str]:
+        """Those of `names` that this recipe has."""
+        return [n for n in names if n in self.samplers or n not in ("evaluate", "teacher")]
+
+    @property
+    def sampler(self) -> Sampler:
+        """The student's."""
+        return self.samplers["decode"]
 
     def sizes(self) -> dict[str, float]:
         """Bytes a chip of what the run always holds, and of the decode cache at its longest."""
         return {
             "parameters": local_bytes(self.state.params), "optimizer": local_bytes(self.state.opt_state),
             "reference": local_bytes(self.reference), "average": local_bytes(self.state.average),
-            "cache": local_bytes(self.sampler_state()[0]), "teacher": self.teacher_bytes(),
+            "cache": self.sampler.cache_bytes(), "teacher": self.teacher_bytes(),
         }  # fmt: skip
 
     def teacher_bytes(self) -> float:
@@ -158,69 +191,6 @@ class Plan:
         packed = tokens if self.cfg.packing.length else None
         return context.ContextRows(None if packed else tokens, self.row(dtype=jnp.int32), self.row(), packed)
 
-    def sampler_params(self):
-        """As `rollout.prepare` leaves them."""
-        where = model.param_shardings(self.model_cfg, self.mesh, sharding.DECODE_RULES)
-        stacked = jax.tree.map(
-            lambda p, s: jax.ShapeDtypeStruct(p.shape, self.compute.dtype, sharding=s),
-            model.table(self.model_cfg), where, is_leaf=model.is_param,
-        )  # fmt: skip
-
-        def layer(name, a):
-            shape, spec = a.shape[1:], a.sharding.spec[1:]
-            if name in ("q", "k", "v"):  # the heads and their width as one axis
-                shape, spec = (shape[0], shape[1] * shape[2]), spec[:2]
-            dtype = jnp.float32 if name in model.FLOAT32 else a.dtype
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, P(*spec)))
-
-        one, held = {name: layer(name, a) for name, a in stacked["layers"].items()}, model.layers_of(self.model_cfg)
-        layers = [{name: a for name, a in one.items() if i in held[name]} for i in range(self.model_cfg.num_layers)]
-        return stacked | {"layers": layers}
-
-    def sampler_state(self):
-        """What the decode loop carries: (pools, slots, and what is kept of each shard's last prompt)."""
-        how = {"cfg": self.model_cfg, "compute": self.compute}
-        dtype = self.how.cache_dtype or self.compute.dtype
-        pools = jax.eval_shape(
-            functools.partial(decode.empty_pools, pages=self.pages, page=rollout.PAGE, dtype=dtype, **how)
-        )
-        layout = NamedSharding(self.mesh, paged.spec(self.mesh, self.model_cfg.num_kv_heads))
-        entries = sharding.row_shards(self.mesh)
-        slots, kept = jax.eval_shape(functools.partial(decode.empty_slots, slots=self.slots, entries=entries, **how))
-        return tuple(
-            jax.tree.map(lambda a, at=at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree)
-            for tree, at in ((pools, layout), (slots, sharding.rows(self.mesh)), (kept, sharding.rows(self.mesh)))
-        )
-
-    def _prompts(self) -> tuple[int, int]:
-        """(prompts of the largest prefill, their padded length)."""
-        shards, P = sharding.row_shards(self.mesh), 1 << (self.cfg.max_prompt_length - 1).bit_length()
-        return min(max(1, rollout.PREFILL_TOKENS // P), -(-self.cfg.prompts_per_step // shards)) * shards, P
-
-    def _sampler(self, name: str):
-        """A pass of the sampler, lowered, and the bytes a chip that it is donated."""
-        (pools, slots, kept), params = self.sampler_state(), self.sampler_params()
-        how, shards = {"cfg": self.model_cfg, "compute": self.compute}, sharding.row_shards(self.mesh)
-        entries, P = self._prompts()
-        i32 = functools.partial(self.row, dtype=jnp.int32)
-        if name == "prefill":
-            prompt = i32(P, rows=entries), i32(rows=entries), i32(P // rollout.PAGE, rows=entries)
-            return decode.prefill.lower(params, pools, kept, *prompt, **how), local_bytes(pools)
-        if name == "start":
-            both = jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=entries + shards), kept)
-            one = i32(rows=self.slots)
-            key = self.row(2, dtype=jnp.uint32, rows=self.slots)
-            rows = decode.Start(one, one, key, one, one, one, one, i32(rows=shards))
-            lowered = decode.start.lower(pools, slots, both, rows, compute=self.compute, copies=True)
-            return lowered, local_bytes((pools, slots))
-        whole = sharding.replicated(self.mesh)
-        scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
-            ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((2,), jnp.int32), ((), jnp.int32), ((), jnp.int32))
-        ]  # fmt: skip
-        table = i32(self.width, rows=self.slots), self.row(dtype=bool, rows=self.slots)
-        lowered = decode.turn.lower(params, pools, slots, *table, tuple(scalars[:4]), *scalars[4:], **how)
-        return lowered, local_bytes((pools, slots))
-
     def lower(self, name: str):
         """The pass, lowered: (lowered, bytes a chip donated, bytes a chip that the run holds beside the arguments)."""
         s = self.state
@@ -229,39 +199,35 @@ class Plan:
             rows = functools.partial(self.row, rows=self.scored, dtype=jnp.int32)
             lowered = self.steps.score_step.lower(self.policy, self.tokens(self.scored), rows(), self.T)
             beside = state + reference + self.teacher_bytes() - local_bytes(self.policy)
-            cache = self.sizes()["cache"] if self.cfg.rollout.parts > 1 else 0.0  # the rest are being decoded
-            return lowered, 0.0, beside + local_bytes(self.sampler_params()) + cache
+            cache = self.sampler.cache_bytes() if self.cfg.rollout.parts > 1 else 0.0  # the rest are being decoded
+            return lowered, 0.0, beside + local_bytes(self.sampler.params()) + cache
         if name == "update":
             scored = objective.needs_scores(self.cfg)
             scored = scored and objective.of(self.cfg).cut is None
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
             lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
             return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0
-        lowered, donated = self._sampler(name)
+        sampler = self.samplers.get(name, self.sampler)
+        lowered, donated = sampler.lower(name if name in ("prefill", "start") else "decode")
         beside = state + reference + self.teacher_bytes()
-        return lowered, donated, beside + (local_bytes(self.sampler_params()) if name == "start" else 0.0)
+        if name in ("start", "teacher"):  # the one takes no parameters, the other its own
+            beside += local_bytes(self.sampler.params())
+        return lowered, donated, beside + (self.sampler.cache_bytes() if name == "teacher" else 0.0)
 
     def work(self, name: str) -> tuple[float, float]:
         """(FLOPs, bytes of memory read) a chip of one run of the pass; decode: of one token a row at the full
         length."""
-        rows = {"update": self.rows, "score": self.scored}.get(name, self.slots)
+        if name not in ("score", "update"):
+            sampler = self.samplers.get(name, self.sampler)
+            return sampler.work(name if name in ("prefill", "start") else "decode")
+        rows = self.rows if name == "update" else self.scored
         n, lengths, heads = self.mesh.size, [self.P + self.T] * rows, [self.T] * rows
-        item = np.dtype(self.compute.dtype).itemsize
         if name == "score":
             return flops.forward(self.model_cfg, lengths, heads) / n, local_bytes(self.policy)
-        if name == "update":
-            count = flops.update(
-                self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef), frozen=bool(self.cfg.lora.rank)
-            )
-            return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
-        if name == "prefill":
-            entries, P = self._prompts()
-            return flops.forward(self.model_cfg, [P] * entries, [0] * entries) / n, local_bytes(self.sampler_params())
-        if name == "start":
-            return 0.0, 2.0 * self.sizes()["cache"] * self.slots / self.pages  # a page of each slot, read and written
-        layers, head = flops.matmul_params(self.model_cfg)
-        tp = self.mesh.shape["tp"]
-        return 2.0 * (layers + head) * rows / n, item * (layers + head) / tp + self.sizes()["cache"]
+        count = flops.update(
+            self.model_cfg, lengths, heads, anchored=bool(self.cfg.anchor.kl_coef), frozen=bool(self.cfg.lora.rank)
+        )
+        return count / n, 3 * local_bytes(self.state) * self.cfg.micro_batches
 
 
 def room_gib(mesh) -> float:
@@ -270,18 +236,6 @@ def room_gib(mesh) -> float:
     platform = sharding.platform(mesh)
     chip = flops.chip(mesh.devices.flat[0]) if platform != "cpu" else None
     return rollout.CPU_CACHE_GIB if chip is None else chip.room * chip.memory / 3 / 2**30
-
-
-def local_bytes(tree) -> float:
-    """Bytes that one device holds of a tree of sharded shapes; what is in host memory is not on it."""
-
-    def one(a):
-        if a.sharding.memory_kind == "pinned_host":
-            return 0.0
-        item = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
-        return float(np.prod(a.sharding.shard_shape(a.shape))) * item
-
-    return sum(map(one, jax.tree.leaves(tree)))
 
 
 def compile_pass(plan: Plan, name: str, chip: flops.Chip) -> Pass:
@@ -333,17 +287,18 @@ def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass]
     chip = flops.CHIPS[topology.split(":")[0]]
     plan = Plan(cfg, mesh)
     sizes = plan.sizes()
+    one = plan.sampler
     say(
         f"\n{cfg.student.path} on {topology}: {mesh.size} devices, mesh {dict(mesh.shape)}; "
         f"{model.num_params(plan.model_cfg):,} parameters; {plan.rows} rows of {plan.P} + {plan.T} tokens, "
-        f"{plan.slots} slots with {plan.pages * rollout.PAGE / plan.slots:,.0f} positions each, "
+        f"{one.slots} slots with {one.pages * rollout.PAGE / one.slots:,.0f} positions each, "
         f"micro_batches {cfg.micro_batches}, remat {cfg.model.remat}"
     )
     say(
         "a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}"
     )
     done = []
-    for name in names:
+    for name in plan.passes(names):
         done.append(compile_pass(plan, name, chip))
         for line in lines(done[-1], chip, sizes["cache"]):
             say(line)

@@ -265,14 +265,10 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
       UserError: everything that is wrong, in every process.
     """
     found, own = Findings(), objective.of(cfg)
-    kernel = found.of(
-        attention.resolve,
-        cfg.model.attention,
-        cfg.compute_dtype,
-        packed=cfg.packing.length > 0,
-        on=jax.default_backend(),
-    )
     model_cfg = found.of(hf.read_config, cfg.student.path)
+    where = {"on": jax.default_backend(), "head_dim": 0 if model_cfg is None else model_cfg.head_dim}
+    packed = cfg.packing.length > 0
+    kernel = found.of(attention.resolve, cfg.model.attention, cfg.compute_dtype, packed=packed, **where)
     table, template, end_ids = None, None, ()
     if model_cfg is not None:
         table = found.of(step.trained, model_cfg, cfg)

@@ -198,7 +198,8 @@ def make(cfg, needs: str = TEXT) -> LocalTeacher:
         params, model_cfg = None, hf.read_config(cfg.teacher.model, setting="teacher.model")
     else:
         params, model_cfg = hf.load(cfg.teacher.model, setting="teacher.model")
-    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, on=jax.default_backend())
+    where = {"on": jax.default_backend(), "head_dim": model_cfg.head_dim}
+    backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, **where)
     return LocalTeacher(
         params, model_cfg, template, end_ids=end_ids, foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
         compute=model.Compute(cfg.compute_dtype, attention=backend),

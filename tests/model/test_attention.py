@@ -143,6 +143,8 @@ def test_a_kernel_is_chosen_for_the_devices_and_refused_on_others():
         with pytest.raises(UserError, match=f"{name} has no kernel for a {on}.*auto"):
             attention.resolve(name, "bfloat16", on=on)
     assert attention.resolve("xla", "bfloat16", on="gpu") == "xla"
+    assert attention.resolve("auto", "bfloat16", on="gpu", head_dim=256) == "xla"  # Gemma 3, Qwen3.5
+    assert attention.resolve("auto", "bfloat16", on="gpu", head_dim=128) == "cudnn"
 
 
 def test_odd_rows_are_padded_for_cudnn(monkeypatch):
