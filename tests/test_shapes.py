@@ -61,12 +61,13 @@ def test_targets(checked):
 
 
 def test_the_vocabulary_pass(checked, arrays):
-    stats, loss, kl = map(checked, (vocab.token_stats, vocab.weighted_nll_and_kl, vocab.reverse_kl))
+    stats, loss = map(checked, (vocab.token_stats, vocab.weighted_nll_and_kl))
     h, head, y, w = (arrays[k] for k in ("hidden", "head", "target", "weight"))
     assert stats(h, head, y, block=4).entropy_BT.shape == (B, T)
     assert np.isfinite(loss(h, model.Head(head), h, head, y, w, w, beta=0.1, block=4)[0])
     wide = jnp.concatenate([h, h], axis=-1)
-    assert np.isfinite(kl(h, head, wide, jnp.concatenate([head, head]), w, block=4)[0])
+    other = vocab.Other(wide, jnp.concatenate([head, head]), w, "reverse")
+    assert np.isfinite(loss(h, head, h, head, y, w, w, beta=0.1, block=4, other=other)[0])
     refused(stats, h, head.T, y, block=4)
     refused(stats, h, head, w, block=4)
     refused(loss, h, head, h, head, y, w, w[:, 1:], beta=0.1, block=4)

@@ -68,9 +68,9 @@ def measure(case: dict, trace: str, rounds: int, names: list[str]) -> dict:
         )
         assert sum(len(row.tokens) for part in stream for row in part) == length.sum()
 
-    def old():
+    def old(count=8):
         prepared = rollout.prepare(params, cfg)
-        for own in batches():
+        for own in batches()[:count]:
             arrays = jax.device_put((prompt[own], np.full(slots, PROMPT, np.int32)))
             out = longest_row.sample(prepared, cfg, *arrays, keys[own], max_new_tokens=int(length[own].max()))
             jax.block_until_ready(out)
@@ -96,8 +96,8 @@ def measure(case: dict, trace: str, rounds: int, names: list[str]) -> dict:
                     done += 1
 
     all_sides = {"slots": new, "longest row": old, "generate": generate, "continuous batching": continuous}
-    for run in (new, old):
-        run()  # compiles
+    new()  # compiles
+    old(1)
     times = sides.alternate({name: all_sides[name] for name in ("slots", "longest row")}, rounds)
     for name in names:
         times |= sides.alternate({name: all_sides[name]}, 1)

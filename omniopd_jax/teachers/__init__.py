@@ -57,13 +57,15 @@ def make(cfg, needs: str | None = None, asks: dict[str, int] | None = None) -> T
     Args:
       cfg: the recipe.
       needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what `cfg.objective.name` is known to.
-      asks: for its estimate (`budget.estimate`); None: continuations at the peaks.
+      asks: for its estimate (`budget.estimate`); None: continuations at the peaks, or log-probs where those are needed.
 
     Raises:
       UserError: unknown provider, one that does not give what is needed, or whatever the provider finds wrong with its
         settings.
     """
     needs = needs or _NEEDS.get(cfg.objective.name, TEXT)
+    if asks is None and needs == LOGP:
+        asks = {"logp": 1}
     if cfg.teachers:
         return _by_row(cfg, needs, asks)
     one_of(cfg.teacher.provider, TEACHERS, "teacher.provider")
