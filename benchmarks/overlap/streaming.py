@@ -27,7 +27,6 @@ from omniopd_jax.teachers.protocol import Continuation, ContinuationResult, Coun
 
 WORLD = "omniopd_jax/world/checkpoints/forks"
 CASES = (  # calls at a time, and parts
-    {"concurrency": 24, "parts": 8},
     {"concurrency": 64, "parts": 8},
     {"concurrency": 256, "parts": 8},
     {"concurrency": 64, "parts": 1},
