@@ -20,7 +20,7 @@ COLUMNS = 64  # tokens of a row that one turn can return
 
 @flax.struct.dataclass
 class Slots:
-    """What is decoded, B slots. The cache is apart (`Caches`), for it outlives a change of B.
+    """What is decoded, B slots. The pools of pages are apart, for they outlive a change of B.
 
     Attributes:
       hidden_BD: after the last norm; produces the next token. key_B2: the row's PRNG key, as numbers.
@@ -93,16 +93,11 @@ def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angle
     return model.layer(x_BLD, p | heads, cfg, compute, angles, attend)
 
 
-def _attends(cfg) -> list[int]:
-    """The layers that have pages."""
-    return [i for i, kind in enumerate(cfg.kinds) if kind != "linear"]
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "pages", "page", "dtype"))
 def empty_pools(*, cfg, compute, pages: int, page: int, dtype: str) -> list[paged.Pool]:
     """A pool for each layer that attends; `pages` over all shards."""
     one = (compute.mesh, cfg.num_kv_heads, pages, page, cfg.head_dim, dtype)
-    return [paged.empty(*one) for _ in _attends(cfg)]
+    return [paged.empty(*one) for kind in cfg.kinds if kind != "linear"]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "slots", "entries"))
@@ -149,7 +144,7 @@ def prefill(params, pools, kept: Prompts, prompt_EP, prompt_length_E, page_EW, *
     """
     E, length = prompt_EP.shape
     position_EP = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (E, length))
-    angles = {kind: rope.tables(cfg, position_EP, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    angles = rope.by_kind(cfg, position_EP)
     x_EPD = model.scaled(params["embed"][prompt_EP], cfg)
     pools, new, states = iter(pools), [], []
     for kind, p in zip(cfg.kinds, params["layers"], strict=True):
@@ -311,7 +306,7 @@ def _at(a, index_B):
 def _one_token(params, cfg, compute, token_B, pools, states, where: paged.Where):
     """One token of each row through all layers: (hidden_BD after the last norm, pools, states)."""
     position_B1 = where.length_B[:, None]
-    angles = {kind: rope.tables(cfg, position_B1, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    angles = rope.by_kind(cfg, position_B1)
     x_B1D = model.scaled(params["embed"][token_B[:, None]], cfg)
     held, before, new_pools, new_states = iter(pools), iter(states), [], []
     for kind, p in zip(cfg.kinds, params["layers"], strict=True):

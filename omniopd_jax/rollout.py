@@ -152,8 +152,9 @@ def stream(
     pools = decode.empty_pools(pages=shards * books.pages, page=PAGE, dtype=how.cache_dtype or compute.dtype, **static)
     slots, kept = decode.empty_slots(slots=shards * books.slots, entries=shards, **static)
     part, given = part or len(prompts) * num_samples, 0
+    most_prompts = max(1, PREFILL_TOKENS // bucket(max(books.prompt_length)))
     while books.waits() or books.live():
-        while filled := books.refill(decode.COLUMNS, max(1, PREFILL_TOKENS // bucket(max(books.prompt_length)))):
+        while filled := books.refill(decode.COLUMNS, most_prompts):
             entries = kept
             if filled.entries:
                 new = own.prompts_of(filled)
@@ -163,8 +164,9 @@ def stream(
             pools, slots, kept = decode.start(pools, slots, entries, own.put(rows), compute=compute, copies=copies)
         if order := books.shrink():
             slots = decode.take_slots(slots, own.put(own.of(order)), compute=compute)
-        steps, least = _turn(books, how)
+        steps = _steps(books, how)
         own.forget(books.make_room(steps))
+        least = _least(books)  # of the rows that have kept their places
         table = own.put((books.table(own.shards), books.live_mask(own.shards)))
         limits = jax.device_put((np.int32(steps), np.int32(least)), sharding.replicated(compute.mesh))
         pools, slots, got = decode.turn(params, pools, slots, *table, drawing, *limits, **static)
@@ -196,12 +198,16 @@ def _books(cfg, compute, prompts, num_samples: int, longest: int, how: How) -> S
     return Slots(lengths, num_samples, ranks=ranks, slots=slots, pages=pages, page=PAGE, longest=longest)
 
 
-def _turn(books: Slots, how: How) -> tuple[int, int]:
-    """(steps of the next turn, live rows at which it ends before)."""
-    steps = min(how.turn or max(8, int(books.mean_length() / LOOKS)), decode.COLUMNS)
+def _steps(books: Slots, how: How) -> int:
+    """Of the next turn, at most."""
+    return min(how.turn or max(8, int(books.mean_length() / LOOKS)), decode.COLUMNS)
+
+
+def _least(books: Slots) -> int:
+    """Live rows at which the next turn ends before."""
     if books.waits():
-        return steps, books.live() - max(1, books.slots * len(books.shards) // PATIENCE)
-    return steps, books.half() * len(books.shards)
+        return books.live() - max(1, books.slots * len(books.shards) // PATIENCE)
+    return books.half() * len(books.shards)
 
 
 class _Own:

@@ -111,7 +111,7 @@ class Slots:
     """
 
     def __init__(self, prompt_lengths, per_prompt: int, *, ranks, slots: int, pages: int, page: int, longest: int):
-        self.page, self.longest, self.per_prompt, self.pages = page, longest, per_prompt, pages
+        self.page, self.longest, self.pages = page, longest, pages
         self.prompt_length = [n for lengths in prompt_lengths for n in lengths]
         self.width = width(max(self.prompt_length) + longest, page)
         if pages - 1 < self._pages_for(max(self.prompt_length) + longest):
@@ -180,28 +180,28 @@ class Slots:
         return count
 
     def _fill(self, shard: Shard, ahead: int, limit: int):
+        """Rows into free slots while pages are left beside what the live rows `need` in the next turn; a first row has
+        none to yield to."""
         prompts, starts = [], []
+        live = shard.live()
+        need = sum(self._lacks(held, ahead) for held in live) if live else None
         for slot in [i for i, held in enumerate(shard.slots) if held is None]:
             if shard.open is None:
                 if not self.waiting[shard.rank] or len(prompts) == limit:
                     break
                 prompt, rows = self.waiting[shard.rank][0]
                 count = self._pages_for(self.prompt_length[prompt])
-                if not self._room(shard, count + 2, ahead):
+                if need is not None and len(shard.free) - count - 2 < need:
                     break
                 self.waiting[shard.rank].popleft()
                 pages = self._take(shard, count)
                 shard.open = Open(prompt, rows, pages, len(prompts))
                 prompts.append((prompt, pages))
-            if not self._room(shard, 2, ahead):
+            if need is not None and len(shard.free) - 2 < need:
                 break
             starts.append(self._start(shard, slot))
+            need = (need or 0) + self._lacks(shard.slots[slot], ahead)
         return prompts, starts
-
-    def _room(self, shard: Shard, count: int, ahead: int) -> bool:
-        """Whether `count` pages are left beside what the live rows need in the next turn; always for a first row."""
-        live = shard.live()
-        return not live or len(shard.free) - count >= sum(self._lacks(held, ahead) for held in live)
 
     def _lacks(self, held: Held, ahead: int) -> int:
         return self._pages_for(held.length + min(ahead, self.longest - held.t)) - len(held.pages)

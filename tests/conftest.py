@@ -24,6 +24,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
 from omniopd_jax import config, model  # noqa: E402
@@ -31,6 +32,12 @@ from omniopd_jax import config, model  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(the student's folder, the teacher's) of a tiny run."""
+    return tiny.make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

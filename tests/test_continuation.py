@@ -15,19 +15,12 @@ from tokenizers import models as models_
 from omniopd_jax import audit, config, continuation, cuts, experience, model, objective, step
 from omniopd_jax.data import prompts as data
 from omniopd_jax.hf import template
-from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-    real = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+    tiny.on_one_device(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sft", "continuation"])

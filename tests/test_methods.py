@@ -29,11 +29,6 @@ def of(names):
     return [pytest.param(n, marks=() if i == 0 else slow) for i, n in enumerate(names)]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture(autouse=True)
 def devices(monkeypatch):
     """One device, unless a test appends another count."""

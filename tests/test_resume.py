@@ -7,13 +7,11 @@ import re
 import signal
 import time
 
-import jax
 import pytest
 import tiny
 
 from configs import tiny as recipe
 from omniopd_jax import train
-from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint
 
 STEPS = 9
@@ -64,8 +62,7 @@ def stop(process, number) -> None:
 @pytest.fixture
 def one_device(monkeypatch):
     """In process there are eight; the commands had one."""
-    real = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
+    tiny.on_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,18 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import tiny
 
 from omniopd_jax import experience, hf, solutions, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.parallel import sharding
 from omniopd_jax.run import checkpoint, reporting
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    real = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
+    tiny.on_one_device(monkeypatch)
 
 
 def recipe(models, folder, rows, **more):

@@ -46,19 +46,10 @@ AUDIT = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """The tests' eight fake devices cost compile time: here a mesh takes the first one, unless a test says
-    otherwise."""
-    real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
-        yield real
+        yield tiny.on_one_device(patch)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def sample(
 def _prefill(params, prompt_BP, prompt_length_B, key_B, *, cfg, compute, num_samples: int, T: int) -> SamplerState:
     B, P = prompt_BP.shape
     position_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    angles = {kind: rope.tables(cfg, position_BP, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    angles = rope.by_kind(cfg, position_BP)
     x_BPD = model.scaled(params["embed"][prompt_BP], cfg)
     cache = []
     for kind, p in zip(cfg.kinds, params["layers"], strict=True):
@@ -155,7 +155,7 @@ def _one_token(params, cfg, compute, token_B1, position_B1, cache, slot, seen: d
     Args:
       seen: of a kind of layer, the slots [B, S] that it attends to.
     """
-    angles = {kind: rope.tables(cfg, position_B1, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    angles = rope.by_kind(cfg, position_B1)
     x_B1D = model.scaled(params["embed"][token_B1], cfg)
     new = []
     for kind, p, held in zip(cfg.kinds, params["layers"], cache, strict=True):

@@ -107,7 +107,7 @@ def hidden(
         position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
     with jax.named_scope("embed"):
         x_BLD = scaled(lookup(params["embed"], token_BL, compute), cfg)
-    angles = {kind: rope.tables(cfg, position_BL, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+    angles = rope.by_kind(cfg, position_BL)
 
     def one(kind: str):
         def run(x_BLD, p):

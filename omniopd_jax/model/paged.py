@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from omniopd_jax.parallel import sharding
 
-KERNELS = ("xla", "tpu", "gpu")
 CPU_BLOCK = 16  # rows of similar length whose pages are read together, at least; of 64 rows 8 and 32 measured slower
 LANES = 128  # head widths of the TPU kernel
 TPU_BLOCK, GPU_BLOCK = 512, 128  # positions that a kernel reads at a time; a GPU's shared memory holds no more
@@ -51,8 +50,7 @@ def pages_axis(mesh) -> int:
 
 
 def kernel(mesh, head_dim: int, window: int, dtype) -> str:
-    """A name of KERNELS: JAX's paged attention where it has a kernel for such a pool, else products over gathered
-    pages.
+    """tpu or gpu: JAX's paged attention, where it has a kernel for such a pool; else xla: products over gathered pages.
 
     The kernels read from the first page on, so none takes a window. The TPU's rounds float32 to bfloat16, and of int8
     it would read a float32 scale for every value.
@@ -66,8 +64,7 @@ def kernel(mesh, head_dim: int, window: int, dtype) -> str:
 
 def spec(mesh, num_kv_heads: int) -> P:
     """How a pool is laid out: pages by shard of rows, heads over tp where they divide."""
-    heads = sharding.DECODE_RULES["kv_heads"]
-    heads = heads if num_kv_heads % mesh.shape[heads] == 0 else None
+    heads = _heads(mesh, num_kv_heads)
     return P(heads, sharding.ROWS) if pages_axis(mesh) else P(sharding.ROWS, heads)
 
 
@@ -99,31 +96,31 @@ def quantize(a):
 
 def write_prompts(pool: Pool, k_BPKH, v_BPKH, page_BW, mesh) -> Pool:
     """Keys and values of whole prompts, position 0 first, into pages [B, P / page]; page 0 swallows what is padding."""
+    axis = pages_axis(mesh)
 
-    def put(held, a_BPKH, page_BW):
-        axis, size = pages_axis(mesh), held.shape[2]
-        B, length, K, H = a_BPKH.shape
+    def put(held, a_BPKH, index_X):
+        size, (_, length, K, _) = held.shape[2], a_BPKH.shape
         a = jnp.pad(a_BPKH, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
-        a = a.reshape(-1, size, K, H).transpose((2, 0, 1, 3) if axis else (0, 2, 1, 3))
-        return _put(held, page_BW.reshape(-1), a, axis)
+        a = a.reshape(-1, size, K, a.shape[-1]).transpose((2, 0, 1, 3) if axis else (0, 2, 1, 3))
+        return _put(held, index_X, a, axis)
 
-    rows = P(sharding.ROWS)
+    def run(pool, k, v, page_BW):
+        return _updated(pool, k, v, lambda held, a: put(held, a, page_BW.reshape(-1)))
+
+    rows, layout = P(sharding.ROWS), _layout(pool, mesh)
     heads = P(sharding.ROWS, None, _heads(mesh, k_BPKH.shape[2]))
-    return _over_pool(put, pool, (k_BPKH, v_BPKH), (heads, heads), (page_BW,), (rows,), mesh)
+    return _split(run, mesh, (layout, heads, heads, rows), layout)(pool, k_BPKH, v_BPKH, page_BW)
 
 
 def copy_pages(pool: Pool, from_X, to_X, mesh) -> Pool:
     """Pages `from_X` of each shard's pool copied to its pages `to_X` (0 to 0: nothing)."""
+    axis = pages_axis(mesh)
 
-    def put(held, from_X, to_X):
-        axis = pages_axis(mesh)
-        return _put(held, to_X, jnp.take(held, from_X, axis=axis, mode="clip"), axis)
+    def run(pool, from_X, to_X):
+        return jax.tree.map(lambda held: _put(held, to_X, jnp.take(held, from_X, axis=axis, mode="clip"), axis), pool)
 
-    rows, arrays = P(sharding.ROWS), [a for a in (pool.k, pool.v, pool.k_scale, pool.v_scale) if a is not None]
-    layout = spec(mesh, pool.k.shape[0 if pages_axis(mesh) else 1])
-    put_all = _split(lambda f, t, *held: tuple(put(a, f, t) for a in held), mesh, (rows, rows, *[layout] * len(arrays)),
-                     (layout,) * len(arrays))  # fmt: skip
-    return Pool(*put_all(from_X, to_X, *arrays))
+    rows, layout = P(sharding.ROWS), _layout(pool, mesh)
+    return _split(run, mesh, (layout, rows, rows), layout)(pool, from_X, to_X)
 
 
 def _put(held, index_X, pages, axis: int):
@@ -139,19 +136,16 @@ def _put(held, index_X, pages, axis: int):
     return held.reshape(-1, *held.shape[2:]).at[place].set(new).reshape(held.shape)
 
 
-def _over_pool(put, pool: Pool, new, new_specs, args, arg_specs, mesh) -> Pool:
-    """`put(held, new, *args)` of keys and values, quantized where the pool is, each shard in its own pool."""
-    layout = spec(mesh, pool.k.shape[0 if pages_axis(mesh) else 1])
-    quantized = pool.k_scale is not None
+def _updated(pool: Pool, k, v, put) -> Pool:
+    """`put(held, new)` of keys and values, quantized where the pool is."""
+    if pool.k_scale is None:
+        return Pool(put(pool.k, k.astype(pool.k.dtype)), put(pool.v, v.astype(pool.v.dtype)))
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+    return Pool(put(pool.k, k), put(pool.v, v), put(pool.k_scale, k_scale), put(pool.v_scale, v_scale))
 
-    def one(pool, new, args):
-        parts = [quantize(a) if quantized else (a.astype(pool.k.dtype), None) for a in new]
-        (k, k_scale), (v, v_scale) = parts
-        scales = [put(pool.k_scale, k_scale, *args), put(pool.v_scale, v_scale, *args)] if quantized else []
-        return Pool(put(pool.k, k, *args), put(pool.v, v, *args), *scales)
 
-    in_specs = (layout, new_specs, arg_specs)
-    return _split(one, mesh, in_specs, layout)(pool, new, args)
+def _layout(pool: Pool, mesh) -> P:
+    return spec(mesh, pool.k.shape[0 if pages_axis(mesh) else 1])
 
 
 def _heads(mesh, num_heads: int):
@@ -199,13 +193,7 @@ def _append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, *, mesh
         return held.reshape(-1, width).at[place].set(new).reshape(held.shape)
 
     with jax.named_scope("append"):
-        if pool.k_scale is None:
-            pool = Pool(put(pool.k, k_B1KH.astype(pool.k.dtype)), put(pool.v, v_B1KH.astype(pool.v.dtype)))
-        else:
-            (k, k_scale), (v, v_scale) = quantize(k_B1KH), quantize(v_B1KH)
-            pool = Pool(
-                put(pool.k, k), put(pool.v, v), put(pool.k_scale, k_scale), put(pool.v_scale, v_scale)
-            )  # fmt: skip
+        pool = _updated(pool, k_B1KH, v_B1KH, put)
     B, _, Q, H = q_B1QH.shape
     q_BQH, length_B = q_B1QH[:, 0], where.length_B + 1
     name = kernel(mesh, H, window, pool.k.dtype)

@@ -23,6 +23,11 @@ def tables(cfg: ModelConfig, position_BL, kind: str = "full"):
     return jnp.sin(angle) * gain, jnp.cos(angle) * gain
 
 
+def by_kind(cfg: ModelConfig, position_BL) -> dict:
+    """`tables` of each kind of layer that attends."""
+    return {kind: tables(cfg, position_BL, kind) for kind in dict.fromkeys(cfg.kinds) if kind != "linear"}
+
+
 def rotate(x_BLQH, rope):
     """Rotary embedding of queries or keys, half-split pairs, computed in float32."""
     sin, cos = rope

@@ -10,7 +10,6 @@ import subprocess
 import time
 import zlib
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -20,7 +19,6 @@ from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
 from omniopd_jax.graders import sandbox, small_world
-from omniopd_jax.parallel import sharding
 from omniopd_jax.run import trained as trained_run
 
 HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
@@ -213,10 +211,8 @@ def test_a_hub_out_of_reach_is_one_line_in_seconds(name, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """The tests' eight fake devices cost compile time: a mesh takes the first one."""
-    real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+        tiny.on_one_device(patch)
         yield
 
 

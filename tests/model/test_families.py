@@ -165,6 +165,14 @@ def test_a_segment_that_leaks_is_seen(loaded, changed, leak):
         test_segments_of_a_packed_row_see_nothing_of_each_other(loaded, "qwen3_5")
 
 
+def decoded(params, cfg, token_BP, length, new: int):
+    """(the tokens cut to their lengths, `new` greedy tokens behind each row)."""
+    prompt = np.where(np.arange(token_BP.shape[1])[None] < length[:, None], token_BP, 0)
+    keys = jax.random.split(jax.random.key(0), len(length))
+    how = {"max_new_tokens": new, "temperature": 0.0}
+    return prompt, rollout.sample(params, cfg, jnp.asarray(prompt), jnp.asarray(length), keys, **how)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_follows_the_full_forward(loaded, family):
@@ -172,11 +180,7 @@ def test_greedy_decoding_follows_the_full_forward(loaded, family):
     _, params, cfg, _ = loaded(family)
     token, *_ = batch()
     P, new, length = 80, 40, np.array([80, 50, 3], np.int32)
-    prompt = np.where(np.arange(P)[None] < length[:, None], token[:, :P], 0)
-    keys = jax.random.split(jax.random.key(0), 3)
-    out = rollout.sample(
-        params, cfg, jnp.asarray(prompt), jnp.asarray(length), keys, max_new_tokens=new, temperature=0.0
-    )
+    prompt, out = decoded(params, cfg, token[:, :P], length, new)
     rows = np.zeros((3, P + new), np.int32)
     for b, n in enumerate(length):
         rows[b, : n + new] = [*prompt[b, :n], *np.asarray(out.token_BT)[b, :new]]
@@ -196,11 +200,7 @@ def test_greedy_decoding_gives_the_tokens_of_generate(loaded, family):
     reference, params, cfg, _ = loaded(family)
     token, *_ = batch()
     P, length = 96, np.array([96, 70, 33], np.int32)
-    prompt = np.where(np.arange(P)[None] < length[:, None], token[:, :P], 0)
-    out = rollout.sample(
-        params, cfg, jnp.asarray(prompt), jnp.asarray(length), jax.random.split(jax.random.key(0), 3), max_new_tokens=64,
-        temperature=0.0,
-    )  # fmt: skip
+    _, out = decoded(params, cfg, token[:, :P], length, 64)
     compared = 0
     for b, n in enumerate(length):
         ids = torch.tensor(token[b : b + 1, :n].astype(np.int64))

@@ -239,9 +239,8 @@ def recipe(folders, name, **more):
 
 @pytest.fixture(scope="module")
 def one_device():
-    real = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, jax.devices()[:1]))
+        tiny.on_one_device(patch)
         yield
 
 

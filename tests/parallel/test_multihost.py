@@ -28,11 +28,6 @@ FLAGS = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {tiny.XLA_FLAGS}"}
 LAUNCH = str(tiny.REPO / "launch" / "multihost_cpu.sh")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
-
-
 class Launched:
     """launch/multihost_cpu.sh at work, its output read as it comes."""
 

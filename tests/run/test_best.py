@@ -3,7 +3,6 @@
 import dataclasses
 import types
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -11,19 +10,12 @@ import tiny
 from omniopd_jax import config, export, hf, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, sampling
-from omniopd_jax.parallel import sharding
 from omniopd_jax.run import best, checkpoint, preflight
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    real = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+    tiny.on_one_device(monkeypatch)
 
 
 def watch(values, **more):

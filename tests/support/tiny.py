@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from omniopd_jax import config, hf, model, world
+from omniopd_jax.parallel import sharding
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
@@ -69,6 +70,14 @@ def recipe(student, teacher, run_dir, **more):
     c = config.default()
     c.update_from_flattened_dict(overrides(student, teacher, run_dir) | more)
     return c
+
+
+def on_one_device(patch):
+    """The tests' eight fake devices cost compile time: a mesh takes the first one, unless a test names others. Returns
+    the real `make_mesh`."""
+    real = sharding.make_mesh
+    patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: real(sizes, devices or jax.devices()[:1]))
+    return real
 
 
 def arguments(values: dict) -> list[str]:
