@@ -79,9 +79,7 @@ def rows(audits: list[Audit], responses, template: Template, cfg) -> Taught:
                 prefix = tuple(tokens[:cut])
                 for text in a.result.continuations:
                     ids = joined(template.tokenizer, [*prompt.token_ids, *prefix], text.text)
-                    end = list(template.turn_end_ids[:1]) if text.finish == "stop" else []
-                    whole = text.finish == "stop" and len(ids) + len(end) <= most
-                    row = (ids + end)[:most]
+                    row, whole = template.answer_ids(ids, text.finish == "stop", most)
                 prompt = dataclasses.replace(prompt, token_ids=prompt.token_ids + prefix)
             out.append((prompt, responses.sample_ids[b], row, whole, cut))
     return Taught(*map(list, zip(*out, strict=True)))
@@ -112,7 +110,7 @@ def _behind(tokenizer, mark: str, text: str) -> list[int] | None:
 
 
 def metrics(taught: Taught, failed: int) -> dict[str, float]:
-    """What a step's cuts and texts looked like, of this process: sums and counts, for `together`."""
+    """What a step's cuts and texts looked like, of this process: sums and counts, for `rates`."""
     cut = np.array(taught.cut)
     return {
         "rows": len(cut),
@@ -124,9 +122,8 @@ def metrics(taught: Taught, failed: int) -> dict[str, float]:
     }
 
 
-def together(own: list[dict[str, float]]) -> dict[str, float]:
-    """`continuation/*` of all processes."""
-    total = {key: sum(part[key] for part in own) for key in own[0]}
+def rates(total: dict[str, float]) -> dict[str, float]:
+    """`continuation/*`, from the sums of all processes."""
     return {
         "continuation/cut_mean": total["cut"] / max(1, total["rows"] - total["uncut"]),
         "continuation/uncut": total["uncut"],

@@ -107,9 +107,8 @@ def rows(
     for prompt, got in zip(prompts, found, strict=True):
         for i in range(count):
             text = thoughts.after_mark(got[i].text, opened=bool(opened(prompt))) if i in got else ""
-            text = template.tokenizer(text, add_special_tokens=False)["input_ids"]
-            whole = i in got and got[i].finish == "stop"
-            end = list(template.turn_end_ids[:1]) if whole else []
-            tokens.append((text + end)[:most])
-            finished.append(whole and len(text) + len(end) <= most)
+            ids = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+            row, whole = template.answer_ids(ids, i in got and got[i].finish == "stop", most)
+            tokens.append(row)
+            finished.append(whole)
     return tokens, finished

@@ -362,7 +362,7 @@ def make_steps(model_cfg: model.ModelConfig, cfg, *, compute: model.Compute | No
 
 def trained(model_cfg, cfg) -> dict:
     """`model.Param`s of what is trained: of the whole model, or of the adapters."""
-    return lora.table(model_cfg, cfg.lora) if cfg.lora.rank else model.table(model_cfg)
+    return lora.trained_table(model_cfg, cfg.lora)
 
 
 def abstract_state(model_cfg, cfg) -> TrainState:

@@ -126,11 +126,11 @@ def note_metrics(notes: dict[str, float]) -> dict[str, float]:
     if not notes:
         return {}
     parts = processes.gather("the teacher's rows", notes)
-    out = continuation.together(parts) if "cut" in notes else {}
+    total = {key: sum(part[key] for part in parts) for key in notes}
+    out = continuation.rates(total) if "cut" in notes else {}
     if "gate_prompts" in notes:
-        count = {k: sum(part[k] for part in parts) for k in notes if k.startswith("gate_")}
-        out["gate/closed_fraction"] = count["gate_closed"] / max(1, count["gate_prompts"])
-        out["gate/accuracy"] = count["gate_right"] / max(1, count["gate_graded"])
+        out["gate/closed_fraction"] = total["gate_closed"] / max(1, total["gate_prompts"])
+        out["gate/accuracy"] = total["gate_right"] / max(1, total["gate_graded"])
     if "context_left_out" in notes:
-        out["context/left_out"] = sum(part["context_left_out"] for part in parts)
+        out["context/left_out"] = total["context_left_out"]
     return out

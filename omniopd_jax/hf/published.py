@@ -6,6 +6,7 @@ a model of images and text, the text model.
 
 from typing import Any
 
+from omniopd_jax.hf import layered
 from omniopd_jax.model import ModelConfig
 
 
@@ -20,7 +21,7 @@ def _qwen3_5(D: int, layers: int, Q: int, K: int, F: int, tied: bool, value_head
         "qwen3_5", 248_320, D, F, layers, Q, K, 256, rope_theta=1e7, tied=tied, qk_norm=True, max_positions=262_144,
         layer_kinds=("linear", "linear", "linear", "full") * (layers // 4), rotary_dim=64, zero_centred_norms=True,
         attention_gate=True, linear_key_heads=16, linear_value_heads=value_heads, linear_key_dim=128,
-        linear_value_dim=128, conv_width=4, prefix="model.language_model.",
+        linear_value_dim=128, conv_width=4, prefix=layered.WRAPPED_PREFIX,
     )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ _GEMMA3_1B = _gemma3(1_152, 26, 4, 1, 6_912, 512)
 _GEMMA3_4B = _gemma3(
     2_560, 34, 8, 4, 10_240, 1_024,
     {
-        "vocab_size": 262_208, "max_positions": 131_072, "prefix": "model.language_model.",
+        "vocab_size": 262_208, "max_positions": 131_072, "prefix": layered.WRAPPED_PREFIX,
         "rope_scaling": (("factor", 8.0), ("rope_type", "linear")),
     },
 )  # fmt: skip

@@ -149,7 +149,8 @@ def check(tensors: dict[str, Tensor], table: dict, cfg: model.ModelConfig, folde
                 "tie_word_embeddings: true; set it to false if the model has its own head"
             )
     left = {n: t for n, t in left.items() if not n.endswith(".rotary_emb.inv_freq")}  # old exports store the angles too
-    left = {n: t for n, t in left.items() if n not in carried(left, cfg)}
+    beside = carried(left, cfg)
+    left = {n: t for n, t in left.items() if n not in beside}
     if left:
         name = min(left)
         raise UserError(

@@ -83,6 +83,12 @@ class Template:
             low, high = (low, middle) if self.cut(self._text(token_ids[:middle]))[1] else (middle + 1, high)
         return low
 
+    def answer_ids(self, ids: list[int], whole: bool, most: int) -> tuple[list[int], bool]:
+        """(an answer as it is trained on: with the end of a turn where it is `whole`, cut at `most`; whether it still
+        is)."""
+        end = list(self.turn_end_ids[:1]) if whole else []
+        return (ids + end)[:most], whole and len(ids) + len(end) <= most
+
     def read(self, token_ids: list[int]) -> tuple[str, int, bool]:
         """(the answer's text, how many tokens it has, whether a stop string ended it) of a sampled row."""
         n = self.stop_row(token_ids)

@@ -31,6 +31,11 @@ LEAVES = {  # PEFT's name of a module -> (its leaf in model.table, axes of its i
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+def trained_table(model_cfg: model.ModelConfig, settings) -> dict:
+    """`model.Param`s of what is trained: the adapters, or without a rank the whole model."""
+    return table(model_cfg, settings) if settings.rank else model.table(model_cfg)
+
+
 def table(model_cfg: model.ModelConfig, settings) -> dict:
     """The adapters' `model.Param`s, keyed as their projections are in `model.table`: all that a run trains.
 

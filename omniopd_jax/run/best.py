@@ -6,14 +6,14 @@ any other. What was seen so far is in the run's totals, which every checkpoint h
 """
 
 import contextlib
-import pathlib
-import shutil
 from collections.abc import Iterator
 
 import jax
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
+from omniopd_jax.run import files
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.state import TrainState
 
@@ -32,7 +32,7 @@ class Best:
             for key in (STOPPED, LAST):
                 totals.pop(key, None)
         self._metric = cfg.checkpoint.best_metric or DEFAULT
-        self._folder = pathlib.Path(cfg.run_dir) / FOLDER
+        self._folder = files.place(cfg.run_dir) / FOLDER
         self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None
 
     def take(self, state: TrainState, values: dict[str, float]) -> str:
@@ -70,7 +70,8 @@ class Best:
         if self._checkpoints is None:
             return
         if jax.process_index() == 0:
-            shutil.copyfile(pathlib.Path(self._cfg.run_dir) / "config.json", self._folder / "config.json")
+            own = config.local_folder(self._cfg) / "config.json"
+            (self._folder / "config.json").write_bytes(own.read_bytes())
         processes.barrier("best config copied")
         self._checkpoints.save(state, dict(self._totals))
 

@@ -9,7 +9,6 @@ from omniopd_jax.run import files
 from omniopd_jax.teachers import budget, by_row, prices
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
-LATENCY_S = (1.0, 5.0)  # median and slow call of a few tokens: nothing was asked yet, so nothing was measured
 CLIENTS = {"openai": openai.OpenAIClient, "anthropic": anthropic.AnthropicClient, "gemini": gemini.GeminiClient}
 FREE, OWN, KNOWN, UNKNOWN = "no price", "a server of your own", "known", "unknown"
 
@@ -108,7 +107,7 @@ class Preview:
             client = CLIENTS[cfg.teacher.provider](cfg)
             self.self_hosted = client.self_hosted
             price = budget.price(cfg, self_hosted=self.self_hosted)
-            how = {"takes_n": bool(client.seen.takes_n), "latency_s": LATENCY_S, "steps": self.steps * part}
+            how = {"takes_n": bool(client.seen.takes_n), "latency_s": budget.LATENCY_S, "steps": self.steps * part}
             self.estimate = budget.estimate(cfg, price, **how, most=client.most_texts, asks=bought)
 
     def text(self) -> str:
@@ -132,7 +131,7 @@ class Preview:
             )
         if self.state == OWN:
             lines.append("a server of your own has no price; teacher.price_input and teacher.price_output set one")
-        low, slow = LATENCY_S
+        low, slow = budget.LATENCY_S
         lines.append(
             f"a call is one request; assumed: {low:g} to {slow:g} s each, {cfg.teacher.max_concurrency} at a time"
         )

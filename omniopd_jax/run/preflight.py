@@ -21,6 +21,7 @@ from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import logging, objectives, profiling, thinking, trackers, trained
 from omniopd_jax.run.host import AsyncThread
 from omniopd_jax.teachers import by_row
+from omniopd_jax.teachers.protocol import need_of
 
 LEAST = {  # dotted key -> the smallest value that it may have
     "num_steps": 0, "prompts_per_step": 1, "num_generations": 1, "num_iterations": 1, "micro_batches": 1,
@@ -40,8 +41,6 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "budget.usd": 0, "budget.tokens": 0, "budget.calls": 0, "budget.confirm_usd": 0, "log.completions_per_step": 0,
     "log.evaluation_answers": 0, "log.text_characters": 1, "log.chance_pairs": 0,
 }  # fmt: skip
-# Objective.asks -> a teacher's ability; else text
-NEEDS = {"logp": teachers.LOGP, "distribution": teachers.DISTRIBUTION}
 BUCKET = (("gcsfs", "gcsfs"), ("google-cloud-storage", "google.cloud.storage"))  # package, module: of gs://
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
@@ -292,7 +291,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         found.of(thinking.check_span, cfg, template)
     in_process = "local" in [c.teacher.provider for c in by_row.configs(cfg).values() or (cfg,)]
     if asks and kernel is not None and (not in_process or not found.problems):
-        needs = next((ability for what, ability in NEEDS.items() if what in own.asks), teachers.TEXT)
+        needs = need_of(own.asks)
         teacher = found.of(teachers.make, cfg, needs, bought)
     if teacher is not None and prompts is not None:
         teacher.take_rows([p.teacher for p in prompts.prompts])

@@ -42,7 +42,7 @@ def remarks(cfg, student: Template, teacher) -> list[str]:
     thinks = own in (OPENS, FREE)
     report = teacher.report
     off = "teacher.chat_template_kwargs.enable_thinking = False"
-    written_here = check_teacher(cfg)
+    written_here = None if thinks else check_teacher(cfg)
     opens = written_here is not None and mode(written_here) == OPENS
     if not thinks and (opens or (report is not None and report.thinks == "open")):
         out.append(

@@ -46,7 +46,7 @@ def read(run_dir, step: int | None, mesh=None) -> Trained:
     saved = checkpoint.saved_params(run_dir, step)
     student, settings = saved.config["student"]["path"], lora.settings_of(saved.config)
     model_cfg = hf.read_config(student)
-    table = lora.table(model_cfg, settings) if settings.rank else model.table(model_cfg)
+    table = lora.trained_table(model_cfg, settings)
     if not model.fits(saved.shapes, table):
         raise UserError(
             f"{run_dir} was not trained from the model in {student}: their parameters differ in name or shape"
@@ -96,7 +96,7 @@ def check_start(cfg, model_cfg: model.ModelConfig) -> None:
             f"student.start = {start!r} has lora.rank = {old.rank}, lora.targets = {tuple(old.targets)}: adapters go "
             "on with the same, or from an export as student.path"
         )
-    if not model.fits(saved.shapes, lora.table(model_cfg, old) if old.rank else model.table(model_cfg)):
+    if not model.fits(saved.shapes, lora.trained_table(model_cfg, old)):
         raise UserError(f"student.start = {start!r} was not trained from the model in {cfg.student.path}")
 
 

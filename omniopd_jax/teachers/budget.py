@@ -17,6 +17,7 @@ from omniopd_jax.teachers.prices import PRICES, Price, listed_price
 
 __all__ = ["PRICES", "Budget", "Estimate", "Price", "ends_early", "estimate", "listed_price", "price"]
 
+LATENCY_S = (1.0, 5.0)  # median and slow call of a few tokens: what is taken before anything was asked and measured
 PROBE_TOKENS = 16  # what the probe asks for in each call
 OTHERS_S = 0.2  # how often the calls of other processes are looked at, where they hold the room
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers import budget as money
-from omniopd_jax.teachers.journal import Totals
+from omniopd_jax.teachers.journal import Totals, folder_of
 from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, PaidTeacher, Teacher, gather_all
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -99,9 +99,9 @@ def _config(cfg: ConfigDict, name: str, share: float) -> ConfigDict:
             own.teacher.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise UserError(f"teachers.{name}.{key} = {value!r} is of another type than teacher.{key}") from error
-    journal = pathlib.Path(cfg.teacher.journal or pathlib.Path(cfg.run_dir) / "journal")
-    own.teacher.journal = str(journal / name)
-    own.run_dir = str(pathlib.Path(cfg.run_dir) / "teachers" / name)
+    own.teacher.journal = str(folder_of(cfg) / name)
+    own.local_dir = str(config.local_folder(cfg) / "teachers" / name)  # read only where run_dir is a bucket
+    own.run_dir = f"{cfg.run_dir.rstrip('/')}/teachers/{name}"
     for cap in ("usd", "tokens", "calls"):
         limit = cfg.budget[cap]
         part = limit * share if cap == "usd" else math.floor(limit * share)

@@ -15,6 +15,12 @@ import numpy as np
 from omniopd_jax.errors import TeacherStopped, UserError
 
 TEXT, LOGP, DISTRIBUTION = "text", "logp", "distribution"  # what an objective may need of a teacher
+WHITE_BOX = frozenset({LOGP, DISTRIBUTION})  # as `Objective.asks` names them
+
+
+def need_of(asks: frozenset[str]) -> str:
+    """The one ability that an objective's `asks` need of its teacher; two of WHITE_BOX are refused (objective.mix)."""
+    return next(iter(asks & WHITE_BOX), TEXT)
 
 
 @dataclasses.dataclass(frozen=True)

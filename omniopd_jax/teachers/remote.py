@@ -187,7 +187,7 @@ class RemoteTeacher(PaidTeacher):
         `part`: of the prompts, where they have several teachers.
         """
         steps = (self.cfg.num_steps if steps is None else steps) * part
-        latency = self.report.latency_s if self.report else (1.0, 5.0)
+        latency = self.report.latency_s if self.report else money.LATENCY_S
         takes_n = bool(self.client.seen.takes_n)
         most = self.client.most_texts
         how = {"takes_n": takes_n, "latency_s": latency, "steps": steps, "most": most, "asks": self.asks}

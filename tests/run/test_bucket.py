@@ -20,10 +20,12 @@ import teacher_runs
 import tiny
 from wire_server import WireServer
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import bucket, checkpoint, files, lock
+from omniopd_jax.run import best, bucket, checkpoint, files, lock
 from omniopd_jax.run.preflight import validate
 from omniopd_jax.run.state import TrainState
+from omniopd_jax.teachers import by_row
 
 
 @pytest.fixture
@@ -71,6 +73,23 @@ def test_what_is_saved_is_in_the_bucket_and_comes_back_on_another_host(gcs, tmp_
 
 
 @pytest.mark.slow
+def test_the_best_checkpoint_and_a_named_teachers_journal_know_the_bucket(gcs, tmp_path):
+    c = config.default()
+    c.update_from_flattened_dict({
+        "run_dir": "gs://bucket/runs/a", "local_dir": str(tmp_path), "checkpoint.best_metric": "eval/accuracy",
+    })  # fmt: skip
+    (tmp_path / "config.json").write_text("{}")
+    with best.watched(c, {}) as kept:
+        kept.take(state(2), {"eval/accuracy": 0.5})
+    assert gcs.text("runs/a/best/config.json") == "{}"
+    with contextlib.closing(checkpoint.Checkpoints.reader("gs://bucket/runs/a/best")) as read:
+        assert read.latest() == 2
+    c.teachers.one = config.ConfigDict({"model": "x"})
+    (own,) = by_row.configs(c).values()
+    assert own.teacher.journal == str(tmp_path / "journal" / "one") and own.run_dir == "gs://bucket/runs/a/teachers/one"
+    assert config.local_folder(own) == tmp_path / "teachers" / "one" and not list(tmp_path.glob("gs:*"))
+
+
 def test_a_broken_checkpoint_of_a_bucket_is_set_aside(gcs, tmp_path, capsys):
     own = checkpoint.Checkpoints("gs://bucket/r", keep=3, local=tmp_path)
     with contextlib.closing(own):
