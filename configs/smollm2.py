@@ -10,12 +10,11 @@ from omniopd_jax import config
 REAL = ".cache/real"  # made by `python -m benchmarks.real.prepare`
 VARIANTS = {
     "teacher": {
-        "run_dir": "runs/smollm2-teacher",
         "objective.name": "sft",
         "objective.normalizer": "separate_means",
         "anchor.kl_coef": 0.0,
         "num_generations": 1,
-        "num_steps": 40,
+        "num_steps": 100,
         "prompts_per_step": 16,
         "max_prompt_length": 96,
         "lora.rank": 4,
