@@ -14,7 +14,7 @@ VARIANTS = {
         "objective.normalizer": "separate_means",
         "anchor.kl_coef": 0.0,
         "num_generations": 1,
-        "num_steps": 100,
+        "num_steps": 40,
         "prompts_per_step": 16,
         "max_prompt_length": 96,
         "lora.rank": 4,
