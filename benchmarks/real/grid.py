@@ -169,7 +169,7 @@ def page() -> None:
              for m in METHODS]  # fmt: skip
     text += f"\n\nLearning rates: accuracy on 128 validation problems after {SWEEP_STEPS} updates, one seed.\n\n"
     text += sides.table(["method", *[f"{r:g}" for r in SWEEP]], rates)
-    sides.write_page("real_model", text)
+    sides.write_page("real_model", text, "real.grid")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """A served model's greedy accuracy on the real problems: what a teacher is worth.
 
-    python -m benchmarks.real.measure --model=teacher [--split=test] [--problems=256]
+python -m benchmarks.real.measure --model=teacher [--split=test] [--problems=256]
 """
 
 import argparse
@@ -34,15 +34,20 @@ def main() -> int:
     args = parser.parse_args()
     rows = [json.loads(line) for line in (prepare.data() / f"{args.split}.jsonl").read_text().splitlines()]
     rows = rows[: args.problems]
-    with server.ended_by_signals(), server.vllm(prepare.ROOT / args.model, name=args.model) as served:
-        with concurrent.futures.ThreadPoolExecutor(64) as pool:
-            texts = list(pool.map(lambda row: answer(served.url, args.model, row["prompt"]), rows))
+    with (
+        server.ended_by_signals(),
+        server.vllm(prepare.ROOT / args.model, name=args.model) as served,
+        concurrent.futures.ThreadPoolExecutor(64) as pool,
+    ):
+        texts = list(pool.map(lambda row: answer(served.url, args.model, row["prompt"]), rows))
     with graders.make("math") as grader:
         right = [float(r) for r in grader.grade_all(texts, [row["answer"] for row in rows])]
     for row, text, r in list(zip(rows, texts, right, strict=True))[:5]:
         print(int(r), row["prompt"], "->", repr(text))
     low, high = scores.interval(right)
-    print(f"{args.model}: {sum(right) / len(right):.1%} [{low:.1%}, {high:.1%}] of {len(right)} problems ({args.split})")
+    print(
+        f"{args.model}: {sum(right) / len(right):.1%} [{low:.1%}, {high:.1%}] of {len(right)} problems ({args.split})"
+    )
     return 0
 
 
