@@ -15,19 +15,13 @@ from omniopd_jax import config
 REAL = ".cache/real"  # made by `python -m benchmarks.real.prepare`
 EXAMPLES = """Question: Rosa has 4 bags with 5 plums each. She buys 6 more. How many plums does Rosa have now?
 Answer: Rosa has 4 bags with 5 plums each, which is 4 x 5 = 20 plums. She buys 6 more, so she now has 20 + 6 = 26 plums.
-#### 26
-The answer is: 26
 
 Question: Hugo has 15 pens. He loses 4. How many pens does Hugo have now?
-Answer: Hugo has 15 pens and loses 4, so he now has 15 - 4 = 11 pens.
-#### 11
-The answer is: 11
+Answer: Hugo has 15 pens. He loses 4, so he now has 15 - 4 = 11 pens.
 
 Question: Clara has 7 stones. She finds 9 more. She gives 3 to Noah. How many stones does Clara have now?
-Answer: Clara has 7 stones and finds 9 more, so she now has 7 + 9 = 16 stones. She gives 3 to Noah, so she now has \
-16 - 3 = 13 stones.
-#### 13
-The answer is: 13"""
+Answer: Clara has 7 stones. She finds 9 more, so she now has 7 + 9 = 16 stones. She gives 3 to Noah, so she now has \
+16 - 3 = 13 stones."""
 VARIANTS = {
     "teacher": {
         "objective.name": "sft",

@@ -1,8 +1,10 @@
 """Word problems of one or two steps with worked solutions: the real student's task, made from a seed.
 
 A start (a number of things, or groups of them), then one or two changes, numbers mostly below 30: hard enough that
-SmolLM2-135M-Instruct is right in about a quarter of them. Solutions say each step as an equation, in the words that the
-student itself uses, and end in `The answer is: N`. The three splits share no question.
+SmolLM2-135M-Instruct is right in about a quarter of them. Solutions are in the words that the student itself uses, and
+their last number is the answer. They end without a formula such as `The answer is: 7`: with one in its solutions, a
+teacher writes it after whatever looks finished, and what a student then learns is to get there without computing
+(docs/log.md). The three splits share no question.
 """
 
 import dataclasses
@@ -57,9 +59,8 @@ def _change(rng: random.Random, story: Story) -> None:
     old, story.number = story.number, story.number + (-k if fewer else k)
     sum_ = f"so {pronoun} now has {old} {'-' if fewer else '+'} {k} = {story.number} {story.thing}."
     if not story.steps:
-        story.steps.append(f"{story.told[0][:-1]} and {what}, {sum_}")
-    else:
-        story.steps.append(f"{pronoun.capitalize()} {what}, {sum_}")
+        story.steps.append(story.told[0])
+    story.steps.append(f"{pronoun.capitalize()} {what}, {sum_}")
     story.told.append(f"{pronoun.capitalize()} {what}.")
 
 
@@ -72,7 +73,7 @@ def problem(rng: random.Random) -> dict[str, str]:
     question = f"How many {story.thing} does {story.name} have{' now' if changes else ''}?"
     return {
         "prompt": " ".join([*story.told, question]),
-        "solution": " ".join(story.steps) + f"\n#### {story.number}\nThe answer is: {story.number}",
+        "solution": " ".join(story.steps),
         "answer": str(story.number),
     }
 
