@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from omniopd_jax.model.table import ModelConfig
+from omniopd_jax.parallel import sharding
 
 CHUNK = 64  # tokens
 GROUPED = 16  # chunks from which on they are grouped
@@ -26,6 +28,12 @@ class State(NamedTuple):
 
     conv: jax.Array
     memory: jax.Array
+
+
+def spec() -> State:
+    """How it is laid out: rows, and the keys' heads, whose values come one behind the other, as the parameters are."""
+    axis = sharding.DECODE_RULES["linear_heads"]
+    return State(P(sharding.ROWS, None, axis), P(sharding.ROWS, axis))
 
 
 def mix(x_BLD, p: dict, cfg: ModelConfig, project, recur):
