@@ -123,7 +123,8 @@ def _half_width(folder, before: float, after: float, n: int) -> float | None:
 def _cost(folder) -> tuple[str, float]:
     usd = sum(_number(r.get("teacher/cost_usd")) or 0 for r in folder.rows)
     c, known = folder.config, [r["teacher/price_known"] for r in folder.rows if "teacher/price_known" in r]
-    paid = c.get("teacher.provider") in estimate.CLIENTS and (folder.own is None or bool(folder.own.asks))
+    asked = any(own is None or own.asks for own in folder.parts.values())
+    paid = asked and c.get("teacher.provider") in estimate.CLIENTS
     if known:
         paid = not known[-1]
     elif paid and (usd or c.get("teacher.base_url") or (c.get("teacher.price_input", -1) >= 0)):
