@@ -28,6 +28,7 @@ from omniopd_jax import (
     train,
     vocab,
 )
+from omniopd_jax.data import benchmarks
 from omniopd_jax.graders import small_world
 from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers import ContinuationRequest, Provider
@@ -140,3 +141,14 @@ def test_an_objective_a_similarity_a_teacher_and_a_grader_are_added_by_a_line_ea
     assert len(asked) == row["audit/chunks"] + row["audit/dropped"] > 0
     assert row["audit/k_sem_mean"] == pytest.approx(0.25 * c.audit.num_continuations)
     assert row["reward/mean"] == 1
+
+
+def test_a_benchmark_is_added_by_a_line(tmp_path, monkeypatch):
+    """With a grader of one's own, and rows of one's own fields."""
+    monkeypatch.setitem(graders.GRADERS, "mine", Mine)
+    monkeypatch.setitem(benchmarks.SUITES, "mine", benchmarks.Source("me/mine", problem="q", answer="a", grader="mine"))
+    (tmp_path / "rows.jsonl").write_text('{"id": 7, "q": "3 + 4?", "a": "7"}\n')
+    suite = benchmarks.load(f"mine={tmp_path}/rows.jsonl", suffix="Think.")
+    (prompt,) = suite.prompts
+    assert (prompt.id, prompt.answer, suite.grader) == ("7", "7", "mine") and "3 + 4?" in str(prompt.prompt)
+    assert suite.extract("So the answer is 7.") == "7"
