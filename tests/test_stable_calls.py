@@ -150,5 +150,5 @@ def test_a_benchmark_is_added_by_a_line(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"id": 7, "q": "3 + 4?", "a": "7"}\n')
     suite = benchmarks.load(f"mine={tmp_path}/rows.jsonl", suffix="Think.")
     (prompt,) = suite.prompts
-    assert (prompt.id, prompt.answer, suite.grader) == ("7", "7", "mine") and "3 + 4?" in str(prompt.prompt)
+    assert (prompt.id, prompt.answer, suite.grader) == ("7", "7", "mine") and "3 + 4?" in str(prompt.messages)
     assert suite.extract("So the answer is 7.") == "7"

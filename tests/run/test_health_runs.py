@@ -22,9 +22,12 @@ def tripped(rows) -> set[str]:
     return {name for r in rows for name in health.CHECKS if r[f"health/{name}"]}
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("world", ["forks", "style"])
-def test_a_default_run_trips_no_check(tmp_path, world):
+def test_a_default_run_trips_no_check(tmp_path, world, seed):
+    """As `make demo` on forks and `python -m benchmarks.small_world --method=default` on both have it."""
     values = {"run_dir": str(tmp_path), "data.name": world, "teacher.model": str(WORLDS / world / "teacher")}
+    values |= {"seed": seed}
     run = tiny.start(tiny.arguments(values | {"log.tensorboard": False}))
     out, err = run.communicate(timeout=1200)
     rows = tiny.lines(tmp_path / "metrics.jsonl")

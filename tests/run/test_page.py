@@ -181,7 +181,7 @@ def test_an_unknown_price_is_unknown_and_a_local_teacher_is_free(tmp_path):
     assert facts(run)["teacher cost"] == "unknown"
     free = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0}) for t in range(5)]
     (run,) = made(runs.write(tmp_path / "free", 5, rows=free))["runs"]
-    assert facts(run)["teacher cost"] == "$0.00"
+    assert facts(run)["teacher cost"] == "none"
 
 
 def test_findings_name_their_steps_and_whether_they_still_hold(tmp_path):
