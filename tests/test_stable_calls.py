@@ -2,6 +2,7 @@
 line."""
 
 import asyncio
+import dataclasses
 import inspect
 
 import jax
@@ -30,6 +31,7 @@ from omniopd_jax import (
 )
 from omniopd_jax.data import benchmarks
 from omniopd_jax.graders import small_world
+from omniopd_jax.hf import config as hf_config
 from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers import ContinuationRequest, Provider
 from omniopd_jax.teachers.simulated import SimulatedTeacher
@@ -151,4 +153,18 @@ def test_a_benchmark_is_added_by_a_line(tmp_path, monkeypatch):
     suite = benchmarks.load(f"mine={tmp_path}/rows.jsonl", suffix="Think.")
     (prompt,) = suite.prompts
     assert (prompt.id, prompt.answer, suite.grader) == ("7", "7", "mine") and "3 + 4?" in str(prompt.messages)
-    assert suite.extract("So the answer is 7.") == "7"
+    assert suite.extract("The answer is 7.") == "7"
+
+
+def test_a_model_family_whose_equations_are_there_is_added_by_two_lines(tmp_path, monkeypatch):
+    """Read, computed and exported as itself."""
+    monkeypatch.setitem(hf_config.ARCHITECTURES, "MineForCausalLM", "mine")
+    monkeypatch.setitem(hf_config.MODEL_TYPES, "mine", ("mine",))
+    tokenizer = tiny.tokenizer()
+    params, cfg = tiny.random_model(len(tokenizer), 3)
+    params["layers"] = {k: v for k, v in params["layers"].items() if k not in ("q_norm", "k_norm")}
+    mine = dataclasses.replace(cfg, family="mine", qk_norm=False)
+    hf.save(tmp_path / "a", params, mine, tokenizer, dtype="float32")
+    assert '"MineForCausalLM"' in (tmp_path / "a" / "config.json").read_text()
+    again, read = hf.load(tmp_path / "a")
+    assert read == mine and tiny.same(params, again)
