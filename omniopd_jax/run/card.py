@@ -7,6 +7,7 @@ import re
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.objective import OBJECTIVES
+from omniopd_jax.run import estimate
 
 SETTINGS = (  # of the run's config, in the card's table
     "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
@@ -83,7 +84,9 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
     if not asked or not summary:
         return [*out, ("teacher cost", "no teacher was asked" if not asked else "not known at this step")]
     known = rows[-1].get("teacher/price_known", 1) if rows else 1
-    cost = f"${summary.get('teacher/cost_usd', 0):,.2f}" if known else "unknown price"
+    usd = summary.get("teacher/cost_usd", 0)
+    free = not usd and config.get("teacher", {}).get("provider") not in (None, *estimate.CLIENTS)
+    cost = "none" if free else f"${usd:,.2f}" if known else "unknown price"
     calls = f"{summary.get('teacher/calls', 0):,.0f} requests"
     tokens = f"{summary.get('teacher/tokens_in', 0):,.0f} tokens in, {summary.get('teacher/tokens_out', 0):,.0f} out"
     return [*out, ("teacher cost", f"{cost}; {calls}; {tokens}")]

@@ -171,6 +171,7 @@ def setup_jax(compute_dtype: str = "float32") -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
         quiet_orbax()
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing, which no command needs
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16
         # not with bfloat16: splash's kernel does not compile with it
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -73,6 +73,13 @@ def test_a_base_folder_gives_its_licence_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in text and "`base`" in text and "prompts.jsonl" in text
 
 
+def test_a_local_teacher_costs_nothing(tmp_path):
+    rows = [runs.row(t, **{"teacher/cost_usd": 0}) for t in range(20)]
+    folder = runs.write(tmp_path / "run", cfg=runs.settings(), rows=rows)
+    (folder / "summary.json").write_text('{"step": 20, "teacher/cost_usd": 0.0, "teacher/calls": 5}')
+    assert "| teacher cost | none; 5 requests" in card.write(tmp_path, folder, name="a/b", adapter=False).read_text()
+
+
 def test_an_unknown_price_and_hostile_names_stay_what_they_are(tmp_path):
     cfg = runs.settings(**{"teacher.provider": "openai", "teacher.model": "a`|\n---\n<script>\x1b[31m"})
     rows = [runs.row(t, **{"teacher/price_known": 0, "teacher/cost_usd": 0}) for t in range(20)]
