@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 
-from absl import flags
 from ml_collections import config_flags
 
 from benchmarks.real import accuracy, prepare, server
 from omniopd_jax.errors import one_of
 from omniopd_jax.run import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/smollm2.py", "the recipe")
+RECIPE = "configs/smollm2.py"
+_CONFIG = config_flags.DEFINE_config_file("config", RECIPE, "the recipe")
 
 
 def main(_) -> int:
@@ -42,11 +42,7 @@ def main(_) -> int:
 def _for_main() -> list[str]:
     """The command line's settings, with the recipe where it names none."""
     given = sys.argv[1:]
-    return (
-        given
-        if any(a.startswith("--config=") for a in given)
-        else [f"--config={flags.FLAGS['config'].default}", *given]
-    )
+    return given if any(a.startswith("--config=") for a in given) else [f"--config={RECIPE}", *given]
 
 
 if __name__ == "__main__":
