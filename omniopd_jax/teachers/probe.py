@@ -25,6 +25,7 @@ COUNT = (
     {"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},
 )
 PREFIX = "one two three four five six seven"
+WORD, REST = "one two three four five six sev", "en"  # cut inside a word
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
 WHO = "probe"  # who asks, in the journal
@@ -264,7 +265,7 @@ class _Probe:
             if verdicts[mode] == "continues":
                 break
         unclear = [m for m, v in verdicts.items() if v == "unclear"]
-        if self.t.provider == "openai":  # any server takes a last assistant turn: that alone says nothing
+        if self.client.self_hosted:  # any server takes a last assistant turn: that alone says nothing
             unclear.sort(key=lambda mode: mode == "prefill")
         good = [m for m, v in verdicts.items() if v == "continues"] + unclear
         if not good:
@@ -292,9 +293,27 @@ class _Probe:
                 self._row(f"continues by {mode}", f"refused: {e}")
                 return f"refused: {e}"
             seen.append(verdict(reply.texts[0].text, mode))
-        best = next(v for v in ("continues", "restarts", "unclear") if v in seen)
-        self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
+        best, text = next(v for v in ("continues", "restarts", "unclear") if v in seen), reply.texts[0].text
+        if best == "continues" and mode not in ("completion", "instruct") and not text[:1].isspace():
+            best, text = await self._inside_a_word(mode)
+        self._row(f"continues by {mode}", f"{best}: {text[:60]!r}")
         return best
+
+    async def _inside_a_word(self, mode) -> tuple[str, str]:
+        """(`continues` or `restarts`, the last text) of a count that is cut inside a word.
+
+        Asked where a text came without the space in front: a server that closes the last turn and begins another one
+        lets a model go on counting there too, but none begins a turn with the rest of a word.
+        """
+        for seed in (1, 2, 3):
+            try:
+                reply = await self._ask(COUNT, WORD, mode, seed=seed)
+            except wire.CallError as e:
+                raise UserError(f"{self._where()} does not answer: {e}") from None
+            text = reply.texts[0].text
+            if text.startswith(REST):
+                return "continues", text
+        return "restarts", text
 
     async def _whole(self, mode) -> tuple[str, str]:
         """(what an empty prefix gets, how it thinks: `hidden`, `open` or ""), as first chunks and whole solutions do.

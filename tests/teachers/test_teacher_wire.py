@@ -207,6 +207,19 @@ def test_the_probe_picks_the_mode(server_of, tmp_path):
         assert (tmp_path / str(i) / "teacher_probe.json").exists() and len(server.calls()) <= 16
 
 
+@pytest.mark.parametrize("rest, mode", [("seven eight", "instruct"), ("en eight", "prefill")])
+def test_the_probe_tells_a_new_turn_from_a_stripped_text(server_of, tmp_path, rest, mode):
+    """A server that closes the last turn and begins another, where a good model counts on; one that strips its texts."""
+
+    def counts(context, n, seed, index):
+        asked = {"six seven": "eight nine ten", "six sev": rest}
+        return asked.get(" ".join(context.split()[-2:])) or speak(context, n, seed, index)
+
+    server = server_of("anthropic", extensions={"prefill"}, speak=counts)
+    c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **{"teacher.continuation": "auto"})
+    assert check(c)[1].mode == mode
+
+
 def test_a_bad_moment_does_not_change_the_mode(server_of, tmp_path):
     server = server_of(faults=["language", "500", "empty"])
     c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "auto"})
