@@ -52,7 +52,7 @@ def test_a_greedy_text_is_what_the_model_writes_behind_the_prefix(asked, real, c
 
 @pytest.mark.parametrize("server, mode", WAYS)
 def test_n_texts_are_sampled_and_the_same_seeds_give_them_again(asked, cuts, server, mode):
-    some = cuts[:3] + cuts[-6:]
+    some = cuts[:3] + cuts[-6:] if server == "vllm" else cuts[:2] + cuts[-2:]  # the other computes one text at a time
     first, again, others = (
         asked(server, mode, *(cut.request(N, TOKENS, who=f"{who} {cut.name}") for cut in some))
         for who in ("a", "a", "b")

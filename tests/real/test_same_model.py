@@ -98,6 +98,6 @@ def test_the_recipe_opd_remote_runs(vllm, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 2 and "by prompt_logprobs" in done.stdout
+    assert len(steps) == 2 and "by prompt_logprobs" in done.stdout + done.stderr
     assert all(np.isfinite(m["loss"]) for m in steps)
     assert abs(steps[0]["loss"]) < 1e-3 and steps[0]["teacher/calls"] == 2, steps[0]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import real_kit
@@ -83,7 +84,7 @@ def command(name, *args):
 def exported(request, vllm, tmp_path_factory):
     """(folder, its run): one update of all parameters, or of adapters that were then merged, from vLLM's texts."""
     made = tmp_path_factory.mktemp(request.param)
-    rank, rate = {"full": (0, 1e-4), "lora": (8, 1e-2)}[request.param]
+    rank, rate = {"full": (0, 1e-4), "lora": (8, 1e-3)}[request.param]
     settings = SIZES | {
         "run_dir": made / "run", "teacher.base_url": vllm, "lora.rank": rank, "lora.alpha": 2.0 * rank or 1.0,
         "optimizer.learning_rate": rate,
@@ -98,8 +99,8 @@ def test_an_update_is_learned_exported_and_read_alike_by_transformers_and_vllm(r
     [metrics] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     changed, base = (hf.load(f)[0] for f in (folder, real_kit.student()))
-    moved = np.abs(np.asarray(changed["layers"]["q"]) - np.asarray(base["layers"]["q"]))
-    assert moved.max() > 1e-5, "the update did not reach the export"
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), changed, base)
+    assert max(jax.tree.leaves(moved["layers"])) > 1e-5, "the update did not reach the export"
     ours, other = real_kit.Real(folder), theirs(folder)
     pairs = ours.greedy(prompts[:4], 32)
     for ids, tail in pairs:

@@ -14,6 +14,7 @@ from wire_server import WireServer, speak
 from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import Failure, TeacherStopped, wire
+from omniopd_jax.teachers.probe import OPEN_PREFIX
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -216,6 +217,20 @@ def test_the_probe_tells_a_new_turn_from_a_stripped_text(server_of, tmp_path, re
         return asked.get(" ".join(context.split()[-2:])) or speak(context, n, seed, index)
 
     server = server_of("anthropic", extensions={"prefill"}, speak=counts)
+    c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **{"teacher.continuation": "auto"})
+    assert check(c)[1].mode == mode
+
+
+STORY = f"{OPEN_PREFIX} there lived a fox who sang to the moon until the moon sang back"
+
+
+@pytest.mark.parametrize("goes_on, mode", [(True, "prefill"), (False, "instruct")])
+def test_the_probe_tells_a_new_turn_of_a_teacher_that_cannot_count(server_of, tmp_path, goes_on, mode):
+    def speaks(context, n, seed, index):
+        told = context[context.find(OPEN_PREFIX) :] if goes_on and OPEN_PREFIX in context else OPEN_PREFIX
+        return STORY.removeprefix(told)[:40] if STORY.startswith(told) else " I see"
+
+    server = server_of("anthropic", extensions={"prefill"}, speak=speaks)
     c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **{"teacher.continuation": "auto"})
     assert check(c)[1].mode == mode
 
