@@ -2,27 +2,52 @@
 
     make real                                  # makes what is needed, serves the teacher, runs this recipe
 
-Variants, comma-separated after a colon: teacher (how the default teacher's adapter was made), sft.
+Variants, comma-separated after a colon: teacher (how the default teacher's adapter was made: plain fine-tuning on the
+problems' own solutions), gemma (a foreign teacher: Gemma-3-270M, a base model, with worked examples in front).
+
+The teacher of `make real` is the student after that fine-tuning; it gives text alone, over the OpenAI-compatible wire.
+Hardware: 2 CPU cores, 12 GiB with the server. Time: about 50 s a step on two quiet cores. Free.
+Result: docs/results/real_model.md.
 """
 
 from omniopd_jax import config
 
 REAL = ".cache/real"  # made by `python -m benchmarks.real.prepare`
+EXAMPLES = """Question: Rosa has 4 bags with 5 plums each. She buys 6 more. How many plums does Rosa have now?
+Answer: Rosa has 4 bags with 5 plums each, which is 4 x 5 = 20 plums. She buys 6 more, so she now has 20 + 6 = 26 plums.
+#### 26
+The answer is: 26
+
+Question: Hugo has 15 pens. He loses 4. How many pens does Hugo have now?
+Answer: Hugo has 15 pens and loses 4, so he now has 15 - 4 = 11 pens.
+#### 11
+The answer is: 11
+
+Question: Clara has 7 stones. She finds 9 more. She gives 3 to Noah. How many stones does Clara have now?
+Answer: Clara has 7 stones and finds 9 more, so she now has 7 + 9 = 16 stones. She gives 3 to Noah, so she now has \
+16 - 3 = 13 stones.
+#### 13
+The answer is: 13"""
 VARIANTS = {
     "teacher": {
-        "run_dir": "runs/smollm2-teacher",
         "objective.name": "sft",
         "objective.normalizer": "separate_means",
         "anchor.kl_coef": 0.0,
         "num_generations": 1,
         "num_steps": 40,
         "prompts_per_step": 16,
-        "max_prompt_length": 96,
-        "lora.rank": 4,
+        "eval.num_prompts": 0,
+        "lora.rank": 4,  # 2.5 MB in bfloat16
         "lora.alpha": 8.0,
         "optimizer.learning_rate": 1e-3,
         "optimizer.schedule": "cosine",
         "optimizer.warmup_steps": 5,
+    },
+    "gemma": {
+        "teacher.model": "gemma3",
+        "teacher.tokenizer": f"{REAL}/gemma3",
+        "teacher.template": "plain",
+        "teacher.preamble": EXAMPLES,
     },
 }
 
@@ -32,11 +57,13 @@ def get_config(arg=None):
     c = config.default()
     c.run_dir = "runs/smollm2"
     c.num_steps = 24
-    c.prompts_per_step = 8
+    c.prompts_per_step = 8  # 8 x 2 rows per step
     c.num_generations = 2
     c.max_prompt_length = 96
-    c.max_completion_length = 96
+    c.max_completion_length = 96  # the teacher's longest solution has 70; half of the student's answers ramble on
+    c.temperature = 0.7  # at 1 half of what the student writes is no English
     c.model.remat = "dots"
+
     c.student.path = f"{REAL}/smollm2"
     c.data.source = "jsonl"
     c.data.path = f"{REAL}/data/train.jsonl"
@@ -44,15 +71,17 @@ def get_config(arg=None):
     c.eval.grader = "math"
     c.eval.path = f"{REAL}/data/test.jsonl"
     c.eval.num_prompts = 256
+
     c.teacher.provider = "openai"
     c.teacher.model = "teacher"
-    c.teacher.tokenizer = f"{REAL}/smollm2"
-    c.audit.num_chunks = 2
+    c.teacher.tokenizer = f"{REAL}/smollm2"  # raw completion
+
+    c.audit.num_chunks = 4
     c.audit.chunk_tokens = 10
     c.audit.num_continuations = 4
     c.objective.advantage = "batch_mean"
-    c.lora.rank = 16
-    c.lora.alpha = 32.0
-    c.optimizer.learning_rate = 1e-4
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
+    c.optimizer.learning_rate = 1e-3
     c.checkpoint.every = 4
     return config.apply(c, VARIANTS, arg)

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks.real import accuracy, prepare, server
+from omniopd_jax.errors import one_of
 from omniopd_jax.run import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/smollm2.py", "the recipe")
@@ -24,7 +25,7 @@ def main(_) -> int:
     started, cfg = time.time(), _CONFIG.value
     prepare.server_environment()
     prepare.student(), prepare.data()
-    teacher = prepare.teacher()
+    teacher = prepare.TEACHERS[one_of(cfg.teacher.model, prepare.TEACHERS, "teacher.model")]()
     code = 0
     if cfg.num_steps not in accuracy.evaluations(cfg.run_dir):
         print("== real: starting vLLM with the teacher (1 to 2 minutes)", flush=True)

@@ -49,8 +49,8 @@ def _install(args: list[str], packages: tuple[str, ...], what: str) -> None:
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise UserError(
-            f"{what}: could not install {', '.join(packages)} ({words}); it needs Linux on x86-64 or arm64, Python 3.11 "
-            "to 3.13 and a package index that has them (INSTALL_ARGS goes to the installer); nothing was changed"
+            f"{what}: could not install {', '.join(packages)} ({words}); it needs Linux on x86-64 or arm64, Python "
+            "3.11 to 3.13 and a package index that has them (INSTALL_ARGS goes to the installer); nothing was changed"
         )
 
 
@@ -162,6 +162,9 @@ def merge(base: pathlib.Path, adapter: pathlib.Path, out: pathlib.Path) -> None:
 def teacher() -> pathlib.Path:
     """The default teacher: the student with the committed adapter (configs/smollm2.py:teacher says how it was made)."""
     return make(ROOT / "teacher", "the teacher", lambda part: merge(student(), ADAPTER, part))
+
+
+TEACHERS = {"teacher": teacher, "gemma3": gemma}  # `teacher.model` of configs/smollm2.py -> what makes its folder
 
 
 def main() -> int:
