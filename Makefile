@@ -35,7 +35,7 @@ test-slow: .venv/.full
 test-real: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-real: .venv/.full
 	@echo "== test-real: a real model behind vLLM's CPU build and transformers serve, which are set up first"
-	$(PY) -m benchmarks.real.prepare
+	INSTALL_ARGS="$(INSTALL_ARGS)" $(PY) -m benchmarks.real.prepare
 	$(PY) -m pytest -m real tests/real
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
