@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from teacher_kit import EXTENSIONS, PROMPT, ask, cfg_for, check, request, teacher_of, texts
 from wire_server import WireServer, speak
 
@@ -182,6 +183,17 @@ def test_instruct_asks_for_the_next_words_and_cuts_what_is_repeated(server_of, t
     [result] = ask(c, request(prefix="The sum of 3 and 4", n=1))
     assert texts(result) == [" is seven."]
     assert "cut off by accident" in server.calls()[0]["body"]["messages"][-1]["content"]
+
+
+def test_a_start_token_that_the_tokenizer_does_not_add_stays_in_the_prompt(server_of, tmp_path):
+    """SmolLM2's: its template begins with it. A server puts in front only what its tokenizer adds by itself."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    server = server_of(extensions={"completion"})
+    settings = {"teacher.continuation": "completion", "teacher.tokenizer": str(tmp_path / "tokenizer")}
+    ask(cfg_for(server.url("openai"), "openai", tmp_path, **settings), request(n=1))
+    assert server.calls()[0]["body"]["prompt"].startswith("<|im_start|>system\nBe brief.")
 
 
 # the probe
