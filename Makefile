@@ -1,4 +1,4 @@
-# make demo | real | report | test | test-slow | test-browser | test-aot | test-gpu | lint | format | checkpoints
+# make demo | real | report | test | test-slow | test-real | test-browser | test-aot | test-gpu | lint | format | checkpoints
 # INSTALL_ARGS goes to the installer. Where the plain torch pin would bring a CUDA build of several GB, point it at a
 # folder or index that holds a CPU build:  make test INSTALL_ARGS="--find-links /path/to/wheels"
 SHELL := /bin/bash
@@ -9,7 +9,7 @@ PY := .venv/bin/python
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo real report test test-slow test-browser test-aot test-gpu lint format checkpoints
+.PHONY: demo real report test test-slow test-real test-browser test-aot test-gpu lint format checkpoints
 .DELETE_ON_ERROR:
 
 demo: .venv/.lean
@@ -31,6 +31,12 @@ test: .venv/.full
 test-slow: .venv/.full
 	@echo "== test-slow: what takes minutes"
 	$(PY) -m pytest -m slow
+
+test-real: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
+test-real: .venv/.full
+	@echo "== test-real: a real model behind vLLM's CPU build and transformers serve, which are set up first"
+	INSTALL_ARGS="$(INSTALL_ARGS)" $(PY) -m benchmarks.real.prepare
+	$(PY) -m pytest -m real tests/real
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AXE := .cache/axe/package/axe.min.js

@@ -126,11 +126,11 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve_transformers(model: pathlib.Path, log: str = "transformers-serve.log") -> Server:
-    """`transformers serve` of this environment with one model."""
+def serve_transformers(model: pathlib.Path, *more: str, log: str = "transformers-serve.log") -> Server:
+    """`transformers serve` of this environment with one model; `more` are flags of its own."""
     port = free_port()
     command = [
         str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(model), "--host", "127.0.0.1",
-        "--port", str(port), "--device", "cpu",
+        "--port", str(port), "--device", "cpu", *more,
     ]  # fmt: skip
-    return Server(command, port, prepare.ROOT / "logs" / log, {"HF_HUB_OFFLINE": "1"})
+    return Server(command, port, prepare.ROOT / "logs" / log, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
