@@ -15,7 +15,7 @@ def test_it_has_at_most_8_kb():
 
 def test_its_sections_are_in_order():
     assert re.findall(r"^## (.*)$", README, re.M) == [
-        "Two commands", "Status: what has run where, and what has not", "Install", "The first real run, and its cost",
+        "Three commands", "Status: what has run where, and what has not", "Install", "The first real run, and its cost",
         "The honest result", "Compared with", "Files", "Licence and citation",
     ]  # fmt: skip
 
