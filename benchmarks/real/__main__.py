@@ -32,11 +32,22 @@ def main(_) -> int:
         with server.ended_by_signals(), server.vllm(teacher, name=cfg.teacher.model) as vllm:
             print(f"== real: the teacher answers at {vllm.url} after {time.time() - started:.0f} s", flush=True)
             url = f"--config.teacher.base_url={vllm.url}"
-            code = subprocess.run([sys.executable, "-m", "omniopd_jax.main", *_for_main(), url]).returncode
+            code = _run([sys.executable, "-m", "omniopd_jax.main", *_for_main(), url])
     print(
         f"== real: {(time.time() - started) / 60:.1f} minutes\n{accuracy.table(cfg.run_dir, cfg.num_steps)}", flush=True
     )
     return code
+
+
+def _run(command: list[str]) -> int:
+    """Its exit code. A signal to this process is handed on, so that the run saves before the server goes."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _for_main() -> list[str]:
