@@ -108,16 +108,25 @@ def is_hopeless(grid: Grid, method: str, lines: list[dict]) -> bool:
 def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
     """Every cell in the order of docs/results/equal_cost.md; cells of a method that is left out are not in it."""
     alive = [m for m in METHODS if not is_hopeless(grid, m, lines)]
-    core = [m for m in alive if m in ("sft", "cont_peak", "omni", "omni_baseline", "opd")]
+    free = [m for m, method in METHODS.items() if not method.buys]
+    texts = [m for m in METHODS if m not in free + CONTEXTS]
+    core = [m for m in ("sft", "cont_peak", "omni", "omni_baseline", "opd", "grpo") if m in alive]
     rest = [m for m in alive if m not in core]
     small, large = [b for b in grid.budgets if b <= 1], [b for b in grid.budgets if b > 1]
 
     def cells(worlds, methods, seeds, budgets):
         return [Cell(w, m, b, s) for s in seeds for w in worlds for m in methods for b in budgets]
 
-    out = [c for m, method in METHODS.items() if not method.like for c in g.sweep(grid, m)]
-    out += cells(["forks"], METHODS, [0], small) + cells(["forks"], alive, [0], large)
-    out += cells(["style"], core + rest, [0], grid.budgets) + cells(["slips"], core + rest, [0], grid.budgets)
+    def first(methods):
+        """The sweeps of methods, then forks, seed 0."""
+        sweeps = [c for m in methods if not grid.methods[m].like for c in g.sweep(grid, m)]
+        return sweeps + cells(["forks"], methods, [0], small)
+
+    out = first(texts) + cells(["forks"], [m for m in texts if m in alive], [0], large)
+    out += first(free) + cells(["forks"], [m for m in free if m in alive], [0], large)
+    out += cells(["style", "slips"], core, [0], grid.budgets)
+    out += first(CONTEXTS) + cells(["forks"], [m for m in CONTEXTS if m in alive], [0], large)
+    out += cells(["style", "slips"], rest, [0], grid.budgets)
     out += cells(["forks"], alive, [1, 2], grid.budgets)
     out += cells(["forks"], FRONTIER, [0], small)
     out += cells(["style", "slips"], alive, [1, 2], grid.budgets)
