@@ -192,7 +192,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
     if fresh or begun > cfg.num_steps:
         shutil.rmtree(folder, ignore_errors=True)
         begun = 0
-    cfg.run_dir, cfg.checkpoint.every, cfg.checkpoint.keep = str(folder), cfg.num_steps, 1
+    cfg.run_dir, cfg.checkpoint.every, cfg.checkpoint.keep = str(folder), min(100, cfg.num_steps), 1
     cfg.log.evaluation_answers = cfg.eval.num_prompts
     wall, cpu = time.time(), time.process_time()
     out = train.train(cfg)
