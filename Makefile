@@ -1,4 +1,4 @@
-# make demo | report | test | test-slow | test-browser | test-aot | test-gpu | lint | format | checkpoints
+# make demo | real | report | test | test-slow | test-real | test-browser | test-aot | test-gpu | lint | format | checkpoints
 # INSTALL_ARGS goes to the installer. Where the plain torch pin would bring a CUDA build of several GB, point it at a
 # folder or index that holds a CPU build:  make test INSTALL_ARGS="--find-links /path/to/wheels"
 SHELL := /bin/bash
@@ -9,13 +9,17 @@ PY := .venv/bin/python
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo report test test-slow test-browser test-aot test-gpu lint format checkpoints
+.PHONY: demo real report test test-slow test-real test-browser test-aot test-gpu lint format checkpoints
 .DELETE_ON_ERROR:
 
 demo: .venv/.lean
 	@echo "== demo: distilling the small world's student from its text-only teacher (about 70 s on 2 quiet cores)"
 	$(PY) -m omniopd_jax.main --config=configs/tiny.py
 	$(PY) -m omniopd_jax.report runs/tiny
+
+real: .venv/.real
+	@echo "== real: SmolLM2-135M-Instruct learns from a teacher behind a real vLLM server (about 40 minutes on 2 quiet cores)"
+	INSTALL_ARGS="$(INSTALL_ARGS)" $(PY) -m benchmarks.real
 
 report: .venv/.lean
 	$(PY) -m omniopd_jax.report $(or $(RUN),runs/tiny)
@@ -27,6 +31,12 @@ test: .venv/.full
 test-slow: .venv/.full
 	@echo "== test-slow: what takes minutes"
 	$(PY) -m pytest -m slow
+
+test-real: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
+test-real: .venv/.full
+	@echo "== test-real: a real model behind vLLM's CPU build and transformers serve, which are set up first"
+	INSTALL_ARGS="$(INSTALL_ARGS)" $(PY) -m benchmarks.real.prepare
+	$(PY) -m pytest -m real tests/real
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AXE := .cache/axe/package/axe.min.js
@@ -75,10 +85,14 @@ checkpoints: .venv/.lean
 	.venv/bin/uv pip install -q --python $(PY) -r requirements-lean.txt
 	@touch $@
 
+.venv/.real: requirements.txt .venv/.lean | .venv/bin/uv
+	.venv/bin/uv pip install -q --python $(PY) $$(grep -o '^math-verify==[0-9.]*' requirements.txt)  # the grader of its problems
+	@touch $@
+
 .venv/.full: requirements.txt requirements-lean.txt | .venv/bin/uv
 	@echo "== set-up: requirements.txt, installer arguments: $(or $(INSTALL_ARGS),none)"
 	.venv/bin/uv pip install -q --python $(PY) $(INSTALL_ARGS) -r requirements.txt
-	@touch .venv/.lean $@
+	@touch .venv/.lean .venv/.real $@
 
 .venv/.tpu: requirements-tpu.txt requirements-lean.txt .venv/.full | .venv/bin/uv
 	@echo "== set-up: requirements-tpu.txt (the TPU compiler)"

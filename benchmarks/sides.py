@@ -70,10 +70,11 @@ def table(head: list[str], rows: list) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def write_page(name: str, text: str) -> None:
-    """Puts `text` between the table's marks of docs/results/NAME.md, whose prose is written by hand, and prints it."""
+def write_page(name: str, text: str, module: str = "") -> None:
+    """Puts `text` between the table's marks of docs/results/NAME.md, whose prose is written by hand, and prints it.
+    `module`: of benchmarks/, where its name is not the page's."""
     page = RESULTS / f"{name}.md"
-    begin, end = f"<!-- table: python -m benchmarks.{name} --table -->", "<!-- end of table -->"
+    begin, end = f"<!-- table: python -m benchmarks.{module or name} --table -->", "<!-- end of table -->"
     old = page.read_text() if page.exists() else f"# {name}\n\n{begin}\n{end}\n"
     page.write_text(old[: old.index(begin)] + f"{begin}\n\n{text}\n\n" + old[old.index(end) :])
     print(text)

@@ -9,10 +9,11 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from omniopd_jax import model
 from omniopd_jax.draw import draw
-from omniopd_jax.model import attention, linear, lora, paged, rope
+from omniopd_jax.model import attention, linear, lora, paged, rope, window
 from omniopd_jax.parallel import sharding
 
 COLUMNS = 64  # tokens of a row that one turn can return
@@ -25,7 +26,7 @@ class Slots:
     Attributes:
       hidden_BD: after the last norm; produces the next token. key_B2: the row's PRNG key, as numbers.
       t_B: int32, tokens sampled, of limit_B at most. length_B: int32, positions in the cache, prompt_length + t.
-      states: of each linear layer, its linear.State by slot.
+      states: of each layer without pages, its linear.State or window.Ring by slot.
     """
 
     hidden_BD: jax.Array
@@ -95,36 +96,60 @@ def _layer(x_BLD, p: dict, cfg: model.ModelConfig, compute: model.Compute, angle
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "pages", "page", "dtype"))
 def empty_pools(*, cfg, compute, pages: int, page: int, dtype: str) -> list[paged.Pool]:
-    """A pool for each layer that attends; `pages` over all shards."""
+    """A pool for each layer that attends to all of a row; `pages` over all shards."""
     one = (compute.mesh, cfg.num_kv_heads, pages, page, cfg.head_dim, dtype)
-    return [paged.empty(*one) for kind in cfg.kinds if kind != "linear"]
+    return [paged.empty(*one) for kind in cfg.kinds if kind == "full"]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "slots", "entries"))
-def empty_slots(*, cfg, compute, slots: int, entries: int) -> tuple[Slots, Prompts]:
-    """No row in any slot, and room for `entries` prompts, one for each shard of rows."""
-    put = functools.partial(_rows, compute)
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "slots", "entries", "positions"))
+def empty_slots(*, cfg, compute, slots: int, entries: int, positions: int) -> tuple[Slots, Prompts]:
+    """No row in any slot, and room for `entries` prompts, one for each shard of rows.
 
-    def zeros(*shape, dtype=jnp.int32):
-        return put(jnp.zeros(shape, dtype))
+    Args:
+      positions: that a row can have.
+    """
 
     def states(rows: int):
-        K = max(cfg.linear_key_heads, 1)
-        return [
-            linear.State(
-                zeros(rows, cfg.conv_width - 1, K, cfg.conv_channels // K, dtype=compute.dtype),
-                zeros(rows, cfg.linear_value_heads, cfg.linear_key_dim, cfg.linear_value_dim, dtype=jnp.float32),
-            )
-            for kind in cfg.kinds
-            if kind == "linear"
-        ]
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state_shapes(cfg, compute, rows, positions))
 
-    D = cfg.hidden_size
-    made = Slots(
-        zeros(slots, D, dtype=compute.dtype), zeros(slots, 2, dtype=jnp.uint32), zeros(slots), zeros(slots),
-        zeros(slots), states(slots),
-    )  # fmt: skip
-    return made, Prompts(zeros(entries, D, dtype=compute.dtype), states(entries))
+    def hidden(rows: int):
+        return jnp.zeros((rows, cfg.hidden_size), compute.dtype)
+
+    numbers = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+    made = Slots(hidden(slots), jnp.zeros((slots, 2), jnp.uint32), *numbers, states(slots))
+    return _laid(made, cfg, compute), _laid(Prompts(hidden(entries), states(entries)), cfg, compute)
+
+
+def state_shapes(cfg, compute, rows: int, positions: int) -> list:
+    """Of the layers without pages, by row: the states of linear layers, the rings of sliding ones."""
+
+    def one(kind: str):
+        if kind == "sliding":
+            ring = (rows, cfg.num_kv_heads, min(cfg.window, positions), cfg.head_dim)
+            return window.Ring(*(jax.ShapeDtypeStruct(ring, compute.dtype) for _ in "kv"))
+        K = cfg.linear_key_heads
+        conv = (rows, cfg.conv_width - 1, K, cfg.conv_channels // K)
+        memory = (rows, cfg.linear_value_heads, cfg.linear_key_dim, cfg.linear_value_dim)
+        return linear.State(jax.ShapeDtypeStruct(conv, compute.dtype), jax.ShapeDtypeStruct(memory, jnp.float32))
+
+    return [one(kind) for kind in cfg.kinds if kind != "full"]
+
+
+def state_specs(cfg, mesh) -> list:
+    """The PartitionSpec of each array of `state_shapes`: rows in front, heads over tp."""
+    of_kind = {"sliding": window.spec(mesh, cfg.num_kv_heads), "linear": linear.spec()}
+    return [of_kind[kind] for kind in cfg.kinds if kind != "full"]
+
+
+def specs(held: Slots | Prompts, cfg, mesh):
+    """The PartitionSpec of each of its arrays."""
+    rest = jax.tree.map(lambda a: P(sharding.ROWS), held.replace(states=[]))
+    return rest.replace(states=state_specs(cfg, mesh))
+
+
+def _laid(held, cfg, compute):
+    mesh = compute.mesh
+    return jax.tree.map(lambda a, spec: sharding.constrain(a, mesh, *spec), held, specs(held, cfg, mesh))
 
 
 def _rows(compute, a):
@@ -147,10 +172,14 @@ def prefill(params, pools, kept: Prompts, prompt_EP, prompt_length_E, page_EW, *
     angles = rope.by_kind(cfg, position_EP)
     x_EPD = model.scaled(params["embed"][prompt_EP], cfg)
     pools, new, states = iter(pools), [], []
+    ring = next((state.k for state in kept.states if isinstance(state, window.Ring)), None)
     for kind, p in zip(cfg.kinds, params["layers"], strict=True):
 
         def attend(q, k, v, kind=kind):
-            new.append(paged.write_prompts(next(pools), k, v, page_EW, compute.mesh))
+            if kind == "sliding":
+                states.append(window.of_prompts(k, v, prompt_length_E, ring.shape[2]))
+            else:
+                new.append(paged.write_prompts(next(pools), k, v, page_EW, compute.mesh))
             how = {"backend": compute.attention, "mesh": compute.mesh} | model.attention_of(cfg, kind)
             return attention.attend(q, k, v, length_B=prompt_length_E, **how)
 
@@ -162,17 +191,17 @@ def prefill(params, pools, kept: Prompts, prompt_EP, prompt_length_E, page_EW, *
         x_EPD = _layer(x_EPD, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend)
     last_ED = jnp.take_along_axis(x_EPD, prompt_length_E[:, None, None] - 1, axis=1)[:, 0]
     last_ED = model.norm(last_ED, params["final_norm"], cfg)
-    return new, _behind(Prompts(last_ED, states), kept, compute)
+    return new, _laid(_behind(Prompts(last_ED, states), kept), cfg, compute)
 
 
-def _behind(new: Prompts, kept: Prompts, compute) -> Prompts:
+def _behind(new: Prompts, kept: Prompts) -> Prompts:
     """Each shard's kept entry behind its new ones."""
     shards = kept.hidden_ED.shape[0]
 
     def one(a, b):
         a = a.reshape(shards, -1, *a.shape[1:])
         both = jnp.concatenate([a, b[:, None].astype(a.dtype)], axis=1)
-        return _rows(compute, both.reshape(-1, *both.shape[2:]))
+        return both.reshape(-1, *both.shape[2:])
 
     return jax.tree.map(one, new, kept)
 
@@ -196,8 +225,8 @@ class Start:
     keep_Y: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("compute", "copies"), donate_argnames=("pools", "slots"))
-def start(pools, slots: Slots, prompts: Prompts, rows: Start, *, compute, copies: bool):
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "copies"), donate_argnames=("pools", "slots"))
+def start(pools, slots: Slots, prompts: Prompts, rows: Start, *, cfg, compute, copies: bool):
     """Puts rows into slots. Returns (pools, slots, what is kept of each shard's last prompt).
 
     Args:
@@ -215,7 +244,7 @@ def start(pools, slots: Slots, prompts: Prompts, rows: Start, *, compute, copies
     def put(held, new):
         """`new` [shards, x, ..] into the slots of each shard; slot -1 is out of bounds and dropped."""
         one = jax.vmap(lambda a, s, n: a.at[jnp.where(s < 0, a.shape[0], s)].set(n.astype(a.dtype), mode="drop"))
-        return _rows(compute, one(by_shard(held), slot, new).reshape(held.shape))
+        return one(by_shard(held), slot, new).reshape(held.shape)
 
     def pick(a):
         return jax.vmap(lambda a, e: a[e])(by_shard(a), entry)
@@ -226,20 +255,20 @@ def start(pools, slots: Slots, prompts: Prompts, rows: Start, *, compute, copies
         put(slots.t_B, jnp.zeros_like(length)), put(slots.limit_B, by_shard(rows.limit_X)), put(slots.length_B, length),
         jax.tree.map(lambda held, a: put(held, pick(a)), slots.states, prompts.states),
     )  # fmt: skip
-    kept = jax.tree.map(lambda a: _rows(compute, jax.vmap(lambda a, k: a[k])(by_shard(a), rows.keep_Y)), prompts)
-    return pools, slots, kept
+    kept = jax.tree.map(lambda a: jax.vmap(lambda a, k: a[k])(by_shard(a), rows.keep_Y), prompts)
+    return pools, _laid(slots, cfg, compute), _laid(kept, cfg, compute)
 
 
-@functools.partial(jax.jit, static_argnames=("compute",))
-def take_slots(slots: Slots, index_B, *, compute) -> Slots:
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
+def take_slots(slots: Slots, index_B, *, cfg, compute) -> Slots:
     """The slots of each shard at `index_B` (within the shard), in that order."""
     shards = sharding.row_shards(compute.mesh)
 
     def one(a):
         a = jax.vmap(lambda a, i: a[i])(a.reshape(shards, -1, *a.shape[1:]), index_B.reshape(shards, -1))
-        return _rows(compute, a.reshape(-1, *a.shape[2:]))
+        return a.reshape(-1, *a.shape[2:])
 
-    return jax.tree.map(one, slots)
+    return _laid(jax.tree.map(one, slots), cfg, compute)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"), donate_argnames=("pools", "slots"))
@@ -281,15 +310,13 @@ def turn(params, pools, slots: Slots, table_BW, live_B, drawing, steps, least, *
         t_B = s.t_B + live_B
         s = Slots(hidden_BD, s.key_B2, t_B, s.limit_B, s.length_B + live_B, states)
         live_B &= ~jnp.any(token_B[:, None] == end_ids[None], axis=1) & (t_B < s.limit_B)
-        s, live_B = jax.tree.map(functools.partial(_rows, compute), (s, live_B))
-        return u + 1, pools, s, live_B, out
+        return u + 1, pools, _laid(s, cfg, compute), _rows(compute, live_B), out
 
     _, pools, slots, live_B, out = jax.lax.while_loop(cond, body, (jnp.int32(0), pools, slots, live_B, out))
     back_B = None if order_B is None else jnp.argsort(order_B)
     slots, live_B, out = jax.tree.map(lambda a: _at(a, back_B), (slots, live_B, out))
     known = (sharding.constrain(a, compute.mesh) for a in (slots.t_B, live_B))
-    slots = jax.tree.map(functools.partial(_rows, compute), slots)
-    return pools, slots, Turn(*(_rows(compute, a) for a in out), *known)
+    return pools, _laid(slots, cfg, compute), Turn(*(_rows(compute, a) for a in out), *known)
 
 
 def _by_length(length_B, compute):
@@ -312,9 +339,13 @@ def _one_token(params, cfg, compute, token_B, pools, states, where: paged.Where)
     for kind, p in zip(cfg.kinds, params["layers"], strict=True):
 
         def attend(q, k, v, kind=kind):
-            how = model.attention_of(cfg, kind)
-            out, pool = paged.append_and_attend(q, k, v, next(held), where, compute.mesh, **how)
-            new_pools.append(pool)
+            scale = model.attention_of(cfg, kind)["scale"]
+            if kind == "sliding":
+                out, ring = window.append_and_attend(q, k, v, next(before), where.length_B, compute.mesh, scale=scale)
+                new_states.append(ring)
+            else:
+                out, pool = paged.append_and_attend(q, k, v, next(held), where, compute.mesh, scale=scale)
+                new_pools.append(pool)
             return out
 
         def recur(qkv, decay, beta, p=p):

@@ -60,6 +60,7 @@ class Responses:
       finished_B: an end token was sampled.
       sampled_logp_BT: the decode loop's own log-probs; None where the teacher wrote the responses.
       place_B: of a part, which rows of the step these are, ascending; None: all.
+      spans: what `in_span` returns, once it was asked; it decodes each row.
     """
 
     prompts: list[Prompt]
@@ -68,6 +69,14 @@ class Responses:
     finished_B: np.ndarray
     sampled_logp_BT: np.ndarray | None = None
     place_B: np.ndarray | None = None
+    spans: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def in_span(self, tokenizer, part: str) -> list[np.ndarray]:
+        """Of each row, which tokens are in `part`, the run's `audit.span`."""
+        if not self.spans:
+            rows = zip(self.prompts, self.tokens, strict=True)
+            self.spans.extend(span.of_row(tokenizer, prompt, row, part) for prompt, row in rows)
+        return self.spans
 
     def placed(self, audits: list[audit.Audit]) -> None:
         """Numbers the audits' rows as the step does."""
@@ -234,7 +243,8 @@ def peaks(scores: Scores | None, responses: Responses, student: Student, cfg, M:
     length_B = np.array(list(map(len, responses.tokens)), np.int32)
     eligible_BT = audit.eligible_positions(student.decoder, responses.tokens, T, cfg.audit.chunk_tokens)
     if cfg.audit.span != "all":
-        eligible_BT &= span.eligible(student.template.tokenizer, responses.prompts, responses.tokens, T, cfg)
+        in_span = responses.in_span(student.template.tokenizer, cfg.audit.span)
+        eligible_BT &= span.eligible(in_span, T, cfg.audit.chunk_tokens)
     length_B, eligible_BT = sharding.put_rows((length_B, eligible_BT), student.mesh)
     score_BT = scores.stats.entropy_BT
     if cfg.audit.selection == "random":
@@ -280,11 +290,12 @@ def merge(groups: list[Group], prompts: list[Prompt], solving: list[Asked], note
 
     def placed(lists):
         joined = sum(lists, [])
-        return [joined[i] for i in order]
+        return [joined[i] for i in order] if joined else []
 
     responses = Responses(
         placed([p.prompts for p in parts]), placed([p.sample_ids for p in parts]), placed([p.tokens for p in parts]),
         np.concatenate([p.finished_B for p in parts])[order], _stack([p.sampled_logp_BT for p in parts])[order],
+        spans=placed([p.spans for p in parts]),
     )  # fmt: skip
     scores = None
     if groups[0].scores is not None:

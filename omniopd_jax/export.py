@@ -14,10 +14,9 @@ from absl import flags
 
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import card
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import bucket, cli
+from omniopd_jax.run import bucket, card, cli
 from omniopd_jax.run.trained import locate, read
 
 

@@ -83,6 +83,7 @@ class Objective:
 
     Attributes:
       weights: (logp_BT, batch, cfg) -> (weight_BT, anchor_mask_BT), float32, not yet normalised.
+      about: one line for the reader of a model card; empty: its name says enough.
       asks: of a teacher: `continuations` at the peaks, whole `solutions`, a text behind each of the student's
         `prefixes`, `logp` of the student's tokens, its whole `distribution`; empty: there is no teacher.
       chunks: weighs the tokens of chunks at entropy peaks; else every token of a response.
@@ -98,6 +99,7 @@ class Objective:
     """
 
     weights: Callable
+    about: str = ""
     asks: str | frozenset[str] = frozenset()
     chunks: bool = False
     reads_logp: bool = False
@@ -158,8 +160,9 @@ def row_groups(cfg) -> list[list[tuple[float, ConfigDict | FrozenConfigDict]]]:
 
     In the order of a step's batches: `Batch`, then its `more`.
     """
-    shared = [p for p in parts(cfg) if of(p[1]).cut is None]
-    return ([shared] if shared else []) + [[p] for p in parts(cfg) if of(p[1]).cut is not None]
+    every = parts(cfg)
+    shared = [p for p in every if of(p[1]).cut is None]
+    return ([shared] if shared else []) + [[p] for p in every if of(p[1]).cut is not None]
 
 
 def _together(records: list[Objective]) -> Objective:
@@ -465,76 +468,31 @@ def _by_context(own: Objective, cfg) -> Objective:
 
 
 OBJECTIVES = {
-    "omniopd": Objective(omniopd, asks="continuations", chunks=True, reads_logp=True),
-    "constant": Objective(constant, chunks=True),
-    "continuation": Objective(cross_entropy, settle=_by_cut),
-    "sft": Objective(cross_entropy, asks="solutions", cut=cuts.CUTS["zero"]),
-    "context": Objective(context, asks="solutions", settle=_by_context),
-    "opd": Objective(opd, asks="logp", reads_logp=True),
-    "opd_exact": Objective(opd_exact, asks="distribution", divergence="reverse"),
-    "grpo": Objective(grpo, needs_reward=True, clips=True),
-}
-
-
-def divergence_metrics(divergence_BT, weight_BT, own: Objective, cfg) -> dict:
-    """The mean divergence from the other distribution over the tokens that it counts on, its direction in the name."""
-    on_BT = (weight_BT > 0).astype(jnp.float32)
-    tokens = jnp.maximum(on_BT.sum(), 1.0)
-    name = {"forward": "kl_other_to_student_exact", "reverse": "kl_student_to_other_exact"}[own.divergence]
-    out = {f"divergence/{name}": (divergence_BT * on_BT).sum() / tokens}
-    if own.scorer and cfg.context.clip:
-        out["divergence/clipped_fraction"] = ((divergence_BT >= cfg.context.clip) * on_BT).sum() / tokens
-    return out
-
-
-def lengths(batch: Batch, name: str) -> dict:
-    """Tokens of a batch's rows: device scalars."""
-    length_B = batch.length_B
-    return {f"{name}/mean_length": length_B.astype(jnp.float32).mean(), f"{name}/max_length": length_B.max()}
-
-
-def metrics(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
-    """What a step's responses and chunks looked like: device scalars, means over kept chunks unless the name says
-    otherwise.
-
-    Args:
-      targets: `chunk_targets` of an audited objective; None: `audit/*` is left out, but for what all chunks have.
-      entropy_BT: None where the batch was not scored; then `entropy` is left out.
-    """
-    out = lengths(batch, "completions" if of(cfg).cut is None or not of(cfg).samples else "continuation")
-    if entropy_BT is None:
-        return out
-    real_BT = response_mask(batch.length_B, entropy_BT.shape[1])
-    tokens = jnp.maximum(real_BT.sum(), 1.0)
-    out["entropy"] = (entropy_BT * real_BT).sum() / tokens
-    if not of(cfg).chunks:
-        return out
-    keep = kept(batch, cfg).astype(jnp.float32)
-    count = jnp.maximum(keep.sum(), 1.0)
-    at_peak_BM = jnp.take_along_axis(entropy_BT, jnp.clip(batch.peak_BM, 0, entropy_BT.shape[1] - 1), axis=1)
-
-    def mean(x):
-        return (x * keep).sum() / count
-
-    out |= {
-        "audit/chunks": keep.sum(),
-        "audit/dropped": (batch.peak_BM >= 0).sum() - keep.sum().astype(jnp.int32),
-        "audit/token_fraction": keep.sum() * cfg.audit.chunk_tokens / tokens,
-        "audit/entropy_at_peak": mean(at_peak_BM),
-    }
-    if targets is None:
-        return out
-    pi_hat = mean(targets.pi_hat_BM)
-    share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
-    if batch.ratio_BM is not None:
-        outside_BM = kept(dataclasses.replace(batch, ratio_BM=None), cfg) & ~targets.keep_BM
-        out["audit/stale_dropped"] = outside_BM.sum()
-        out["audit/ratio_mean"] = mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0))
-    return out | {
-        "audit/k_sem_mean": mean(jnp.where(targets.keep_BM, batch.k_sem_BM, 0.0)),
-        "audit/n_eff": mean(batch.n_BM.astype(jnp.float32)),
-        "audit/pi_hat_mean": pi_hat,
-        "audit/pi_hat_var": mean(jnp.square(targets.pi_hat_BM - pi_hat)),
-        "audit/pi_bar_mean": mean(targets.pi_bar_BM),
-        "audit/midband_fraction": mean(((share_BM > 0.05) & (share_BM < 0.95)).astype(jnp.float32)),
-    }
+    "omniopd": Objective(
+        omniopd, "OmniOPD: on-policy distillation from a teacher that only speaks text (arXiv 2606.01476)",
+        asks="continuations", chunks=True, reads_logp=True,
+    ),
+    "constant": Objective(
+        constant, "a control: one constant weight on the student's own chunks, no teacher", chunks=True
+    ),
+    "continuation": Objective(
+        cross_entropy, "continuation fine-tuning: cross-entropy on the teacher's text behind the student's own prefix",
+        asks="prefixes", settle=_by_cut,
+    ),
+    "sft": Objective(
+        cross_entropy, "cross-entropy on the teacher's own solutions", asks="solutions", cut=cuts.CUTS["zero"]
+    ),
+    "context": Objective(
+        context, "self-distillation: KL to the student's own distribution where it is shown the teacher's solution",
+        asks="solutions", settle=_by_context,
+    ),
+    "opd": Objective(
+        opd, "white-box on-policy distillation: reverse KL to the teacher by the sampled token",
+        asks="logp", reads_logp=True,
+    ),
+    "opd_exact": Objective(
+        opd_exact, "white-box on-policy distillation: exact KL to the teacher over the vocabulary",
+        asks="distribution", divergence="reverse",
+    ),
+    "grpo": Objective(grpo, "GRPO with a rule-based reward, no teacher", needs_reward=True, clips=True),
+}  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -102,11 +103,27 @@ def default_cache_gib(mesh) -> float:
 
 
 def page_bytes(cfg: model.ModelConfig, compute: model.Compute, cache_dtype: str = "") -> float:
-    """Bytes of one page of all layers on one device."""
+    """Bytes of one page of all layers that have pages, on one device."""
     tp = compute.mesh.shape["tp"]
     heads = cfg.num_kv_heads // tp if cfg.num_kv_heads % tp == 0 else cfg.num_kv_heads
     one = cfg.head_dim + 4 if cache_dtype == "int8" else cfg.head_dim * np.dtype(compute.dtype).itemsize
-    return 2.0 * sum(kind != "linear" for kind in cfg.kinds) * heads * PAGE * one
+    return 2.0 * sum(kind == "full" for kind in cfg.kinds) * heads * PAGE * one
+
+
+def slot_bytes(cfg: model.ModelConfig, compute: model.Compute, positions: int) -> float:
+    """Bytes of a slot on its device beside pages: the states of linear layers, the rings of sliding ones.
+
+    Args:
+      positions: that a row can have.
+    """
+    mesh = compute.mesh
+
+    def one(a, spec):
+        own = jax.sharding.NamedSharding(mesh, spec).shard_shape(a.shape)
+        return math.prod(own) * a.dtype.itemsize
+
+    states = decode.state_shapes(cfg, compute, sharding.row_shards(mesh), positions)
+    return float(sum(jax.tree.leaves(jax.tree.map(one, states, decode.state_specs(cfg, mesh)))))
 
 
 def sizes(cfg, compute, how: How, rows: int, positions: int) -> tuple[int, int]:
@@ -116,10 +133,11 @@ def sizes(cfg, compute, how: How, rows: int, positions: int) -> tuple[int, int]:
       rows: of all shards; positions: of the longest prompt with the longest response.
     """
     shards, most = sharding.row_shards(compute.mesh), width(positions, PAGE)
-    gib = how.cache_gib or default_cache_gib(compute.mesh)
-    room = int(gib * 2**30 / max(page_bytes(cfg, compute, how.cache_dtype), 1))
-    slots = -(-how.slots // shards) if how.slots else max(1, 2 * room // most)
+    held = (how.cache_gib or default_cache_gib(compute.mesh)) * 2**30
+    page, own = max(page_bytes(cfg, compute, how.cache_dtype), 1), slot_bytes(cfg, compute, most * PAGE)
+    slots = -(-how.slots // shards) if how.slots else max(1, int(held / (page * most / 2 + own)))
     slots = min(slots, padded(-(-rows // shards)))
+    room = int((held - slots * own) / page)
     return slots, 1 + min(slots * (most + 1), max(room, most + 1))
 
 
@@ -150,7 +168,8 @@ def stream(
     drawing = (np.float32(temperature), np.float32(top_p), np.int32(top_k), np.array(end_ids or (-1,), np.int32))
     drawing = jax.device_put(drawing, sharding.replicated(compute.mesh))
     pools = decode.empty_pools(pages=shards * books.pages, page=PAGE, dtype=how.cache_dtype or compute.dtype, **static)
-    slots, kept = decode.empty_slots(slots=shards * books.slots, entries=shards, **static)
+    positions = books.width * PAGE
+    slots, kept = decode.empty_slots(slots=shards * books.slots, entries=shards, positions=positions, **static)
     part, given = part or len(prompts) * num_samples, 0
     most_prompts = max(1, PREFILL_TOKENS // bucket(max(books.prompt_length)))
     while books.waits() or books.live():
@@ -161,9 +180,9 @@ def stream(
                 spent.positions += new[0].size
                 pools, entries = decode.prefill(params, pools, kept, *own.put(new), **static)
             rows, copies = own.starts_of(filled)
-            pools, slots, kept = decode.start(pools, slots, entries, own.put(rows), compute=compute, copies=copies)
+            pools, slots, kept = decode.start(pools, slots, entries, own.put(rows), copies=copies, **static)
         if order := books.shrink():
-            slots = decode.take_slots(slots, own.put(own.of(order)), compute=compute)
+            slots = decode.take_slots(slots, own.put(own.of(order)), **static)
         steps = _steps(books, how)
         own.forget(books.make_room(steps))
         least = _least(books)  # of the rows that have kept their places

@@ -11,24 +11,26 @@ from omniopd_jax.hf import thoughts
 TAIL = 32  # tokens of a prompt that are looked at for an open mark
 
 
-def eligible(tokenizer, prompts, tokens: list[list[int]], T: int, cfg) -> np.ndarray:
-    """bool [B, T]: a chunk of `audit.chunk_tokens` that starts at t is in `audit.span`; False past a row's end.
-
-    A response whose thoughts are never closed has no answer; one that never opens any is all answer.
+def eligible(in_span: list[np.ndarray], T: int, chunk_tokens: int) -> np.ndarray:
+    """bool [B, T]: a chunk of `chunk_tokens` that starts at t is in the span; False past a row's end.
 
     Args:
-      tokenizer: the student's.
-      prompts: a data.Prompt per row.
-      tokens: response tokens per row.
+      in_span: `of_row` of each row.
     """
-    out = np.zeros((len(tokens), T), bool)
-    for b, row in enumerate(tokens):
-        out[b, : len(row)] = inside(of_row(tokenizer, prompts[b], row, cfg.audit.span), cfg.audit.chunk_tokens)
+    out = np.zeros((len(in_span), T), bool)
+    for b, in_span_T in enumerate(in_span):
+        out[b, : len(in_span_T)] = inside(in_span_T, chunk_tokens)
     return out
 
 
 def of_row(tokenizer, prompt, row: list[int], span: str) -> np.ndarray:
-    """bool [len]: the response's tokens that are in `span`."""
+    """bool [len]: the response's tokens that are in `span`.
+
+    A response whose thoughts are never closed has no answer; one that never opens any is all answer.
+
+    Args:
+      tokenizer: the student's. prompt: a data.Prompt.
+    """
     if span == "all":
         return np.ones(len(row), bool)
     thought_T = thoughts.token_mask(tokenizer, row, inside=bool(opened(tokenizer, prompt)))
@@ -40,12 +42,6 @@ def inside(in_span_T: np.ndarray, chunk_tokens: int) -> np.ndarray:
     T = len(in_span_T)
     outside = np.concatenate([[0], np.cumsum(~in_span_T)])
     return outside[np.minimum(np.arange(T) + chunk_tokens, T)] == outside[:T]
-
-
-def fraction(tokenizer, responses, span: str) -> float:
-    """The share of the tokens of `responses` (experience.Responses) that are in the span."""
-    rows = zip(responses.prompts, responses.tokens, strict=True)
-    return sum(int(of_row(tokenizer, p, row, span).sum()) for p, row in rows) / max(1, sum(map(len, responses.tokens)))
 
 
 def opened(tokenizer, prompt) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from omniopd_jax import model, objective, optim, vocab
+from omniopd_jax import measures, model, objective, optim, vocab
 from omniopd_jax.model import cpu, lora
 from omniopd_jax.parallel import packing, replicas, sharding
 from omniopd_jax.run import batching
@@ -247,9 +247,9 @@ def update(
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": jnp.float32(optim.make_schedule(cfg)(state.step)),
-    } | objective.metrics(batch, targets, None if stats is None else stats.entropy_BT, cfg)
+    } | measures.of_batch(batch, targets, None if stats is None else stats.entropy_BT, cfg)
     for rows, group in zip(batch.more, objective.row_groups(cfg)[1:], strict=True):
-        metrics |= objective.lengths(rows, "continuation" if objective.of(group[0][1]).samples else "solutions")
+        metrics |= measures.lengths(rows, "continuation" if objective.of(group[0][1]).samples else "solutions")
     if stats is not None:
         metrics["score/update_logp_gap"] = (jnp.abs(loss_stats.logp_BT - stats.logp_BT) * real_BT).max()
     if cfg.num_iterations > 1:
@@ -258,7 +258,7 @@ def update(
     if cfg.anchor.kl_coef:
         metrics["anchor/kl_ref_to_student_exact"] = anchored_mean(loss_stats.kl_BT, weights.mask_BT)
     if weights.divergence_BT is not None:
-        metrics |= objective.divergence_metrics(loss_stats.divergence_BT, weights.divergence_BT, own, cfg)
+        metrics |= measures.divergence(loss_stats.divergence_BT, weights.divergence_BT, own, cfg)
     average = state.average
     if average is not None:
         keep = cfg.context.ema_decay

@@ -11,7 +11,7 @@ import oracle
 import pytest
 from divergence import divergence
 
-from omniopd_jax import context, model, objective, step
+from omniopd_jax import context, measures, model, objective, step
 from omniopd_jax.parallel import packing
 
 T = 7
@@ -135,7 +135,7 @@ def test_a_clipped_token_has_no_gradient_and_is_counted(params, ref_params, mode
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
     cfg = settings(make_cfg, **{"context.clip": clip})
-    got = objective.divergence_metrics(stats.divergence_BT, jnp.asarray(real), objective.of(cfg), cfg)
+    got = measures.divergence(stats.divergence_BT, jnp.asarray(real), objective.of(cfg), cfg)
     assert float(got["divergence/clipped_fraction"]) == pytest.approx((values >= clip)[real > 0].mean())
 
 

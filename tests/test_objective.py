@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from omniopd_jax import objective, vocab
+from omniopd_jax import measures, objective, vocab
 
 B, T, V, M = 5, 13, 7, 3
 
@@ -251,7 +251,7 @@ def test_metrics_over_kept_chunks(make_cfg):
     @jax.jit
     def compute(batch):
         targets = objective.chunk_targets(jnp.asarray(logp, jnp.float32), batch, cfg)
-        return objective.metrics(batch, targets, jnp.asarray(entropy, jnp.float32), cfg)
+        return measures.of_batch(batch, targets, jnp.asarray(entropy, jnp.float32), cfg)
 
     def metrics(batch):
         return {k: float(v) for k, v in compute(batch).items()}

@@ -1,5 +1,6 @@
 """The sampler: which rows come out, what is reported about them, and what must not change them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -182,9 +183,8 @@ def test_pad_rows():
 MOST = 80  # a page and a bit
 
 
-@pytest.fixture(scope="module")
-def naive(params, model_cfg):
-    """Rows as the training graph gives them, without a cache: naive(prompts, key_B2, limit_B, ...) -> tokens of each."""
+def without_cache(params, model_cfg):
+    """Rows as the training graph gives them: run(prompts, key_B2, limit_B, ...) -> tokens of each."""
     forward = jax.jit(lambda p, x_BL: model.logits(p, model_cfg, model.hidden(p, model_cfg, x_BL)))
     one = jax.jit(draw.draw)
 
@@ -207,6 +207,11 @@ def naive(params, model_cfg):
         return out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def naive(params, model_cfg):
+    return without_cache(params, model_cfg)
 
 
 def streamed(params, model_cfg, prompts, key_B2, limit_B, **how):
@@ -297,6 +302,28 @@ def test_a_pool_too_small_for_all_slots_gives_the_same_rows(params, model_cfg, n
     assert rollout.sizes(model_cfg, model.Compute(), how, 11, 94)[1] == 6
 
 
+@pytest.mark.parametrize("slots", [3, pytest.param(16, marks=pytest.mark.slow)])
+def test_layers_of_all_kinds_keep_what_is_theirs(model_cfg, eleven, slots):
+    """A sliding window shorter than most rows, a linear layer and a full one; slots are refilled, halved and reordered,
+    prompts shared and, in the small pool of three slots, begun again."""
+    cfg = dataclasses.replace(
+        model_cfg, num_layers=3, layer_kinds=("sliding", "linear", "full"), window=6, linear_key_heads=2,
+        linear_value_heads=4, linear_key_dim=6, linear_value_dim=4, conv_width=3,
+    )  # fmt: skip
+    params = model.init(jax.random.key(2), cfg)
+    prompts, _ = eleven
+    keys = rollout.key_data(jax.random.key(6), np.arange(22))
+    limit = [*range(1, 20), 70, 12, 66]
+    want = without_cache(params, cfg)([p for p in prompts for _ in "ab"], keys, limit)
+    own = rollout.slot_bytes(cfg, model.Compute(), 128)
+    assert own == 4 * (2 * cfg.num_kv_heads * 6 * cfg.head_dim + 2 * 2 * (2 * 6 + 2 * 4) + 4 * 6 * 4)
+    small = (3 * own + 4 * rollout.page_bytes(cfg, model.Compute())) / 2**30
+    how = rollout.How(slots=3, turn=5, cache_gib=small) if slots == 3 else rollout.How(slots=slots)
+    got, _, _ = streamed(rollout.prepare(params, cfg), cfg, prompts, keys, limit, num_samples=2, how=how, end_ids=END)
+    assert [r.tokens.tolist() for r in got] == want
+    assert rollout.sizes(cfg, model.Compute(), how, 22, 84)[1] == (5 if slots == 3 else 1 + 16 * 3)
+
+
 def test_an_int8_cache_changes_log_probs_little(params, model_cfg, eleven):
     prompts, keys = eleven
     prepared = rollout.prepare(params, model_cfg)
@@ -322,7 +349,7 @@ def test_nothing_of_the_vocabularys_size_times_a_turn_is_in_the_decode_loop(para
     how = {"cfg": cfg, "compute": model.Compute()}
     prepared = jax.eval_shape(lambda p: rollout.prepare(p, cfg), params)
     pools = jax.eval_shape(functools.partial(decode.empty_pools, pages=33, page=64, dtype="float32", **how))
-    slots, _ = jax.eval_shape(functools.partial(decode.empty_slots, slots=16, entries=1, **how))
+    slots, _ = jax.eval_shape(functools.partial(decode.empty_slots, slots=16, entries=1, positions=128, **how))
     i32, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
     drawing = (f32(()), f32(()), i32(()), i32((2,)))
     live = jax.ShapeDtypeStruct((16,), bool)

@@ -47,7 +47,7 @@ def test_a_chunk_is_in_its_span_as_a_whole(tokenizer, text, inside, C):
     for name, flip in (("thinking", False), ("answer", True), ("all", None)):
         c.update_from_flattened_dict({"audit.span": name, "audit.chunk_tokens": C})
         in_span = [True] * len(ids) if flip is None else [m != flip for m in expected]
-        got = span.eligible(tokenizer, [asked], [ids], len(ids) + 2, c)[0]
+        got = span.eligible([span.of_row(tokenizer, asked, ids, name)], len(ids) + 2, C)[0]
         assert got.tolist() == [all(in_span[t : t + C]) for t in range(len(ids))] + [False, False]
 
 
@@ -60,7 +60,7 @@ def test_peaks_of_a_span_equal_the_oracle():
     c = config.default()
     for name in ("thinking", "answer"):
         c.update_from_flattened_dict({"audit.span": name, "audit.chunk_tokens": C})
-        eligible = span.eligible(MARKED, [prompt(MARKED)] * 2, rows, T, c)
+        eligible = span.eligible([span.of_row(MARKED, prompt(MARKED), row, name) for row in rows], T, C)
         length = np.array(list(map(len, rows)))
         got = np.asarray(
             scheduler.entropy_peaks(entropy, length, num_chunks=M, chunk_tokens=C, eligible_BT=jnp.asarray(eligible))

@@ -2,6 +2,7 @@
 line."""
 
 import asyncio
+import dataclasses
 import inspect
 
 import jax
@@ -28,7 +29,9 @@ from omniopd_jax import (
     train,
     vocab,
 )
+from omniopd_jax.data import benchmarks
 from omniopd_jax.graders import small_world
+from omniopd_jax.hf import config as hf_config
 from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers import ContinuationRequest, Provider
 from omniopd_jax.teachers.simulated import SimulatedTeacher
@@ -140,3 +143,28 @@ def test_an_objective_a_similarity_a_teacher_and_a_grader_are_added_by_a_line_ea
     assert len(asked) == row["audit/chunks"] + row["audit/dropped"] > 0
     assert row["audit/k_sem_mean"] == pytest.approx(0.25 * c.audit.num_continuations)
     assert row["reward/mean"] == 1
+
+
+def test_a_benchmark_is_added_by_a_line(tmp_path, monkeypatch):
+    """With a grader of one's own, and rows of one's own fields."""
+    monkeypatch.setitem(graders.GRADERS, "mine", Mine)
+    monkeypatch.setitem(benchmarks.SUITES, "mine", benchmarks.Source("me/mine", problem="q", answer="a", grader="mine"))
+    (tmp_path / "rows.jsonl").write_text('{"id": 7, "q": "3 + 4?", "a": "7"}\n')
+    suite = benchmarks.load(f"mine={tmp_path}/rows.jsonl", suffix="Think.")
+    (prompt,) = suite.prompts
+    assert (prompt.id, prompt.answer, suite.grader) == ("7", "7", "mine") and "3 + 4?" in str(prompt.messages)
+    assert suite.extract("The answer is 7.") == "7"
+
+
+def test_a_model_family_whose_equations_are_there_is_added_by_two_lines(tmp_path, monkeypatch):
+    """Read, computed and exported as itself."""
+    monkeypatch.setitem(hf_config.ARCHITECTURES, "MineForCausalLM", "mine")
+    monkeypatch.setitem(hf_config.MODEL_TYPES, "mine", ("mine",))
+    tokenizer = tiny.tokenizer()
+    params, cfg = tiny.random_model(len(tokenizer), 3)
+    params["layers"] = {k: v for k, v in params["layers"].items() if k not in ("q_norm", "k_norm")}
+    mine = dataclasses.replace(cfg, family="mine", qk_norm=False)
+    hf.save(tmp_path / "a", params, mine, tokenizer, dtype="float32")
+    assert '"MineForCausalLM"' in (tmp_path / "a" / "config.json").read_text()
+    again, read = hf.load(tmp_path / "a")
+    assert read == mine and tiny.same(params, again)

@@ -11,7 +11,7 @@ import teacher_runs
 import tiny
 from wire_server import WireServer
 
-from omniopd_jax import config, experience, objective, staleness
+from omniopd_jax import config, experience, measures, objective, staleness
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import preflight
 
@@ -68,7 +68,7 @@ def test_ratio_and_dropping_equal_numpy(make_cfg, drift, advantage):
         expected_mask[b, t : t + C] = 0
     np.testing.assert_allclose(weight_BT, expected_weight, rtol=2e-4, atol=2e-6)
     np.testing.assert_array_equal(mask_BT, expected_mask)  # a dropped chunk's tokens are the anchor's again
-    got = objective.metrics(batch.replace(ratio_BM=ratio_BM), targets, jnp.ones((B, T)), cfg)
+    got = measures.of_batch(batch.replace(ratio_BM=ratio_BM), targets, jnp.ones((B, T)), cfg)
     assert got["audit/stale_dropped"] == len(ratio) - 1 - in_band
     assert got["audit/dropped"] == len(ratio) - in_band
 
@@ -93,7 +93,7 @@ def test_a_policy_that_has_not_moved_weighs_bit_for_bit_as_on_policy(make_cfg):
     assert (np.asarray(ratio_BM) == 1).all()
     for a, b in zip(objective.weights(now, batch, cfg), objective.weights(now, batch.replace(ratio_BM=ratio_BM), cfg)):
         np.testing.assert_array_equal(a, b)
-    plain = objective.metrics(batch, objective.chunk_targets(now, batch, cfg), jnp.ones((B, T)), cfg)
+    plain = measures.of_batch(batch, objective.chunk_targets(now, batch, cfg), jnp.ones((B, T)), cfg)
     assert not {"audit/stale_dropped", "audit/ratio_mean"} & plain.keys()
 
 

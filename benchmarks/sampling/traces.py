@@ -9,6 +9,7 @@ are 8 times the slots.
 
 import json
 import pathlib
+import subprocess
 import tempfile
 
 import numpy as np
@@ -16,8 +17,12 @@ import numpy as np
 from benchmarks import checkpoint, sides
 
 PROMPT = 32
-CASES = ({"V": 32_768, "slots": 64, "cap": 256}, {"V": 151_936, "slots": 16, "cap": 64})
+CASES = (
+    {"V": 32_768, "slots": 64, "cap": 256}, {"V": 151_936, "slots": 16, "cap": 64},
+    {"V": 32_768, "slots": 16, "cap": 256},  # for the sides that take minutes with 64
+)  # fmt: skip
 BARS = {"plain": 4.0, "thinking": 1.5, "equal": 0.95}
+VLLM = "vllm"  # a side of its own process (vllm_side.py)
 FILE = pathlib.Path(__file__).with_name("lengths.json")
 
 
@@ -38,8 +43,12 @@ def draw_traces(rows: int = 512) -> None:
     FILE.write_text(json.dumps({"plain": plain.round(4).tolist(), "thinking": thinking.round(4).tolist()}))
 
 
-def measure(case: dict, trace: str, rounds: int, names: list[str]) -> dict:
-    """Times the sides in turn; returns the result line."""
+def measure(case: dict, trace: str, rounds: int, names: list[str], python: str = "") -> dict:
+    """Times the sides in turn; returns the result line.
+
+    Args:
+      names: the sides beside slots. python: of an environment that has vLLM.
+    """
     import jax
     import torch
 
@@ -68,9 +77,9 @@ def measure(case: dict, trace: str, rounds: int, names: list[str]) -> dict:
         )
         assert sum(len(row.tokens) for part in stream for row in part) == length.sum()
 
-    def old(count=8):
+    def old():
         prepared = rollout.prepare(params, cfg)
-        for own in batches()[:count]:
+        for own in batches():
             arrays = jax.device_put((prompt[own], np.full(slots, PROMPT, np.int32)))
             out = longest_row.sample(prepared, cfg, *arrays, keys[own], max_new_tokens=int(length[own].max()))
             jax.block_until_ready(out)
@@ -97,38 +106,50 @@ def measure(case: dict, trace: str, rounds: int, names: list[str]) -> dict:
 
     all_sides = {"slots": new, "longest row": old, "generate": generate, "continuous batching": continuous}
     new()  # compiles
-    old(1)
-    times = sides.alternate({name: all_sides[name] for name in ("slots", "longest row")}, rounds)
-    for name in names:
-        times |= sides.alternate({name: all_sides[name]}, 1)
+    if "longest row" in names:
+        old()  # a shape each
+    own = [name for name in ("slots", *names) if name != VLLM]
+    times = sides.alternate({name: all_sides[name] for name in own}, rounds)
+    if VLLM in names:
+        request = {"prompts": prompt.tolist(), "lengths": length.tolist(), "slots": slots, "rounds": rounds}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.make(folder, V)
+            request["folder"] = folder
+            script = pathlib.Path(__file__).with_name("vllm_side.py")
+            done = subprocess.run(
+                [python, script], input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True
+            )
+        times[VLLM] = json.loads(done.stdout.splitlines()[-1])
     return case | {
-        "trace": trace, "rows": rows, "tokens": int(length.sum()), "times": times,
+        "trace": trace, "rows": rows, "tokens": int(length.sum()), "seed": 0, "times": times,
         "share": round(spent.tokens / spent.slot_steps, 4), "turns": spent.turns,
     }  # fmt: skip
 
 
-def run(rounds: int, case: int, traces: list[str], names: list[str]) -> None:
+def run(rounds: int, case: int, traces: list[str], names: list[str], python: str = "") -> None:
     """Runs what is missing, a line each in docs/results/sampling_traces.jsonl."""
-    done = {(line["V"], line["trace"]) for line in sides.read("sampling_traces")}
+    done = {
+        (line["V"], line["slots"], line["trace"], *list(line["times"])[1:]) for line in sides.read("sampling_traces")
+    }
     for i, one in enumerate(CASES):
         for trace in traces:
-            if case in (-1, i) and (one["V"], trace) not in done:
-                sides.append("sampling_traces", measure(one, trace, rounds, names))
+            if case in (-1, i) and (one["V"], one["slots"], trace, *names) not in done:
+                sides.append("sampling_traces", measure(one, trace, rounds, names, python))
 
 
 def table() -> str:
     """Medians over the rounds."""
     rows = []
     for line in sides.read("sampling_traces"):
-        base = sides.median(line["times"]["longest row"]["wall"])
+        own = sides.median(line["times"]["slots"]["wall"])
         for name, took in line["times"].items():
             wall, cpu = sides.median(took["wall"]), sides.median(took["cpu"])
             mine = name == "slots"
             rows.append((
                 f"{line['V']:,}", line["trace"], f"{line['rows']} in {line['slots']}", name, len(took["wall"]),
-                f"{wall:.1f}", f"{cpu:.1f}", f"{line['tokens'] / wall:,.0f}", f"{base / wall:.2f}",
-                BARS[line["trace"]] if mine else "", f"{line['share']:.1%}" if mine else "",
+                f"{wall:.1f}", f"{cpu:.1f}", f"{line['tokens'] / wall:,.0f}", "" if mine else f"{wall / own:.2f}",
+                BARS[line["trace"]] if name == "longest row" else "", f"{line['share']:.1%}" if mine else "",
             ))  # fmt: skip
-    head = ["V", "lengths", "rows", "side", "rounds", "wall s", "CPU s", "useful tokens/s", "times longest row", "bar",
+    head = ["V", "lengths", "rows", "side", "rounds", "wall s", "CPU s", "useful tokens/s", "slots are faster", "bar",
             "useful slot-steps"]  # fmt: skip
     return sides.table(head, rows)

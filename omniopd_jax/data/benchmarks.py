@@ -49,7 +49,7 @@ class Suite:
     Attributes:
       name: as tables say it; of a file its stem, or the benchmark's where NAME=FILE.jsonl says which.
       prompts: each with an answer, in the benchmark's order, ids unique.
-      grader: a key of `evaluate.GRADERS`.
+      grader: a key of `graders.GRADERS`.
       extract: text -> the answer in it, for majority votes and logs; None where answers can't be compared as text.
     """
 
@@ -206,7 +206,6 @@ SUITES = {
         files=tuple(LIVECODEBENCH),
     ),
 }  # fmt: skip
-EXTRACT = {"math": gym.last_boxed, "reasoning_gym": gym.last_boxed, "world": world.extract_answer, "code": None}
 
 
 def load(name: str, limit: int = 0, suffix: str = "") -> Suite:
@@ -322,12 +321,13 @@ def _suite(name, source: Source, rows, limit, suffix) -> Suite:
             ) from error
         own = row.get(source.id) if source.id else None
         prompts.append(_prompt(f"{number:05d}" if own is None else str(own), str(text), suffix, str(answer)))
-    return _checked(Suite(name, prompts, source.grader, EXTRACT[source.grader]))
+    return _checked(Suite(name, prompts, source.grader, graders.make(source.grader).extract))
 
 
 def _plain(name, rows, limit, suffix) -> Suite:
     """Rows of anybody's file, one grader for all of them."""
     prompts, grader, check = [], None, None
+    allowed = [g for g in graders.GRADERS if g != "code_unsafe"]  # no file lets its programs run as the user
     for number, row in enumerate(rows):
         if limit and number == limit:
             break
@@ -340,7 +340,7 @@ def _plain(name, rows, limit, suffix) -> Suite:
             ) from error
         if grader not in (None, row.get("grader", "math")):
             raise UserError(f"{name}, row {number}: grader {row.get('grader', 'math')!r} after {grader!r}: one a file")
-        grader = one_of(row.get("grader", "math"), EXTRACT, f"{name}, row {number}: grader")
+        grader = one_of(row.get("grader", "math"), allowed, f"{name}, row {number}: grader")
         try:
             check = check or graders.make(grader).check_answer
             check(answer)
@@ -348,12 +348,12 @@ def _plain(name, rows, limit, suffix) -> Suite:
             raise UserError(f"{name}, row {number}: {error}") from error
         own = f"{number:05d}" if row.get("id") is None else str(row["id"])
         prompts.append(_prompt(own, text, suffix, answer))
-    return _checked(Suite(name, prompts, grader, EXTRACT[grader or "math"]))
+    return _checked(Suite(name, prompts, grader, graders.make(grader or "math").extract))
 
 
 def _own_answer(row: dict) -> str:
     """The answer of a row of anybody's file; tests of a program stay an object, as JSON."""
-    if row.get("grader", "math") in ("code", "code_unsafe"):
+    if row.get("grader", "math") == "code":
         answer = _field(row, "answer", "tests")
         return answer if isinstance(answer, str) else json.dumps(answer)
     return _answer(row)
@@ -361,7 +361,9 @@ def _own_answer(row: dict) -> str:
 
 def _world(name, which, split, limit, suffix) -> Suite:
     problems = world.problems(which, split or "test", limit or 512)
-    return Suite(name, [_prompt(p.id, p.prompt, suffix, p.answer) for p in problems], "world", world.extract_answer)
+    return Suite(
+        name, [_prompt(p.id, p.prompt, suffix, p.answer) for p in problems], "world", graders.make("world").extract
+    )
 
 
 def _gym(name, which, seed, limit, suffix) -> Suite:

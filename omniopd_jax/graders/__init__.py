@@ -17,6 +17,8 @@ from omniopd_jax.graders import code, gym, math, small_world
 class Grader(Protocol):
     """What every grader does. Safe to share between threads."""
 
+    extract: Callable[[str], str | None] | None = None  # the answer in a text, for majority votes; None: not comparable
+
     def grade(self, text: str, answer: Any) -> bool | float:
         """How right the response `text` is: true or 1 where it gives `answer`; anything that says so as bool(...)."""
 

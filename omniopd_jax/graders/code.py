@@ -48,6 +48,8 @@ class Verdict:
 class CodeGrader:
     """Grades Python programs, each in a sandbox of its own. Safe to share between threads."""
 
+    extract = None
+
     def __init__(
         self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None
     ):

@@ -47,6 +47,8 @@ def last_boxed(text: str) -> str | None:
 class GymGrader:
     r"""Whether the last \boxed{} of a response is the answer, or the whole response where it has no box."""
 
+    extract = staticmethod(last_boxed)
+
     def grade(self, text: str, reference: str) -> bool:
         """Whether `text` answers the problem that `reference` names."""
         name, seed, size, index = reference.split(":")

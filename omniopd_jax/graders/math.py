@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders.gym import last_boxed
 
 PACKAGE = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))  # the folder that holds omniopd_jax
 START = (
@@ -31,6 +32,8 @@ LONGEST_ANSWER = 20_000  # characters of a reference answer
 
 class MathGrader:
     """Compares answers in up to `workers` processes, started when needed. Safe to share between threads."""
+
+    extract = staticmethod(last_boxed)
 
     def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
         workers = min(4, os.cpu_count() or 1) if workers is None else workers

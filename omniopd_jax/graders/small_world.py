@@ -9,6 +9,8 @@ from omniopd_jax.errors import UserError
 class WorldGrader:
     """Whether a response ends in the answer. Has nothing to start or to end."""
 
+    extract = staticmethod(world.extract_answer)
+
     def grade(self, text: str, answer: str) -> bool:
         """Whether `text` gives `answer`."""
         return world.grade(text, answer)

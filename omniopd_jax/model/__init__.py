@@ -124,7 +124,8 @@ def hidden(
 
             return layer(x_BLD, p, cfg, compute, angles.get(kind), recur if kind == "linear" else attend), None
 
-        return _remat(run, compute.remat)
+        # layers that one body unrolls are made again one by one, each when its gradient has come
+        return _remat(run, compute.remat, prevent_cse=cfg.period > 1)
 
     with jax.named_scope("layers"):
         x_BLD = _over_layers(one, x_BLD, params["layers"], cfg)
@@ -277,11 +278,11 @@ def cast_layers(params: dict, dtype) -> dict:
     return params | {"layers": cast(params["layers"], dtype)}
 
 
-def _remat(body, name: str):
+def _remat(body, name: str, prevent_cse: bool):
     keep = jax.checkpoint_policies
     policies = {
         "dots": keep.save_from_both_policies(keep.checkpoint_dots_with_no_batch_dims, attention.saved_by_kernel),
         "context": keep.save_from_both_policies(keep.save_only_these_names("context"), attention.saved_by_kernel),
         "full": keep.nothing_saveable,
     }
-    return body if name == "none" else jax.checkpoint(body, policy=policies[name], prevent_cse=False)
+    return body if name == "none" else jax.checkpoint(body, policy=policies[name], prevent_cse=prevent_cse)

@@ -1,4 +1,4 @@
-"""`attend()`: causal attention over whole rows, by one of several kernels; decode has its own product in rollout.py."""
+"""`attend()`: causal attention over whole rows, by one of several kernels. Decoding has paged.py, window.py."""
 
 import functools
 import math

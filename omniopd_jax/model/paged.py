@@ -49,14 +49,11 @@ def pages_axis(mesh) -> int:
     return 0 if sharding.platform(mesh) == "cpu" else 1
 
 
-def kernel(mesh, head_dim: int, window: int, dtype) -> str:
+def kernel(mesh, head_dim: int, dtype) -> str:
     """tpu or gpu: JAX's paged attention, where it has a kernel for such a pool; else xla: products over gathered pages.
 
-    The kernels read from the first page on, so none takes a window. The TPU's rounds float32 to bfloat16, and of int8
-    it would read a float32 scale for every value.
+    The TPU's rounds float32 to bfloat16, and of int8 it would read a float32 scale for every value.
     """
-    if window:
-        return "xla"
     if sharding.platform(mesh) == "tpu":
         return "tpu" if head_dim % LANES == 0 and dtype == jnp.bfloat16 else "xla"
     return "gpu" if sharding.platform(mesh) in ("gpu", "cuda") else "xla"
@@ -64,8 +61,8 @@ def kernel(mesh, head_dim: int, window: int, dtype) -> str:
 
 def spec(mesh, num_kv_heads: int) -> P:
     """How a pool is laid out: pages by shard of rows, heads over tp where they divide."""
-    heads = _heads(mesh, num_kv_heads)
-    return P(heads, sharding.ROWS) if pages_axis(mesh) else P(sharding.ROWS, heads)
+    one = heads(mesh, num_kv_heads)
+    return P(one, sharding.ROWS) if pages_axis(mesh) else P(sharding.ROWS, one)
 
 
 def shape(mesh, num_kv_heads: int, pages: int, page: int, head_dim: int) -> tuple[int, ...]:
@@ -108,8 +105,8 @@ def write_prompts(pool: Pool, k_BPKH, v_BPKH, page_BW, mesh) -> Pool:
         return _updated(pool, k, v, lambda held, a: put(held, a, page_BW.reshape(-1)))
 
     rows, layout = P(sharding.ROWS), _layout(pool, mesh)
-    heads = P(sharding.ROWS, None, _heads(mesh, k_BPKH.shape[2]))
-    return _split(run, mesh, (layout, heads, heads, rows), layout)(pool, k_BPKH, v_BPKH, page_BW)
+    prompts = P(sharding.ROWS, None, heads(mesh, k_BPKH.shape[2]))
+    return split(run, mesh, (layout, prompts, prompts, rows), layout)(pool, k_BPKH, v_BPKH, page_BW)
 
 
 def copy_pages(pool: Pool, from_X, to_X, mesh) -> Pool:
@@ -120,7 +117,7 @@ def copy_pages(pool: Pool, from_X, to_X, mesh) -> Pool:
         return jax.tree.map(lambda held: _put(held, to_X, jnp.take(held, from_X, axis=axis, mode="clip"), axis), pool)
 
     rows, layout = P(sharding.ROWS), _layout(pool, mesh)
-    return _split(run, mesh, (layout, rows, rows), layout)(pool, from_X, to_X)
+    return split(run, mesh, (layout, rows, rows), layout)(pool, from_X, to_X)
 
 
 def _put(held, index_X, pages, axis: int):
@@ -148,28 +145,29 @@ def _layout(pool: Pool, mesh) -> P:
     return spec(mesh, pool.k.shape[0 if pages_axis(mesh) else 1])
 
 
-def _heads(mesh, num_heads: int):
+def heads(mesh, num_heads: int) -> str | None:
+    """The mesh axis of the keys' heads; None where they do not divide."""
     axis = sharding.DECODE_RULES["kv_heads"]
     return axis if num_heads % mesh.shape[axis] == 0 else None
 
 
-def _split(run, mesh, in_specs, out_specs):
+def split(run, mesh, in_specs, out_specs):
+    """`run` by shard; as it is on one device."""
     if mesh.size == 1:
         return run
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, mesh, *, window: int = 0, scale=None):
+def append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, mesh, *, scale=None):
     """Writes one token of each row behind what it holds and attends to all of it.
 
     Returns:
       (out_B1QH, the pool).
     """
-    rows, heads = sharding.ROWS, _heads(mesh, k_B1KH.shape[2])
-    layout = spec(mesh, k_B1KH.shape[2])
-    token = P(rows, None, heads)
-    how = {"mesh": mesh, "window": window, "scale": q_B1QH.shape[-1] ** -0.5 if scale is None else scale}
-    run = _split(
+    rows, layout = sharding.ROWS, spec(mesh, k_B1KH.shape[2])
+    token = P(rows, None, heads(mesh, k_B1KH.shape[2]))
+    how = {"mesh": mesh, "scale": q_B1QH.shape[-1] ** -0.5 if scale is None else scale}
+    run = split(
         functools.partial(_append_and_attend, **how),
         mesh,
         (token, token, token, layout, Where(P(rows), P(rows))),
@@ -178,7 +176,7 @@ def append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, mesh, *,
     return run(q_B1QH, k_B1KH, v_B1KH, pool, where)
 
 
-def _append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, *, mesh, window: int, scale: float):
+def _append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, *, mesh, scale: float):
     axis, page = pages_axis(mesh), pool.k.shape[2]
     page_B = jnp.take_along_axis(where.table_BW, where.length_B[:, None] // page, axis=1, mode="clip")[:, 0]
     slot_B = where.length_B % page
@@ -196,14 +194,14 @@ def _append_and_attend(q_B1QH, k_B1KH, v_B1KH, pool: Pool, where: Where, *, mesh
         pool = _updated(pool, k_B1KH, v_B1KH, put)
     B, _, Q, H = q_B1QH.shape
     q_BQH, length_B = q_B1QH[:, 0], where.length_B + 1
-    name = kernel(mesh, H, window, pool.k.dtype)
+    name = kernel(mesh, H, pool.k.dtype)
     if name == "tpu":
         out_BQH = _tpu(q_BQH * scale, pool, where.table_BW, length_B)
     elif name == "gpu":
         out_BQH = _gpu(q_BQH * scale, pool, where.table_BW, length_B)
     else:
         size = rows_at_a_time(B, mesh)
-        out_BQH = _blocks(q_BQH * scale, pool, where.table_BW, length_B, axis=axis, window=window, size=size)
+        out_BQH = _blocks(q_BQH * scale, pool, where.table_BW, length_B, axis=axis, size=size)
     return out_BQH.astype(q_B1QH.dtype)[:, None], pool
 
 
@@ -214,7 +212,7 @@ def rows_at_a_time(rows: int, mesh) -> int:
     return next((rows // n for n in (8, 4, 2) if rows % n == 0 and rows // n >= CPU_BLOCK), rows)
 
 
-def _blocks(q_BQH, pool: Pool, table_BW, length_B, *, axis: int, window: int, size: int):
+def _blocks(q_BQH, pool: Pool, table_BW, length_B, *, axis: int, size: int):
     """Blocks of `size` rows, a page of every row at a time up to the longest; softmax is kept as a running sum."""
     B, Q, H = q_BQH.shape
     K, page = pool.k.shape[0 if axis else 1], pool.k.shape[2]
@@ -235,19 +233,17 @@ def _blocks(q_BQH, pool: Pool, table_BW, length_B, *, axis: int, window: int, si
             index_B = jax.lax.dynamic_index_in_dim(table_BW, w, axis=1, keepdims=False)
             k_BKSH, v_BKSH = take(pool.k, pool.k_scale, index_B), take(pool.v, pool.v_scale, index_B)
             score = jnp.einsum("bkjh,bksh->bkjs", q_BKJH, k_BKSH, preferred_element_type=jnp.float32)
-            back_BS = length_B[:, None] - 1 - (w * page + place)
-            seen_BS = (back_BS >= 0) & (back_BS < window) if window else back_BS >= 0
+            seen_BS = w * page + place < length_B[:, None]
             score = jnp.where(seen_BS[:, None, None], score, -jnp.inf)
             new = jnp.maximum(most, score.max(-1))
             fade, p = jnp.exp(most - new), jnp.exp(score - new[..., None])
             part = jnp.einsum("bkjs,bksh->bkjh", p.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
             return new, total * fade + p.sum(-1), out * fade[..., None] + part
 
-        first = jnp.min(jnp.maximum(length_B - window, 0)) // page if window else 0
         lowest = jnp.finfo(jnp.float32).min  # not -inf: -inf less -inf is no number
         empty = jnp.zeros(q_BKJH.shape, jnp.float32)
         carry = (jnp.full(q_BKJH.shape[:-1], lowest), jnp.zeros(q_BKJH.shape[:-1]), empty)
-        most, total, out = jax.lax.fori_loop(first, -(-jnp.max(length_B) // page), add, carry)
+        most, total, out = jax.lax.fori_loop(0, -(-jnp.max(length_B) // page), add, carry)
         return None, out / total[..., None]
 
     rows = jax.tree.map(lambda a: a.reshape(B // size, size, *a.shape[1:]), (q_BKJH, table_BW, length_B))

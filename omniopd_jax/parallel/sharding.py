@@ -25,8 +25,7 @@ RULES = {  # training: parameters and optimizer state
     "rank": None,
     None: None,
 }
-# the sampler gathers the fsdp axis once an iteration, and its states of linear attention are split by rows alone
-DECODE_RULES = RULES | {"embed": None, "linear_heads": None}
+DECODE_RULES = RULES | {"embed": None}  # the sampler gathers the fsdp axis once an iteration
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:

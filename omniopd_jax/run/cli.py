@@ -142,20 +142,18 @@ def _config_message(argv, error: Exception) -> str:
     return f"{where}: {words[:400]}"
 
 
-def quiet_failed_saves() -> None:
-    """Drops what a save that failed (a full disk) prints beside its exception, hundreds of lines: Orbax logs each
-    thread's traceback, and TensorStore's threads report to event loops that are closed by then. The error itself is
-    raised.
+def quiet_orbax() -> None:
+    """Drops what Orbax prints: warnings of a checkpoint that is opened for reading, and beside the exception of a save
+    that failed (a full disk) hundreds of lines of its threads. The error itself is raised.
     """
 
     def not_of_orbax(record) -> bool:
-        of_orbax = "orbax" in record.pathname or (record.name == "asyncio" and "orbax" in record.getMessage())
-        return not of_orbax or record.levelno < logging.converter.STANDARD_ERROR
+        return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
     logging.get_absl_handler().addFilter(not_of_orbax)
     before = sys.unraisablehook
 
-    def hook(unraisable) -> None:
+    def hook(unraisable) -> None:  # TensorStore's threads report to event loops that are closed by then
         frames = traceback.extract_tb(unraisable.exc_traceback)
         late = str(unraisable.exc_value) == "Event loop is closed"
         if not (late and all("asyncio" in frame.filename for frame in frames)):
@@ -172,7 +170,8 @@ def setup_jax(compute_dtype: str = "float32") -> None:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
-        quiet_failed_saves()
+        quiet_orbax()
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing, which no command needs
     if compute_dtype == "float32":  # else a GPU rounds the operands to TF32 and a TPU to bfloat16
         # not with bfloat16: splash's kernel does not compile with it
         jax.config.update("jax_default_matmul_precision", "highest")

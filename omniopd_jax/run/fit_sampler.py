@@ -63,18 +63,23 @@ class Sampler:
         pools = jax.eval_shape(
             functools.partial(decode.empty_pools, pages=self.pages, page=rollout.PAGE, dtype=dtype, **how)
         )
-        layout = NamedSharding(self.mesh, paged.spec(self.mesh, self.model_cfg.num_kv_heads))
         slots, kept = jax.eval_shape(
-            functools.partial(decode.empty_slots, slots=self.slots, entries=self.shards, **how)
-        )  # fmt: skip
-        return tuple(
-            jax.tree.map(lambda a, at=at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree)
-            for tree, at in ((pools, layout), (slots, sharding.rows(self.mesh)), (kept, sharding.rows(self.mesh)))
+            functools.partial(
+                decode.empty_slots, slots=self.slots, entries=self.shards, positions=self.width * rollout.PAGE, **how
+            )
         )
 
+        def laid(a, spec):
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        pools = jax.tree.map(lambda a: laid(a, paged.spec(self.mesh, self.model_cfg.num_kv_heads)), pools)
+        by_slot = (jax.tree.map(laid, held, decode.specs(held, self.model_cfg, self.mesh)) for held in (slots, kept))
+        return pools, *by_slot
+
     def cache_bytes(self) -> float:
-        """Of the pools, on each device."""
-        return local_bytes(self.state()[0])
+        """Of the pools and of the slots' own states, on each device."""
+        pools, slots, _ = self.state()
+        return local_bytes(pools) + local_bytes(slots)
 
     def lower(self, name: str):
         """prefill, start or decode, lowered, and the bytes a chip that it is donated."""
@@ -85,10 +90,13 @@ class Sampler:
             prompt = i32(self.P, rows=E), i32(rows=E), i32(-(-self.P // rollout.PAGE), rows=E)
             return decode.prefill.lower(params, pools, kept, *prompt, **how), local_bytes(pools)
         if name == "start":
-            both = jax.tree.map(lambda a: self.row(*a.shape[1:], dtype=a.dtype, rows=self.entries + self.shards), kept)
+            rows = self.entries + self.shards
+            both = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=a.sharding), kept
+            )
             one, key = i32(), self.row(2, dtype=jnp.uint32)
             rows = decode.Start(one, one, key, one, one, one, one, i32(rows=self.shards))
-            lowered = decode.start.lower(pools, slots, both, rows, compute=self.compute, copies=True)
+            lowered = decode.start.lower(pools, slots, both, rows, copies=True, **how)
             return lowered, local_bytes((pools, slots))
         whole = sharding.replicated(self.mesh)
         scalars = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in (
@@ -105,7 +113,8 @@ class Sampler:
             lengths, n = [self.P] * self.entries, self.mesh.size
             return flops.forward(self.model_cfg, lengths, [0] * self.entries) / n, local_bytes(self.params())
         if name == "start":
-            return 0.0, 2.0 * self.cache_bytes() * self.slots / self.pages  # a page of each slot, read and written
+            pools, slots, _ = self.state()  # a page of each slot and its states, read and written
+            return 0.0, 2.0 * (local_bytes(pools) * self.slots / self.pages + local_bytes(slots))
         (layers, head), item = flops.matmul_params(self.model_cfg), np.dtype(self.compute.dtype).itemsize
         read = item * (layers + head) / self.mesh.shape["tp"] + self.cache_bytes()
         return 2.0 * (layers + head) * self.slots / self.mesh.size, read

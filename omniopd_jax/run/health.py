@@ -262,7 +262,8 @@ def sampler_gap(v: View):
     return (
         f"the sampler's and the training graph's log-probs differ by {gap:.3g} nats per token",
         "the student is then trained on samples of a slightly different model, off-policy without anyone asking for it",
-        "Set compute_dtype = float32 to see whether rounding is the cause; other model.attention",
+        "Set compute_dtype = float32 and rollout.cache_dtype = '' to see whether rounding is the cause; other "
+        "model.attention",
     )
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 
-from omniopd_jax import audit, config, experience, graders, objective, solutions, span, teaching
+from omniopd_jax import audit, config, experience, graders, objective, solutions, teaching
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
@@ -156,7 +156,8 @@ class Reports:
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
             here["rollout/score_logp_gap"] = gap
         if run.cfg.audit.span != "all" and objective.of(run.cfg).chunks:
-            here["audit/span_fraction"] = span.fraction(run.student.template.tokenizer, responses, run.cfg.audit.span)
+            in_span = responses.in_span(run.student.template.tokenizer, run.cfg.audit.span)
+            here["audit/span_fraction"] = sum(int(s.sum()) for s in in_span) / max(1, sum(map(len, in_span)))
         if got.rewards is not None:
             here["reward/mean"] = float(got.rewards.mean())
         lengths = [lengths_of([responses]), lengths_of(got.trained)]

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from omniopd_jax import audit, config, hf, model, objective, step, teachers
 from omniopd_jax.data import benchmarks
 from omniopd_jax.data.prompts import Prompts
-from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
@@ -137,7 +136,7 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     reference = load_reference(cfg, model_cfg, mesh)
     teacher_params, teacher_cfg = None, None
     if "distribution" in objective.of(cfg).asks:
-        teacher_params, teacher_cfg = load_white_box(cfg, checked.teacher, mesh)
+        teacher_params, teacher_cfg = hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
     steps = compiled_steps(model_cfg, frozen(cfg), compute=compute, teacher_cfg=teacher_cfg)
     prompts, template = checked.prompts, checked.template
     logging.say(
@@ -177,19 +176,6 @@ def load_reference(cfg, model_cfg: model.ModelConfig, mesh) -> dict | None:
         return None
     where = step.reference_shardings(model_cfg, cfg, mesh)
     return hf.load(cfg.student.path, mesh=mesh, dtype=cfg.anchor.ref_dtype, shardings=where)[0]
-
-
-def load_white_box(cfg, teacher: teachers.Teacher, mesh) -> tuple[dict, model.ModelConfig]:
-    """The parameters of a teacher in process, laid out on the mesh, and its config.
-
-    Raises:
-      UserError: the teacher is no local one, or has another tokenizer.
-    """
-    if teachers.DISTRIBUTION not in teacher.white_box or teacher.foreign_tokenizer:
-        raise UserError(
-            "objective.name = 'opd_exact' needs teacher.provider = 'local' with the student's own tokenizer"
-        )
-    return hf.load(cfg.teacher.model, setting="teacher.model", mesh=mesh)
 
 
 def frozen(cfg: ConfigDict) -> FrozenConfigDict:

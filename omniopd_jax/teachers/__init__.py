@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from omniopd_jax import objective
 from omniopd_jax.errors import TeacherStopped, UserError, one_of
 from omniopd_jax.teachers import by_row, local, probe, simulated
 from omniopd_jax.teachers.protocol import (
@@ -18,6 +19,7 @@ from omniopd_jax.teachers.protocol import (
     Teacher,
     Usage,
     gather_all,
+    need_of,
     sample_id,
     stable_hash,
 )
@@ -48,7 +50,6 @@ TEACHERS = {  # their SDKs are imported when a client connects
     "anthropic": Provider(anthropic.make),
     "gemini": Provider(gemini.make),
 }
-_NEEDS = {"opd": LOGP, "opd_exact": DISTRIBUTION}  # for callers of `make` who have no objective's record at hand
 
 
 def make(cfg, needs: str | None = None, asks: dict[str, int] | None = None) -> Teacher:
@@ -56,14 +57,14 @@ def make(cfg, needs: str | None = None, asks: dict[str, int] | None = None) -> T
 
     Args:
       cfg: the recipe.
-      needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what `cfg.objective.name` is known to.
+      needs: what the objective asks of it: TEXT, LOGP or DISTRIBUTION; None: what the record of the config's says.
       asks: for its estimate (`budget.estimate`); None: continuations at the peaks, or log-probs where those are needed.
 
     Raises:
       UserError: unknown provider, one that does not give what is needed, or whatever the provider finds wrong with its
         settings.
     """
-    needs = needs or _NEEDS.get(cfg.objective.name, TEXT)
+    needs = needs or need_of(objective.of(cfg).asks)
     if asks is None and needs == LOGP:
         asks = {"logp": 1}
     if cfg.teachers:

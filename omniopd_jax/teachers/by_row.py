@@ -173,8 +173,6 @@ class RowTeachers(PaidTeacher):
     def __init__(self, cfgs: dict[str, ConfigDict], teachers: dict[str, Teacher]):
         self._cfgs, self._teachers = cfgs, teachers
         self._parts = {name: 1 / len(teachers) for name in teachers}
-        self.foreign_tokenizer = any(t.foreign_tokenizer for t in teachers.values())
-        self.white_box = frozenset.intersection(*(t.white_box for t in teachers.values()))
         journals = {name: t.journal for name, t in teachers.items() if t.journal is not None}
         self.journal = Journals(journals) if journals else None
 

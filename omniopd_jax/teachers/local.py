@@ -19,7 +19,6 @@ from omniopd_jax.model import attention
 from omniopd_jax.parallel import sharding
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
-    LOGP,
     TEXT,
     Continuation,
     ContinuationRequest,
@@ -46,8 +45,6 @@ class LocalTeacher(Teacher):
     The weights are held once: as the sampler wants them from the first request for text on, else as they were given,
     which is what scoring takes.
     """
-
-    white_box = frozenset({LOGP, DISTRIBUTION})
 
     def __init__(self, params, model_cfg, template: Template, *, end_ids, foreign_tokenizer: bool, compute=None):
         self._params, self._prepared = params, None

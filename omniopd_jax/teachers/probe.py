@@ -25,11 +25,12 @@ COUNT = (
     {"role": "user", "content": "Write the numbers from one to twenty as English words, separated by single spaces."},
 )
 PREFIX = "one two three four five six seven"
+WORD, REST = "one two three four five six sev", "en"  # cut inside a word
 OPEN = ({"role": "user", "content": "Invent the first sentence of a story about an animal and a place."},)
 OPEN_PREFIX = "In a village that no map has ever shown,"
 WHO = "probe"  # who asks, in the journal
 THOUGHTS = ("<think", "<thinking", "<|channel|>analysis", "<reasoning")  # how open models begin to think
-PATIENCE_S = 30.0  # a question; the whole probe is over in seconds where the teacher is healthy or gone
+PATIENCE_S = 30.0  # a question, or one call's time where that is longer: a server's first answer may take a minute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +130,11 @@ class _Probe:
             return f"{self._where()} refuses the key ({error}): set {names} to a valid one"
         return f"{self._where()} cannot be used: {error}"
 
-    async def _ask(self, messages, prefix, mode, *, n=1, seed=1) -> wire.Reply:
+    async def _ask(self, messages, prefix, mode, *, n=1, seed=1, greedy=False) -> wire.Reply:
         """One question; what the service refuses is left out as in the run. Raises `CallError` or `UserError`."""
+        temperature = 0.0 if greedy else float(self.t.temperature)
         while True:
-            call = wire.Call(
-                messages, prefix, n, PROBE_TOKENS, float(self.t.temperature), float(self.t.top_p), seed, mode
-            )
+            call = wire.Call(messages, prefix, n, PROBE_TOKENS, temperature, float(self.t.top_p), seed, mode)
             try:
                 reply = await self._send(call)
             except wire.CallError as e:
@@ -166,7 +166,7 @@ class _Probe:
         known = self.teacher.journal.get(key, WHO, 0, (0,)) if self.t.replay != "off" else {}
         if known:
             return self._replayed(known[0], call)
-        began, deadline = now(), now() + min(PATIENCE_S, self.t.deadline_s)
+        began, deadline = now(), now() + min(max(PATIENCE_S, self.t.timeout_s), self.t.deadline_s)
 
         def accept(reply):
             self.latencies.append(now() - began)
@@ -264,7 +264,7 @@ class _Probe:
             if verdicts[mode] == "continues":
                 break
         unclear = [m for m, v in verdicts.items() if v == "unclear"]
-        if self.t.provider == "openai":  # any server takes a last assistant turn: that alone says nothing
+        if self.client.self_hosted:  # any server takes a last assistant turn: that alone says nothing
             unclear.sort(key=lambda mode: mode == "prefill")
         good = [m for m, v in verdicts.items() if v == "continues"] + unclear
         if not good:
@@ -292,9 +292,45 @@ class _Probe:
                 self._row(f"continues by {mode}", f"refused: {e}")
                 return f"refused: {e}"
             seen.append(verdict(reply.texts[0].text, mode))
-        best = next(v for v in ("continues", "restarts", "unclear") if v in seen)
-        self._row(f"continues by {mode}", f"{best}: {reply.texts[0].text[:60]!r}")
+        best, text = next(v for v in ("continues", "restarts", "unclear") if v in seen), reply.texts[0].text
+        if mode not in ("completion", "instruct"):  # the server's template may have closed the turn
+            if best == "continues" and not text[:1].isspace():
+                best, text = await self._inside_a_word(mode)
+            elif best == "unclear" and self.t.continuation == "auto" and self.client.self_hosted:
+                best = await self._again_from_the_middle(mode)
+        self._row(f"continues by {mode}", f"{best}: {text[:60]!r}")
         return best
+
+    async def _inside_a_word(self, mode) -> tuple[str, str]:
+        """(`continues` or `restarts`, the last text) of a count that is cut inside a word.
+
+        Asked where a text came without the space in front: a server that closes the last turn and begins another one
+        lets a model go on counting there too, but none begins a turn with the rest of a word.
+        """
+        for seed in (1, 2, 3):
+            try:
+                reply = await self._ask(COUNT, WORD, mode, seed=seed)
+            except wire.CallError as e:
+                raise UserError(f"{self._where()} does not answer: {e}") from None
+            text = reply.texts[0].text
+            if text.startswith(REST):
+                return "continues", text
+        return "restarts", text
+
+    async def _again_from_the_middle(self, mode) -> str:
+        """What a teacher that cannot count does: a greedy text that is cut and put behind the prefix must go on there.
+
+        In a turn of its own it would begin again.
+        """
+        try:
+            whole = (await self._ask(OPEN, OPEN_PREFIX, mode, greedy=True)).texts[0].text
+            cut = whole.find(" ", len(whole) // 3)
+            if cut < 1:
+                return "unclear"
+            rest = (await self._ask(OPEN, OPEN_PREFIX + whole[:cut], mode, greedy=True)).texts[0].text
+        except wire.CallError:  # some services take no temperature
+            return "unclear"
+        return "continues" if rest[:8] == whole[cut : cut + 8] else "restarts"
 
     async def _whole(self, mode) -> tuple[str, str]:
         """(what an empty prefix gets, how it thinks: `hidden`, `open` or ""), as first chunks and whole solutions do.

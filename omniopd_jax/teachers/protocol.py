@@ -144,9 +144,6 @@ class Teacher(Protocol):
     foreign_tokenizer: bool = (
         False  # its tokens are not the student's: continuations are trimmed by `audit.trim_continuation`
     )
-    white_box: frozenset[str] = (
-        frozenset()
-    )  # what it gives beside text: LOGP, by `score_tokens`; DISTRIBUTION, by its weights
     model_cfg: Any = None  # of its weights, where it gives its DISTRIBUTION
     asks: Any = None  # what the run asks for (budget.estimate); None: continuations at the peaks
     report: Any = None  # probe.ProbeReport, once `check` has probed it

@@ -131,13 +131,14 @@ def test_frequencies_are_torchs_bit_by_bit(width, theta):
 
 
 def test_gemmas_embeddings_are_scaled_as_the_reference_rounds_the_factor():
-    """The root of 640 is 25.298; in bfloat16 it is 25.25."""
-    cfg = PUBLISHED["google/gemma-3-270m"]
+    """The root of 640 is 25.298; in bfloat16 it is 25.25, and the product is rounded again."""
+    cfg, weight = PUBLISHED["google/gemma-3-270m"], torch.tensor(np.random.default_rng(0).normal(size=(5, 640)))
     for dtype in ("float32", "bfloat16"):
-        theirs = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(1, 640, None, 640**0.5)
-        theirs.weight.data[:] = 1.0
-        want = theirs.to(getattr(torch, dtype))(torch.tensor([0])).float().detach().numpy()
-        ours = model.scaled(jnp.ones((1, 640), dtype), cfg)
+        theirs = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(5, 640, None, 640**0.5)
+        theirs.weight.data[:] = weight
+        want = theirs.to(getattr(torch, dtype))(torch.arange(5)).float().detach().numpy()
+        compute = model.Compute(dtype)
+        ours = model.scaled(model.lookup(jnp.asarray(weight.float().numpy()), jnp.arange(5)[None], compute), cfg)[0]
         np.testing.assert_array_equal(np.asarray(ours, np.float32), want)
 
 
@@ -158,9 +159,12 @@ def test_segments_of_a_packed_row_see_nothing_of_each_other(loaded, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("leak", ["state", "convolution"])
 def test_a_segment_that_leaks_is_seen(loaded, changed, leak):
-    name = {"state": "_chunks", "convolution": "_convolve"}[leak]
-    real = getattr(linear, name)
-    changed(name, lambda *args: real(*args[:-1], None))
+    if leak == "state":
+        delta = linear._delta
+        changed("_delta", lambda memory, before, *args: delta(memory, before * 0, *args[:-1], args[-1] * 0))
+    else:
+        convolve = linear._convolve
+        changed("_convolve", lambda x, conv, segment: convolve(x, conv, None))
     with pytest.raises(AssertionError):
         test_segments_of_a_packed_row_see_nothing_of_each_other(loaded, "qwen3_5")
 
@@ -288,20 +292,28 @@ def test_adapters_on_linear_layers_are_the_merged_weights(loaded):
     assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(grads))
 
 
-def test_the_chunks_are_the_recurrence():
-    """Whole rows against one token after the other, with decays near 0 and 1 and repeated keys."""
+def recurrence(L: int):
+    """(config, inputs of `linear.whole` of two rows): decays near 0 and 1, and repeated keys."""
     rng = np.random.default_rng(0)
     cfg = model.ModelConfig(
         "qwen3_5", 8, 8, 8, 1, 2, 1, 4, layer_kinds=("linear",), linear_key_heads=2, linear_value_heads=4, linear_key_dim=6,
         linear_value_dim=5, conv_width=4,
     )  # fmt: skip
-    B, L = 2, 150
+    B = 2
     qkv = rng.normal(size=(B, L, cfg.linear_key_heads, cfg.conv_channels // 2)).astype(np.float32)
     qkv[:, 60:90] = qkv[:, 60:61]
     conv = rng.normal(size=(*qkv.shape[2:], 4)).astype(np.float32)
     decay = -np.exp(rng.normal(size=(B, L, 4)) * 2 - 2).astype(np.float32)
     beta = rng.uniform(0, 1, (B, L, 4)).astype(np.float32)
-    length = np.array([150, 97], np.int32)
+    return cfg, (qkv, conv, decay, beta)
+
+
+@pytest.mark.parametrize("grouped", [16, 4])
+def test_the_chunks_are_the_recurrence(grouped, monkeypatch):
+    """Whole rows against one token after the other; four chunks, and two groups of two."""
+    monkeypatch.setattr(linear, "GROUPED", grouped)
+    cfg, (qkv, conv, decay, beta) = recurrence(250)
+    length = np.array([250, 97], np.int32)
     out, state = jax.jit(functools.partial(linear.whole, cfg=cfg))(qkv, conv, decay, beta, length_B=jnp.asarray(length))
 
     def one(state, xs):
@@ -314,6 +326,21 @@ def test_the_chunks_are_the_recurrence():
         np.testing.assert_allclose(out[b, :n], by_token, atol=2e-4)
         np.testing.assert_allclose(state.memory[b], last.memory[0], atol=2e-4)
         np.testing.assert_array_equal(state.conv[b], last.conv[0])
+
+
+def test_groups_of_chunks_change_no_gradient(monkeypatch):
+    """Rows of two segments in four chunks."""
+    cfg, inputs = recurrence(250)
+    segment = (np.arange(250) > 100).astype(np.int32)[None].repeat(2, 0)
+
+    def gradient(grouped):
+        monkeypatch.setattr(linear, "GROUPED", grouped)
+        total = lambda *a: jnp.sum(jnp.sin(linear.whole(*a, cfg, segment)[0]))  # noqa: E731
+        return jax.jit(jax.grad(total, argnums=range(4)))(*inputs)
+
+    for ours, want in zip(gradient(4), gradient(16), strict=True):
+        assert float(jnp.linalg.norm(want)) > 1
+        np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4)
 
 
 OLDER, NEWER = "language_model.model.", "model.language_model."  # what transformers 5.23 writes of Gemma 3, and Qwen3.5

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from oracle import last_query
 
 from omniopd_jax.model import paged
 from omniopd_jax.parallel import sharding
@@ -15,19 +16,6 @@ from omniopd_jax.parallel import sharding
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.02, "int8": 0.05}
 PAGE, WIDTH, K, J, H = 16, 4, 2, 2, 128
 LENGTHS = [1, 16, 17, 40, 64, 33]
-
-
-def attend(q_BQH, k_BSKH, v_BSKH, lengths, window=0):
-    """NumPy float64: each row's query over its first positions, of the window where there is one."""
-    out = np.zeros(q_BQH.shape)
-    for b, n in enumerate(lengths):
-        first = max(0, n - window) if window else 0
-        for h in range(q_BQH.shape[1]):
-            k, v = (np.asarray(a[b, first:n, h // J], np.float64) for a in (k_BSKH, v_BSKH))
-            score = k @ np.asarray(q_BQH[b, h], np.float64) / math.sqrt(H)
-            p = np.exp(score - score.max())
-            out[b, h] = p / p.sum() @ v
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +52,10 @@ def tpu(*args):
 
 
 RUNS = {
-    "pages first": (False, lambda *a: paged._blocks(*a, axis=0, window=0, size=2), 0),
-    "heads first": (True, lambda *a: paged._blocks(*a, axis=1, window=0, size=6), 0),
-    "window": (False, lambda *a: paged._blocks(*a, axis=0, window=20, size=3), 20),
-    "tpu": (True, tpu, 0),
-    "gpu": (True, functools.partial(paged._gpu, interpret=True), 0),
+    "pages first": (False, lambda *a: paged._blocks(*a, axis=0, size=2)),
+    "heads first": (True, lambda *a: paged._blocks(*a, axis=1, size=6)),
+    "tpu": (True, tpu),
+    "gpu": (True, functools.partial(paged._gpu, interpret=True)),
 }
 
 
@@ -76,8 +63,8 @@ RUNS = {
 def test_attention_reads_what_a_row_holds(case, name, dtype):
     """The kernels of TPUs and GPUs in their interpreters."""
     q, k, v, table = case
-    want = attend(q, k, v, LENGTHS, RUNS[name][2])
-    heads_first, run, _ = RUNS[name]
+    want = last_query(q, k, v, LENGTHS)
+    heads_first, run = RUNS[name]
     pool = pool_of(case, heads_first)
     pool = coarse(pool) if dtype == "int8" else jax.tree.map(lambda a: a.astype(dtype), pool)
     q = jnp.asarray(q, "bfloat16" if dtype == "bfloat16" else "float32") * H**-0.5
@@ -110,7 +97,7 @@ def test_prompts_copies_and_tokens_are_where_the_table_says(shape):
     lengths = np.full(shards * B, 20, np.int32)
     out, pool = run(*put(kv), *put((page_BW, table, lengths)), *put(token), *put(moves))
     whole = [np.concatenate([a, b], axis=1) for a, b in zip(kv, token[1:])]
-    want = attend(token[0][:, 0], *whole, [21] * (shards * B))
+    want = last_query(token[0][:, 0], *whole, [21] * (shards * B))
     np.testing.assert_allclose(sharding.local_rows(out)[:, 0], want, atol=2e-5)
     held = sharding.local_rows(pool.k).reshape(shards, pages, K, PAGE, H)
     np.testing.assert_array_equal(held[:, 2, :, :4], held[:, 6, :, :4])

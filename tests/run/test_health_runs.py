@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import teacher_runs
 import tiny
@@ -21,9 +22,12 @@ def tripped(rows) -> set[str]:
     return {name for r in rows for name in health.CHECKS if r[f"health/{name}"]}
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("world", ["forks", "style"])
-def test_a_default_run_trips_no_check(tmp_path, world):
+def test_a_default_run_trips_no_check(tmp_path, world, seed):
+    """As `make demo` on forks and `python -m benchmarks.small_world --method=default` on both have it."""
     values = {"run_dir": str(tmp_path), "data.name": world, "teacher.model": str(WORLDS / world / "teacher")}
+    values |= {"seed": seed}
     run = tiny.start(tiny.arguments(values | {"log.tensorboard": False}))
     out, err = run.communicate(timeout=1200)
     rows = tiny.lines(tmp_path / "metrics.jsonl")
@@ -45,6 +49,21 @@ def certain(folder) -> dict:
     return {"student.path": str(folder / "student"), "max_prompt_length": 160, "prompts_per_step": 8}
 
 
+def large_keys(folder) -> dict:
+    """An int8 cache, and a student with two key channels 100 times the others, as real models have large ones.
+
+    The queries there are as much smaller, so in float32 it computes what it did before.
+    """
+    tokenizer = tiny.tokenizer()
+    params, cfg = tiny.random_model(len(tokenizer), 3)
+    large = np.ones(cfg.head_dim, np.float32)
+    large[[0, cfg.head_dim // 2]] = 100.0  # a pair that RoPE turns together
+    norms = {name: params["layers"][name] * scale for name, scale in (("k_norm", large), ("q_norm", 1 / large))}
+    hf.save(folder / "student", params | {"layers": params["layers"] | norms}, cfg, tokenizer, dtype="float32")
+    small = {"max_prompt_length": 160, "prompts_per_step": 8, "rollout.cache_dtype": "int8"}
+    return small | {"student.path": str(folder / "student")}
+
+
 TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "teacher_not_sampling": lambda folder: {"teacher.temperature": 0.0},
     "teacher_restarting": lambda folder: says(folder, "Sure, here is the rest: 7", "Okay, let me continue: 3"),
@@ -55,6 +74,7 @@ TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "truncation": lambda folder: {"max_completion_length": 16},
     "length_drift": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 1e-2},
     "few_chunks": lambda folder: {"audit.chunk_tokens": 24, "audit.num_chunks": 4},
+    "sampler_gap": large_keys,
     "no_progress": lambda folder: LONGER
     | {"optimizer.learning_rate": 0.0, "eval.num_prompts": 32, "eval.every": 10},
 }  # fmt: skip
@@ -75,9 +95,13 @@ def test_a_budget_that_ends_too_early_is_told_before_it_ends(runner, tmp_path):
     assert 2 <= len(run.metrics()) < 40 and "budget_pace" in tripped(run.metrics())
 
 
-def test_every_check_but_one_has_such_a_run():
-    """sampler_gap: in bfloat16 a random student of 24 layers reached 0.035 of the 0.05 nats; no run here trips it."""
-    assert {*TRIPS, "budget_pace"} == set(health.CHECKS) - {"sampler_gap"}
+def test_the_same_student_without_int8_has_no_gap(runner, tmp_path):
+    run = runner.begin(tmp_path, SMALL | large_keys(tmp_path) | {"rollout.cache_dtype": ""}).wait()
+    assert run.code == 0 and max(row["rollout/score_logp_gap"] for row in run.metrics()) < 1e-4
+
+
+def test_every_check_has_such_a_run():
+    assert {*TRIPS, "budget_pace"} == set(health.CHECKS)
 
 
 def test_a_teacher_that_echoes_trips_two_checks_within_two_steps(runner, tmp_path):

@@ -159,9 +159,10 @@ def test_records_of_the_wrong_form_are_left_out(tmp_path):
     assert "3 lines could not be read" in notes and "audits: 3 records of an unknown form" in notes
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo", "opd", "constant"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "opd", "constant", "grpo + sft"])
 def test_objectives_without_audits_say_so(tmp_path, name):
-    cfg = runs.settings(**{"objective.name": name})
+    mix = {"objective.mix": dict.fromkeys(name.split(" + "), 1.0)}
+    cfg = runs.settings(**mix if " + " in name else {"objective.name": name})
     (run,) = made(runs.write(tmp_path / "run", audits=0, cfg=cfg))["runs"]
     assert f"no audits: the objective {name} asks for none" in run["notes"] and run["agreement"]["own_count"] == 0
 
@@ -180,7 +181,7 @@ def test_an_unknown_price_is_unknown_and_a_local_teacher_is_free(tmp_path):
     assert facts(run)["teacher cost"] == "unknown"
     free = [runs.row(t, **{"teacher/cost_usd": 0, "teacher/cost_usd_total": 0}) for t in range(5)]
     (run,) = made(runs.write(tmp_path / "free", 5, rows=free))["runs"]
-    assert facts(run)["teacher cost"] == "$0.00"
+    assert facts(run)["teacher cost"] == "none"
 
 
 def test_findings_name_their_steps_and_whether_they_still_hold(tmp_path):

@@ -122,3 +122,17 @@ def truncate(q_V, top_p: float, top_k: int):
             break
     q_V[q_V < value] = 0.0
     return q_V
+
+
+def last_query(q_BQH, k_BSKH, v_BSKH, lengths, window=0):
+    """Attention of one query per row over the row's first positions, of the window where there is one."""
+    B, Q, H = q_BQH.shape
+    out, of_key = np.zeros((B, Q, H)), Q // k_BSKH.shape[2]
+    for b, n in enumerate(lengths):
+        first = max(0, n - window) if window else 0
+        for h in range(Q):
+            k, v = (np.asarray(a[b, first:n, h // of_key], np.float64) for a in (k_BSKH, v_BSKH))
+            score = k @ np.asarray(q_BQH[b, h], np.float64) / np.sqrt(H)
+            p = np.exp(score - score.max())
+            out[b, h] = p / p.sum() @ v
+    return out

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from teacher_kit import EXTENSIONS, PROMPT, ask, cfg_for, check, request, teacher_of, texts
 from wire_server import WireServer, speak
 
 from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import Failure, TeacherStopped, wire
+from omniopd_jax.teachers.probe import OPEN_PREFIX
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -183,6 +185,17 @@ def test_instruct_asks_for_the_next_words_and_cuts_what_is_repeated(server_of, t
     assert "cut off by accident" in server.calls()[0]["body"]["messages"][-1]["content"]
 
 
+def test_a_start_token_that_the_tokenizer_does_not_add_stays_in_the_prompt(server_of, tmp_path):
+    """SmolLM2's: its template begins with it. A server puts in front only what its tokenizer adds by itself."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    server = server_of(extensions={"completion"})
+    settings = {"teacher.continuation": "completion", "teacher.tokenizer": str(tmp_path / "tokenizer")}
+    ask(cfg_for(server.url("openai"), "openai", tmp_path, **settings), request(n=1))
+    assert server.calls()[0]["body"]["prompt"].startswith("<|im_start|>system\nBe brief.")
+
+
 # the probe
 
 
@@ -205,6 +218,33 @@ def test_the_probe_picks_the_mode(server_of, tmp_path):
         assert report.mode == mode and mode in line and "\n" not in line, (provider, extensions, report.table())
         assert dict(report.rows)["samples at temperature 1"] == "yes"
         assert (tmp_path / str(i) / "teacher_probe.json").exists() and len(server.calls()) <= 16
+
+
+@pytest.mark.parametrize("rest, mode", [("seven eight", "instruct"), ("en eight", "prefill")])
+def test_the_probe_tells_a_new_turn_from_a_stripped_text(server_of, tmp_path, rest, mode):
+    """A server that closes the last turn and begins another, where a good model counts on; one that strips its texts."""
+
+    def counts(context, n, seed, index):
+        asked = {"six seven": "eight nine ten", "six sev": rest}
+        return asked.get(" ".join(context.split()[-2:])) or speak(context, n, seed, index)
+
+    server = server_of("anthropic", extensions={"prefill"}, speak=counts)
+    c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **{"teacher.continuation": "auto"})
+    assert check(c)[1].mode == mode
+
+
+STORY = f"{OPEN_PREFIX} there lived a fox who sang to the moon until the moon sang back"
+
+
+@pytest.mark.parametrize("goes_on, mode", [(True, "prefill"), (False, "instruct")])
+def test_the_probe_tells_a_new_turn_of_a_teacher_that_cannot_count(server_of, tmp_path, goes_on, mode):
+    def speaks(context, n, seed, index):
+        told = context[context.find(OPEN_PREFIX) :] if goes_on and OPEN_PREFIX in context else OPEN_PREFIX
+        return STORY.removeprefix(told)[:40] if STORY.startswith(told) else " I see"
+
+    server = server_of("anthropic", extensions={"prefill"}, speak=speaks)
+    c = cfg_for(server.url("anthropic"), "anthropic", tmp_path, **{"teacher.continuation": "auto"})
+    assert check(c)[1].mode == mode
 
 
 def test_a_bad_moment_does_not_change_the_mode(server_of, tmp_path):

@@ -94,7 +94,7 @@ def verdict(folder, found: list[dict]) -> dict:
         word = ("better" if gain > 0 else "worse") if sure else "no change beyond noise"
         headline = f"{folder.objective}: {before:.1%} to {after:.1%}, {word}; {folder.state()}"
     state, usd = _cost(folder)
-    facts.append(["teacher cost", estimate.dollars(usd, state)])
+    facts.append(["teacher cost", "none" if state == estimate.FREE else estimate.dollars(usd, state)])
     total = {k: sum(_number(r.get(k)) or 0 for r in folder.rows) for k in ("teacher/calls", "time/step")}
     facts.append(["teacher calls", f"{total['teacher/calls']:,.0f}"])
     tokens = [sum(_number(r.get(f"teacher/tokens_{k}")) or 0 for r in folder.rows) for k in ("in", "out")]
@@ -121,9 +121,13 @@ def _half_width(folder, before: float, after: float, n: int) -> float | None:
 
 
 def _cost(folder) -> tuple[str, float]:
+    """(the state of the price, dollars): FREE where nobody who takes money was asked."""
     usd = sum(_number(r.get("teacher/cost_usd")) or 0 for r in folder.rows)
     c, known = folder.config, [r["teacher/price_known"] for r in folder.rows if "teacher/price_known" in r]
-    paid = c.get("teacher.provider") in estimate.CLIENTS and (folder.own is None or bool(folder.own.asks))
+    asked = any(own is None or own.asks for own in folder.parts.values())
+    if not (known or usd) and (not asked or c.get("teacher.provider") not in (None, *estimate.CLIENTS)):
+        return estimate.FREE, usd
+    paid = asked and c.get("teacher.provider") in estimate.CLIENTS
     if known:
         paid = not known[-1]
     elif paid and (usd or c.get("teacher.base_url") or (c.get("teacher.price_input", -1) >= 0)):

@@ -62,19 +62,19 @@ class Folder:
     @property
     def objective(self) -> str:
         """The config's, the parts of a mix, or "?"."""
-        mix = sorted(k.removeprefix("objective.mix.") for k in self.config if k.startswith("objective.mix."))
-        return " + ".join(mix) or str(self.config.get("objective.name", "?"))
+        return " + ".join(self.parts)
 
     @property
-    def own(self) -> Objective | None:
-        """The objective's record; None: not of this version."""
-        return OBJECTIVES.get(self.objective)
+    def parts(self) -> dict[str, Objective | None]:
+        """The records by their names: one, or those of a mix; None: not of this version."""
+        mix = sorted(k.removeprefix("objective.mix.") for k in self.config if k.startswith("objective.mix."))
+        return {name: OBJECTIVES.get(name) for name in mix or [str(self.config.get("objective.name", "?"))]}
 
     def _notes(self) -> None:
         if not self.rows:
             self.notes.append("metrics.jsonl is missing or empty: there are no curves")
         if not self.audits:
-            unaudited = self.own is not None and not self.own.audited
+            unaudited = all(own is not None and not own.audited for own in self.parts.values())
             why = f"the objective {self.objective} asks for none" if unaudited else "none was written"
             self.notes.append(f"no audits: {why}")
         elif not any("question" in a for a in self.audits):

@@ -257,8 +257,9 @@ class OpenAIClient:
         if not self.raw:
             return "\n\n".join(wire.text_of(m) for m in messages) + "\n\n"
         template = self._template()
-        start = template.tokenizer and template.tokenizer.bos_token
-        return template.render(messages).removeprefix(start or "")  # the server puts its own start token in front
+        # the server's tokenizer puts its start token in front, if it does that at all: SmolLM2's is `<|im_start|>`,
+        # which its template writes and its tokenizer does not add
+        return template.render(messages).removeprefix(template.start)
 
     def _continued(self, call) -> str:
         """The prompt and the unfinished answer behind it, for `/v1/completions`."""

@@ -6,17 +6,9 @@ import pathlib
 import re
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.objective import OBJECTIVES
+from omniopd_jax.run import estimate
 
-METHODS = {
-    "omniopd": "OmniOPD: on-policy distillation from a teacher that only speaks text (arXiv 2606.01476)",
-    "opd": "white-box on-policy distillation: reverse KL to the teacher by the sampled token",
-    "opd_exact": "white-box on-policy distillation: exact KL to the teacher over the vocabulary",
-    "sft": "cross-entropy on the teacher's own solutions",
-    "continuation": "continuation fine-tuning: cross-entropy on the teacher's text behind the student's own prefix",
-    "context": "self-distillation: KL to the student's own distribution where it is shown the teacher's solution",
-    "grpo": "GRPO with a rule-based reward, no teacher",
-    "constant": "a control: one constant weight on the student's own chunks, no teacher",
-}
 SETTINGS = (  # of the run's config, in the card's table
     "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
     "max_completion_length", "audit.num_chunks", "audit.chunk_tokens", "audit.num_continuations", "audit.similarity",
@@ -49,8 +41,8 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
     licence."""
     base, teacher = str(config["student"]["path"]), config.get("teacher", {})
     mix = sorted(config["objective"].get("mix") or {})
-    parts = mix or [config["objective"]["name"]]
-    asked = any(part not in ("grpo", "constant") for part in parts)
+    parts = {name: OBJECTIVES.get(name) for name in mix or [config["objective"]["name"]]}  # None: of another version
+    asked = any(own is None or own.asks for own in parts.values())
     done = step if step is not None else summary.get("step", len(rows))
     head = {
         "library_name": "peft" if adapter else "transformers",
@@ -59,7 +51,7 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
         "tags": list(dict.fromkeys(["on-policy-distillation", "omniopd", *parts])),
         **_licence(base),
     }
-    method = "; ".join(METHODS.get(part, part) for part in parts)
+    method = "; ".join((own and own.about) or name for name, own in parts.items())
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items() if v), "---", "", f"# {_line(name)}", ""]
     lines += [
         f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.",
@@ -92,7 +84,9 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
     if not asked or not summary:
         return [*out, ("teacher cost", "no teacher was asked" if not asked else "not known at this step")]
     known = rows[-1].get("teacher/price_known", 1) if rows else 1
-    cost = f"${summary.get('teacher/cost_usd', 0):,.2f}" if known else "unknown price"
+    usd = summary.get("teacher/cost_usd", 0)
+    free = not usd and config.get("teacher", {}).get("provider") not in (None, *estimate.CLIENTS)
+    cost = "none" if free else f"${usd:,.2f}" if known else "unknown price"
     calls = f"{summary.get('teacher/calls', 0):,.0f} requests"
     tokens = f"{summary.get('teacher/tokens_in', 0):,.0f} tokens in, {summary.get('teacher/tokens_out', 0):,.0f} out"
     return [*out, ("teacher cost", f"{cost}; {calls}; {tokens}")]

@@ -13,8 +13,9 @@ import pytest
 import report_runs as runs
 import tiny
 
+from omniopd_jax import objective
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import card
+from omniopd_jax.run import card
 
 TOKEN = "hf_" + "x" * 34
 
@@ -72,6 +73,13 @@ def test_a_base_folder_gives_its_licence_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in text and "`base`" in text and "prompts.jsonl" in text
 
 
+def test_a_local_teacher_costs_nothing(tmp_path):
+    rows = [runs.row(t, **{"teacher/cost_usd": 0}) for t in range(20)]
+    folder = runs.write(tmp_path / "run", cfg=runs.settings(), rows=rows)
+    (folder / "summary.json").write_text('{"step": 20, "teacher/cost_usd": 0.0, "teacher/calls": 5}')
+    assert "| teacher cost | none; 5 requests" in card.write(tmp_path, folder, name="a/b", adapter=False).read_text()
+
+
 def test_an_unknown_price_and_hostile_names_stay_what_they_are(tmp_path):
     cfg = runs.settings(**{"teacher.provider": "openai", "teacher.model": "a`|\n---\n<script>\x1b[31m"})
     rows = [runs.row(t, **{"teacher/price_known": 0, "teacher/cost_usd": 0}) for t in range(20)]
@@ -80,6 +88,29 @@ def test_an_unknown_price_and_hostile_names_stay_what_they_are(tmp_path):
     assert "unknown price" in text and "$0.00" not in text
     (line,) = [x for x in text.split("\n") if x.startswith("| teacher |")]
     assert line.count("`") == 2 and "\x1b" not in line and "\\|" in line
+
+
+def card_of(folder, **values) -> dict[str, str]:
+    """The card's first table for a run with these settings."""
+    folder.mkdir()
+    text = card.write(folder, runs.write(folder / "run", cfg=runs.settings(**values)), name="a/b", adapter=False)
+    return dict(re.findall(r"^\| ([a-z ]+) \| (.*) \|$", text.read_text(), re.M))
+
+
+def test_method_and_teacher_come_from_the_objectives_records(tmp_path, monkeypatch):
+    """Of any objective, one that somebody adds by its line too."""
+    mine = objective.Objective(objective.constant, "a method of mine", chunks=True)
+    monkeypatch.setitem(objective.OBJECTIVES, "mine", mine)
+    for name, own in objective.OBJECTIVES.items():
+        table = card_of(tmp_path / name, **{"objective.name": name})
+        assert own.about and table["method"] == own.about
+        assert (table["teacher"] == "none") == (name in ("mine", "constant", "grpo")) == (not own.asks)
+    mixed = card_of(tmp_path / "mix", **{"objective.mix": {"grpo": 1.0, "mine": 1.0}})
+    assert (
+        mixed["method"] == "GRPO with a rule-based reward, no teacher; a method of mine" and mixed["teacher"] == "none"
+    )
+    gone = card_of(tmp_path / "gone", **{"objective.name": "of_another_version"})
+    assert gone["method"] == "of_another_version" and gone["teacher"] != "none"
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "a b/c", "../x", ""])
