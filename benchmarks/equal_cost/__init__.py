@@ -1,0 +1,1 @@
+"""`python -m benchmarks.equal_cost` makes docs/results/equal_cost.md."""

@@ -1,0 +1,255 @@
+"""A grid of runs at equal cost: what a cell is, which learning rate it takes, which cells are missing, and one run.
+
+Nothing here knows the small worlds: another model's grid is another `Grid`. A budget is counted in the teacher's
+tokens, in and out, and imposed by the number of updates: a step of every method buys about as much (its number of
+prompts is chosen so), the learning rate is constant, and so a run that has reached one budget goes on to the next from
+its checkpoint, and a smaller budget's result is exactly that of a run that had been stopped there.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import time
+import zlib
+from collections.abc import Callable
+
+from omniopd_jax import objective, train
+from omniopd_jax.errors import UserError
+from omniopd_jax.teachers.prices import Price
+
+VALIDATION, TEST = "validation", "test"
+SWEEP_SEED = 100  # no seed of the tables
+HOPELESS = 0.2  # a rate of a sweep this far behind its method's best at a budget is not taken to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to learn, in a grid.
+
+    Attributes:
+      about: one line for the table.
+      overrides: of the grid's recipe.
+      prompts: of a step; what makes a step of each method cost about the same.
+      step_tokens: teacher tokens, in and out, that a step buys, as measured; of a method that buys none those of
+        `like`, which samples as many of the student's tokens. in_world: where a world differs.
+      texts: texts of one call at most: a service that returns one a call is sent the input as often.
+      like: the method whose swept rate it takes; "": its own.
+      buys: whether it asks a text teacher for anything.
+      updates: a long run of so many, whatever it buys; 0: as many as the budget pays for.
+    """
+
+    about: str
+    overrides: dict
+    prompts: int
+    step_tokens: float
+    texts: int = 1
+    like: str = ""
+    buys: bool = True
+    updates: int = 0
+    in_world: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One result that is wanted: after the updates that `budget` pays for; a rate makes it a cell of a sweep."""
+
+    world: str
+    method: str
+    budget: float
+    seed: int
+    rate: float | None = None
+
+    @property
+    def split(self) -> str:
+        """The problems that it is measured on."""
+        return TEST if self.rate is None else VALIDATION
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is run, and where its lines are.
+
+    Attributes:
+      name: docs/results/NAME.jsonl and NAME.md.
+      recipe: (world, method, seed) -> config with everything but the learning rate, the length and the folder.
+      unit: teacher tokens of budget 1.
+      budgets: in units, ascending. swept: those that rates are tried at; a larger one takes the last's.
+      swept_in: the world of the sweeps; the others take its rates.
+      first_rate: tried before the other `rates`.
+    """
+
+    name: str
+    methods: dict[str, Method]
+    recipe: Callable
+    unit: float
+    budgets: tuple[float, ...]
+    swept: tuple[float, ...]
+    rates: tuple[float, ...]
+    swept_in: str
+    price: Price
+    plan: Callable = lambda grid, lines: []
+
+    @property
+    def results(self) -> pathlib.Path:
+        """The lines, one a run."""
+        return pathlib.Path(f"docs/results/{self.name}.jsonl")
+
+    def lines(self) -> list[dict]:
+        """Those so far."""
+        return [json.loads(s) for s in self.results.read_text().splitlines()] if self.results.exists() else []
+
+    def updates(self, cell: Cell) -> int:
+        """Updates that a cell's budget pays for; at least 1."""
+        method = self.methods[cell.method]
+        cost = method.in_world.get(cell.world, method.step_tokens)
+        return method.updates or max(1, round(cell.budget * self.unit / cost))
+
+    def command(self, cell: Cell) -> str:
+        """What runs the cell again."""
+        rate = "" if cell.rate is None else f" --rate={cell.rate:g}"
+        where = f"--world={cell.world} --method={cell.method} --budget={cell.budget:g} --seed={cell.seed}{rate}"
+        return f"python -m benchmarks.{self.name} {where} --again"
+
+
+def of(lines: list[dict], split: str = TEST, **wanted) -> list[dict]:
+    """The lines of a split that agree with what is wanted; of a run that was made twice the last."""
+    found = [r for r in lines if r["split"] == split and all(r[k] == v for k, v in wanted.items())]
+    return list({(r["world"], r["method"], r["budget"], r["seed"], r["learning_rate"]): r for r in found}.values())
+
+
+def accuracy(line: dict) -> float:
+    """Of a line's problems."""
+    return sum(bits(line)) / line["problems"]
+
+
+def bits(line: dict, key: str = "right") -> list[int]:
+    """1 for each problem that was answered right, in the order of the split."""
+    return [int(b) for b in f"{int(line[key], 16):0{line['problems']}b}"]
+
+
+def as_hex(right: list[bool]) -> str:
+    """The inverse of `bits`."""
+    return f"{int(''.join('1' if r else '0' for r in right), 2):x}"
+
+
+def swept(grid: Grid, method: str, budget: float, lines: list[dict]) -> dict[float, float]:
+    """{rate: accuracy on the validation split} of a method at a budget, or at the largest swept one below it."""
+    name = grid.methods[method].like or method
+    at = max((b for b in grid.swept if b <= budget), default=grid.swept[-1])
+    found = of(lines, VALIDATION, world=grid.swept_in, method=name, budget=at)
+    return {r["learning_rate"]: accuracy(r) for r in found}
+
+
+def rate(grid: Grid, method: str, budget: float, lines: list[dict]) -> float | None:
+    """The best rate of the sweep, the lower one of equals; None where the sweep is not whole."""
+    if any(is_wanted(grid, cell, lines) for cell in sweep(grid, grid.methods[method].like or method)):
+        return None
+    known = swept(grid, method, budget, lines)
+    return max(sorted(known), key=known.get) if known else None
+
+
+def sweep(grid: Grid, method: str) -> list[Cell]:
+    """The cells of a method's sweep: each rate through the budgets."""
+    return [Cell(grid.swept_in, method, b, SWEEP_SEED, r) for r in grid.rates for b in grid.swept]
+
+
+def is_wanted(grid: Grid, cell: Cell, lines: list[dict]) -> bool:
+    """Whether a cell of a sweep has no line yet, and its rate was not hopeless at the budget before."""
+    if of(lines, VALIDATION, world=cell.world, method=cell.method, budget=cell.budget, learning_rate=cell.rate):
+        return False
+    before = [b for b in grid.swept if b < cell.budget]
+    if not before:
+        return True
+    known = swept(grid, cell.method, before[-1], lines)
+    return cell.rate in known and known[cell.rate] > max(known.values()) - HOPELESS
+
+
+def result(grid: Grid, cell: Cell, lines: list[dict]) -> dict | None:
+    """The line of a cell, at the rate that it takes; None where it has not run."""
+    value = cell.rate if cell.rate is not None else rate(grid, cell.method, cell.budget, lines)
+    wanted = {"world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
+    found = of(lines, cell.split, learning_rate=value, **wanted)
+    return found[-1] if found else None
+
+
+def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> dict:
+    """Trains the cell, from the checkpoint of a smaller budget where there is one, and returns its line.
+
+    Raises:
+      UserError: its learning rate is not known yet.
+    """
+    method = grid.methods[cell.method]
+    value = cell.rate if cell.rate is not None else rate(grid, cell.method, cell.budget, lines)
+    if value is None:
+        raise UserError(f"{cell.method}: its learning rates are not swept yet (--sweep --method={cell.method})")
+    cfg = grid.recipe(cell.world, method, cell.seed)
+    cfg.num_steps, cfg.optimizer.learning_rate, cfg.eval.split = grid.updates(cell), value, cell.split
+    name = f"{cell.world}-{cell.method}-{value:g}-{cell.seed}-{cell.split}"
+    folder = pathlib.Path(f"runs/{grid.name}{'-again' if fresh else ''}/{name}")
+    begun = newest_step(folder)
+    if fresh or begun > cfg.num_steps:
+        shutil.rmtree(folder, ignore_errors=True)
+        begun = 0
+    cfg.run_dir, cfg.checkpoint.every, cfg.checkpoint.keep = str(folder), min(100, cfg.num_steps), 1
+    cfg.log.evaluation_answers = cfg.eval.num_prompts
+    wall, cpu = time.time(), time.process_time()
+    out = train.train(cfg)
+    if out["exit_code"]:  # a signal: the run goes on from its checkpoint when it is started again
+        raise SystemExit(out["exit_code"])
+    texts = read(folder / "evaluations.jsonl")
+    count = cfg.eval.num_prompts
+    answers = {step: [r["correct"] for r in texts if r["step"] == step][-count:] for step in (0, cfg.num_steps)}
+    right = {step: as_hex(got) for step, got in answers.items()}  # the last: a run that was cut off evaluates again
+    steps = read(folder / "metrics.jsonl")
+    last, curve = steps[-1], {"curve": curve_of(steps, texts)} if cfg.eval.every else {}
+    tokens_in, tokens_out = (out[f"teacher/tokens_{way}"] * method.buys for way in ("in", "out"))
+    return {
+        "world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed, "split": cell.split,
+        "learning_rate": value, "updates": out["step"], "overrides": method.overrides, "prompts": cfg.prompts_per_step,
+        "generations": cfg.num_generations, "problems": count, "before": right[0],
+        "right": right[cfg.num_steps], "accuracy": round(out["accuracy_after"], 4), "tokens_in": tokens_in,
+        "tokens_out": tokens_out, "calls": out["teacher/calls"] * method.buys,
+        "student_tokens": out["student_tokens"] if objective.of(cfg).samples else 0,
+        "usd": round(grid.price.cost(tokens_in, 0, tokens_out), 4),
+        "usd_one_text_a_call": round(grid.price.cost(tokens_in * method.texts, 0, tokens_out), 4),
+        "repeated": round(last["completions/repeated_fraction"], 4), "entropy": last.get("entropy"),
+        "kl": last.get("anchor/kl_ref_to_student_exact"), "from_update": begun,
+        "seconds": round(time.time() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1), "commit": commit(),
+    } | curve  # fmt: skip
+
+
+def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:
+    """What a long run looked like at each evaluation: the step's metrics, and how well the answers compress."""
+    names = {"accuracy": "eval/accuracy", "repeated": "completions/repeated_fraction", "entropy": "entropy",
+             "kl": "anchor/kl_ref_to_student_exact", "length": "completions/mean_length"}  # fmt: skip
+    out = []
+    for line in (s for s in steps if s.get("eval/updates")):
+        answers = [r["text"].encode() for r in texts if r["step"] == line["eval/updates"]]
+        ratio = max(len(a) / len(zlib.compress(a)) for a in answers)
+        found = {name: round(line[key], 4) for name, key in names.items() if line.get(key) is not None}
+        out.append({"updates": line["eval/updates"], "zlib_most": round(ratio, 2)} | found)
+    return out
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """A file of JSON lines."""
+    return [json.loads(s) for s in path.read_text().splitlines()]
+
+
+def newest_step(folder: pathlib.Path) -> int:
+    """Updates of a run folder's newest checkpoint; 0 without one."""
+    return max((int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit()), default=0)
+
+
+def commit() -> str:
+    """The checkout's."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def append(grid: Grid, line: dict) -> None:
+    """Adds a line and prints it."""
+    with grid.results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)

@@ -1,0 +1,188 @@
+"""Tables and plots of a grid, from its lines; runs nothing.
+
+Intervals are 95%. With one seed they say what other problems of the kind would do; with several the variance over seeds
+is added to that over problems (a t quantile for the few seeds), which is a little too wide. Differences are paired: by
+problem, and by seed where both have it.
+"""
+
+import pathlib
+
+import numpy as np
+
+from benchmarks import sides
+from benchmarks.equal_cost import grid as g
+from benchmarks.equal_cost.grid import Cell, Grid
+
+NOT_RUN = "not run"
+SEEDS = range(5)
+T_975 = (12.706, 4.303, 3.182, 2.776)  # Student's quantile for 2 to 5 seeds; importing scipy takes longer than the page
+
+
+def interval(right_SP: np.ndarray) -> tuple[float, float]:
+    """(mean, half width) of what [seeds, problems] values say: 0 or 1, or differences of such."""
+    seeds, problems = right_SP.shape
+    square = (1.96 * right_SP.mean(0).std(ddof=1)) ** 2 / problems
+    if seeds > 1:
+        square += (T_975[seeds - 2] * right_SP.mean(1).std(ddof=1)) ** 2 / seeds
+    return float(right_SP.mean()), float(np.sqrt(square))
+
+
+def percent(right_SP: np.ndarray, sign: str = "") -> str:
+    """In percent; the number of seeds where there are several."""
+    mean, half = interval(right_SP)
+    seeds = f" ({len(right_SP)})" if len(right_SP) > 1 else ""
+    return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}{seeds}"
+
+
+def found(grid: Grid, world: str, method: str, budget: float, lines) -> dict[int, dict]:
+    """{seed: line} of a table's cell."""
+    got = {s: g.result(grid, Cell(world, method, budget, s), lines) for s in SEEDS}
+    return {s: line for s, line in got.items() if line is not None}
+
+
+def values(got: dict[int, dict], key: str = "right") -> np.ndarray:
+    """[seeds, problems] of 0 and 1."""
+    return np.array([g.bits(line, key) for line in got.values()], float)
+
+
+def against(got: dict[int, dict], base: dict[int, dict]) -> np.ndarray | None:
+    """[seeds, problems] of differences, of the seeds that both have; None without any."""
+    both = [s for s in got if s in base]
+    if not both:
+        return None
+    return np.array([np.subtract(g.bits(got[s]), g.bits(base[s])) for s in both], float)
+
+
+def accuracy_table(grid: Grid, world: str, methods, lines, budgets=None) -> str:
+    """Accuracy by method and budget."""
+    budgets = grid.budgets if budgets is None else budgets
+    head = ["method", "what", *(f"{b:g} ({b * grid.unit / 1000:,.0f}k tokens)" for b in budgets)]
+    rows = []
+    for m in methods:
+        cells = [found(grid, world, m, b, lines) for b in budgets]
+        rows.append((m, grid.methods[m].about, *(percent(values(c)) if c else NOT_RUN for c in cells)))
+    return sides.table(head, rows)
+
+
+def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=None) -> str:
+    """Paired differences to `base` at the same budget; those whose interval does not hold 0 in bold."""
+    budgets = grid.budgets if budgets is None else budgets
+    rows = []
+    for m in methods:
+        cells = []
+        for b in budgets:
+            apart = against(found(grid, world, m, b, lines), found(grid, world, base, b, lines))
+            text = NOT_RUN if apart is None else percent(apart, "+")
+            if apart is not None and abs(interval(apart)[0]) > interval(apart)[1]:
+                text = f"**{text}**"
+            cells.append(text)
+        rows.append((m, *cells))
+    return sides.table([f"against {base}", *(f"{b:g}" for b in budgets)], rows)
+
+
+def bought_table(grid: Grid, world: str, methods, lines, budget: float) -> str:
+    """What a budget bought: means over seeds."""
+    head = ["method", "prompts x responses", "updates", "tokens in", "out", "calls", "student tokens", "USD",
+            "USD, one text a call", "rates by budget"]  # fmt: skip
+    rows = []
+    for m in methods:
+        got = list(found(grid, world, m, budget, lines).values())
+        if not got:
+            rows.append((m, NOT_RUN, *[""] * 8))
+            continue
+        mean = {k: np.mean([r[k] for r in got]) for k in ("tokens_in", "tokens_out", "calls", "student_tokens", "usd",
+                                                         "usd_one_text_a_call")}  # fmt: skip
+        rates = [g.rate(grid, m, b, lines) for b in grid.swept]
+        money = [f"{mean[k]:.3f}" for k in ("usd", "usd_one_text_a_call")] if grid.methods[m].buys else ["0", "0"]
+        rows.append(
+            (m, f"{got[0]['prompts']} x {got[0]['generations']}", got[0]["updates"],
+             *(f"{mean[k]:,.0f}" for k in ("tokens_in", "tokens_out", "calls", "student_tokens")), *money,
+             ", ".join("?" if r is None else f"{r:g}" for r in rates))
+        )  # fmt: skip
+    return sides.table(head, rows)
+
+
+def sweep_table(grid: Grid, methods, lines) -> str:
+    """Accuracy on the validation split by rate, at each budget that was swept; the best in bold."""
+    rates = sorted(grid.rates)
+    rows = []
+    for m in methods:
+        for b in grid.swept:
+            known = {r["learning_rate"]: g.accuracy(r) for r in
+                     g.of(lines, g.VALIDATION, world=grid.swept_in, method=m, budget=b)}  # fmt: skip
+            best = g.rate(grid, m, b, lines)
+            cells = [NOT_RUN if r not in known else f"{100 * known[r]:.1f}" for r in rates]
+            rows.append((m, f"{b:g}", *(f"**{c}**" if r == best else c for c, r in zip(cells, rates))))
+    return sides.table(["sweep", "budget", *(f"{r:g}" for r in rates)], rows)
+
+
+def long_table(grid: Grid, world: str, methods, lines) -> str:
+    """Accuracy along the long runs, and how the last answers looked."""
+    marks = (100, 200, 500, 1000)
+    head = ["method", "what", "seeds", *(f"after {n}" for n in marks), "best", "repeated 4-grams", "zlib, at most",
+            "entropy", "KL to the base", "length"]  # fmt: skip
+    rows = []
+    for m in methods:
+        got = list(found(grid, world, m, 1.0, lines).values())
+        if not got:
+            rows.append((m, grid.methods[m].about, NOT_RUN, *[""] * (len(head) - 3)))
+            continue
+        curves = [{p["updates"]: p for p in r["curve"]} for r in got]
+        at = [", ".join(f"{100 * c[n]['accuracy']:.1f}" for c in curves) for n in marks]
+        best = ", ".join(f"{100 * max(p['accuracy'] for p in c.values()):.1f}" for c in curves)
+        ends = [max(c.items())[1] for c in curves]
+        looks = [np.mean([e[k] for e in ends if k in e] or [np.nan]) for k in ("repeated", "entropy", "kl", "length")]
+        zlib = max(p["zlib_most"] for c in curves for p in c.values())
+        looks = [f"{looks[0]:.2%}", f"{zlib:.1f}", f"{looks[1]:.3f}", f"{looks[2]:.3f}", f"{looks[3]:.1f}"]
+        rows.append((m, grid.methods[m].about, ", ".join(str(r["seed"]) for r in got), *at, best, *looks))
+    return sides.table(head, rows)
+
+
+def base(grid: Grid, world: str, lines) -> str:
+    """The student before any update, on the test split."""
+    got = g.of(lines, world=world)
+    return f"{percent(values({0: got[0]}, 'before'))}" if got else NOT_RUN
+
+
+def plot(grid: Grid, world: str, methods, lines) -> pathlib.Path | None:
+    """Accuracy against tokens bought and against dollars at one text a call; None where nothing has run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = {}
+    for m in methods:
+        got = [c for b in grid.budgets if (c := found(grid, world, m, b, lines))]
+        if got:
+            curves[m] = got
+    if not curves:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
+    colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
+    for i, m in enumerate(methods):
+        if m not in curves:
+            continue
+        points = [interval(values(c)) for c in curves[m]]
+        look = {"color": colours[i % 10], "linestyle": styles[i // 10 % 2]}
+        mean, half = 100 * np.array(points).T
+        if not grid.methods[m].buys:
+            for axis in axes:
+                axis.axhline(mean[-1], label=f"{m} (buys none)" if axis is axes[0] else None, alpha=0.6, **look)
+            continue
+        tokens = [np.mean([r["tokens_in"] + r["tokens_out"] for r in c.values()]) for c in curves[m]]
+        dollars = [np.mean([r["usd_one_text_a_call"] for r in c.values()]) for c in curves[m]]
+        axes[0].errorbar(tokens, mean, half, marker=".", capsize=2, label=m, **look)
+        axes[1].errorbar(dollars, mean, half, marker=".", capsize=2, **look)
+    for axis, name in zip(axes, ("teacher tokens bought, in and out", "dollars, one text a call, no cache")):
+        axis.set_xscale("log")
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on the test split, percent")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
+    figure.suptitle(f"{world}: accuracy at equal cost (lines without a budget: at the most updates that were run)")
+    figure.tight_layout(rect=(0, 0, 0.84, 1))
+    path = sides.RESULTS / f"{grid.name}_{world}.png"
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return path

@@ -1,0 +1,92 @@
+"""The equal-cost grid: budgets, rates chosen from lines, what is run next, intervals. No run is made."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from benchmarks.equal_cost import cells, page
+from benchmarks.equal_cost import grid as g
+from benchmarks.equal_cost.grid import Cell
+
+RATES = {2e-4: 0.6, 8e-4: 0.7, 5e-5: 0.35}
+
+
+def line(cell: Cell, accuracy: float, rate: float, problems: int = 100) -> dict:
+    """What a run would have left."""
+    right = g.as_hex([i < accuracy * problems for i in range(problems)])
+    return dataclasses.asdict(cell) | {
+        "split": cell.split, "learning_rate": rate, "problems": problems, "right": right, "before": right,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def grid():
+    return cells.GRID
+
+
+def test_answers_survive_their_writing_down():
+    right = [False, False, True, True, False, True, False]
+    assert g.bits({"right": g.as_hex(right), "problems": 7}) == [int(r) for r in right]
+    assert g.accuracy({"right": g.as_hex(right), "problems": 7}) == 3 / 7
+
+
+def test_every_method_makes_about_as_many_updates_and_buys_the_budget(grid):
+    for name, method in grid.methods.items():
+        for budget, about in zip(grid.budgets, (5, 10, 20, 80), strict=True):
+            cell = Cell("forks", name, budget, 0)
+            updates = grid.updates(cell)
+            if method.updates:
+                assert updates == method.updates
+            else:
+                assert abs(updates - about) <= 0.1 * about, name
+                assert abs(updates * method.step_tokens / (budget * grid.unit) - 1) < 0.11, name
+
+
+def test_a_rate_is_chosen_at_each_budget_and_a_hopeless_one_goes_no_further(grid):
+    lines = [line(Cell("forks", "sft", 0.25, g.SWEEP_SEED, r), a, r) for r, a in RATES.items()]
+    assert g.rate(grid, "sft", 0.25, lines) is None  # two go on, so the sweep is not whole
+    wanted = [c for c in g.sweep(grid, "sft") if g.is_wanted(grid, c, lines)]
+    assert {(c.budget, c.rate) for c in wanted} == {(0.5, 2e-4), (0.5, 8e-4)}
+    for budget, best in ((0.5, 8e-4), (1.0, 2e-4)):
+        lines += [line(Cell("forks", "sft", budget, g.SWEEP_SEED, r), 0.5 + (r == best) / 10, r) for r in (2e-4, 8e-4)]
+    assert [g.rate(grid, "sft", b, lines) for b in grid.budgets] == [8e-4, 8e-4, 2e-4, 2e-4]
+
+
+def test_what_takes_anothers_rate_waits_for_its_sweep(grid):
+    lines = [line(Cell("forks", "omni_baseline", b, g.SWEEP_SEED, r), 0.5, r) for b in grid.swept for r in grid.rates]
+    assert g.rate(grid, "n_2", 1.0, lines) == min(grid.rates)
+    assert g.rate(grid, "sft", 1.0, lines) is None
+
+
+def test_a_result_counts_only_at_the_rate_that_was_chosen(grid):
+    sweep = [line(Cell("forks", "sft", b, g.SWEEP_SEED, r), a, r) for b in grid.swept for r, a in RATES.items()]
+    cell = Cell("slips", "sft", 1.0, 0)
+    assert g.result(grid, cell, [*sweep, line(cell, 0.9, 5e-5)]) is None
+    assert g.accuracy(g.result(grid, cell, [*sweep, line(cell, 0.9, 5e-5), line(cell, 0.8, 8e-4)])) == 0.8
+
+
+def test_a_method_that_only_harms_stays_on_forks_with_one_seed(grid):
+    lines = [line(Cell("forks", "context", b, g.SWEEP_SEED, r), 0.2, r) for b in grid.swept for r in grid.rates]
+    assert cells.is_hopeless(grid, "context_reverse", lines) and not cells.is_hopeless(grid, "sft", lines)
+    left = {(c.world, c.seed, c.budget) for c in grid.plan(grid, lines) if c.method == "context" and c.rate is None}
+    assert left == {("forks", 0, b) for b in grid.budgets if b <= 1}
+
+
+def test_the_plan_names_each_cell_once_and_a_sweep_before_what_takes_its_rate(grid):
+    plan = grid.plan(grid, [])
+    assert len(set(plan)) == len(plan)
+    for i, cell in enumerate(plan):
+        name = grid.methods[cell.method].like or cell.method
+        assert cell.rate is not None or set(g.sweep(grid, name)) <= set(plan[:i]), cell
+
+
+def test_intervals_are_of_problems_and_of_seeds():
+    one = np.array([[1.0, 0.0] * 50])
+    mean, half = page.interval(one)
+    assert mean == 0.5 and half == pytest.approx(1.96 * np.sqrt(0.25 * 100 / 99) / 10)
+    assert page.interval(np.repeat(one, 3, axis=0))[1] == pytest.approx(half)  # seeds that agree add nothing
+    apart = np.concatenate([one, np.zeros((1, 100)), np.ones((1, 100))])
+    assert page.interval(apart)[1] > 1
+    got = {0: line(Cell("forks", "sft", 1.0, 0), 0.6, 2e-4), 1: line(Cell("forks", "sft", 1.0, 1), 0.7, 2e-4)}
+    assert page.against(got, {1: line(Cell("forks", "omni", 1.0, 1), 0.5, 2e-4)}).mean() == pytest.approx(0.2)
