@@ -3,6 +3,7 @@
     python -m benchmarks.real.grid --method=omniopd --seed=0             # one run against a server that it starts
     python -m benchmarks.real.grid --method=omniopd,sft --rate=3e-4      # several, at a rate of one's own
     python -m benchmarks.real.grid --sweep --method=sft                  # rates on the validation split, 10 updates
+    python -m benchmarks.real.grid --record=runs/smollm2 --method=omniopd  # the line of a run that `make real` made
     python -m benchmarks.real.grid --table                               # the page, from what is there
 
 A run that was stopped goes on from its checkpoint in runs/real; a line that is there is not run again.
@@ -82,8 +83,8 @@ class Cell:
 
     def of(self, line: dict) -> bool:
         """Whether a result line is this cell's."""
-        return (line["method"], line["seed"], line["learning_rate"], line["sweep"]) == (
-            self.method, self.seed, self.rate, self.sweep)  # fmt: skip
+        own = (self.method, self.seed, self.rate, self.sweep, SWEEP_STEPS if self.sweep else STEPS)
+        return tuple(line[k] for k in ("method", "seed", "learning_rate", "sweep", "steps")) == own
 
 
 def run(cell: Cell, url: str) -> None:
@@ -132,6 +133,16 @@ def line_of(cell: Cell, cfg, seconds: float) -> dict:
     }  # fmt: skip
 
 
+def recorded(method: str, run_dir: str) -> dict:
+    """The line of a finished run that another command made, `make real` say."""
+    c = json.loads((pathlib.Path(run_dir) / "config.json").read_text())
+    cfg = smollm2.get_config()
+    cfg.run_dir, cfg.num_steps, cfg.eval.path = run_dir, c["num_steps"], c["eval"]["path"]
+    lines = (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line).get("time/step", 0.0) for line in lines)
+    return line_of(Cell(method, c["seed"], c["optimizer"]["learning_rate"]), cfg, round(seconds, 1))
+
+
 def swept(method: str, lines: list[dict]) -> dict[float, float]:
     """{rate: accuracy on the validation split after a short run}, as far as it has been swept."""
     return {
@@ -152,18 +163,20 @@ def page() -> None:
     for name, method in METHODS.items():
         own = [r for r in lines if r["method"] == name and not r["sweep"]]
         if not own:
-            rows.append((name, method.about, *["not run"] * 6))
+            rows.append((name, method.about, *["not run"] * 7))
         for r in own:
             before, after = ([int(c) for c in r[k]] for k in ("right_before", "right_after"))
             change = [b - a for a, b in zip(before, after, strict=True)]
             low, high = scores.interval(change)
             rows.append((
-                name, method.about, r["seed"], f"{r['learning_rate']:g}", f"{100 * sum(before) / len(before):.1f}",
+                name, method.about, r["seed"], f"{r['learning_rate']:g}", r["steps"],
+                f"{100 * sum(before) / len(before):.1f}",
                 f"{100 * sum(after) / len(after):.1f}",
                 f"{100 * sum(change) / len(change):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
                 f"{r['teacher_tokens_in']:,.0f} / {r['teacher_tokens_out']:,.0f}",
             ))  # fmt: skip
-    head = ["method", "what", "seed", "rate", "before, %", "after, %", "paired gain, points", "teacher tokens in / out"]
+    head = ["method", "what", "seed", "rate", "updates", "before, %", "after, %", "paired gain, points",
+            "teacher tokens in / out"]  # fmt: skip
     text = sides.table(head, rows)
     rates = [(m, *[f"{100 * swept(m, lines)[r]:.1f}" if r in swept(m, lines) else "not run" for r in SWEEP])
              for m in METHODS]  # fmt: skip
@@ -179,8 +192,13 @@ def main() -> int:
     parser.add_argument("--seed", default="0")
     parser.add_argument("--rate", type=float, help="default: the best of the sweep, or the recipe's")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--record", default="", help="a folder of a finished run of --method")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if args.record:
+        sides.append("real_model", recorded(args.method, args.record))
+        page()
+        return 0
     lines, cells = sides.read("real_model"), []
     for method in filter(None, args.method.split(",")):
         if method not in METHODS:
