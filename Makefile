@@ -18,7 +18,7 @@ demo: .venv/.lean
 	$(PY) -m omniopd_jax.report runs/tiny
 
 real: .venv/.real
-	@echo "== real: SmolLM2-135M-Instruct learns from a teacher behind a real vLLM server (about 40 minutes on 2 quiet cores)"
+	@echo "== real: SmolLM2-135M-Instruct learns from a teacher behind a real vLLM server (about 20 minutes on 2 quiet cores)"
 	INSTALL_ARGS="$(INSTALL_ARGS)" $(PY) -m benchmarks.real
 
 report: .venv/.lean
