@@ -77,9 +77,9 @@ class Sampler:
         return pools, *by_slot
 
     def cache_bytes(self) -> float:
-        """Of the pools and of the slots' own states, on each device."""
+        """Of the pools and of the slots' own states (rings, linear layers), on each device."""
         pools, slots, _ = self.state()
-        return local_bytes(pools) + local_bytes(slots)
+        return local_bytes(pools) + local_bytes(slots.states)
 
     def lower(self, name: str):
         """prefill, start or decode, lowered, and the bytes a chip that it is donated."""
@@ -114,7 +114,7 @@ class Sampler:
             return flops.forward(self.model_cfg, lengths, [0] * self.entries) / n, local_bytes(self.params())
         if name == "start":
             pools, slots, _ = self.state()  # a page of each slot and its states, read and written
-            return 0.0, 2.0 * (local_bytes(pools) * self.slots / self.pages + local_bytes(slots))
+            return 0.0, 2.0 * (local_bytes(pools) * self.slots / self.pages + local_bytes(slots.states))
         (layers, head), item = flops.matmul_params(self.model_cfg), np.dtype(self.compute.dtype).itemsize
         read = item * (layers + head) / self.mesh.shape["tp"] + self.cache_bytes()
         return 2.0 * (layers + head) * self.slots / self.mesh.size, read
