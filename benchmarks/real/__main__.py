@@ -17,14 +17,15 @@ from omniopd_jax.errors import one_of
 from omniopd_jax.run import cli
 
 RECIPE = "configs/smollm2.py"
-_CONFIG = config_flags.DEFINE_config_file("config", RECIPE, "the recipe")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe")
 
 
 def main(_) -> int:
     """Makes what is missing, runs, prints the table; returns the main command's exit code."""
     started, cfg = time.time(), _CONFIG.value
     prepare.server_environment()
-    prepare.student(), prepare.data()
+    prepare.student()
+    prepare.data()
     teacher = prepare.TEACHERS[one_of(cfg.teacher.model, prepare.TEACHERS, "teacher.model")]()
     code = 0
     if cfg.num_steps not in accuracy.evaluations(cfg.run_dir):
@@ -32,7 +33,7 @@ def main(_) -> int:
         with server.ended_by_signals(), server.vllm(teacher, name=cfg.teacher.model) as vllm:
             print(f"== real: the teacher answers at {vllm.url} after {time.time() - started:.0f} s", flush=True)
             url = f"--config.teacher.base_url={vllm.url}"
-            code = _run([sys.executable, "-m", "omniopd_jax.main", *_for_main(), url])
+            code = _run([sys.executable, "-m", "omniopd_jax.main", *sys.argv[1:], url])
     print(
         f"== real: {(time.time() - started) / 60:.1f} minutes\n{accuracy.table(cfg.run_dir, cfg.num_steps)}", flush=True
     )
@@ -50,11 +51,7 @@ def _run(command: list[str]) -> int:
         raise
 
 
-def _for_main() -> list[str]:
-    """The command line's settings, with the recipe where it names none."""
-    given = sys.argv[1:]
-    return given if any(a.startswith("--config=") for a in given) else [f"--config={RECIPE}", *given]
-
-
 if __name__ == "__main__":
+    if not any(argument.startswith("--config=") for argument in sys.argv):
+        sys.argv.insert(1, f"--config={RECIPE}")  # for the parser here, and for the main command
     cli.run(main)

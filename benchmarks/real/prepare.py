@@ -35,14 +35,19 @@ def python() -> pathlib.Path:
     return ROOT / "vllm" / "bin" / "python"
 
 
+def _uv() -> str | None:
+    """uv of this environment, or the one on the PATH; None where pip has to do."""
+    own = pathlib.Path(sys.executable).parent / "uv"
+    return str(own) if own.exists() else shutil.which("uv")
+
+
 def _install(args: list[str], packages: tuple[str, ...], what: str) -> None:
-    """Installs packages with uv (this environment's, or the one on the PATH).
+    """Installs packages, with uv where there is one.
 
     Raises:
       UserError: a package that cannot be had, with the installer's own last words.
     """
-    own = pathlib.Path(sys.executable).parent / "uv"
-    uv = str(own) if own.exists() else shutil.which("uv")
+    uv = _uv()
     command = [uv, "pip", "install", "-q"] if uv else [sys.executable, "-m", "pip", "install", "-q"]
     extra = shlex.split(os.environ.get("INSTALL_ARGS", ""))
     done = subprocess.run([*command, *args, *extra, *packages], capture_output=True, text=True)
@@ -79,17 +84,13 @@ def server_environment() -> pathlib.Path:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            _install(["--python", str(python())] if _has_uv() else [f"--prefix={folder}"], SERVER, "the vLLM server")
+            _install(["--python", str(python())] if _uv() else [f"--prefix={folder}"], SERVER, "the vLLM server")
             subprocess.run([str(python()), "-m", "pip", "uninstall", "-q", "-y", *UNWANTED], check=True)
             (folder / "ready").touch()
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return python()
-
-
-def _has_uv() -> bool:
-    return (pathlib.Path(sys.executable).parent / "uv").exists() or shutil.which("uv") is not None
 
 
 def _convert(gguf: pathlib.Path, out: pathlib.Path) -> None:
