@@ -28,6 +28,7 @@ MAX_DRIFT = 1.5  # mean length against the start, either way
 MAX_GAP = 0.05  # nats per token between the sampler's log-probs and the training graph's
 MIN_STEPS = 10  # steps before entropy and length are compared with the start
 PROGRESS_STEPS = 20  # steps before a reward that does not rise is a finding
+MAX_LONE_RISE = 0.1  # of pi_hat between two evaluations of which the later is no better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +298,29 @@ def no_progress(v: View):
     return None
 
 
+def agreement_alone(v: View):
+    """pi_hat rises and accuracy does not: the student has found what the teacher says whatever was written before."""
+    points, n = evaluations(v.rows), v.cfg.get("eval.num_prompts", 0)
+    if len(points) < 2 or not n or points[-1][0] - points[0][0] < FIRST:
+        return None
+    (_, before), (step, after) = points[0], points[-1]
+    agreed = [r["audit/pi_hat_mean"] for r in v.rows[:step] if _number(r.get("audit/pi_hat_mean"))]
+    first, last = agreed[:1], agreed[-FIRST:]
+    if not agreed or np.mean(last) - first[0] <= MAX_LONE_RISE or after > before:
+        return None
+    chunks = [(a["chunk"].strip(), a["question"]) for a in v.audits if a.get("question") and a.get("chunk", "").strip()]
+    copied = sum(chunk in question for chunk, question in chunks)
+    seen = f"; {copied} of {len(chunks)} audited chunks stand in their question" if copied else ""
+    return (
+        f"pi_hat rose from {first[0]:.2f} to {np.mean(last):.2f} while accuracy went from {before:.1%} to {after:.1%} "
+        f"at step {step}{seen}",
+        "some texts are agreed on whatever was written before (the question again, a formula that ends every answer): "
+        "writing them pays and teaches nothing",
+        "Look at the chunks with the highest pi_hat in the report; have the teacher end without a formula; raise "
+        "audit.chunk_tokens or anchor.kl_coef",
+    )
+
+
 def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
     """[(updates before it, accuracy), ...] of a run's evaluations, the one before training included."""
     out = {}
@@ -341,7 +365,7 @@ CHECKS = {
     f.__name__: f
     for f in (
         teacher_not_sampling, teacher_restarting, weights_without_signal, entropy_collapse, kl_runaway, repetition,
-        truncation, length_drift, few_chunks, sampler_gap, no_progress, budget_pace,
+        truncation, length_drift, few_chunks, sampler_gap, no_progress, agreement_alone, budget_pace,
     )
 }  # fmt: skip
 

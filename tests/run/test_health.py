@@ -75,6 +75,10 @@ TRIPS = {  # check -> (run that trips it alone, the nearest one that does not)
         {"rows": rows(**{"eval/accuracy": lambda t: 0.4 + 0.001 * t})},
         {"rows": rows(**{"eval/accuracy": lambda t: 0.3 + 0.02 * t})},
     ),
+    "agreement_alone": (
+        {"rows": rows(**{"audit/pi_hat_mean": lambda t: 0.36 + 0.02 * t, "eval/accuracy": lambda t: 0.4 - 0.001 * t})[:9]},
+        {"rows": rows(**{"audit/pi_hat_mean": lambda t: 0.36 + 0.02 * t, "eval/accuracy": lambda t: 0.4 + 0.001 * t})[:9]},
+    ),
     "budget_pace": ({"budget.usd": 0.41, "num_steps": 200}, {"budget.usd": 4.1, "num_steps": 200}),
 }  # fmt: skip
 

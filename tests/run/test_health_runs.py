@@ -75,6 +75,9 @@ TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "length_drift": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 1e-2},
     "few_chunks": lambda folder: {"audit.chunk_tokens": 24, "audit.num_chunks": 4},
     "sampler_gap": large_keys,
+    "agreement_alone": lambda folder: says(folder, "so the answer is 7")
+    | LONGER
+    | {"optimizer.learning_rate": 2e-3, "eval.num_prompts": 64, "eval.every": 6},
     "no_progress": lambda folder: LONGER
     | {"optimizer.learning_rate": 0.0, "eval.num_prompts": 32, "eval.every": 10},
 }  # fmt: skip
