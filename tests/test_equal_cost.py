@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.equal_cost import cells, page
-from benchmarks.equal_cost import grid as g
-from benchmarks.equal_cost.grid import Cell
+from benchmarks.equal_cost import cells
+from benchmarks.grid import page
+from benchmarks.grid import runs as g
+from benchmarks.grid.runs import Cell
 
 RATES = {2e-4: 0.6, 8e-4: 0.7, 5e-5: 0.35}
 

@@ -1,7 +1,8 @@
 """The small worlds at equal cost: methods, budgets, the order in which cells are run, and what is left out."""
 
-from benchmarks.equal_cost import grid as g
-from benchmarks.equal_cost.grid import Cell, Grid, Method
+from benchmarks.grid import command, page
+from benchmarks.grid import runs as g
+from benchmarks.grid.runs import Cell, Grid, Method
 from benchmarks.small_world import cells as small_world
 from configs import tiny
 from omniopd_jax.teachers.prices import listed_price
@@ -145,7 +146,33 @@ def finalists(grid: Grid, lines: list[dict]) -> list[str]:
     return sorted(means, key=means.get, reverse=True)[:3]
 
 
+def body(grid: g.Grid, lines: list[dict]) -> str:
+    """The page's tables; draws the plots."""
+    plan = grid.plan(grid, lines)
+    ran = sum(command.state(grid, c, lines) == command.DONE for c in plan)
+    left_out = [m for m in METHODS if is_hopeless(grid, m, lines)]
+    out = [f"{ran} of {len(plan)} cells of the plan have run. Left out by the rule: {', '.join(left_out) or 'none'}. "
+           f"Finalists: {', '.join(finalists(grid, lines)) or 'not known yet'}."]  # fmt: skip
+    for world in WORLDS:
+        out += [f"## {world}", f"Base student: {page.base(grid, world, lines)}.",
+                page.accuracy_table(grid, world, METHODS, lines),
+                page.difference_table(grid, world, [m for m in METHODS if m != "sft"], "sft", lines),
+                f"What budget 1 bought in {world}:", page.bought_table(grid, world, METHODS, lines, 1.0)]  # fmt: skip
+        if page.plot(grid, world, METHODS, lines):
+            out.append(f"![accuracy against tokens bought and dollars]({grid.name}_{world}.png)")
+    settings, small = ["omni_baseline", "omni_adaptive", *FRONTIER], [b for b in grid.budgets if b <= 1]
+    out += ["## The frontier of OmniOPD (forks)", "M = 2, N = 4, C = 8 is `omni_baseline`.",
+            page.accuracy_table(grid, "forks", settings, lines, small),
+            page.difference_table(grid, "forks", settings[1:], "omni_baseline", lines, small),
+            page.bought_table(grid, "forks", settings, lines, 1.0), "## Long runs"]  # fmt: skip
+    for world in ("forks", "style"):
+        out += [f"In {world}:", page.long_table(grid, world, LONG, lines)]
+    out += ["## The sweeps (forks, validation split)",
+            page.sweep_table(grid, [m for m, method in METHODS.items() if not method.like], lines)]  # fmt: skip
+    return "\n\n".join(out)
+
+
 GRID = Grid(
-    "equal_cost", METHODS | FRONTIER | LONG, recipe, unit=64_000, budgets=(0.25, 0.5, 1.0, 4.0), swept=(0.25, 0.5, 1.0),
-    rates=(2e-4, 8e-4, 5e-5), swept_in="forks", price=listed_price("claude-haiku-4-5"), plan=plan,
+    "equal_cost", WORLDS, METHODS | FRONTIER | LONG, recipe, unit=64_000, budgets=(0.25, 0.5, 1.0, 4.0), swept=(0.25, 0.5, 1.0),
+    rates=(2e-4, 8e-4, 5e-5), swept_in="forks", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
 )  # fmt: skip

@@ -10,8 +10,8 @@ import pathlib
 import numpy as np
 
 from benchmarks import sides
-from benchmarks.equal_cost import grid as g
-from benchmarks.equal_cost.grid import Cell, Grid
+from benchmarks.grid import runs as g
+from benchmarks.grid.runs import Cell, Grid
 
 NOT_RUN = "not run"
 SEEDS = range(5)

@@ -1,6 +1,6 @@
 """A grid of runs at equal cost: what a cell is, which learning rate it takes, which cells are missing, and one run.
 
-Nothing here knows the small worlds: another model's grid is another `Grid`. A budget is counted in the teacher's
+Nothing here knows a model or a task: they are a `Grid`'s. A budget is counted in the teacher's
 tokens, in and out, and imposed by the number of updates: a step of every method buys about as much (its number of
 prompts is chosen so), the learning rate is constant, and so a run that has reached one budget goes on to the next from
 its checkpoint, and a smaller budget's result is exactly that of a run that had been stopped there.
@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 
+from benchmarks import sides
 from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers.prices import Price
@@ -72,15 +73,19 @@ class Grid:
     """What is run, and where its lines are.
 
     Attributes:
-      name: docs/results/NAME.jsonl and NAME.md.
+      name: docs/results/NAME.jsonl and NAME.md; what its command is called.
+      worlds: tasks, or teachers of one task; the first is the command's default.
       recipe: (world, method, seed) -> config with everything but the learning rate, the length and the folder.
       unit: teacher tokens of budget 1.
       budgets: in units, ascending. swept: those that rates are tried at; a larger one takes the last's.
       swept_in: the world of the sweeps; the others take its rates.
-      first_rate: tried before the other `rates`.
+      plan: (grid, lines) -> every cell that is wanted, in order. body: (grid, lines) -> the page's tables.
+      at_run: cell -> settings that only a run knows, the address of a server that it started say.
+      measured: (run folder, its config) -> more fields of the line.
     """
 
     name: str
+    worlds: tuple[str, ...]
     methods: dict[str, Method]
     recipe: Callable
     unit: float
@@ -90,15 +95,13 @@ class Grid:
     swept_in: str
     price: Price
     plan: Callable = lambda grid, lines: []
-
-    @property
-    def results(self) -> pathlib.Path:
-        """The lines, one a run."""
-        return pathlib.Path(f"docs/results/{self.name}.jsonl")
+    body: Callable = lambda grid, lines: ""
+    at_run: Callable = lambda cell: {}
+    measured: Callable = lambda folder, cfg: {}
 
     def lines(self) -> list[dict]:
         """Those so far."""
-        return [json.loads(s) for s in self.results.read_text().splitlines()] if self.results.exists() else []
+        return sides.read(self.name)
 
     def updates(self, cell: Cell) -> int:
         """Updates that a cell's budget pays for; at least 1."""
@@ -186,6 +189,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         raise UserError(f"{cell.method}: its learning rates are not swept yet (--sweep --method={cell.method})")
     cfg = grid.recipe(cell.world, method, cell.seed)
     cfg.num_steps, cfg.optimizer.learning_rate, cfg.eval.split = grid.updates(cell), value, cell.split
+    cfg.update_from_flattened_dict(grid.at_run(cell))
     name = f"{cell.world}-{cell.method}-{value:g}-{cell.seed}-{cell.split}"
     folder = pathlib.Path(f"runs/{grid.name}{'-again' if fresh else ''}/{name}")
     begun = newest_step(folder)
@@ -217,7 +221,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         "repeated": round(last["completions/repeated_fraction"], 4), "entropy": last.get("entropy"),
         "kl": last.get("anchor/kl_ref_to_student_exact"), "from_update": begun,
         "seconds": round(time.time() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1), "commit": commit(),
-    } | curve  # fmt: skip
+    } | curve | grid.measured(folder, cfg)  # fmt: skip
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:
@@ -246,10 +250,3 @@ def newest_step(folder: pathlib.Path) -> int:
 def commit() -> str:
     """The checkout's."""
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def append(grid: Grid, line: dict) -> None:
-    """Adds a line and prints it."""
-    with grid.results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
