@@ -173,6 +173,7 @@ def body(grid: g.Grid, lines: list[dict]) -> str:
 
 
 GRID = Grid(
-    "equal_cost", WORLDS, METHODS | FRONTIER | LONG, recipe, unit=64_000, budgets=(0.25, 0.5, 1.0, 4.0), swept=(0.25, 0.5, 1.0),
+    "equal_cost", WORLDS, METHODS | FRONTIER | LONG, recipe,
+    unit=64_000, budgets=(0.25, 0.5, 1.0, 4.0), swept=(0.25, 0.5, 1.0),
     rates=(2e-4, 8e-4, 5e-5), swept_in="forks", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
 )  # fmt: skip

@@ -65,7 +65,7 @@ def main(grid: g.Grid, about: str) -> int:
     parser.add_argument("--list", action="store_true", help="print every cell and its command")
     parser.add_argument("--world", choices=grid.worlds, default=grid.worlds[0])
     parser.add_argument("--method", choices=grid.methods)
-    parser.add_argument("--budget", type=float, choices=grid.budgets, default=1.0)
+    parser.add_argument("--budget", type=float, choices=sorted({*grid.swept, *grid.budgets}), default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, help="a cell of the sweep, on the validation split")
     parser.add_argument("--again", action="store_true", help="run although there is a line, and only print the new one")

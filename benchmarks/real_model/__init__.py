@@ -1,0 +1,1 @@
+"""`python -m benchmarks.real_model` makes docs/results/real_model.md."""

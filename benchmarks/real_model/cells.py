@@ -1,0 +1,191 @@
+"""The real model's grid: methods, budgets, the order in which cells are run, and what each run is measured by."""
+
+import json
+import pathlib
+
+from benchmarks import sides
+from benchmarks.equal_cost import cells as small
+from benchmarks.grid import command, page
+from benchmarks.grid import runs as g
+from benchmarks.grid.runs import Cell, Grid, Method
+from benchmarks.real import prepare, server
+from benchmarks.real_model import forgetting
+from configs import smollm2
+from omniopd_jax import hf
+from omniopd_jax.teachers.prices import listed_price
+
+FACTS = pathlib.Path(__file__).with_name("facts.jsonl")
+LOCAL = {"teacher.provider": "local", "teacher.model": str(prepare.ROOT / "teacher"), "teacher.tokenizer": ""}
+CUT = small.CUT | {"continuation.max_tokens": 96, "continuation.cut": "peak"}
+CONTEXT = small.CONTEXT | {"num_generations": 1}
+GROUP = {"objective.name": "grpo", "num_generations": 4}
+OMNI = 3_000  # of a step of OmniOPD with 4 prompts
+
+METHODS = {
+    "sft": Method("cross-entropy on the teacher's whole solutions", small.MEAN | {"objective.name": "sft"}, 20, OMNI,
+                  texts=2),
+    "cont_peak": Method("continuation, cut at the highest entropy", CUT, 11, OMNI),
+    "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 28, OMNI),
+    "omni": Method("OmniOPD as published: no baseline", {"objective.advantage": "none"}, 4, OMNI, texts=4),
+    "omni_baseline": Method("OmniOPD with the batch's mean as baseline", {}, 4, OMNI, texts=4),
+    "opd": Method("white box: reverse KL by the sampled token", LOCAL | {"objective.name": "opd"} | small.NO_ANCHOR, 4,
+                  OMNI, buys=False),
+    "grpo": Method("no teacher: a right answer is worth 1, 2 prompts x 4", GROUP | small.NO_ANCHOR, 2, OMNI,
+                   buys=False),
+    "constant": Method("control: no teacher, weight 1 on the same chunks", {"objective.name": "constant"}, 4, OMNI,
+                       buys=False, like="omni"),
+}  # fmt: skip
+FOREIGN = ("sft", "cont_peak", "omni_baseline")  # what is run with the foreign teacher
+LONG_UPDATES = 60
+LONG = {
+    f"long_{name}": Method(f"{LONG_UPDATES} updates: {METHODS[name].about}", METHODS[name].overrides,
+                           METHODS[name].prompts, OMNI, METHODS[name].texts, like=name, buys=METHODS[name].buys,
+                           updates=LONG_UPDATES)
+    for name in ("omni", "opd")
+}  # fmt: skip
+WORLDS = ("teacher", "gemma3")  # the teacher: the student after fine-tuning, or Gemma-3-270M with worked examples
+
+
+def recipe(world: str, method: Method, seed: int):
+    """configs/smollm2.py with a teacher, a method's settings and its number of prompts."""
+    cfg = smollm2.get_config("gemma" if world == "gemma3" else None)
+    cfg.update_from_flattened_dict(method.overrides)
+    cfg.seed, cfg.prompts_per_step = seed, method.prompts
+    rows = cfg.prompts_per_step * cfg.num_generations
+    cfg.micro_batches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 16)
+    cfg.optimizer.schedule, cfg.optimizer.warmup_steps = "constant", 0  # a smaller budget is a prefix of a larger one
+    if seed == g.SWEEP_SEED:
+        cfg.eval.path, cfg.eval.num_prompts = str(prepare.ROOT / "data" / "validation.jsonl"), 128
+    else:
+        cfg.eval.sets = (str(FACTS),)
+    if method.updates:
+        cfg.eval.every = 20
+    cfg.log.tensorboard, cfg.log.completions_per_step = False, 0
+    return cfg
+
+
+class Served:
+    """vLLM with the teacher that was asked for last, started when it is needed; a `with` ends it."""
+
+    def __init__(self):
+        self._server, self._world = None, ""
+
+    def settings(self, cell: Cell) -> dict:
+        """The address, for a method that asks a text teacher."""
+        prepare.student()
+        prepare.data()
+        if not GRID.methods[cell.method].buys:
+            prepare.teacher()
+            return {}
+        if cell.world != self._world:
+            self.__exit__()
+            prepare.server_environment()
+            self._server = server.vllm(prepare.TEACHERS[cell.world](), name=cell.world)
+            self._server.start()
+            self._world = cell.world
+        return {"teacher.base_url": self._server.url}
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._server:
+            self._server.stop()
+        self._server, self._world = None, ""
+
+
+SERVED = Served()
+
+
+def measured(folder: pathlib.Path, cfg) -> dict:
+    """What else a line says, before the first update and after the last: answers that were cut or have no number, the
+    facts that are known, perplexity of ordinary text."""
+    tokenizer = hf.load_tokenizer(cfg.student.path)
+    answers, steps = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("evaluations.jsonl", "metrics.jsonl")
+    )
+    out: dict[str, list] = {"cut": [], "no_number": [], "length": []}
+    for updates in (0, cfg.num_steps):
+        texts = [r["text"] for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
+        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        out["cut"].append(round(sum(n >= cfg.max_completion_length - 1 for n in lengths) / len(texts), 4))
+        out["no_number"].append(round(sum(not any(c.isdigit() for c in text) for text in texts) / len(texts), 4))
+        out["length"].append(round(sum(lengths) / len(texts), 1))
+    facts = {r["eval/updates"]: r[key] for r in steps for key in r if key.startswith("eval/accuracy/facts")}
+    if facts:
+        out["facts"] = [round(facts[n], 4) for n in (0, cfg.num_steps)]
+        out["perplexity"] = forgetting.perplexities(folder)
+    return out
+
+
+def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
+    """Every cell in the order of docs/results/real_model.md."""
+    own = [m for m in METHODS if not METHODS[m].like]
+    out = [c for m in own for c in g.sweep(grid, m)]
+    out += [Cell("teacher", m, b, 0) for m in METHODS for b in grid.budgets]
+    out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in grid.budgets]
+    out += [Cell("teacher", m, b, 1) for m in METHODS for b in grid.budgets]
+    out += [Cell("teacher", m, 1.0, 0) for m in LONG]
+    out += [Cell("gemma3", m, b, 1) for m in FOREIGN for b in grid.budgets]
+    return out + [Cell("teacher", m, b, 2) for m in METHODS for b in grid.budgets]
+
+
+def body(grid: Grid, lines: list[dict]) -> str:
+    """The page's tables."""
+    cells = grid.plan(grid, lines)
+    done = sum(command.state(grid, c, lines) == command.DONE for c in cells)
+    out = [f"{done} of {len(cells)} cells of the plan have run."]
+    titles = {"teacher": "## The fine-tuned teacher", "gemma3": "## A foreign teacher: Gemma-3-270M"}
+    for world, methods in zip(WORLDS, (tuple(METHODS), FOREIGN), strict=True):
+        out += [titles[world], f"The student before: {page.base(grid, world, lines)}.",
+                page.accuracy_table(grid, world, methods, lines),
+                page.difference_table(grid, world, [m for m in methods if m != "sft"], "sft", lines),
+                "What budget 1 bought:", page.bought_table(grid, world, methods, lines, 1.0),
+                "Before and after budget 1 (means over seeds):", kept_table(grid, world, methods, lines)]  # fmt: skip
+    out += [f"## {LONG_UPDATES} updates", long_table(grid, lines)]
+    out += ["## The sweep (validation split)",
+            page.sweep_table(grid, [m for m in METHODS if not METHODS[m].like], lines)]  # fmt: skip
+    return "\n\n".join(out)
+
+
+def kept_table(grid: Grid, world: str, methods, lines) -> str:
+    """How answers look, and what is forgotten."""
+    head = ["method", "cut at the cap, %", "without a number, %", "length, tokens", "facts known, %", "perplexity"]
+    rows = []
+    for m in methods:
+        got = list(page.found(grid, world, m, 1.0, lines).values())
+        if not got:
+            rows.append((m, page.NOT_RUN, *[""] * 4))
+            continue
+        cells = []
+        for key, scale in (("cut", 100), ("no_number", 100), ("length", 1), ("facts", 100), ("perplexity", 1)):
+            before, after = (scale * sum(r[key][i] for r in got) / len(got) for i in (0, 1))
+            cells.append(f"{before:.1f}, {after:.1f}")
+        rows.append((m, *cells))
+    return sides.table(head, rows)
+
+
+def long_table(grid: Grid, lines) -> str:
+    """Accuracy along the longer runs."""
+    marks = range(20, LONG_UPDATES + 1, 20)
+    rows = []
+    for m in LONG:
+        got = list(page.found(grid, "teacher", m, 1.0, lines).values())
+        if not got:
+            rows.append((m, page.NOT_RUN, *[""] * (len(marks) + 4)))
+        for line in got:
+            at = {p["updates"]: p for p in line["curve"]}
+            end = at[LONG_UPDATES]
+            last = [f"{end.get(k, float('nan')):.3f}" for k in ("repeated", "entropy", "kl")]
+            rows.append((m, line["seed"], *(f"{100 * at[n]['accuracy']:.1f}" for n in marks), *last,
+                         f"{max(p['zlib_most'] for p in line['curve']):.1f}"))  # fmt: skip
+    head = ["run", "seed", *(f"after {n}, %" for n in marks), "repeated 4-grams", "entropy", "KL to the base", "zlib"]
+    return sides.table(head, rows)
+
+
+GRID = Grid(
+    "real_model", WORLDS, METHODS | LONG, recipe, unit=90_000, budgets=(0.5, 1.0), swept=(0.25,),
+    rates=(1e-3, 3e-4, 3e-3), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
+    at_run=SERVED.settings, measured=measured,
+)  # fmt: skip
