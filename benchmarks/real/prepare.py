@@ -79,14 +79,16 @@ def make(path: pathlib.Path, what: str, build) -> pathlib.Path:
 def server_environment() -> pathlib.Path:
     """vLLM's CPU build in an environment of its own (3.5 GB); returns its interpreter."""
     folder = ROOT / "vllm"
-    if not (folder / "ready").exists():  # an environment can't be moved, so a stamp says that it is whole
+    stamp, wanted = folder / "ready", "\n".join(SERVER)
+    if not stamp.exists() or stamp.read_text() != wanted:  # an environment can't be moved: the stamp says it is whole
         print(f"== real: {', '.join(SERVER)} in {folder} (3.5 GB, about 3 minutes)", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
         try:
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            if not stamp.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             _install(["--python", str(python())] if _uv() else [f"--prefix={folder}"], SERVER, "the vLLM server")
             subprocess.run([str(python()), "-m", "pip", "uninstall", "-q", "-y", *UNWANTED], check=True)
-            (folder / "ready").touch()
+            stamp.write_text(wanted)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
