@@ -76,5 +76,5 @@ def write_page(name: str, text: str, module: str = "") -> None:
     page = RESULTS / f"{name}.md"
     begin, end = f"<!-- table: python -m benchmarks.{module or name} --table -->", "<!-- end of table -->"
     old = page.read_text() if page.exists() else f"# {name}\n\n{begin}\n{end}\n"
-    page.write_text(old[: old.index(begin)] + f"{begin}\n\n{text}\n\n" + old[old.index(end) :])
+    page.write_text(old[: old.index(begin)] + f"{begin}\n\n{text}\n\n" + old[old.index(end, old.index(begin)) :])
     print(text)

@@ -28,7 +28,7 @@ MAX_DRIFT = 1.5  # mean length against the start, either way
 MAX_GAP = 0.05  # nats per token between the sampler's log-probs and the training graph's
 MIN_STEPS = 10  # steps before entropy and length are compared with the start
 PROGRESS_STEPS = 20  # steps before a reward that does not rise is a finding
-MAX_LONE_RISE = 0.1  # of pi_hat between two evaluations of which the later is no better
+MAX_LONE_RISE = 0.05  # of pi_hat between two evaluations of which the later is no better
 
 
 @dataclasses.dataclass(frozen=True)

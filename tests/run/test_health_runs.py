@@ -58,7 +58,7 @@ def large_keys(folder) -> dict:
     params, cfg = tiny.random_model(len(tokenizer), 3)
     large = np.ones(cfg.head_dim, np.float32)
     large[[0, cfg.head_dim // 2]] = 100.0  # a pair that RoPE turns together
-    norms = {name: params["layers"][name] * scale for name, scale in (("k_norm", large), ("q_norm", 1 / large))}
+    norms = {name: params["layers"][name] * scale[None] for name, scale in (("k_norm", large), ("q_norm", 1 / large))}
     hf.save(folder / "student", params | {"layers": params["layers"] | norms}, cfg, tokenizer, dtype="float32")
     small = {"max_prompt_length": 160, "prompts_per_step": 8, "rollout.cache_dtype": "int8"}
     return small | {"student.path": str(folder / "student")}
@@ -76,8 +76,8 @@ TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "few_chunks": lambda folder: {"audit.chunk_tokens": 24, "audit.num_chunks": 4},
     "sampler_gap": large_keys,
     "agreement_alone": lambda folder: says(folder, "so the answer is 7")
-    | LONGER
-    | {"optimizer.learning_rate": 2e-3, "eval.num_prompts": 64, "eval.every": 6},
+    | {"num_steps": 12, "prompts_per_step": 64, "audit.num_chunks": 1, "eval.num_prompts": 64, "eval.every": 6}
+    | {"optimizer.learning_rate": 3e-3, "optimizer.schedule": "constant"},
     "no_progress": lambda folder: LONGER
     | {"optimizer.learning_rate": 0.0, "eval.num_prompts": 32, "eval.every": 10},
 }  # fmt: skip

@@ -1,0 +1,173 @@
+"""True continuation against the instruction fallback, on a real chat model: the same prefixes, the same server.
+
+    python -m benchmarks.real.modes RUN [--model=teacher] [--audits=300]   # asks; adds to docs/results/real_modes.jsonl
+    python -m benchmarks.real.modes --table                                # the tables of continuation_modes.md
+    python -m benchmarks.real.modes --blind=30 --seed=0                    # texts without their mode, to label by hand
+
+RUN is a run of configs/smollm2.py (`make real`): its audits give the prefixes, evenly over its steps. Each is asked for
+N texts of C tokens by `completion` (the rendered prompt and the prefix) and by `instruct` (teachers/wire/instruct.py),
+straight over HTTP, so that what the model wrote is kept beside what the rules make of it. Labels are given by `label`
+from question, prefix and text alone.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import random
+import re
+import sys
+import urllib.request
+
+import numpy as np
+
+from benchmarks import sides
+from benchmarks.real import prepare, server
+from omniopd_jax import config, hf, similarity
+from omniopd_jax.hf.template import make as make_template
+from omniopd_jax.run import records
+from omniopd_jax.teachers.wire import instruct
+
+MODES = ("completion", "instruct")
+LABELS = ("continues", "anew", "repeats", "restarts", "explains", "empty", "no continuation")
+N, TOKENS = 4, 10
+TALKS = re.compile(
+    r"\b(continu(?:e|ing|ation)|next words|instruction|interrupted|cut off|apologi[sz]e)\b", re.I
+)
+KEPT_CHARACTERS = 240  # of a prefix's end, in a line
+
+
+def label(question: str, prefix: str, text: str | None) -> str:
+    """What a text does with an unfinished answer; the first rule that holds.
+
+    `no continuation`: the rules of `instruct` gave it up. `empty`: white space. `explains`: announces itself, or speaks
+    of continuing, of the instruction or of having been cut off. `restarts`: begins with the answer's or the question's
+    first 24 characters. `repeats`: begins with the prefix's last 12 characters or more, on a word's edge. `anew`:
+    begins a sentence with a word that the question does not hold, where the prefix stops inside one.
+    """
+    if text is None:
+        return "no continuation"
+    words = " ".join(text.split())
+    if not words:
+        return "empty"
+    if records.explains(text) or TALKS.search(words):
+        return "explains"
+    if records.restarts(prefix, text) or words.startswith(question[: instruct.MIN_RESTART]):
+        return "restarts"
+    old = " ".join(prefix.split())
+    sizes = range(min(len(old), len(words)), instruct.MIN_OVERLAP - 1, -1)
+    if any(old.endswith(words[:size]) and " " in words[:size].strip() for size in sizes):
+        return "repeats"
+    inside = bool(old) and old[-1] not in ".!?:" and not prefix.endswith("\n")
+    first = re.match(r"[A-Z][a-z']*", words)
+    if inside and first and first.group() not in question.split() and first.group() not in ("I", "A"):
+        return "anew"
+    return "continues"
+
+
+def ask(url: str, path: str, body: dict) -> list[str]:
+    """The texts of one call."""
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        choices = json.loads(reply.read())["choices"]
+    return [c["text"] if "text" in c else c["message"]["content"] or "" for c in choices]
+
+
+def asked(url: str, model: str, template, audit: dict) -> list[dict]:
+    """The audit's prefix by both modes: one record each."""
+    prompt, prefix = [{"role": "user", "content": audit["question"]}], audit["prefix_end"]
+    how = {"model": model, "n": N, "max_tokens": TOKENS, "temperature": 1.0, "seed": 0}
+    out = []
+    for mode in MODES:
+        if mode == "completion":
+            raw = ask(url, "completions", how | {"prompt": template.continued(prompt, prefix),
+                                                 "add_special_tokens": False})  # fmt: skip
+            kept = raw
+        else:
+            raw = ask(url, "chat/completions", how | {"messages": instruct.messages(prompt, prefix, TOKENS)})
+            kept = [instruct.cut(prefix, text) for text in raw]
+        out.append({"model": model, "mode": mode, "question": audit["question"],
+                    "prefix_end": prefix[-KEPT_CHARACTERS:], "chunk": audit["chunk"], "right": audit["grade"],
+                    "raw": raw, "kept": kept, "raw_labels": [label(audit["question"], prefix, t) for t in raw],
+                    "labels": [label(audit["question"], prefix, t) for t in kept]})  # fmt: skip
+    return out
+
+
+def agreement(lines: list[dict]) -> np.ndarray:
+    """[lines]: k_sem / n of each, by ROUGE-1; NaN where no text was kept."""
+    cfg = config.default()
+    cfg.audit.similarity = "rouge1"
+    phi = similarity.make(cfg)
+    kept = [[t for t in line["kept"] if t is not None] for line in lines]
+    values = iter(phi([line["chunk"] for line, own in zip(lines, kept) for _ in own], [t for own in kept for t in own]))
+    return np.array([np.mean([next(values) for _ in own]) if own else np.nan for own in kept])
+
+
+def tables() -> str:
+    """Labels by mode, and agreement by mode with its correlation."""
+    lines, rows, agreed = sides.read("real_modes"), [], []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        by = {mode: [x for x in lines if (x["model"], x["mode"]) == (model, mode)] for mode in MODES}
+        for mode, what in (("completion", "labels"), ("instruct", "raw_labels"), ("instruct", "labels")):
+            found = [name for line in by[mode] for name in line[what]]
+            shares = [f"{found.count(name) / len(found):.1%}" for name in LABELS]
+            rows.append((model, f"{mode}{', as written' if what == 'raw_labels' else ''}", len(by[mode]), *shares))
+        values = {mode: agreement(by[mode]) for mode in MODES}
+        both = ~np.isnan(np.stack(list(values.values()))).any(0)
+        pair = np.stack([values[mode][both] for mode in MODES])
+        ranks = pair.argsort(-1).argsort(-1)
+        right = np.array([bool(x["right"]) for x in by["completion"]])[both]
+        areas = [_area(v[right], v[~right]) for v in pair]
+        agreed.append((model, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
+                       f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
+                       *(f"{a:.2f}" for a in areas)))  # fmt: skip
+    head = ["model", "k_sem / n in both", *MODES, "correlation", "of ranks", *(f"area, {m}" for m in MODES)]
+    return sides.table(["model", "texts by", "audits", *LABELS], rows) + "\n\n" + sides.table(head, agreed)
+
+
+def _area(high, low) -> float:
+    return float(np.mean(high[:, None] > low) + np.mean(high[:, None] == low) / 2)
+
+
+def blind(count: int, seed: int) -> None:
+    """Prints texts of both modes, shuffled, without their mode or label; their places in the file behind them."""
+    places = [(i, j) for i, line in enumerate(sides.read("real_modes")) for j in range(len(line["raw"]))]
+    lines = sides.read("real_modes")
+    for i, j in random.Random(seed).sample(places, count):
+        line = lines[i]
+        print(f"[{i}.{j}] Q: {line['question']}\n  {line['prefix_end']!r}\n  -> {line['raw'][j]!r}")
+
+
+def main() -> int:
+    """Asks, and writes the page's tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--model", default="teacher", help="a folder of the cache: smollm2 | teacher")
+    parser.add_argument("--audits", type=int, default=300)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--blind", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.blind:
+        blind(args.blind, args.seed)
+        return 0
+    if args.run:
+        audits = [json.loads(s) for s in (pathlib.Path(args.run) / "audits.jsonl").read_text().splitlines()]
+        audits = [a for a in audits if a["prefix_end"] and a["prefix_characters"] == len(a["prefix_end"])]
+        audits = [audits[i] for i in records.even(len(audits), args.audits)]
+        template = make_template(hf.load_tokenizer(prepare.student()))
+        with (
+            server.ended_by_signals(),
+            server.vllm(prepare.ROOT / args.model, name=args.model) as served,
+            concurrent.futures.ThreadPoolExecutor(16) as pool,
+        ):
+            for pair in pool.map(lambda a: asked(served.url, args.model, template, a), audits):
+                for line in pair:
+                    sides.append("real_modes", line)
+    sides.write_page("continuation_modes", tables(), "real.modes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
