@@ -5,9 +5,9 @@
     python -m benchmarks.real.modes --blind=30 --seed=0                    # texts without their mode, to label by hand
 
 RUN is a run of configs/smollm2.py (`make real`): its audits give the prefixes, evenly over its steps. Each is asked for
-N texts of C tokens by `completion` (the rendered prompt and the prefix) and by `instruct` (teachers/wire/instruct.py),
-straight over HTTP, so that what the model wrote is kept beside what the rules make of it. Labels are given by `label`
-from question, prefix and text alone.
+N texts of C tokens by `completion` (the rendered prompt and the prefix), by `instruct` (teachers/wire/instruct.py) and
+by two other wordings of it, straight over HTTP, so that what the model wrote is kept beside what the rules make of it.
+Labels are given by `label` from question, prefix and text alone.
 """
 
 import argparse
@@ -28,13 +28,11 @@ from omniopd_jax.hf.template import make as make_template
 from omniopd_jax.run import records
 from omniopd_jax.teachers.wire import instruct
 
-MODES = ("completion", "instruct")
+MODES = ("completion", "instruct", "tail", "one_turn")
 LABELS = ("continues", "anew", "repeats", "restarts", "explains", "empty", "no continuation")
 N, TOKENS = 4, 10
-TALKS = re.compile(
-    r"\b(continu(?:e|ing|ation)|next words|instruction|interrupted|cut off|apologi[sz]e)\b", re.I
-)
-KEPT_CHARACTERS = 240  # of a prefix's end, in a line
+TALKS = re.compile(r"\b(continu(?:e|ing|ation)|next words|instruction|interrupted|cut off|apologi[sz]e)\b", re.I)
+KEPT_CHARACTERS = 160  # of a prefix's end, in a line
 
 
 def label(question: str, prefix: str, text: str | None) -> str:
@@ -50,7 +48,7 @@ def label(question: str, prefix: str, text: str | None) -> str:
     words = " ".join(text.split())
     if not words:
         return "empty"
-    if records.explains(text) or TALKS.search(words):
+    if records.explains(text) or TALKS.search(words) or instruct.ABOUT_ITSELF.match(text):
         return "explains"
     if records.restarts(prefix, text) or words.startswith(question[: instruct.MIN_RESTART]):
         return "restarts"
@@ -65,6 +63,18 @@ def label(question: str, prefix: str, text: str | None) -> str:
     return "continues"
 
 
+def chats(prompt: list[dict], prefix: str) -> dict[str, list[dict]]:
+    """{mode: the chat that asks for the next words}: ours; ours with the last words named; everything in one turn."""
+    own = instruct.messages(prompt, prefix, TOKENS)
+    tail = " ".join(prefix.split()[-5:])
+    named = f"{own[-1]['content']} Your answer stops after these words: {tail}"
+    question = prompt[-1]["content"]
+    one = (f"Question: {question}\n\nSomebody has begun to answer it. Write the next words of the answer, and nothing "
+           f"else.\n\nThe answer so far: {prefix}")  # fmt: skip
+    return {"instruct": own, "tail": [*own[:-1], {"role": "user", "content": named}],
+            "one_turn": [{"role": "user", "content": one}]}  # fmt: skip
+
+
 def ask(url: str, path: str, body: dict) -> list[str]:
     """The texts of one call."""
     headers = {"content-type": "application/json"}
@@ -74,10 +84,10 @@ def ask(url: str, path: str, body: dict) -> list[str]:
     return [c["text"] if "text" in c else c["message"]["content"] or "" for c in choices]
 
 
-def asked(url: str, model: str, template, audit: dict) -> list[dict]:
-    """The audit's prefix by both modes: one record each."""
+def asked(url: str, model: str, template, audit: dict, seed: int) -> list[dict]:
+    """The audit's prefix by every mode: one record each."""
     prompt, prefix = [{"role": "user", "content": audit["question"]}], audit["prefix_end"]
-    how = {"model": model, "n": N, "max_tokens": TOKENS, "temperature": 1.0, "seed": 0}
+    how = {"model": model, "n": N, "max_tokens": TOKENS, "temperature": 1.0, "seed": seed}
     out = []
     for mode in MODES:
         if mode == "completion":
@@ -85,7 +95,7 @@ def asked(url: str, model: str, template, audit: dict) -> list[dict]:
                                                  "add_special_tokens": False})  # fmt: skip
             kept = raw
         else:
-            raw = ask(url, "chat/completions", how | {"messages": instruct.messages(prompt, prefix, TOKENS)})
+            raw = ask(url, "chat/completions", how | {"messages": chats(prompt, prefix)[mode]})
             kept = [instruct.cut(prefix, text) for text in raw]
         out.append({"model": model, "mode": mode, "question": audit["question"],
                     "prefix_end": prefix[-KEPT_CHARACTERS:], "chunk": audit["chunk"], "right": audit["grade"],
@@ -109,20 +119,24 @@ def tables() -> str:
     lines, rows, agreed = sides.read("real_modes"), [], []
     for model in dict.fromkeys(line["model"] for line in lines):
         by = {mode: [x for x in lines if (x["model"], x["mode"]) == (model, mode)] for mode in MODES}
-        for mode, what in (("completion", "labels"), ("instruct", "raw_labels"), ("instruct", "labels")):
-            found = [name for line in by[mode] for name in line[what]]
-            shares = [f"{found.count(name) / len(found):.1%}" for name in LABELS]
-            rows.append((model, f"{mode}{', as written' if what == 'raw_labels' else ''}", len(by[mode]), *shares))
+        for mode in MODES:
+            for key, words in (("raw_labels", ", as written"), ("labels", "")):
+                if mode == "completion" and words:
+                    continue
+                found = [name for line in by[mode] for name in line[key]]
+                shares = [f"{found.count(name) / len(found):.1%}" for name in LABELS]
+                rows.append((model, f"{mode}{words}", len(by[mode]), *shares))
         values = {mode: agreement(by[mode]) for mode in MODES}
-        both = ~np.isnan(np.stack(list(values.values()))).any(0)
-        pair = np.stack([values[mode][both] for mode in MODES])
-        ranks = pair.argsort(-1).argsort(-1)
-        right = np.array([bool(x["right"]) for x in by["completion"]])[both]
-        areas = [_area(v[right], v[~right]) for v in pair]
-        agreed.append((model, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
-                       f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
-                       *(f"{a:.2f}" for a in areas)))  # fmt: skip
-    head = ["model", "k_sem / n in both", *MODES, "correlation", "of ranks", *(f"area, {m}" for m in MODES)]
+        for mode in MODES[1:]:
+            both = ~np.isnan(values["completion"] + values[mode])
+            pair = np.stack([values["completion"][both], values[mode][both]])
+            right = np.array([bool(x["right"]) for x in by[mode]])[both]
+            ranks = pair.argsort(-1).argsort(-1)
+            agreed.append((model, mode, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
+                           f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
+                           *(f"{_area(v[right], v[~right]):.2f}" for v in pair)))  # fmt: skip
+    head = ["model", "mode", "audits with texts", "k_sem / n, completion", "the mode's", "correlation", "of ranks",
+            "area, completion", "area, mode"]  # fmt: skip
     return sides.table(["model", "texts by", "audits", *LABELS], rows) + "\n\n" + sides.table(head, agreed)
 
 
@@ -162,8 +176,10 @@ def main() -> int:
             server.vllm(prepare.ROOT / args.model, name=args.model) as served,
             concurrent.futures.ThreadPoolExecutor(16) as pool,
         ):
-            for pair in pool.map(lambda a: asked(served.url, args.model, template, a), audits):
-                for line in pair:
+            for answers in pool.map(
+                lambda i: asked(served.url, args.model, template, audits[i], i), range(len(audits))
+            ):
+                for line in answers:
                     sides.append("real_modes", line)
     sides.write_page("continuation_modes", tables(), "real.modes")
     return 0

@@ -22,10 +22,10 @@ GROUP = {"objective.name": "grpo", "num_generations": 4}
 OMNI = 3_000  # of a step of OmniOPD with 4 prompts
 
 METHODS = {
-    "sft": Method("cross-entropy on the teacher's whole solutions", small.MEAN | {"objective.name": "sft"}, 20, OMNI,
+    "sft": Method("cross-entropy on the teacher's whole solutions", small.MEAN | {"objective.name": "sft"}, 22, 2_930,
                   texts=2),
-    "cont_peak": Method("continuation, cut at the highest entropy", CUT, 11, OMNI),
-    "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 28, OMNI),
+    "cont_peak": Method("continuation, cut at the highest entropy", CUT, 13, OMNI),
+    "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 32, OMNI),
     "omni": Method("OmniOPD as published: no baseline", {"objective.advantage": "none"}, 4, OMNI, texts=4),
     "omni_baseline": Method("OmniOPD with the batch's mean as baseline", {}, 4, OMNI, texts=4),
     "opd": Method("white box: reverse KL by the sampled token", LOCAL | {"objective.name": "opd"} | small.NO_ANCHOR, 4,

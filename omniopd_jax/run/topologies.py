@@ -21,6 +21,7 @@ COMPILE_ONLY = {  # what the TPU compiler reads when it is loaded: no chip here,
 def compile_only() -> None:
     """Keeps this process off any accelerator that the machine may have. Before the first computation."""
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices can't be read back
 
 
 def model_config(path: str) -> model.ModelConfig:

@@ -49,6 +49,20 @@ def test_starting_over_is_no_continuation(text):
     assert cut(ANSWER, text) is None
 
 
+@pytest.mark.parametrize(  # the first two of each kind as a chat model of 135 M parameters wrote them
+    "text",
+    [
+        "Your answer above was cut off by accident. You", "Your answer was cut off by accident. Write only",
+        "I'm sorry for any confusion, but I completely", "I'm sorry I cut off, but I completely", "I apologize, but",
+        "You are a helpful AI named SmolLM,", "As an AI language model I cannot",
+    ],
+)  # fmt: skip
+def test_speaking_of_itself_is_no_continuation(text):
+    assert cut(ANSWER, text) is None
+    assert cut("I'm sorry, Dave", " I'm sorry, Tom") is not None  # of an answer that speaks so too
+    assert cut(ANSWER, "Your answer is 7") is not None and cut(ANSWER, "You are left with 7") is not None
+
+
 @pytest.mark.parametrize(
     "prefix,text,expect",
     [

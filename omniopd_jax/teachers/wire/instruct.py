@@ -7,7 +7,7 @@ says what it is about to do. Each of these has a rule in `cut`, tested on its ow
 
 import re
 
-VERSION = 1  # of the prompt and the rules: part of the journal key
+VERSION = 2  # of the prompt and the rules: part of the journal key
 
 INSTRUCTION = (
     "Your answer above was cut off by accident. Write only what comes next, from the exact character where it stops: "
@@ -26,6 +26,13 @@ PREAMBLE = re.compile(
 ASSENT = re.compile(
     r"^\s*(?:sure|certainly|of course|absolutely|understood|got it)\b[^\n:]{0,60}[!.:]\s*\n+", re.IGNORECASE
 )
+ABOUT_ITSELF = (
+    re.compile(  # speaks of the request or of itself: the instruction said again, an apology, a system prompt
+        r"^\s*(?:your (?:answer|response|reply|text|message)\b[^\n.]{0,20}\bcut off\b|(?:i(?:['’]m| am) (?:\w+ )?|my )?"
+        r"(?:sorry\b|apolog)|i apologi[sz]e\b|as an? (?:ai|language model)\b|you are an? (?:helpful|ai)\b)",
+        re.IGNORECASE,
+    )
+)
 MIN_OVERLAP = 12  # characters that a repeated tail must have: shorter ones occur by themselves ("1 + 1 + 1")
 MIN_RESTART = 24  # characters from the answer's start that count as starting over
 
@@ -40,11 +47,13 @@ def messages(prompt, prefix: str, max_tokens: int) -> list[dict]:
 
 
 def cut(prefix: str, text: str) -> str | None:
-    """What `text` adds to `prefix`, or None where it adds nothing because it starts the answer over.
+    """What `text` adds to `prefix`, or None where it starts the answer over, or speaks of itself and not of the task.
 
     The result is `text` without something at either end, or with one space put in front where a word would otherwise
     run into the prefix's last one (chat models swallow leading spaces).
     """
+    if ABOUT_ITSELF.match(text) and not ABOUT_ITSELF.match(prefix):
+        return None
     body = _unwrap(prefix, _no_preamble(text))
     body = _unwrap(prefix, _no_ellipsis(prefix, body))
     body = _no_restart(prefix, body)
