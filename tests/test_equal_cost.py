@@ -9,6 +9,8 @@ from benchmarks.equal_cost import cells
 from benchmarks.grid import page
 from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell
+from benchmarks.real_model import cells as real
+from omniopd_jax.run import preflight
 
 RATES = {2e-4: 0.6, 8e-4: 0.7, 5e-5: 0.35}
 
@@ -74,6 +76,7 @@ def test_a_method_that_only_harms_stays_on_forks_with_one_seed(grid):
     assert left == {("forks", 0, b) for b in grid.budgets if b <= 1}
 
 
+@pytest.mark.parametrize("grid", [cells.GRID, real.GRID], ids=lambda grid: grid.name)
 def test_the_plan_names_each_cell_once_and_a_sweep_before_what_takes_its_rate(grid):
     plan = grid.plan(grid, [])
     assert len(set(plan)) == len(plan)
@@ -91,3 +94,11 @@ def test_intervals_are_of_problems_and_of_seeds():
     assert page.interval(apart)[1] > 1
     got = {0: line(Cell("forks", "sft", 1.0, 0), 0.6, 2e-4), 1: line(Cell("forks", "sft", 1.0, 1), 0.7, 2e-4)}
     assert page.against(got, {1: line(Cell("forks", "omni", 1.0, 1), 0.5, 2e-4)}).mean() == pytest.approx(0.2)
+
+
+def test_the_real_models_recipes_are_valid_and_buy_their_budget():
+    for name, method in real.GRID.methods.items():
+        for world in real.WORLDS:
+            preflight.validate(real.recipe(world, method, 0))
+        updates = {b: real.GRID.updates(Cell("teacher", name, b, 0)) for b in real.GRID.budgets}
+        assert method.updates or abs(updates[1.0] - 30) <= 2

@@ -43,6 +43,9 @@ LONG = {
                            updates=LONG_UPDATES)
     for name in ("omni", "opd")
 }  # fmt: skip
+BY_INSTRUCTION = {"omni_instruct": Method(
+    "omni_baseline, its teacher asked by instruction: equal updates, not equal tokens",
+    {"teacher.continuation": "instruct"}, 4, OMNI, 4, like="omni_baseline", updates=30)}  # fmt: skip
 WORLDS = ("teacher", "gemma3")  # the teacher: the student after fine-tuning, or Gemma-3-270M with worked examples
 
 
@@ -58,7 +61,7 @@ def recipe(world: str, method: Method, seed: int):
         cfg.eval.path, cfg.eval.num_prompts = str(prepare.ROOT / "data" / "validation.jsonl"), 128
     else:
         cfg.eval.sets = (str(FACTS),)
-    if method.updates:
+    if method.updates == LONG_UPDATES:
         cfg.eval.every = 20
     cfg.log.tensorboard, cfg.log.completions_per_step = False, 0
     return cfg
@@ -121,9 +124,12 @@ def measured(folder: pathlib.Path, cfg) -> dict:
 
 def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
     """Every cell in the order of docs/results/real_model.md."""
-    own = [m for m in METHODS if not METHODS[m].like]
-    out = [c for m in own for c in g.sweep(grid, m)]
-    out += [Cell("teacher", m, b, 0) for m in METHODS for b in grid.budgets]
+    order = ("omni_baseline", "sft", "cont_peak", "omni", "opd", "grpo", "context", "constant")
+    out = []
+    for m in order:  # so that what is there first is whole
+        out += [] if METHODS[m].like else g.sweep(grid, m)
+        out += [Cell("teacher", m, b, 0) for b in grid.budgets]
+    out += [Cell("teacher", m, 1.0, 0) for m in BY_INSTRUCTION]
     out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in grid.budgets]
     out += [Cell("teacher", m, b, 1) for m in METHODS for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in LONG]
@@ -143,6 +149,9 @@ def body(grid: Grid, lines: list[dict]) -> str:
                 page.difference_table(grid, world, [m for m in methods if m != "sft"], "sft", lines),
                 "What budget 1 bought:", page.bought_table(grid, world, methods, lines, 1.0),
                 "Before and after budget 1 (means over seeds):", kept_table(grid, world, methods, lines)]  # fmt: skip
+    both = ["omni_baseline", *BY_INSTRUCTION]
+    out += ["## By instruction", page.accuracy_table(grid, "teacher", both, lines, [1.0]),
+            page.bought_table(grid, "teacher", both, lines, 1.0)]  # fmt: skip
     out += [f"## {LONG_UPDATES} updates", long_table(grid, lines)]
     out += ["## The sweep (validation split)",
             page.sweep_table(grid, [m for m in METHODS if not METHODS[m].like], lines)]  # fmt: skip
@@ -185,7 +194,7 @@ def long_table(grid: Grid, lines) -> str:
 
 
 GRID = Grid(
-    "real_model", WORLDS, METHODS | LONG, recipe, unit=90_000, budgets=(0.5, 1.0), swept=(0.25,),
+    "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=90_000, budgets=(0.5, 1.0), swept=(0.25,),
     rates=(1e-3, 3e-4, 3e-3), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
     at_run=SERVED.settings, measured=measured,
 )  # fmt: skip
