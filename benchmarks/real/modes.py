@@ -31,8 +31,9 @@ from omniopd_jax.teachers.wire import instruct
 MODES = ("completion", "instruct", "tail", "one_turn")
 LABELS = ("continues", "anew", "repeats", "restarts", "explains", "empty", "no continuation")
 N, TOKENS = 4, 10
+WORD = re.compile(r"[a-z]+|\d+")
+BY_HAND = sides.RESULTS / "real_modes_by_hand.json"
 TALKS = re.compile(r"\b(continu(?:e|ing|ation)|next words|instruction|interrupted|cut off|apologi[sz]e)\b", re.I)
-KEPT_CHARACTERS = 160  # of a prefix's end, in a line
 
 
 def label(question: str, prefix: str, text: str | None) -> str:
@@ -40,8 +41,9 @@ def label(question: str, prefix: str, text: str | None) -> str:
 
     `no continuation`: the rules of `instruct` gave it up. `empty`: white space. `explains`: announces itself, or speaks
     of continuing, of the instruction or of having been cut off. `restarts`: begins with the answer's or the question's
-    first 24 characters. `repeats`: begins with the prefix's last 12 characters or more, on a word's edge. `anew`:
-    begins a sentence with a word that the question does not hold, where the prefix stops inside one.
+    first 24 characters or 4 words. `repeats`: begins with the prefix's last 12 characters or more, on a word's edge.
+    `anew`: begins a sentence with a word that the question does not hold, where the prefix stops inside one; or has
+    three words or more, and of those of four letters and more and the numbers none that question or prefix holds.
     """
     if text is None:
         return "no continuation"
@@ -50,7 +52,9 @@ def label(question: str, prefix: str, text: str | None) -> str:
         return "empty"
     if records.explains(text) or TALKS.search(words) or instruct.ABOUT_ITSELF.match(text):
         return "explains"
-    if records.restarts(prefix, text) or words.startswith(question[: instruct.MIN_RESTART]):
+    said = WORD.findall(words.lower())
+    starts = [WORD.findall(start.lower())[:4] for start in (question, prefix)]
+    if records.restarts(prefix, text) or any(len(start) == 4 and said[:4] == start for start in starts):
         return "restarts"
     old = " ".join(prefix.split())
     sizes = range(min(len(old), len(words)), instruct.MIN_OVERLAP - 1, -1)
@@ -59,6 +63,9 @@ def label(question: str, prefix: str, text: str | None) -> str:
     inside = bool(old) and old[-1] not in ".!?:" and not prefix.endswith("\n")
     first = re.match(r"[A-Z][a-z']*", words)
     if inside and first and first.group() not in question.split() and first.group() not in ("I", "A"):
+        return "anew"
+    known = set(WORD.findall(f"{question} {prefix}".lower()))
+    if len(said) > 2 and not any(w in known for w in said if len(w) > 3 or w.isdigit()):
         return "anew"
     return "continues"
 
@@ -84,73 +91,95 @@ def ask(url: str, path: str, body: dict) -> list[str]:
     return [c["text"] if "text" in c else c["message"]["content"] or "" for c in choices]
 
 
-def asked(url: str, model: str, template, audit: dict, seed: int) -> list[dict]:
-    """The audit's prefix by every mode: one record each."""
+def asked(url: str, model: str, template, audit: dict, seed: int) -> dict:
+    """The audit with the texts that every mode gave."""
     prompt, prefix = [{"role": "user", "content": audit["question"]}], audit["prefix_end"]
     how = {"model": model, "n": N, "max_tokens": TOKENS, "temperature": 1.0, "seed": seed}
-    out = []
-    for mode in MODES:
-        if mode == "completion":
-            raw = ask(url, "completions", how | {"prompt": template.continued(prompt, prefix),
-                                                 "add_special_tokens": False})  # fmt: skip
-            kept = raw
-        else:
-            raw = ask(url, "chat/completions", how | {"messages": chats(prompt, prefix)[mode]})
-            kept = [instruct.cut(prefix, text) for text in raw]
-        out.append({"model": model, "mode": mode, "question": audit["question"],
-                    "prefix_end": prefix[-KEPT_CHARACTERS:], "chunk": audit["chunk"], "right": audit["grade"],
-                    "raw": raw, "kept": kept, "raw_labels": [label(audit["question"], prefix, t) for t in raw],
-                    "labels": [label(audit["question"], prefix, t) for t in kept]})  # fmt: skip
-    return out
+    raw = {"completion": {"prompt": template.continued(prompt, prefix), "add_special_tokens": False}}
+    texts = {"completion": ask(url, "completions", how | raw["completion"])}
+    texts |= {mode: ask(url, "chat/completions", how | {"messages": m}) for mode, m in chats(prompt, prefix).items()}
+    return {"model": model, "question": audit["question"], "prefix": prefix, "chunk": audit["chunk"],
+            "right": audit["grade"], "texts": texts}  # fmt: skip
 
 
-def agreement(lines: list[dict]) -> np.ndarray:
+def kept(line: dict, mode: str) -> list[str | None]:
+    """What is made of a mode's texts; None: no continuation."""
+    return [t if mode == "completion" else instruct.cut(line["prefix"], t) for t in line["texts"][mode]]
+
+
+def agreement(lines: list[dict], mode: str) -> np.ndarray:
     """[lines]: k_sem / n of each, by ROUGE-1; NaN where no text was kept."""
     cfg = config.default()
     cfg.audit.similarity = "rouge1"
-    phi = similarity.make(cfg)
-    kept = [[t for t in line["kept"] if t is not None] for line in lines]
-    values = iter(phi([line["chunk"] for line, own in zip(lines, kept) for _ in own], [t for own in kept for t in own]))
-    return np.array([np.mean([next(values) for _ in own]) if own else np.nan for own in kept])
+    own = [[t for t in kept(line, mode) if t is not None] for line in lines]
+    pairs = [(line["chunk"], text) for line, texts in zip(lines, own, strict=True) for text in texts]
+    values = iter(similarity.make(cfg)(*map(list, zip(*pairs, strict=True))))
+    return np.array([np.mean([next(values) for _ in texts]) if texts else np.nan for texts in own])
 
 
 def tables() -> str:
     """Labels by mode, and agreement by mode with its correlation."""
-    lines, rows, agreed = sides.read("real_modes"), [], []
-    for model in dict.fromkeys(line["model"] for line in lines):
-        by = {mode: [x for x in lines if (x["model"], x["mode"]) == (model, mode)] for mode in MODES}
+    every, rows, agreed = sides.read("real_modes"), [], []
+    for model in dict.fromkeys(line["model"] for line in every):
+        lines = [line for line in every if line["model"] == model]
+        right = np.array([bool(line["right"]) for line in lines])
         for mode in MODES:
-            for key, words in (("raw_labels", ", as written"), ("labels", "")):
-                if mode == "completion" and words:
-                    continue
-                found = [name for line in by[mode] for name in line[key]]
+            sides_of = {"": kept} if mode == "completion" else {", as written": lambda x, m: x["texts"][m], "": kept}
+            for words, texts in sides_of.items():
+                found = [label(x["question"], x["prefix"], text) for x in lines for text in texts(x, mode)]
                 shares = [f"{found.count(name) / len(found):.1%}" for name in LABELS]
-                rows.append((model, f"{mode}{words}", len(by[mode]), *shares))
-        values = {mode: agreement(by[mode]) for mode in MODES}
+                rows.append((model, f"{mode}{words}", len(lines), *shares))
+        by_completion = agreement(lines, "completion")
         for mode in MODES[1:]:
-            both = ~np.isnan(values["completion"] + values[mode])
-            pair = np.stack([values["completion"][both], values[mode][both]])
-            right = np.array([bool(x["right"]) for x in by[mode]])[both]
+            values = agreement(lines, mode)
+            both = ~np.isnan(by_completion + values)
+            pair = np.stack([by_completion[both], values[both]])
             ranks = pair.argsort(-1).argsort(-1)
+            areas = [_area(v[right[both]], v[~right[both]]) for v in pair]
             agreed.append((model, mode, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
                            f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
-                           *(f"{_area(v[right], v[~right]):.2f}" for v in pair)))  # fmt: skip
+                           *(f"{a:.2f}" for a in areas)))  # fmt: skip
     head = ["model", "mode", "audits with texts", "k_sem / n, completion", "the mode's", "correlation", "of ranks",
             "area, completion", "area, mode"]  # fmt: skip
-    return sides.table(["model", "texts by", "audits", *LABELS], rows) + "\n\n" + sides.table(head, agreed)
+    return (
+        sides.table(["model", "texts by", "audits", *LABELS], rows)
+        + "\n\n"
+        + sides.table(head, agreed)
+        + "\n\n"
+        + checked()
+    )
 
 
 def _area(high, low) -> float:
     return float(np.mean(high[:, None] > low) + np.mean(high[:, None] == low) / 2)
 
 
-def blind(count: int, seed: int) -> None:
-    """Prints texts of both modes, shuffled, without their mode or label; their places in the file behind them."""
-    places = [(i, j) for i, line in enumerate(sides.read("real_modes")) for j in range(len(line["raw"]))]
+def checked() -> str:
+    """How often the rules and a person, who saw neither mode nor rule, say the same of a text as it was written."""
     lines = sides.read("real_modes")
-    for i, j in random.Random(seed).sample(places, count):
+    pairs = []
+    for place, hand in json.loads(BY_HAND.read_text()).items():
+        i, mode, j = map(int, place.split("."))
         line = lines[i]
-        print(f"[{i}.{j}] Q: {line['question']}\n  {line['prefix_end']!r}\n  -> {line['raw'][j]!r}")
+        ruled = label(line["question"], line["prefix"], line["texts"][MODES[mode]][j])
+        pairs.append((mode > 0, hand, ruled))
+    same = [hand == ruled for _, hand, ruled in pairs]
+    wrong = sum(asked and ruled == "continues" != hand for asked, hand, ruled in pairs)
+    said = sum(asked and ruled == "continues" for asked, _, ruled in pairs)
+    return (
+        f"{len(pairs)} texts of all modes labelled by hand, blind: {sum(same)} have the rules' label. Of {said} texts "
+        f"by instruction that the rules call `continues`, {wrong} do not continue."
+    )
+
+
+def blind(count: int, seed: int) -> None:
+    """Prints texts of all modes, shuffled, without their mode; their places in the file in front."""
+    lines = sides.read("real_modes")
+    places = [(i, mode, j) for i, line in enumerate(lines) for mode in MODES for j in range(len(line["texts"][mode]))]
+    for i, mode, j in random.Random(seed).sample(places, count):
+        line = lines[i]
+        print(f"[{i}.{MODES.index(mode)}.{j}] Q: {line['question']}\n  {line['prefix'][-200:]!r}\n"
+              f"  -> {line['texts'][mode][j]!r}")  # fmt: skip
 
 
 def main() -> int:

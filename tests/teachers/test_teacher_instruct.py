@@ -54,6 +54,7 @@ def test_starting_over_is_no_continuation(text):
     [
         "Your answer above was cut off by accident. You", "Your answer was cut off by accident. Write only",
         "I'm sorry for any confusion, but I completely", "I'm sorry I cut off, but I completely", "I apologize, but",
+        "My answer above was cut off by accident and I", "I'm ready to help. What can I assist",
         "You are a helpful AI named SmolLM,", "As an AI language model I cannot",
     ],
 )  # fmt: skip
@@ -68,6 +69,9 @@ def test_speaking_of_itself_is_no_continuation(text):
     [
         ("We multi", "multiply by 2", "ply by 2"),  # the word it stopped inside, from its start
         ("We multi", "ply by 2", " ply by 2"),  # nobody can tell this from a new word
+        ("Ben", "Ben has 14 eggs", " has 14 eggs"),  # the whole answer so far, though it is short
+        ("Ben", "Benjamin has 14", "jamin has 14"),
+        ("1", "1 + 1", " 1 + 1"),
         ("x = 1", " + 2", " + 2"),
         ("x = 1 + ", " 2", "2"),
         ("x = 1 + ", "2", "2"),

@@ -26,12 +26,11 @@ PREAMBLE = re.compile(
 ASSENT = re.compile(
     r"^\s*(?:sure|certainly|of course|absolutely|understood|got it)\b[^\n:]{0,60}[!.:]\s*\n+", re.IGNORECASE
 )
-ABOUT_ITSELF = (
-    re.compile(  # speaks of the request or of itself: the instruction said again, an apology, a system prompt
-        r"^\s*(?:your (?:answer|response|reply|text|message)\b[^\n.]{0,20}\bcut off\b|(?:i(?:['’]m| am) (?:\w+ )?|my )?"
-        r"(?:sorry\b|apolog)|i apologi[sz]e\b|as an? (?:ai|language model)\b|you are an? (?:helpful|ai)\b)",
-        re.IGNORECASE,
-    )
+ABOUT_ITSELF = re.compile(  # the instruction said again, an apology, an offer to help, a system prompt
+    r"^\s*(?:[^\n]{0,40}\bcut off by accident\b|your (?:answer|response|reply|text|message)\b[^\n.]{0,20}\bcut off\b"
+    r"|(?:i(?:['’]m| am) (?:\w+ )?|my )?(?:sorry\b|apolog)|i apologi[sz]e\b"
+    r"|i(?:['’]m| am|['’]d be) (?:ready|happy|glad) to\b|as an? (?:ai|language model)\b|you are an? (?:helpful|ai)\b)",
+    re.IGNORECASE,
 )
 MIN_OVERLAP = 12  # characters that a repeated tail must have: shorter ones occur by themselves ("1 + 1 + 1")
 MIN_RESTART = 24  # characters from the answer's start that count as starting over
@@ -112,7 +111,8 @@ def _no_restart(prefix: str, text: str) -> str | None:
     new, where = _squeezed(text)
     if not old or not new:
         return text
-    if len(old) >= MIN_OVERLAP and new.startswith(old):
+    again = new.startswith(old) and not new[len(old) : len(old) + 1].isalnum()
+    if new.startswith(old) and len(old) >= MIN_OVERLAP or again and old[0].isalpha() and old[-1].isalpha():
         rest = text[where[len(old) - 1] + 1 :]
         return _after_space(prefix, rest)
     start = old[:MIN_RESTART]
