@@ -28,9 +28,8 @@ def mixing(topology: str) -> None:
     keys, values, heads, kv = (16, 32, 16, 4) if topology else (4, 4, 2, 1)
     dtype = jnp.bfloat16 if topology else jnp.float32
     chip = topology.partition(":")[0]
-    kernel = attention.resolve(
-        "auto", str(jnp.dtype(dtype)), on="gpu" if chip in topologies.CARDS else "tpu" if chip else "cpu"
-    )
+    on = "gpu" if chip in topologies.CARDS else "tpu" if chip else "cpu"
+    kernel = attention.resolve("auto", str(jnp.dtype(dtype)), on=on, head_dim=256)
     cfg = model.ModelConfig(
         "qwen3_5", 8, 8, 8, 1, heads, kv, 256, layer_kinds=("linear",), linear_key_heads=keys,
         linear_value_heads=values, linear_key_dim=128, linear_value_dim=128, conv_width=4,

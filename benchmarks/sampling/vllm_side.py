@@ -9,6 +9,7 @@ import sys
 import time
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 
 
 def main():
@@ -18,7 +19,7 @@ def main():
     asked = json.load(sys.stdin)
     engine = LLM(
         asked["folder"], skip_tokenizer_init=True, dtype="float32", max_num_seqs=asked["slots"], max_model_len=2048,
-        enable_prefix_caching=False, disable_log_stats=True,
+        enable_prefix_caching=False, disable_log_stats=True, gpu_memory_utilization=0.4,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
     how = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in asked["lengths"]]
