@@ -191,7 +191,7 @@ def test_findings_name_their_steps_and_whether_they_still_hold(tmp_path):
     found = {f["check"]: f for f in run["health"]}
     assert set(found) == {"truncation", "sampler_gap"} and run["health"][0]["check"] == "sampler_gap"
     assert (found["truncation"]["first"], found["truncation"]["now"]) == (0, False) and found["truncation"]["last"] < 19
-    assert found["sampler_gap"]["now"] and facts(run)["health"] == "1 of 12 checks warn"
+    assert found["sampler_gap"]["now"] and facts(run)["health"] == "1 of 13 checks warn"
 
 
 def test_settings_that_differ_are_listed(tmp_path):
