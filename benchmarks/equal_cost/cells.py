@@ -1,5 +1,7 @@
 """The small worlds at equal cost: methods, budgets, the order in which cells are run, and what is left out."""
 
+import dataclasses
+
 from benchmarks.grid import command, page
 from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell, Grid, Method
@@ -62,11 +64,8 @@ FRONTIER = {  # one setting at a time, from M = 2, N = 4, C = 8, which is `omni_
 
 
 def _long(about: str, near: str, overrides: dict) -> Method:
-    method = METHODS[near]
-    return Method(
-        f"long: {about}", method.overrides | overrides, method.prompts, method.step_tokens, method.texts,
-        like=near, buys=method.buys, updates=1_000,
-    )  # fmt: skip
+    changed = METHODS[near].overrides | overrides
+    return dataclasses.replace(METHODS[near], about=f"long: {about}", overrides=changed, like=near, updates=1_000)
 
 
 ANCHOR = {"anchor.kl_coef": 0.1, "anchor.scope": "all"}
@@ -89,8 +88,7 @@ def recipe(which: str, method: Method, seed: int):
     cfg.data.name = which
     cfg.update_from_flattened_dict(method.overrides)
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
-    rows = cfg.prompts_per_step * cfg.num_generations
-    cfg.micro_batches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 16)  # fits a CPU's caches
+    cfg.micro_batches = g.micro_batches(cfg.prompts_per_step * cfg.num_generations)
     cfg.eval.num_prompts, cfg.eval.every = 256 if seed == g.SWEEP_SEED else 512, 100 if method.updates else 0
     cfg.log.tensorboard, cfg.log.completions_per_step = False, 0
     cfg.audit.log_per_step = cfg.log.chance_pairs = 0
@@ -146,12 +144,10 @@ def finalists(grid: Grid, lines: list[dict]) -> list[str]:
     return sorted(means, key=means.get, reverse=True)[:3]
 
 
-def body(grid: g.Grid, lines: list[dict]) -> str:
+def body(grid: Grid, lines: list[dict]) -> str:
     """The page's tables; draws the plots."""
-    plan = grid.plan(grid, lines)
-    ran = sum(command.state(grid, c, lines) == command.DONE for c in plan)
     left_out = [m for m in METHODS if is_hopeless(grid, m, lines)]
-    out = [f"{ran} of {len(plan)} cells of the plan have run. Left out by the rule: {', '.join(left_out) or 'none'}. "
+    out = [f"{command.progress(grid, lines)} Left out by the rule: {', '.join(left_out) or 'none'}. "
            f"Finalists: {', '.join(finalists(grid, lines)) or 'not known yet'}."]  # fmt: skip
     for world in WORLDS:
         out += [f"## {world}", f"Base student: {page.base(grid, world, lines)}.",

@@ -51,6 +51,12 @@ def state(grid: g.Grid, cell: g.Cell, lines: list[dict]) -> str:
     return SKIPPED if cell.rate is not None and not g.is_wanted(grid, cell, lines) else OPEN
 
 
+def progress(grid: g.Grid, lines: list[dict]) -> str:
+    """How much of the plan has run."""
+    cells = grid.plan(grid, lines)
+    return f"{sum(state(grid, c, lines) == DONE for c in cells)} of {len(cells)} cells of the plan have run."
+
+
 def main(grid: g.Grid, about: str) -> int:
     """Runs what is asked for, then writes page and plots.
 
@@ -81,7 +87,11 @@ def main(grid: g.Grid, about: str) -> int:
     if args.method:
         seed = args.seed if args.rate is None else g.SWEEP_SEED
         cell = g.Cell(args.world, args.method, args.budget, seed, args.rate)
-        line = g.run(grid, cell, lines, fresh=args.again)
+        try:
+            line = g.run(grid, cell, lines, fresh=args.again)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
         print(json.dumps(line), flush=True) if args.again else sides.append(grid.name, line)
     if args.all:
         fill(grid, args.minutes, args.pause)

@@ -186,7 +186,8 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
     method = grid.methods[cell.method]
     value = cell.rate if cell.rate is not None else rate(grid, cell.method, cell.budget, lines)
     if value is None:
-        raise UserError(f"{cell.method}: its learning rates are not swept yet (--sweep --method={cell.method})")
+        known = f"python -m benchmarks.{grid.name} --list names the cells of its sweep"
+        raise UserError(f"{cell.method}: its learning rates are not swept yet; {known}")
     cfg = grid.recipe(cell.world, method, cell.seed)
     cfg.num_steps, cfg.optimizer.learning_rate, cfg.eval.split = grid.updates(cell), value, cell.split
     cfg.update_from_flattened_dict(grid.at_run(cell))
@@ -240,6 +241,11 @@ def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:
 def read(path: pathlib.Path) -> list[dict]:
     """A file of JSON lines."""
     return [json.loads(s) for s in path.read_text().splitlines()]
+
+
+def micro_batches(rows: int) -> int:
+    """The fewest that divide a step's rows and hold at most 16 each: what fits a CPU's caches."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 16)
 
 
 def newest_step(folder: pathlib.Path) -> int:

@@ -7,7 +7,6 @@ import argparse
 import concurrent.futures
 import json
 import sys
-import urllib.request
 
 from benchmarks.real import prepare, server
 from omniopd_jax import graders
@@ -19,10 +18,7 @@ def answer(url: str, model: str, prompt: str) -> str:
     body = {
         "model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 96, "temperature": 0.0,
     }  # fmt: skip
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=600) as reply:
-        return json.loads(reply.read())["choices"][0]["message"]["content"]
+    return server.texts(url, "chat/completions", body)[0]
 
 
 def main() -> int:

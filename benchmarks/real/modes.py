@@ -17,12 +17,12 @@ import pathlib
 import random
 import re
 import sys
-import urllib.request
 
 import numpy as np
 
 from benchmarks import sides
 from benchmarks.real import prepare, server
+from benchmarks.real.similarity import area
 from omniopd_jax import config, hf, similarity
 from omniopd_jax.hf.template import make as make_template
 from omniopd_jax.run import records
@@ -82,22 +82,14 @@ def chats(prompt: list[dict], prefix: str) -> dict[str, list[dict]]:
             "one_turn": [{"role": "user", "content": one}]}  # fmt: skip
 
 
-def ask(url: str, path: str, body: dict) -> list[str]:
-    """The texts of one call."""
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=600) as reply:
-        choices = json.loads(reply.read())["choices"]
-    return [c["text"] if "text" in c else c["message"]["content"] or "" for c in choices]
-
-
 def asked(url: str, model: str, template, audit: dict, seed: int) -> dict:
     """The audit with the texts that every mode gave."""
     prompt, prefix = [{"role": "user", "content": audit["question"]}], audit["prefix_end"]
     how = {"model": model, "n": N, "max_tokens": TOKENS, "temperature": 1.0, "seed": seed}
-    raw = {"completion": {"prompt": template.continued(prompt, prefix), "add_special_tokens": False}}
-    texts = {"completion": ask(url, "completions", how | raw["completion"])}
-    texts |= {mode: ask(url, "chat/completions", how | {"messages": m}) for mode, m in chats(prompt, prefix).items()}
+    raw = {"prompt": template.continued(prompt, prefix), "add_special_tokens": False}
+    texts = {"completion": server.texts(url, "completions", how | raw)}
+    for mode, messages in chats(prompt, prefix).items():
+        texts[mode] = server.texts(url, "chat/completions", how | {"messages": messages})
     return {"model": model, "question": audit["question"], "prefix": prefix, "chunk": audit["chunk"],
             "right": audit["grade"], "texts": texts}  # fmt: skip
 
@@ -135,7 +127,7 @@ def tables() -> str:
             both = ~np.isnan(by_completion + values)
             pair = np.stack([by_completion[both], values[both]])
             ranks = pair.argsort(-1).argsort(-1)
-            areas = [_area(v[right[both]], v[~right[both]]) for v in pair]
+            areas = [area(v[right[both]], v[~right[both]]) for v in pair]
             agreed.append((model, mode, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
                            f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
                            *(f"{a:.2f}" for a in areas)))  # fmt: skip
@@ -148,10 +140,6 @@ def tables() -> str:
         + "\n\n"
         + checked()
     )
-
-
-def _area(high, low) -> float:
-    return float(np.mean(high[:, None] > low) + np.mean(high[:, None] == low) / 2)
 
 
 def checked() -> str:

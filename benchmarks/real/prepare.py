@@ -80,17 +80,19 @@ def server_environment() -> pathlib.Path:
     """vLLM's CPU build in an environment of its own (3.5 GB); returns its interpreter."""
     folder = ROOT / "vllm"
     stamp, wanted = folder / "ready", "\n".join(SERVER)
-    if not stamp.exists() or stamp.read_text() != wanted:  # an environment can't be moved: the stamp says it is whole
+    new = not stamp.exists()
+    if new or stamp.read_text() != wanted:  # an environment can't be moved: the stamp says it is whole
         print(f"== real: {', '.join(SERVER)} in {folder} (3.5 GB, about 3 minutes)", flush=True)
         try:
-            if not stamp.exists():
+            if new:
                 shutil.rmtree(folder, ignore_errors=True)
                 subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             _install(["--python", str(python())] if _uv() else [f"--prefix={folder}"], SERVER, "the vLLM server")
             subprocess.run([str(python()), "-m", "pip", "uninstall", "-q", "-y", *UNWANTED], check=True)
             stamp.write_text(wanted)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
     return python()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import pathlib
 import signal
@@ -92,6 +93,15 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.stop()
+
+
+def texts(url: str, path: str, body: dict) -> list[str]:
+    """The texts of one call, straight over HTTP: `path` is completions or chat/completions."""
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        choices = json.loads(reply.read())["choices"]
+    return [c["text"] if "text" in c else c["message"]["content"] or "" for c in choices]
 
 
 def _end_with_parent() -> None:

@@ -14,11 +14,7 @@ import sys
 from benchmarks.grid import command
 from benchmarks.real import server
 from benchmarks.real_model import cells
-from omniopd_jax.errors import UserError
 
 if __name__ == "__main__":
-    try:
-        with server.ended_by_signals(), cells.SERVED:
-            sys.exit(command.main(cells.GRID, __doc__))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with server.ended_by_signals(), cells.SERVED:
+        sys.exit(command.main(cells.GRID, __doc__))

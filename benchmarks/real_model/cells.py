@@ -1,6 +1,6 @@
 """The real model's grid: methods, budgets, the order in which cells are run, and what each run is measured by."""
 
-import json
+import dataclasses
 import pathlib
 
 from benchmarks import sides
@@ -38,14 +38,14 @@ METHODS = {
 FOREIGN = ("sft", "cont_peak", "omni_baseline")  # what is run with the foreign teacher
 LONG_UPDATES = 60
 LONG = {
-    f"long_{name}": Method(f"{LONG_UPDATES} updates: {METHODS[name].about}", METHODS[name].overrides,
-                           METHODS[name].prompts, OMNI, METHODS[name].texts, like=name, buys=METHODS[name].buys,
-                           updates=LONG_UPDATES)
+    f"long_{name}": dataclasses.replace(
+        METHODS[name], about=f"{LONG_UPDATES} updates: {METHODS[name].about}", like=name, updates=LONG_UPDATES
+    )
     for name in ("omni", "opd")
-}  # fmt: skip
-BY_INSTRUCTION = {"omni_instruct": Method(
-    "omni_baseline, its teacher asked by instruction: equal updates, not equal tokens",
-    {"teacher.continuation": "instruct"}, 4, OMNI, 4, like="omni_baseline", updates=30)}  # fmt: skip
+}
+BY_INSTRUCTION = {"omni_instruct": dataclasses.replace(
+    METHODS["omni_baseline"], about="omni_baseline, its teacher asked by instruction: equal updates, not equal tokens",
+    overrides={"teacher.continuation": "instruct"}, like="omni_baseline", updates=30)}  # fmt: skip
 WORLDS = ("teacher", "gemma3")  # the teacher: the student after fine-tuning, or Gemma-3-270M with worked examples
 
 
@@ -54,8 +54,7 @@ def recipe(world: str, method: Method, seed: int):
     cfg = smollm2.get_config("gemma" if world == "gemma3" else None)
     cfg.update_from_flattened_dict(method.overrides)
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
-    rows = cfg.prompts_per_step * cfg.num_generations
-    cfg.micro_batches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 16)
+    cfg.micro_batches = g.micro_batches(cfg.prompts_per_step * cfg.num_generations)
     cfg.optimizer.schedule, cfg.optimizer.warmup_steps = "constant", 0  # a smaller budget is a prefix of a larger one
     if seed == g.SWEEP_SEED:
         cfg.eval.path, cfg.eval.num_prompts = str(prepare.ROOT / "data" / "validation.jsonl"), 128
@@ -104,10 +103,7 @@ def measured(folder: pathlib.Path, cfg) -> dict:
     """What else a line says, before the first update and after the last: answers that were cut or have no number, the
     facts that are known, perplexity of ordinary text."""
     tokenizer = hf.load_tokenizer(cfg.student.path)
-    answers, steps = (
-        [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        for name in ("evaluations.jsonl", "metrics.jsonl")
-    )
+    answers, steps = (g.read(folder / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
     out: dict[str, list] = {"cut": [], "no_number": [], "length": []}
     for updates in (0, cfg.num_steps):
         texts = [r["text"] for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
@@ -139,9 +135,7 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
 
 def body(grid: Grid, lines: list[dict]) -> str:
     """The page's tables."""
-    cells = grid.plan(grid, lines)
-    done = sum(command.state(grid, c, lines) == command.DONE for c in cells)
-    out = [f"{done} of {len(cells)} cells of the plan have run."]
+    out = [command.progress(grid, lines)]
     titles = {"teacher": "## The fine-tuned teacher", "gemma3": "## A foreign teacher: Gemma-3-270M"}
     for world, methods in zip(WORLDS, (tuple(METHODS), FOREIGN), strict=True):
         out += [titles[world], f"The student before: {page.base(grid, world, lines)}.",

@@ -305,14 +305,16 @@ def agreement_alone(v: View):
         return None
     (_, before), (step, after) = points[0], points[-1]
     agreed = [r["audit/pi_hat_mean"] for r in v.rows[:step] if _number(r.get("audit/pi_hat_mean"))]
-    first, last = agreed[:1], agreed[-FIRST:]
-    if not agreed or np.mean(last) - first[0] <= MAX_LONE_RISE or after > before:
+    if not agreed or after > before:
+        return None
+    first, last = agreed[0], float(np.mean(agreed[-FIRST:]))
+    if last - first <= MAX_LONE_RISE:
         return None
     chunks = [(a["chunk"].strip(), a["question"]) for a in v.audits if a.get("question") and a.get("chunk", "").strip()]
     copied = sum(chunk in question for chunk, question in chunks)
     seen = f"; {copied} of {len(chunks)} audited chunks stand in their question" if copied else ""
     return (
-        f"pi_hat rose from {first[0]:.2f} to {np.mean(last):.2f} while accuracy went from {before:.1%} to {after:.1%} "
+        f"pi_hat rose from {first:.2f} to {last:.2f} while accuracy went from {before:.1%} to {after:.1%} "
         f"at step {step}{seen}",
         "some texts are agreed on whatever was written before (the question again, a formula that ends every answer): "
         "writing them pays and teaches nothing",

@@ -111,8 +111,8 @@ def _no_restart(prefix: str, text: str) -> str | None:
     new, where = _squeezed(text)
     if not old or not new:
         return text
-    again = new.startswith(old) and not new[len(old) : len(old) + 1].isalnum()
-    if new.startswith(old) and len(old) >= MIN_OVERLAP or again and old[0].isalpha() and old[-1].isalpha():
+    is_words = old[0].isalpha() and old[-1].isalpha() and not new[len(old) : len(old) + 1].isalnum()
+    if new.startswith(old) and (len(old) >= MIN_OVERLAP or is_words):
         rest = text[where[len(old) - 1] + 1 :]
         return _after_space(prefix, rest)
     start = old[:MIN_RESTART]
