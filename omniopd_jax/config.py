@@ -238,6 +238,7 @@ def default() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps; 0 = only before the first and after the last
+    c.eval.before = True  # also before the first step; False: what the base student scores is known already
     c.eval.split = "test"  # world and hub
     c.eval.path = ""  # jsonl
     c.eval.num_prompts = 0  # 0 = no evaluation

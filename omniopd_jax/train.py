@@ -44,7 +44,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     run.carried.update(totals.get(CARRIED, {}))
     start = int(jax.device_get(state.step))
     with reporting.Reports(run, totals, start=start) as reports, best.watched(run.cfg, totals) as kept:
-        if run.held_out and totals.get("accuracy_before") is None:
+        if run.held_out and run.cfg.eval.before and start == 0 and totals.get("accuracy_before") is None:
             run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = evaluate(run, state, reports, kept)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")

@@ -81,7 +81,9 @@ class Grid:
       swept_in: the world of the sweeps; the others take its rates.
       plan: (grid, lines) -> every cell that is wanted, in order. body: (grid, lines) -> the page's tables.
       at_run: cell -> settings that only a run knows, the address of a server that it started say.
-      measured: (run folder, its config) -> more fields of the line.
+      measured: (run folder, its config, updates) -> what else is known of the student after so many; a line holds
+        each as [before the first update, after the last].
+      one_student: the worlds train one student on one test split: it is evaluated before the first update of one run.
     """
 
     name: str
@@ -97,7 +99,8 @@ class Grid:
     plan: Callable = lambda grid, lines: []
     body: Callable = lambda grid, lines: ""
     at_run: Callable = lambda cell: {}
-    measured: Callable = lambda folder, cfg: {}
+    measured: Callable = lambda folder, cfg, updates: {}
+    one_student: bool = False
 
     def lines(self) -> list[dict]:
         """Those so far."""
@@ -199,22 +202,27 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         begun = 0
     cfg.run_dir, cfg.checkpoint.every, cfg.checkpoint.keep = str(folder), min(100, cfg.num_steps), 1
     cfg.log.evaluation_answers = cfg.eval.num_prompts
+    base = next(iter(of(lines, cell.split)), None) if grid.one_student and not fresh else None
+    cfg.eval.before = base is None
     wall, cpu = time.time(), time.process_time()
     out = train.train(cfg)
     if out["exit_code"]:  # a signal: the run goes on from its checkpoint when it is started again
         raise SystemExit(out["exit_code"])
     texts = read(folder / "evaluations.jsonl")
     count = cfg.eval.num_prompts
-    answers = {step: [r["correct"] for r in texts if r["step"] == step][-count:] for step in (0, cfg.num_steps)}
-    right = {step: as_hex(got) for step, got in answers.items()}  # the last: a run that was cut off evaluates again
+    ends = {"before": 0, "right": cfg.num_steps}
+    answers = {key: [r["correct"] for r in texts if r["step"] == step][-count:] for key, step in ends.items()}
+    right = {key: as_hex(got) for key, got in answers.items() if got}  # the last: a run cut off evaluates again
+    after = grid.measured(folder, cfg, cfg.num_steps)
+    before = {key: base[key][0] for key in after} if base else grid.measured(folder, cfg, 0)
     steps = read(folder / "metrics.jsonl")
     last, curve = steps[-1], {"curve": curve_of(steps, texts)} if cfg.eval.every else {}
     tokens_in, tokens_out = (out[f"teacher/tokens_{way}"] * method.buys for way in ("in", "out"))
     return {
         "world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed, "split": cell.split,
         "learning_rate": value, "updates": out["step"], "overrides": method.overrides, "prompts": cfg.prompts_per_step,
-        "generations": cfg.num_generations, "problems": count, "before": right[0],
-        "right": right[cfg.num_steps], "accuracy": round(out["accuracy_after"], 4), "tokens_in": tokens_in,
+        "generations": cfg.num_generations, "problems": count, "before": right.get("before") or base["before"],
+        "right": right["right"], "accuracy": round(out["accuracy_after"], 4), "tokens_in": tokens_in,
         "tokens_out": tokens_out, "calls": out["teacher/calls"] * method.buys,
         "student_tokens": out["student_tokens"] if objective.of(cfg).samples else 0,
         "usd": round(grid.price.cost(tokens_in, 0, tokens_out), 4),
@@ -222,7 +230,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         "repeated": round(last["completions/repeated_fraction"], 4), "entropy": last.get("entropy"),
         "kl": last.get("anchor/kl_ref_to_student_exact"), "from_update": begun,
         "seconds": round(time.time() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1), "commit": commit(),
-    } | curve | grid.measured(folder, cfg)  # fmt: skip
+    } | curve | {key: [before[key], after[key]] for key in after}  # fmt: skip
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:

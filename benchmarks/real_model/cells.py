@@ -14,6 +14,7 @@ from configs import smollm2
 from omniopd_jax import hf
 from omniopd_jax.teachers.prices import listed_price
 
+VLLM = ("--dtype", "bfloat16")  # 5 s for the texts of a step that take 10 in float32
 FACTS = pathlib.Path(__file__).with_name("facts.jsonl")
 LOCAL = {"teacher.provider": "local", "teacher.model": str(prepare.ROOT / "teacher"), "teacher.tokenizer": ""}
 CUT = small.CUT | {"continuation.max_tokens": 96, "continuation.cut": "peak"}
@@ -82,7 +83,7 @@ class Served:
         if cell.world != self._world:
             self.__exit__()
             prepare.server_environment()
-            self._server = server.vllm(prepare.TEACHERS[cell.world](), name=cell.world)
+            self._server = server.vllm(prepare.TEACHERS[cell.world](), *VLLM, name=cell.world, seqs=128)
             self._server.start()
             self._world = cell.world
         return {"teacher.base_url": self._server.url}
@@ -99,22 +100,22 @@ class Served:
 SERVED = Served()
 
 
-def measured(folder: pathlib.Path, cfg) -> dict:
-    """What else a line says, before the first update and after the last: answers that were cut or have no number, the
-    facts that are known, perplexity of ordinary text."""
+def measured(folder: pathlib.Path, cfg, updates: int) -> dict:
+    """What else a line says of the student after so many updates: answers that were cut or have no number, the facts
+    that are known, perplexity of ordinary text."""
     tokenizer = hf.load_tokenizer(cfg.student.path)
     answers, steps = (g.read(folder / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
-    out: dict[str, list] = {"cut": [], "no_number": [], "length": []}
-    for updates in (0, cfg.num_steps):
-        texts = [r["text"] for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
-        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        out["cut"].append(round(sum(n >= cfg.max_completion_length - 1 for n in lengths) / len(texts), 4))
-        out["no_number"].append(round(sum(not any(c.isdigit() for c in text) for text in texts) / len(texts), 4))
-        out["length"].append(round(sum(lengths) / len(texts), 1))
+    texts = [r["text"] for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    out = {
+        "cut": round(sum(n >= cfg.max_completion_length - 1 for n in lengths) / len(texts), 4),
+        "no_number": round(sum(not any(c.isdigit() for c in text) for text in texts) / len(texts), 4),
+        "length": round(sum(lengths) / len(texts), 1),
+    }
     facts = {r["eval/updates"]: r[key] for r in steps for key in r if key.startswith("eval/accuracy/facts")}
     if facts:
-        out["facts"] = [round(facts[n], 4) for n in (0, cfg.num_steps)]
-        out["perplexity"] = forgetting.perplexities(folder)
+        out["facts"] = round(facts[updates], 4)
+        out["perplexity"] = forgetting.perplexity(folder, updates)
     return out
 
 
@@ -129,8 +130,7 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
     out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in grid.budgets]
     out += [Cell("teacher", m, b, 1) for m in METHODS for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in LONG]
-    out += [Cell("gemma3", m, b, 1) for m in FOREIGN for b in grid.budgets]
-    return out + [Cell("teacher", m, b, 2) for m in METHODS for b in grid.budgets]
+    return out + [Cell("gemma3", m, b, 1) for m in FOREIGN for b in grid.budgets]
 
 
 def body(grid: Grid, lines: list[dict]) -> str:
@@ -190,5 +190,5 @@ def long_table(grid: Grid, lines) -> str:
 GRID = Grid(
     "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=90_000, budgets=(0.5, 1.0), swept=(0.25,),
     rates=(1e-3, 3e-4, 3e-3), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
-    at_run=SERVED.settings, measured=measured,
+    at_run=SERVED.settings, measured=measured, one_student=True,
 )  # fmt: skip

@@ -14,14 +14,15 @@ PROSE = pathlib.Path(__file__).with_name("prose.txt")
 LENGTH = 128  # tokens of a window
 
 
-def perplexities(folder: pathlib.Path) -> list[float]:
-    """[the base model's, that of the run's newest checkpoint], of the prose in windows of `LENGTH` tokens."""
-    after = trained.read(folder, None)
-    tokenizer = hf.load_tokenizer(after.student)
+def perplexity(folder: pathlib.Path, updates: int) -> float:
+    """Of the prose in windows of `LENGTH` tokens: the base model's (0 updates), or that of the run's newest
+    checkpoint."""
+    run = trained.read(folder, None)
+    tokenizer = hf.load_tokenizer(run.student)
     ids = tokenizer(PROSE.read_text(), add_special_tokens=False)["input_ids"]
     token_BL = np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
-    base = hf.load(after.student)[0]
-    return [round(float(np.exp(_loss(params, after.model_cfg, token_BL))), 3) for params in (base, after.whole())]
+    params = run.whole() if updates else hf.load(run.student)[0]
+    return round(float(np.exp(_loss(params, run.model_cfg, token_BL))), 3)
 
 
 @functools.partial(jax.jit, static_argnums=1)

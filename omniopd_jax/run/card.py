@@ -76,9 +76,11 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
     before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
     n, grader = config.get("eval", {}).get("num_prompts"), config.get("eval", {}).get("grader")
     out = []
-    if before is not None and after is not None:
-        measured = f"{before:.1%} and {after:.1%}, greedy, {n} held-out prompts, grader {grader}"
-        out.append(("accuracy before and after", measured))
+    if after is not None:
+        measured = f"{after:.1%}, greedy, {n} held-out prompts, grader {grader}"
+        known = before is not None
+        when, first = ("before and after", f"{before:.1%} and ") if known else ("after", "")
+        out.append((f"accuracy {when}", first + measured))
     else:
         out.append(("accuracy before and after", "not measured at this step"))
     if not asked or not summary:

@@ -21,6 +21,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "local_dir",
     "checkpoint.",
     "log.",
+    "eval.before",
     "eval.every",
     "eval.patience",
     "eval.stop_below",

@@ -203,9 +203,10 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     if run.teacher and (spent := run.teacher.spent()):
         out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
     rows = [("steps", str(step))]
-    if before is not None and after is not None:
-        gain = f"{100 * (after - before):+.1f} points"
-        rows += [("accuracy before", f"{before:.1%}"), ("accuracy after", f"{after:.1%}  ({gain})")]
+    if after is not None:
+        gain = "" if before is None else f"  ({100 * (after - before):+.1f} points)"
+        rows += [] if before is None else [("accuracy before", f"{before:.1%}")]
+        rows += [("accuracy after", f"{after:.1%}{gain}")]
     rows += [
         ("teacher calls", f"{out.get('teacher/calls', 0):,.0f}  ({totals.get('teacher/failed', 0):,.0f} failed)"),
         ("  a call is", "one request; it may bring several continuations"),
