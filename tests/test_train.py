@@ -375,6 +375,8 @@ def test_zero_steps_evaluate_and_end(make):
     c = make(num_steps=0, **{"eval.num_prompts": 8})
     out = train.train(c)
     assert (out["step"], out["accuracy_before"]) == (0, out["accuracy_after"])
+    out = train.train(make(num_steps=0, **{"eval.num_prompts": 8, "eval.before": False}))
+    assert out["accuracy_before"] is None and 0 <= out["accuracy_after"] <= 1
 
 
 def test_a_run_in_the_same_folder_with_other_prompts_is_refused(make):

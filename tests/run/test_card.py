@@ -63,6 +63,13 @@ def test_an_earlier_checkpoint_does_not_carry_the_last_one_s_results(run, tmp_pa
     assert "10 of 20" in text and "not measured at this step" in text and "75.0%" not in text
 
 
+def test_a_run_that_did_not_score_its_base_says_how_it_ended(run, tmp_path):
+    summary = json.loads((run / "summary.json").read_text()) | {"accuracy_before": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = card.write(tmp_path, run, name="me/model", adapter=False).read_text()
+    assert "accuracy after | 75.0%" in text and "before" not in text
+
+
 def test_a_base_folder_gives_its_licence_and_no_path_of_this_machine(tmp_path):
     base = tmp_path / "models" / "base"
     base.mkdir(parents=True)
