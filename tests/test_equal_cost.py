@@ -102,3 +102,16 @@ def test_the_real_models_recipes_are_valid_and_buy_their_budget():
             preflight.validate(real.recipe(world, method, 0))
         updates = {b: real.GRID.updates(Cell("teacher", name, b, 0)) for b in real.GRID.budgets}
         assert method.updates or abs(updates[1.0] - 30) <= 2
+
+
+def test_the_real_models_page_pairs_with_the_base_student_and_shows_the_first_answers():
+    sweep = [line(Cell("teacher", "sft", 0.25, g.SWEEP_SEED, r), 0.5, r) for r in real.GRID.rates]
+    one = line(Cell("teacher", "sft", 1.0, 0), 0.6, min(real.GRID.rates))
+    kept = {key: [0.5, 0.25] for key in ("cut", "no_number", "length", "facts", "perplexity")}
+    shown = [[["How many?", "7", "It is\n6."]], [["How many?", "7", "It is 7."]]]
+    bought = dict.fromkeys(("tokens_in", "tokens_out", "calls", "student_tokens", "usd", "usd_one_text_a_call"), 1)
+    more = {"prompts": 4, "generations": 2, "updates": 30, "samples": shown} | kept | bought
+    text = real.body(real.GRID, [*sweep, one | more | {"before": g.as_hex([i < 40 for i in range(100)])}])
+    table = text[text.index("| against the base student |") :].splitlines()
+    assert table[2] == "| sft | not run | **+20.0 ± 7.9** |"
+    assert "**How many?** (7)\n\n- before: It is 6.\n- sft: It is 7." in text

@@ -14,6 +14,7 @@ from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell, Grid
 
 NOT_RUN = "not run"
+BEFORE = "the base student"
 SEEDS = range(5)
 T_975 = (12.706, 4.303, 3.182, 2.776)  # Student's quantile for 2 to 5 seeds; importing scipy takes longer than the page
 
@@ -65,13 +66,16 @@ def accuracy_table(grid: Grid, world: str, methods, lines, budgets=None) -> str:
 
 
 def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=None) -> str:
-    """Paired differences to `base` at the same budget; those whose interval does not hold 0 in bold."""
+    """Paired differences to a method at the same budget, or to the student `BEFORE`; those whose interval does not hold
+    0 in bold."""
     budgets = grid.budgets if budgets is None else budgets
     rows = []
     for m in methods:
         cells = []
         for b in budgets:
-            apart = against(found(grid, world, m, b, lines), found(grid, world, base, b, lines))
+            got = found(grid, world, m, b, lines)
+            first = {s: line | {"right": line["before"]} for s, line in got.items()}
+            apart = against(got, first if base == BEFORE else found(grid, world, base, b, lines))
             text = NOT_RUN if apart is None else percent(apart, "+")
             if apart is not None and abs(interval(apart)[0]) > interval(apart)[1]:
                 text = f"**{text}**"

@@ -14,6 +14,7 @@ from configs import smollm2
 from omniopd_jax import hf
 from omniopd_jax.teachers.prices import listed_price
 
+SAMPLES = 4  # answers that a line keeps: to the first problems of the test split
 VLLM = ("--dtype", "bfloat16")  # 5 s for the texts of a step that take 10 in float32
 FACTS = pathlib.Path(__file__).with_name("facts.jsonl")
 LOCAL = {"teacher.provider": "local", "teacher.model": str(prepare.ROOT / "teacher"), "teacher.tokenizer": ""}
@@ -101,11 +102,12 @@ SERVED = Served()
 
 
 def measured(folder: pathlib.Path, cfg, updates: int) -> dict:
-    """What else a line says of the student after so many updates: answers that were cut or have no number, the facts
-    that are known, perplexity of ordinary text."""
+    """What else a line says of the student after so many updates: answers that were cut or have no number; on the test
+    split also the facts that are known, perplexity of ordinary text and the first answers."""
     tokenizer = hf.load_tokenizer(cfg.student.path)
     answers, steps = (g.read(folder / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
-    texts = [r["text"] for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
+    answers = [r for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
+    texts = [r["text"] for r in answers]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     out = {
         "cut": round(sum(n >= cfg.max_completion_length - 1 for n in lengths) / len(texts), 4),
@@ -116,6 +118,7 @@ def measured(folder: pathlib.Path, cfg, updates: int) -> dict:
     if facts:
         out["facts"] = round(facts[updates], 4)
         out["perplexity"] = forgetting.perplexity(folder, updates)
+        out["samples"] = [[r["question"], r["answer"], r["text"]] for r in answers[:SAMPLES]]
     return out
 
 
@@ -140,13 +143,17 @@ def body(grid: Grid, lines: list[dict]) -> str:
     for world, methods in zip(WORLDS, (tuple(METHODS), FOREIGN), strict=True):
         out += [titles[world], f"The student before: {page.base(grid, world, lines)}.",
                 page.accuracy_table(grid, world, methods, lines),
+                page.difference_table(grid, world, methods, page.BEFORE, lines),
                 page.difference_table(grid, world, [m for m in methods if m != "sft"], "sft", lines),
                 "What budget 1 bought:", page.bought_table(grid, world, methods, lines, 1.0),
                 "Before and after budget 1 (means over seeds):", kept_table(grid, world, methods, lines)]  # fmt: skip
     both = ["omni_baseline", *BY_INSTRUCTION]
     out += ["## By instruction", page.accuracy_table(grid, "teacher", both, lines, [1.0]),
+            page.difference_table(grid, "teacher", both[1:], both[0], lines, [1.0]),
             page.bought_table(grid, "teacher", both, lines, 1.0)]  # fmt: skip
     out += [f"## {LONG_UPDATES} updates", long_table(grid, lines)]
+    about = f"Greedy answers to the first {SAMPLES} problems of the test split, whatever they are (seed 0, budget 1)."
+    out += ["## Samples before and after", about, samples(grid, lines)]
     out += ["## The sweep (validation split)",
             page.sweep_table(grid, [m for m in METHODS if not METHODS[m].like], lines)]  # fmt: skip
     return "\n\n".join(out)
@@ -167,6 +174,20 @@ def kept_table(grid: Grid, world: str, methods, lines) -> str:
             cells.append(f"{before:.1f}, {after:.1f}")
         rows.append((m, *cells))
     return sides.table(head, rows)
+
+
+def samples(grid: Grid, lines) -> str:
+    """The kept answers, problem by problem."""
+    got = {m: page.found(grid, "teacher", m, 1.0, lines).get(0) for m in METHODS}
+    got = {m: line["samples"] for m, line in got.items() if line}
+    if not got:
+        return page.NOT_RUN
+    out = []
+    for i, (question, answer, before) in enumerate(next(iter(got.values()))[0]):
+        told = {"before": before} | {m: after[i][2] for m, (_, after) in got.items()}
+        out.append(f"**{question}** ({answer})\n")
+        out += [f"- {m}: {' '.join(text.split())}" for m, text in told.items()] + [""]
+    return "\n".join(out)
 
 
 def long_table(grid: Grid, lines) -> str:
