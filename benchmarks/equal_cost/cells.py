@@ -131,6 +131,7 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
     out += cells(["style", "slips"], alive, [1, 2], grid.budgets)
     out += cells(["forks"], FRONTIER, [1, 2], small)
     out += cells(WORLDS, [m for m in finalists(grid, lines) if m in alive], [3, 4], grid.budgets)
+    out += cells(["forks"], ["m_1"], range(3), large) + cells(["style", "slips"], ["m_1"], range(3), grid.budgets)
     return out + cells(["forks", "style"], LONG, [0], [1.0]) + cells(["forks", "style"], LONG, [1, 2], [1.0])
 
 
@@ -160,7 +161,11 @@ def body(grid: Grid, lines: list[dict]) -> str:
     out += ["## The frontier of OmniOPD (forks)", "M = 2, N = 4, C = 8 is `omni_baseline`.",
             page.accuracy_table(grid, "forks", settings, lines, small),
             page.difference_table(grid, "forks", settings[1:], "omni_baseline", lines, small),
-            page.bought_table(grid, "forks", settings, lines, 1.0), "## Long runs"]  # fmt: skip
+            page.bought_table(grid, "forks", settings, lines, 1.0)]  # fmt: skip
+    for world in WORLDS:
+        out += [f"One chunk a response in {world}:", page.accuracy_table(grid, world, ["m_1"], lines),
+                page.difference_table(grid, world, ["m_1"], "omni_baseline", lines)]  # fmt: skip
+    out.append("## Long runs")
     for world in ("forks", "style"):
         out += [f"In {world}:", page.long_table(grid, world, LONG, lines)]
     out += ["## The sweeps (forks, validation split)",
