@@ -150,10 +150,12 @@ def body(grid: Grid, lines: list[dict]) -> str:
     left_out = [m for m in METHODS if is_hopeless(grid, m, lines)]
     out = [f"{command.progress(grid, lines)} Left out by the rule: {', '.join(left_out) or 'none'}. "
            f"Finalists: {', '.join(finalists(grid, lines)) or 'not known yet'}."]  # fmt: skip
+    pairs = [m for m in METHODS if METHODS[m].like == "omni_baseline"]
     for world in WORLDS:
         out += [f"## {world}", f"Base student: {page.base(grid, world, lines)}.",
                 page.accuracy_table(grid, world, METHODS, lines),
                 page.difference_table(grid, world, [m for m in METHODS if m != "sft"], "sft", lines),
+                page.difference_table(grid, world, ["cont_peak", *pairs], "omni_baseline", lines),
                 f"What budget 1 bought in {world}:", page.bought_table(grid, world, METHODS, lines, 1.0)]  # fmt: skip
         if page.plot(grid, world, METHODS, lines):
             out.append(f"![accuracy against tokens bought and dollars]({grid.name}_{world}.png)")
