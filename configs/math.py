@@ -3,8 +3,9 @@
     export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/math.py --config.teacher.base_url=http://HOST:8000/v1
 
-Variants, comma-separated after a colon: no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5, alpha01, rouge1,
-4b, lora, thinking, e.g. --config=configs/math.py:m5,c100.
+Variants, comma-separated after a colon: baseline, no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5,
+alpha01, rouge1, 4b, lora, thinking, e.g. --config=configs/math.py:baseline,m5. `baseline` takes the batch's mean off
+every weight: without it the small worlds' student learns little at equal cost (docs/choosing.md).
 
 `thinking` trains the student in its thinking mode, as the paper's base scores imply (1.7B on AIME: 48.5 / 37.5, which
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
@@ -29,6 +30,7 @@ THINKING = {
     "rollout.cache_gib": 30.0,  # of 80 GB a chip; on 8 chips the keys and values of 70 rows at their longest
 }
 VARIANTS = {
+    "baseline": {"objective.advantage": "batch_mean"},
     "no_anchor": {"anchor.kl_coef": 0.0},
     "random_chunks": {"audit.selection": "random"},
     "no_smoothing": {"prior.alpha": 0.0},
