@@ -150,13 +150,15 @@ def body(grid: Grid, lines: list[dict]) -> str:
     left_out = [m for m in METHODS if is_hopeless(grid, m, lines)]
     out = [f"{command.progress(grid, lines)} Left out by the rule: {', '.join(left_out) or 'none'}. "
            f"Finalists: {', '.join(finalists(grid, lines)) or 'not known yet'}."]  # fmt: skip
-    pairs = [m for m in METHODS if METHODS[m].like == "omni_baseline"]
+    shown = [*METHODS, "m_1"]
+    near = [m for m in METHODS if METHODS[m].like == "omni_baseline"]
     for world in WORLDS:
         out += [f"## {world}", f"Base student: {page.base(grid, world, lines)}.",
-                page.accuracy_table(grid, world, METHODS, lines),
-                page.difference_table(grid, world, [m for m in METHODS if m != "sft"], "sft", lines),
-                page.difference_table(grid, world, ["cont_peak", *pairs], "omni_baseline", lines),
-                f"What budget 1 bought in {world}:", page.bought_table(grid, world, METHODS, lines, 1.0)]  # fmt: skip
+                page.accuracy_table(grid, world, shown, lines),
+                page.difference_table(grid, world, [m for m in shown if m != "sft"], "sft", lines),
+                page.difference_table(grid, world, ["cont_peak", "omni", *near, "m_1", "opd"], "omni_baseline", lines),
+                page.difference_table(grid, world, ["cont_fixed", "cont_uniform", "m_1", "opd"], "cont_peak", lines),
+                f"What budget 1 bought in {world}:", page.bought_table(grid, world, shown, lines, 1.0)]  # fmt: skip
         if page.plot(grid, world, METHODS, lines):
             out.append(f"![accuracy against tokens bought and dollars]({grid.name}_{world}.png)")
     settings, small = ["omni_baseline", "omni_adaptive", *FRONTIER], [b for b in grid.budgets if b <= 1]
@@ -164,9 +166,6 @@ def body(grid: Grid, lines: list[dict]) -> str:
             page.accuracy_table(grid, "forks", settings, lines, small),
             page.difference_table(grid, "forks", settings[1:], "omni_baseline", lines, small),
             page.bought_table(grid, "forks", settings, lines, 1.0)]  # fmt: skip
-    for world in WORLDS:
-        out += [f"One chunk a response in {world}:", page.accuracy_table(grid, world, ["m_1"], lines),
-                page.difference_table(grid, world, ["m_1"], "omni_baseline", lines)]  # fmt: skip
     out.append("## Long runs")
     for world in ("forks", "style"):
         out += [f"In {world}:", page.long_table(grid, world, LONG, lines)]
