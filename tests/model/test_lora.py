@@ -12,6 +12,7 @@ import pytest
 import tiny
 from test_step import close, equations, make_batch, naive_logp, weights
 
+from benchmarks.real_model import forgetting
 from omniopd_jax import config, export, hf, model, rollout, step, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner
@@ -284,6 +285,24 @@ def test_evaluation_and_merged_export_answer_alike(folders, whole):
         lambda a, b: float(jnp.abs(a - b).max()), student.params["layers"][0], base.params["layers"][0]
     )
     assert all(moved[n] > 1e-5 for n in MATRICES)
+
+
+def test_perplexity_of_a_run_is_that_of_its_merged_model(folders, whole):
+    """What benchmarks/real_model says of forgetting, against float64 on transformers' logits."""
+    import torch
+    import transformers
+
+    def perplexity(path) -> float:
+        ids = hf.load_tokenizer(path)(forgetting.PROSE.read_text(), add_special_tokens=False)["input_ids"]
+        rows = np.array(ids[: len(ids) // forgetting.LENGTH * forgetting.LENGTH]).reshape(-1, forgetting.LENGTH)
+        with torch.no_grad():
+            m = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            logp = torch.log_softmax(m(torch.tensor(rows)).logits.double(), -1)[:, :-1]
+        return float(np.exp(-logp.gather(-1, torch.tensor(rows[:, 1:, None])).mean()))
+
+    merged = export.export(whole, folders[0] / "merged_3", dtype="float32")
+    told = [forgetting.perplexity(whole, updates) for updates in (0, 3)]
+    assert told == pytest.approx([perplexity(folders[1]), perplexity(merged)], rel=1e-4) and told[0] != told[1]
 
 
 def test_a_run_without_adapters_has_none_to_export(folders, whole, monkeypatch):
