@@ -105,7 +105,7 @@ def test_the_real_models_recipes_are_valid_and_buy_their_budget():
 
 
 def test_the_real_models_page_pairs_with_the_base_student_and_shows_the_first_answers():
-    sweep = [line(Cell("teacher", "sft", 0.25, g.SWEEP_SEED, r), 0.5, r) for r in real.GRID.rates]
+    sweep = [line(c, 0.5, c.rate) for c in g.sweep(real.GRID, "sft")]
     one = line(Cell("teacher", "sft", 1.0, 0), 0.6, min(real.GRID.rates))
     kept = {key: [0.5, 0.25] for key in ("cut", "no_number", "length", "facts", "perplexity")}
     shown = [[["How many?", "7", "It is\n6."]], [["How many?", "7", "It is 7."]]]

@@ -28,7 +28,8 @@ def fill(grid: g.Grid, minutes: float, pause: str) -> None:
         if cell is None:
             return
         try:
-            sides.append(grid.name, g.run(grid, cell, lines))
+            for line in g.run(grid, cell, lines):
+                sides.append(grid.name, line)
         except (UserError, FloatingPointError) as error:
             print(f"error: {cell}: {error}", file=sys.stderr, flush=True)
             failed.add(cell)
@@ -48,7 +49,7 @@ def state(grid: g.Grid, cell: g.Cell, lines: list[dict]) -> str:
     """Whether a cell of the plan has its line; a rate that was hopeless at the budget before is skipped."""
     if g.result(grid, cell, lines) is not None:
         return DONE
-    return SKIPPED if cell.rate is not None and not g.is_wanted(grid, cell, lines) else OPEN
+    return SKIPPED if cell.rate is not None and g.is_hopeless(grid, cell, lines) else OPEN
 
 
 def progress(grid: g.Grid, lines: list[dict]) -> str:
@@ -85,14 +86,15 @@ def main(grid: g.Grid, about: str) -> int:
         flags.FLAGS([grid.name])
         cli.setup_jax()
     if args.method:
-        seed = args.seed if args.rate is None else g.SWEEP_SEED
+        seed = args.seed if args.rate is None else grid.sweep_seed
         cell = g.Cell(args.world, args.method, args.budget, seed, args.rate)
         try:
-            line = g.run(grid, cell, lines, fresh=args.again)
+            new = g.run(grid, cell, lines, fresh=args.again)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-        print(json.dumps(line), flush=True) if args.again else sides.append(grid.name, line)
+        for line in new:
+            print(json.dumps(line), flush=True) if args.again else sides.append(grid.name, line)
     if args.all:
         fill(grid, args.minutes, args.pause)
     if not args.again:

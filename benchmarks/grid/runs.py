@@ -84,6 +84,8 @@ class Grid:
       measured: (run folder, its config, updates) -> what else is known of the student after so many; a line holds
         each as [before the first update, after the last].
       one_student: the worlds train one student on one test split: it is evaluated before the first update of one run.
+      beside: the name of an eval set of every run: a rate is chosen by the accuracy on it, and the sweep's runs, of
+        `sweep_seed`, are those of the test split's table too. "": a sweep has runs of its own.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Grid:
     at_run: Callable = lambda cell: {}
     measured: Callable = lambda folder, cfg, updates: {}
     one_student: bool = False
+    beside: str = ""
+    sweep_seed: int = SWEEP_SEED
 
     def lines(self) -> list[dict]:
         """Those so far."""
@@ -127,7 +131,7 @@ def of(lines: list[dict], split: str = TEST, **wanted) -> list[dict]:
 
 def accuracy(line: dict) -> float:
     """Of a line's problems."""
-    return sum(bits(line)) / line["problems"]
+    return sum(bits(line)) / line["problems"] if "right" in line else line["accuracy"]
 
 
 def bits(line: dict, key: str = "right") -> list[int]:
@@ -158,18 +162,23 @@ def rate(grid: Grid, method: str, budget: float, lines: list[dict]) -> float | N
 
 def sweep(grid: Grid, method: str) -> list[Cell]:
     """The cells of a method's sweep: each rate through the budgets."""
-    return [Cell(grid.swept_in, method, b, SWEEP_SEED, r) for r in grid.rates for b in grid.swept]
+    return [Cell(grid.swept_in, method, b, grid.sweep_seed, r) for r in grid.rates for b in grid.swept]
 
 
 def is_wanted(grid: Grid, cell: Cell, lines: list[dict]) -> bool:
     """Whether a cell of a sweep has no line yet, and its rate was not hopeless at the budget before."""
     if of(lines, VALIDATION, world=cell.world, method=cell.method, budget=cell.budget, learning_rate=cell.rate):
         return False
-    before = [b for b in grid.swept if b < cell.budget]
-    if not before:
-        return True
-    known = swept(grid, cell.method, before[-1], lines)
-    return cell.rate in known and known[cell.rate] > max(known.values()) - HOPELESS
+    begun = [b for b in grid.swept if b < cell.budget][-1:]
+    known = [cell.rate in swept(grid, cell.method, b, lines) for b in begun]
+    return all(known) and not is_hopeless(grid, cell, lines)
+
+
+def is_hopeless(grid: Grid, cell: Cell, lines: list[dict]) -> bool:
+    """Whether a cell of a sweep is left out, since its rate was hopeless at the budget before."""
+    begun = [b for b in grid.swept if b < cell.budget][-1:]
+    known = swept(grid, cell.method, begun[0], lines) if begun else {}
+    return cell.rate in known and known[cell.rate] <= max(known.values()) - HOPELESS
 
 
 def result(grid: Grid, cell: Cell, lines: list[dict]) -> dict | None:
@@ -180,8 +189,9 @@ def result(grid: Grid, cell: Cell, lines: list[dict]) -> dict | None:
     return found[-1] if found else None
 
 
-def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> dict:
-    """Trains the cell, from the checkpoint of a smaller budget where there is one, and returns its line.
+def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> list[dict]:
+    """Trains the cell, from the checkpoint of a smaller budget where there is one, and returns its line; of a rate that
+    is measured on both splits the line of each.
 
     Raises:
       UserError: its learning rate is not known yet.
@@ -192,9 +202,10 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         known = f"python -m benchmarks.{grid.name} --list names the cells of its sweep"
         raise UserError(f"{cell.method}: its learning rates are not swept yet; {known}")
     cfg = grid.recipe(cell.world, method, cell.seed)
-    cfg.num_steps, cfg.optimizer.learning_rate, cfg.eval.split = grid.updates(cell), value, cell.split
+    split = TEST if grid.beside else cell.split
+    cfg.num_steps, cfg.optimizer.learning_rate, cfg.eval.split = grid.updates(cell), value, split
     cfg.update_from_flattened_dict(grid.at_run(cell))
-    name = f"{cell.world}-{cell.method}-{value:g}-{cell.seed}-{cell.split}"
+    name = f"{cell.world}-{cell.method}-{value:g}-{cell.seed}-{split}"
     folder = pathlib.Path(f"runs/{grid.name}{'-again' if fresh else ''}/{name}")
     begun = newest_step(folder)
     if fresh or begun > cfg.num_steps:
@@ -202,7 +213,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         begun = 0
     cfg.run_dir, cfg.checkpoint.every, cfg.checkpoint.keep = str(folder), min(100, cfg.num_steps), 1
     cfg.log.evaluation_answers = cfg.eval.num_prompts
-    base = next(iter(of(lines, cell.split)), None) if grid.one_student and not fresh else None
+    base = next(iter(of(lines, split)), None) if grid.one_student and not fresh else None
     cfg.eval.before = base is None
     wall, cpu = time.time(), time.process_time()
     out = train.train(cfg)
@@ -218,9 +229,10 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
     steps = read(folder / "metrics.jsonl")
     last, curve = steps[-1], {"curve": curve_of(steps, texts)} if cfg.eval.every else {}
     tokens_in, tokens_out = (out[f"teacher/tokens_{way}"] * method.buys for way in ("in", "out"))
-    return {
-        "world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed, "split": cell.split,
-        "learning_rate": value, "updates": out["step"], "overrides": method.overrides, "prompts": cfg.prompts_per_step,
+    which = {"world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed,
+             "learning_rate": value, "updates": out["step"]}  # fmt: skip
+    line = which | {
+        "split": split, "overrides": method.overrides, "prompts": cfg.prompts_per_step,
         "generations": cfg.num_generations, "problems": count, "before": right.get("before") or base["before"],
         "right": right["right"], "accuracy": round(out["accuracy_after"], 4), "tokens_in": tokens_in,
         "tokens_out": tokens_out, "calls": out["teacher/calls"] * method.buys,
@@ -231,6 +243,9 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> di
         "kl": last.get("anchor/kl_ref_to_student_exact"), "from_update": begun,
         "seconds": round(time.time() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1), "commit": commit(),
     } | curve | {key: [before[key], after[key]] for key in after}  # fmt: skip
+    if not grid.beside or cell.rate is None:
+        return [line]
+    return [which | {"split": VALIDATION, "accuracy": round(last[f"eval/accuracy/{grid.beside}"], 4)}, line]
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:

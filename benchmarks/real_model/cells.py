@@ -58,10 +58,8 @@ def recipe(world: str, method: Method, seed: int):
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
     cfg.micro_batches = g.micro_batches(cfg.prompts_per_step * cfg.num_generations)
     cfg.optimizer.schedule, cfg.optimizer.warmup_steps = "constant", 0  # a smaller budget is a prefix of a larger one
-    if seed == g.SWEEP_SEED:
-        cfg.eval.path, cfg.eval.num_prompts = str(prepare.ROOT / "data" / "validation.jsonl"), 128
-    else:
-        cfg.eval.sets = (str(FACTS),)
+    swept = world == WORLDS[0] and seed == 0 and not method.like
+    cfg.eval.sets = (str(prepare.ROOT / "data" / "validation.jsonl"),) * swept + (str(FACTS),)
     if method.updates == LONG_UPDATES:
         cfg.eval.every = 20
     cfg.log.tensorboard, cfg.log.completions_per_step = False, 0
@@ -102,24 +100,22 @@ SERVED = Served()
 
 
 def measured(folder: pathlib.Path, cfg, updates: int) -> dict:
-    """What else a line says of the student after so many updates: answers that were cut or have no number; on the test
-    split also the facts that are known, perplexity of ordinary text and the first answers."""
+    """What else a line says of the student after so many updates: answers that were cut or have no number, the facts
+    that are known, perplexity of ordinary text, and the first answers."""
     tokenizer = hf.load_tokenizer(cfg.student.path)
     answers, steps = (g.read(folder / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
     answers = [r for r in answers if r["step"] == updates][-cfg.eval.num_prompts :]
     texts = [r["text"] for r in answers]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    out = {
+    facts = {r["eval/updates"]: r["eval/accuracy/facts"] for r in steps if "eval/accuracy/facts" in r}
+    return {
         "cut": round(sum(n >= cfg.max_completion_length - 1 for n in lengths) / len(texts), 4),
         "no_number": round(sum(not any(c.isdigit() for c in text) for text in texts) / len(texts), 4),
         "length": round(sum(lengths) / len(texts), 1),
+        "facts": round(facts[updates], 4),
+        "perplexity": forgetting.perplexity(folder, updates),
+        "samples": [[r["question"], r["answer"], r["text"]] for r in answers[:SAMPLES]],
     }
-    facts = {r["eval/updates"]: r[key] for r in steps for key in r if key.startswith("eval/accuracy/facts")}
-    if facts:
-        out["facts"] = round(facts[updates], 4)
-        out["perplexity"] = forgetting.perplexity(folder, updates)
-        out["samples"] = [[r["question"], r["answer"], r["text"]] for r in answers[:SAMPLES]]
-    return out
 
 
 def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
@@ -209,7 +205,7 @@ def long_table(grid: Grid, lines) -> str:
 
 
 GRID = Grid(
-    "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=108_000, budgets=(0.5, 1.0), swept=(0.25,),
-    rates=(1e-3, 3e-4, 3e-3), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
-    at_run=SERVED.settings, measured=measured, one_student=True,
+    "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=108_000, budgets=(0.5, 1.0), swept=(0.5, 1.0),
+    rates=(1e-3, 3e-4), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
+    at_run=SERVED.settings, measured=measured, one_student=True, beside="validation", sweep_seed=0,
 )  # fmt: skip
