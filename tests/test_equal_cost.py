@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.equal_cost import cells
-from benchmarks.grid import page
+from benchmarks.grid import command, page
 from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell
 from benchmarks.real_model import cells as real
@@ -51,6 +51,8 @@ def test_a_rate_is_chosen_at_each_budget_and_a_hopeless_one_goes_no_further(grid
     assert g.rate(grid, "sft", 0.25, lines) is None  # two go on, so the sweep is not whole
     wanted = [c for c in g.sweep(grid, "sft") if g.is_wanted(grid, c, lines)]
     assert {(c.budget, c.rate) for c in wanted} == {(0.5, 2e-4), (0.5, 8e-4)}
+    states = [command.state(grid, c, lines) for c in g.sweep(grid, "sft") if c.rate != 2e-4]
+    assert states == [command.DONE, command.OPEN, command.OPEN, command.DONE, command.SKIPPED, command.SKIPPED]
     for budget, best in ((0.5, 8e-4), (1.0, 2e-4)):
         lines += [line(Cell("forks", "sft", budget, g.SWEEP_SEED, r), 0.5 + (r == best) / 10, r) for r in (2e-4, 8e-4)]
     assert [g.rate(grid, "sft", b, lines) for b in grid.budgets] == [8e-4, 8e-4, 2e-4, 2e-4]

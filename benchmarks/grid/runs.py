@@ -175,10 +175,9 @@ def is_wanted(grid: Grid, cell: Cell, lines: list[dict]) -> bool:
 
 
 def is_hopeless(grid: Grid, cell: Cell, lines: list[dict]) -> bool:
-    """Whether a cell of a sweep is left out, since its rate was hopeless at the budget before."""
-    begun = [b for b in grid.swept if b < cell.budget][-1:]
-    known = swept(grid, cell.method, begun[0], lines) if begun else {}
-    return cell.rate in known and known[cell.rate] <= max(known.values()) - HOPELESS
+    """Whether a cell of a sweep is left out, since its rate was hopeless at a smaller budget."""
+    known = [swept(grid, cell.method, b, lines) for b in grid.swept if b < cell.budget]
+    return any(cell.rate in k and k[cell.rate] <= max(k.values()) - HOPELESS for k in known)
 
 
 def result(grid: Grid, cell: Cell, lines: list[dict]) -> dict | None:
