@@ -21,13 +21,13 @@ LOCAL = {"teacher.provider": "local", "teacher.model": str(prepare.ROOT / "teach
 CUT = small.CUT | {"continuation.max_tokens": 96, "continuation.cut": "peak"}
 CONTEXT = small.CONTEXT | {"num_generations": 1}
 GROUP = {"objective.name": "grpo", "num_generations": 4}
-OMNI = 3_600  # of a step of OmniOPD with 4 prompts
+OMNI = 3_333  # of a step of OmniOPD with 4 prompts
 
 METHODS = {
-    "sft": Method("cross-entropy on the teacher's whole solutions", small.MEAN | {"objective.name": "sft"}, 27, 3_600,
+    "sft": Method("cross-entropy on the teacher's whole solutions", small.MEAN | {"objective.name": "sft"}, 25, OMNI,
                   texts=2),
-    "cont_peak": Method("continuation, cut at the highest entropy", CUT, 16, 3_600),
-    "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 39, 3_600),
+    "cont_peak": Method("continuation, cut at the highest entropy", CUT, 15, OMNI),
+    "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 36, OMNI),
     "omni": Method("OmniOPD as published: no baseline", {"objective.advantage": "none"}, 4, OMNI, texts=4),
     "omni_baseline": Method("OmniOPD with the batch's mean as baseline", {}, 4, OMNI, texts=4),
     "opd": Method("white box: reverse KL by the sampled token", LOCAL | {"objective.name": "opd"} | small.NO_ANCHOR, 4,
@@ -205,7 +205,7 @@ def long_table(grid: Grid, lines) -> str:
 
 
 GRID = Grid(
-    "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=108_000, budgets=(0.5, 1.0), swept=(0.5, 1.0),
+    "real_model", WORLDS, METHODS | LONG | BY_INSTRUCTION, recipe, unit=100_000, budgets=(0.5, 1.0), swept=(0.5, 1.0),
     rates=(1e-3, 3e-4), swept_in="teacher", price=listed_price("claude-haiku-4-5"), plan=plan, body=body,
     at_run=SERVED.settings, measured=measured, one_student=True, beside="validation", sweep_seed=0,
 )  # fmt: skip
