@@ -101,7 +101,9 @@ def test_intervals_are_of_problems_and_of_seeds():
 def test_the_real_models_recipes_are_valid_and_buy_their_budget():
     for name, method in real.GRID.methods.items():
         for world in real.WORLDS:
-            preflight.validate(real.recipe(world, method, 0))
+            cfg = real.recipe(world, method, 0)
+            preflight.validate(cfg)
+            assert not cfg.data.fields.solution  # the prompts' own would be free
         updates = {b: real.GRID.updates(Cell("teacher", name, b, 0)) for b in real.GRID.budgets}
         assert method.updates or abs(updates[1.0] - 30) <= 2
 

@@ -55,6 +55,7 @@ def recipe(world: str, method: Method, seed: int):
     """configs/smollm2.py with a teacher, a method's settings and its number of prompts."""
     cfg = smollm2.get_config("gemma" if world == "gemma3" else None)
     cfg.update_from_flattened_dict(method.overrides)
+    cfg.data.fields.solution = ""  # the teacher's are bought
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
     cfg.micro_batches = g.micro_batches(cfg.prompts_per_step * cfg.num_generations)
     cfg.optimizer.schedule, cfg.optimizer.warmup_steps = "constant", 0  # a smaller budget is a prefix of a larger one
