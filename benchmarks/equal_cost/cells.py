@@ -165,8 +165,7 @@ def body(grid: Grid, lines: list[dict]) -> str:
     out += ["## The frontier of OmniOPD (forks)", "M = 2, N = 4, C = 8 is `omni_baseline`.",
             page.accuracy_table(grid, "forks", settings, lines, small),
             page.difference_table(grid, "forks", settings[1:], "omni_baseline", lines, small),
-            page.bought_table(grid, "forks", settings, lines, 1.0)]  # fmt: skip
-    out.append("## Long runs")
+            page.bought_table(grid, "forks", settings, lines, 1.0), "## Long runs"]  # fmt: skip
     for world in ("forks", "style"):
         out += [f"In {world}:", page.long_table(grid, world, LONG, lines)]
     out += ["## The sweeps (forks, validation split)",

@@ -74,8 +74,11 @@ def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=
         cells = []
         for b in budgets:
             got = found(grid, world, m, b, lines)
-            first = {s: line | {"right": line["before"]} for s, line in got.items()}
-            apart = against(got, first if base == BEFORE else found(grid, world, base, b, lines))
+            if base == BEFORE:
+                first = {s: line | {"right": line["before"]} for s, line in got.items()}
+            else:
+                first = found(grid, world, base, b, lines)
+            apart = against(got, first)
             text = NOT_RUN if apart is None else percent(apart, "+")
             if apart is not None and abs(interval(apart)[0]) > interval(apart)[1]:
                 text = f"**{text}**"

@@ -59,7 +59,7 @@ def recipe(world: str, method: Method, seed: int):
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
     cfg.micro_batches = g.micro_batches(cfg.prompts_per_step * cfg.num_generations)
     cfg.optimizer.schedule, cfg.optimizer.warmup_steps = "constant", 0  # a smaller budget is a prefix of a larger one
-    swept = world == WORLDS[0] and seed == 0 and not method.like
+    swept = (world, seed) == (GRID.swept_in, GRID.sweep_seed) and not method.like
     cfg.eval.sets = (str(prepare.ROOT / "data" / "validation.jsonl"),) * swept + (str(FACTS),)
     if method.updates == LONG_UPDATES:
         cfg.eval.every = 20
