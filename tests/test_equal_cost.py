@@ -94,6 +94,13 @@ def test_intervals_are_of_problems_and_of_seeds():
     assert page.interval(np.repeat(one, 3, axis=0))[1] == pytest.approx(half)  # seeds that agree add nothing
     apart = np.concatenate([one, np.zeros((1, 100)), np.ones((1, 100))])
     assert page.interval(apart)[1] > 1
+    two = np.concatenate([one, np.ones((1, 100))])  # means 0.5 and 1: a variance of 1/8 with one degree of freedom
+    problems = page.interval(two, (0.0, 1))[1]
+    assert page.interval(two)[1] == pytest.approx(np.hypot(problems, 12.706 * 0.25), rel=1e-3)
+    table = page.over_seeds([two, np.repeat(one, 3, axis=0), one])
+    assert table == pytest.approx((0.125 / 3, 3))
+    assert page.interval(two, table)[1] == pytest.approx(np.hypot(problems, 3.182 * np.sqrt(0.125 / 6)), rel=1e-3)
+    assert page.interval(apart, table) == page.interval(apart)  # three seeds keep their own
     got = {0: line(Cell("forks", "sft", 1.0, 0), 0.6, 2e-4), 1: line(Cell("forks", "sft", 1.0, 1), 0.7, 2e-4)}
     assert page.against(got, {1: line(Cell("forks", "omni", 1.0, 1), 0.5, 2e-4)}).mean() == pytest.approx(0.2)
 

@@ -1,13 +1,15 @@
 """Tables and plots of a grid, from its lines; runs nothing.
 
 Intervals are 95%. With one seed they say what other problems of the kind would do; with several the variance over seeds
-is added to that over problems (a t quantile for the few seeds), which is a little too wide. Differences are paired: by
-problem, and by seed where both have it.
+is added to that over problems (a t quantile for the few seeds), which is a little too wide. Two seeds say next to
+nothing of that variance (a quantile of 12.7), so a cell with two takes the mean variance of its table's cells.
+Differences are paired: by problem, and by seed where both have it.
 """
 
 import pathlib
 
 import numpy as np
+from scipy import special
 
 from benchmarks import sides
 from benchmarks.grid import runs as g
@@ -16,21 +18,29 @@ from benchmarks.grid.runs import Cell, Grid
 NOT_RUN = "not run"
 BEFORE = "the base student"
 SEEDS = range(5)
-T_975 = (12.706, 4.303, 3.182, 2.776)  # Student's quantile for 2 to 5 seeds; importing scipy takes longer than the page
 
 
-def interval(right_SP: np.ndarray) -> tuple[float, float]:
-    """(mean, half width) of what [seeds, problems] values say: 0 or 1, or differences of such."""
+def over_seeds(cells: list[np.ndarray]) -> tuple[float, int]:
+    """(variance of a cell's mean from seed to seed, its degrees of freedom) of [seeds, problems] cells together."""
+    several = [right_SP.mean(1) for right_SP in cells if len(right_SP) > 1]
+    freedom = sum(len(mean_S) - 1 for mean_S in several)
+    return sum((len(mean_S) - 1) * mean_S.var(ddof=1) for mean_S in several) / max(freedom, 1), freedom
+
+
+def interval(right_SP: np.ndarray, table: tuple[float, int] | None = None) -> tuple[float, float]:
+    """(mean, half width) of what [seeds, problems] values say: 0 or 1, or differences of such; `table`: the
+    `over_seeds` that two seeds take."""
     seeds, problems = right_SP.shape
     square = (1.96 * right_SP.mean(0).std(ddof=1)) ** 2 / problems
     if seeds > 1:
-        square += (T_975[seeds - 2] * right_SP.mean(1).std(ddof=1)) ** 2 / seeds
+        variance, freedom = table if table and seeds == 2 else over_seeds([right_SP])
+        square += special.stdtrit(freedom, 0.975) ** 2 * variance / seeds
     return float(right_SP.mean()), float(np.sqrt(square))
 
 
-def percent(right_SP: np.ndarray, sign: str = "") -> str:
+def percent(right_SP: np.ndarray, table: tuple[float, int] | None = None, sign: str = "") -> str:
     """In percent; the number of seeds where there are several."""
-    mean, half = interval(right_SP)
+    mean, half = interval(right_SP, table)
     seeds = f" ({len(right_SP)})" if len(right_SP) > 1 else ""
     return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}{seeds}"
 
@@ -46,11 +56,9 @@ def values(got: dict[int, dict], key: str = "right") -> np.ndarray:
     return np.array([g.bits(line, key) for line in got.values()], float)
 
 
-def against(got: dict[int, dict], base: dict[int, dict]) -> np.ndarray | None:
-    """[seeds, problems] of differences, of the seeds that both have; None without any."""
+def against(got: dict[int, dict], base: dict[int, dict]) -> np.ndarray:
+    """[seeds, problems] of differences, of the seeds that both have."""
     both = [s for s in got if s in base]
-    if not both:
-        return None
     return np.array([np.subtract(g.bits(got[s]), g.bits(base[s])) for s in both], float)
 
 
@@ -58,32 +66,32 @@ def accuracy_table(grid: Grid, world: str, methods, lines, budgets=None) -> str:
     """Accuracy by method and budget."""
     budgets = grid.budgets if budgets is None else budgets
     head = ["method", "what", *(f"{b:g} ({b * grid.unit / 1000:,.0f}k tokens)" for b in budgets)]
-    rows = []
-    for m in methods:
-        cells = [found(grid, world, m, b, lines) for b in budgets]
-        rows.append((m, grid.methods[m].about, *(percent(values(c)) if c else NOT_RUN for c in cells)))
-    return sides.table(head, rows)
+    cells = {m: [values(found(grid, world, m, b, lines)) for b in budgets] for m in methods}
+    table = over_seeds([c for row in cells.values() for c in row])
+    texts = {m: [percent(c, table) if len(c) else NOT_RUN for c in row] for m, row in cells.items()}
+    return sides.table(head, [(m, grid.methods[m].about, *texts[m]) for m in methods])
 
 
 def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=None) -> str:
     """Paired differences to a method at the same budget, or to the student `BEFORE`; those whose interval does not hold
     0 in bold."""
     budgets = grid.budgets if budgets is None else budgets
-    rows = []
+    cells = {}
     for m in methods:
-        cells = []
         for b in budgets:
             got = found(grid, world, m, b, lines)
             if base == BEFORE:
                 first = {s: line | {"right": line["before"]} for s, line in got.items()}
             else:
                 first = found(grid, world, base, b, lines)
-            apart = against(got, first)
-            text = NOT_RUN if apart is None else percent(apart, "+")
-            if apart is not None and abs(interval(apart)[0]) > interval(apart)[1]:
-                text = f"**{text}**"
-            cells.append(text)
-        rows.append((m, *cells))
+            cells[m, b] = against(got, first)
+    table = over_seeds(list(cells.values()))
+    texts = dict.fromkeys(cells, NOT_RUN)
+    for at, apart in ((at, apart) for at, apart in cells.items() if len(apart)):
+        mean, half = interval(apart, table)
+        text = percent(apart, table, "+")
+        texts[at] = f"**{text}**" if abs(mean) > half else text
+    rows = [(m, *(texts[m, b] for b in budgets)) for m in methods]
     return sides.table([f"against {base}", *(f"{b:g}" for b in budgets)], rows)
 
 
@@ -148,7 +156,7 @@ def long_table(grid: Grid, world: str, methods, lines) -> str:
 def base(grid: Grid, world: str, lines) -> str:
     """The student before any update, on the test split."""
     got = g.of(lines, world=world)
-    return f"{percent(values({0: got[0]}, 'before'))}" if got else NOT_RUN
+    return percent(values({0: got[0]}, "before")) if got else NOT_RUN
 
 
 def plot(grid: Grid, world: str, methods, lines) -> pathlib.Path | None:
@@ -165,12 +173,13 @@ def plot(grid: Grid, world: str, methods, lines) -> pathlib.Path | None:
             curves[m] = got
     if not curves:
         return None
+    table = over_seeds([values(c) for row in curves.values() for c in row])
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
     colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
     for i, m in enumerate(methods):
         if m not in curves:
             continue
-        points = [interval(values(c)) for c in curves[m]]
+        points = [interval(values(c), table) for c in curves[m]]
         look = {"color": colours[i % 10], "linestyle": styles[i // 10 % 2]}
         mean, half = 100 * np.array(points).T
         if not grid.methods[m].buys:

@@ -136,11 +136,14 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve_transformers(model: pathlib.Path, *more: str, log: str = "transformers-serve.log") -> Server:
-    """`transformers serve` of this environment with one model; `more` are flags of its own."""
-    port = free_port()
+def serve_transformers(model: pathlib.Path, *more: str, log: pathlib.Path | None = None) -> Server:
+    """`transformers serve` of this environment with one model; `more` are flags of its own. Its hub cache is an empty
+    folder beside its log, so it serves nothing else."""
+    log, port = log or prepare.ROOT / "logs" / "transformers-serve.log", free_port()
+    home = (log.parent / "hub-home").resolve()
+    (home / "hub").mkdir(parents=True, exist_ok=True)  # it lists the folder at its start
     command = [
         str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(model), "--host", "127.0.0.1",
         "--port", str(port), "--device", "cpu", *more,
     ]  # fmt: skip
-    return Server(command, port, prepare.ROOT / "logs" / log, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    return Server(command, port, log, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"})

@@ -9,18 +9,16 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 import teacher_runs
 import tiny
 from teacher_runs import answered, seeds, wire
 from wire_server import WireServer
+
+from benchmarks.real.server import serve_transformers
 
 MARK = "sk-MARKED0123456789abcdef"
 N = teacher_runs.SIZES["audit.num_continuations"]
@@ -242,27 +240,8 @@ def served(tmp_path_factory):
     (folder / "generation_config.json").write_text(
         json.dumps(generation | {"do_sample": True, "top_k": 0, "top_p": 1.0})
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    (parent / "home" / "hub").mkdir(parents=True)
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(parent / "home"), "OMP_NUM_THREADS": "1"}
-    with open(parent / "log", "w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, (parent / "log").read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        server.terminate()
-        server.wait(20)
+    with serve_transformers(folder, log=parent / "log") as made:
+        yield made.url, folder
 
 
 @pytest.mark.slow

@@ -1,17 +1,11 @@
 """A real OpenAI-compatible server: `transformers serve` on a tiny random checkpoint, over HTTP."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 from teacher_kit import ask, cfg_for, check, request, texts
 
+from benchmarks.real.server import serve_transformers
 from omniopd_jax.errors import UserError
 
 pytestmark = pytest.mark.slow  # the server alone takes 10 to 20 s to come up
@@ -31,27 +25,8 @@ def served(tmp_path_factory):
     # without do_sample the server is greedy whatever the request says
     generation = {"do_sample": True, "eos_token_id": end, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "home"), "OMP_NUM_THREADS": "1"}
-    (folder.parent / "home" / "hub").mkdir(parents=True)
-    with open(folder.parent / "log", "w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, (folder.parent / "log").read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        server.terminate()
-        server.wait(20)
+    with serve_transformers(folder, log=folder.parent / "log") as made:
+        yield made.url, folder
 
 
 def test_the_probe_finds_out_what_it_can_do(served, tmp_path):
