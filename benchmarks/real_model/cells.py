@@ -30,6 +30,8 @@ METHODS = {
     "context": Method("context: the frozen student with a solution scores, forward KL", CONTEXT, 36, OMNI),
     "omni": Method("OmniOPD as published: no baseline", {"objective.advantage": "none"}, 4, OMNI, texts=4),
     "omni_baseline": Method("OmniOPD with the batch's mean as baseline", {}, 4, OMNI, texts=4),
+    "omni_m1": Method("OmniOPD with the baseline, one chunk a response (M = 1)", {"audit.num_chunks": 1}, 14, OMNI,
+                      texts=4, like="omni_baseline"),
     "opd": Method("white box: reverse KL by the sampled token", LOCAL | {"objective.name": "opd"} | small.NO_ANCHOR, 4,
                   OMNI, buys=False),
     "grpo": Method("no teacher: a right answer is worth 1, 2 prompts x 4", GROUP | small.NO_ANCHOR, 2, OMNI,
@@ -121,7 +123,7 @@ def measured(folder: pathlib.Path, cfg, updates: int) -> dict:
 
 def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
     """Every cell in the order of docs/results/real_model.md."""
-    order = ("omni_baseline", "sft", "cont_peak", "omni", "opd", "grpo", "context", "constant")
+    order = ("omni_baseline", "sft", "cont_peak", "omni", "opd", "grpo", "context", "constant", "omni_m1")
     out = []
     for m in order:  # so that what is there first is whole
         out += [] if METHODS[m].like else g.sweep(grid, m)
