@@ -21,7 +21,8 @@ def test_its_sections_are_in_order():
 
 
 def test_its_figures_are_those_of_the_results():
-    page = "".join((ROOT / f"docs/results/{name}.md").read_text() for name in ("small_world", "equal_cost"))
+    pages = ("small_world", "equal_cost", "real_model")
+    page = "".join((ROOT / f"docs/results/{name}.md").read_text() for name in pages)
     honest = README.split("## The honest result")[1].split("\n## ")[0]
     figures = set(re.findall(r"\b\d\d\.\d\b", honest))
     assert {"62.5", "60.7", "72.3", "73.9", "18.4", "73.0"} <= figures
