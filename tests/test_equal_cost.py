@@ -126,3 +126,18 @@ def test_the_real_models_page_pairs_with_the_base_student_and_shows_the_first_an
     table = text[text.index("| against the base student |") :].splitlines()
     assert table[2] == "| sft | not run | **+20.0 ± 7.9** |"
     assert "**How many?** (7)\n\n- before: It is 6.\n- sft: It is 7." in text
+
+
+def test_a_long_run_shows_its_curve_and_no_kl_where_none_was_computed(grid):
+    sweep = [line(c, 0.5, c.rate) for c in g.sweep(grid, "omni")]
+    at = {100: 0.5, 200: 0.6, 500: 0.4, 1000: 0.2}
+    points = [{"updates": n, "accuracy": a, "repeated": 0.01, "entropy": 0.05, "length": 30.0, "zlib_most": 1.5}
+              for n, a in at.items()]  # fmt: skip
+    rows = []
+    for method, more in (("long_omni", {"kl": 0.25}), ("long_omni_free", {})):
+        cell = Cell("forks", method, 1.0, 0)
+        run = line(cell, 0.2, min(grid.rates)) | {"curve": [p | more for p in points]}
+        rows.append(page.long_table(grid, "forks", [method], [*sweep, run]).splitlines()[-1].split(" | "))
+    assert [r[3:] for r in rows] == [
+        ["50.0", "60.0", "40.0", "20.0", "60.0", "1.00%", "1.5", "0.050", kl, "30.0 |"] for kl in ("0.250", "-")
+    ]

@@ -146,11 +146,17 @@ def long_table(grid: Grid, world: str, methods, lines) -> str:
         at = [", ".join(f"{100 * c[n]['accuracy']:.1f}" for c in curves) for n in marks]
         best = ", ".join(f"{100 * max(p['accuracy'] for p in c.values()):.1f}" for c in curves)
         ends = [max(c.items())[1] for c in curves]
-        looks = [np.mean([e[k] for e in ends if k in e] or [np.nan]) for k in ("repeated", "entropy", "kl", "length")]
         zlib = max(p["zlib_most"] for c in curves for p in c.values())
-        looks = [f"{looks[0]:.2%}", f"{zlib:.1f}", f"{looks[1]:.3f}", f"{looks[2]:.3f}", f"{looks[3]:.1f}"]
+        looks = [mean_of(ends, "repeated", ".2%"), f"{zlib:.1f}", mean_of(ends, "entropy", ".3f"),
+                 mean_of(ends, "kl", ".3f"), mean_of(ends, "length", ".1f")]  # fmt: skip
         rows.append((m, grid.methods[m].about, ", ".join(str(r["seed"]) for r in got), *at, best, *looks))
     return sides.table(head, rows)
+
+
+def mean_of(points: list[dict], key: str, form: str) -> str:
+    """The mean over points of curves; "-" where none has it: without an anchor no KL to the base is computed."""
+    got = [p[key] for p in points if key in p]
+    return f"{np.mean(got):{form}}" if got else "-"
 
 
 def base(grid: Grid, world: str, lines) -> str:

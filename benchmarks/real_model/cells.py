@@ -199,8 +199,7 @@ def long_table(grid: Grid, lines) -> str:
             rows.append((m, page.NOT_RUN, *[""] * (len(marks) + 4)))
         for line in got:
             at = {p["updates"]: p for p in line["curve"]}
-            end = at[LONG_UPDATES]
-            last = [f"{end.get(k, float('nan')):.3f}" for k in ("repeated", "entropy", "kl")]
+            last = [page.mean_of([at[LONG_UPDATES]], k, ".3f") for k in ("repeated", "entropy", "kl")]
             rows.append((m, line["seed"], *(f"{100 * at[n]['accuracy']:.1f}" for n in marks), *last,
                          f"{max(p['zlib_most'] for p in line['curve']):.1f}"))  # fmt: skip
     head = ["run", "seed", *(f"after {n}, %" for n in marks), "repeated 4-grams", "entropy", "KL to the base", "zlib"]
