@@ -5,7 +5,8 @@
 
 Variants, comma-separated after a colon: baseline, no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5,
 alpha01, rouge1, 4b, lora, thinking, e.g. --config=configs/math.py:baseline,m5. `baseline` takes the batch's mean off
-every weight: without it the small worlds' student learns little at equal cost (docs/choosing.md).
+every weight: without it the small worlds' student learns little at equal cost and is worse than at the start after
+1,000 updates (docs/choosing.md).
 
 `thinking` trains the student in its thinking mode, as the paper's base scores imply (1.7B on AIME: 48.5 / 37.5, which
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
