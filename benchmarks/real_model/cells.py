@@ -143,7 +143,8 @@ def body(grid: Grid, lines: list[dict]) -> str:
         out += [titles[world], f"The student before: {page.base(grid, world, lines)}.",
                 page.accuracy_table(grid, world, methods, lines),
                 page.difference_table(grid, world, methods, page.BEFORE, lines),
-                page.difference_table(grid, world, [m for m in methods if m != "sft"], "sft", lines),
+                *(page.difference_table(grid, world, [m for m in methods if m not in ("sft", base)], base, lines)
+                  for base in ("sft", "cont_peak")),
                 "What budget 1 bought:", page.bought_table(grid, world, methods, lines, 1.0),
                 "Before and after budget 1 (means over seeds):", kept_table(grid, world, methods, lines)]  # fmt: skip
     both = ["omni_baseline", *BY_INSTRUCTION]
