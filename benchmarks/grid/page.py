@@ -87,10 +87,11 @@ def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=
             cells[m, b] = against(got, first)
     table = over_seeds(list(cells.values()))
     texts = dict.fromkeys(cells, NOT_RUN)
-    for at, apart in ((at, apart) for at, apart in cells.items() if len(apart)):
-        mean, half = interval(apart, table)
-        text = percent(apart, table, "+")
-        texts[at] = f"**{text}**" if abs(mean) > half else text
+    for at, apart in cells.items():
+        if len(apart):
+            mean, half = interval(apart, table)
+            text = percent(apart, table, "+")
+            texts[at] = f"**{text}**" if abs(mean) > half else text
     rows = [(m, *(texts[m, b] for b in budgets)) for m in methods]
     return sides.table([f"against {base}", *(f"{b:g}" for b in budgets)], rows)
 
