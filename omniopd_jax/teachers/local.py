@@ -17,6 +17,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf.template import Template, of_teacher
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import sharding
+from omniopd_jax.slots import padded
 from omniopd_jax.teachers.protocol import (
     DISTRIBUTION,
     TEXT,
@@ -123,9 +124,9 @@ class LocalTeacher(Teacher):
         size = min(SCORE_ROWS, max(1, SCORE_POSITIONS // (P + T)))
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            rows = [p + r for p, r, _ in part] + [[0]] * (size - len(part))
-            token_BL, _ = rollout.pad_rows(rows, P + T)
-            length_B = np.array([len(p) for p, _, _ in part] + [1] * (size - len(part)), np.int32)
+            unused = min(size, padded(len(part))) - len(part)
+            token_BL, _ = rollout.pad_rows([p + r for p, r, _ in part] + [[0]] * unused, P + T)
+            length_B = np.array([len(p) for p, _, _ in part] + [1] * unused, np.int32)
             stats = _score(self._params, *jax.device_put((token_BL, length_B)), T, self._cfg, self._compute)
             logp_BT = jax.device_get(stats.logp_BT)
             for (_, response, future), logp in zip(part, logp_BT):

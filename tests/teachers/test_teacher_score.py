@@ -15,6 +15,7 @@ from wire_server import WireServer
 from omniopd_jax import config, hf, model, teachers
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import TeacherStopped, journal, wire
+from omniopd_jax.teachers import local as local_teacher
 
 WAYS = ("prompt_logprobs", "echo")
 MESSAGES = ({"role": "user", "content": "Add 3 and 4."},)
@@ -119,6 +120,26 @@ def test_they_equal_the_in_process_teachers(way, names_ids, server_of, cfg_for, 
     assert sorted(b["prompt"] for b in bodies) == sorted(p + r for p, r in asked)  # ids as they are
     assert all(b["max_tokens"] == 1 and "temperature" not in b for b in bodies)
     assert all((b.get("prompt_logprobs") is not None) == (way == "prompt_logprobs") for b in bodies)
+
+
+@pytest.mark.parametrize("count, most, rows", [(3, 128, [4]), (9, 128, [16]), (9, 4, [4, 4, 1]), (7, 6, [6, 1])])
+def test_the_in_process_teacher_pays_for_the_rows_it_has(count, most, rows, local, monkeypatch):
+    computed, compiled = [], local_teacher._score
+
+    def counted(params, token_BL, *rest):
+        computed.append(len(token_BL))
+        return compiled(params, token_BL, *rest)
+
+    monkeypatch.setattr(local_teacher, "_score", counted)
+    monkeypatch.setattr(local_teacher, "SCORE_ROWS", most)
+
+    async def of(asked):
+        return await asyncio.gather(*(local.score_tokens(MESSAGES, p, r) for p, r in asked))
+
+    together = asyncio.run(of(pairs(count)))
+    assert computed == rows
+    for pair, got in zip(pairs(count), together, strict=True):
+        np.testing.assert_allclose(got, asyncio.run(of([pair]))[0], atol=1e-5)
 
 
 def test_the_probe_says_how_and_the_estimate_counts_scores(server_of, cfg_for):
