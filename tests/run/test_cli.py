@@ -308,9 +308,14 @@ def test_the_ablations_are_arguments_of_the_math_recipe():
     assert (both["audit.num_chunks"], both["audit.chunk_tokens"]) == (5, 100)
 
 
-def test_the_math_recipe_is_the_published_method():
-    """method.md, section 3."""
-    c = config.flat(recipe(tiny.REPO / "configs" / "math.py").get_config())
+def test_the_math_recipe_is_the_published_method_but_for_the_baseline():
+    """method.md, section 3, and what docs/choosing.md found."""
+    math = recipe(tiny.REPO / "configs" / "math.py")
+    default, c = config.flat(math.get_config()), config.flat(math.get_config("published"))
+    assert {k: v for k, v in default.items() if v != c[k]} == {
+        "objective.advantage": "batch_mean",
+        "run_dir": "runs/math",
+    }
     published = {
         "audit.num_chunks": 10, "audit.num_continuations": 10, "audit.chunk_tokens": 50, "prior.alpha": 1.0,
         "anchor.kl_coef": 0.1, "anchor.scope": "unaudited", "audit.similarity": "edit", "audit.selection": "peak",
