@@ -5,8 +5,8 @@
 
 Variants, comma-separated after a colon: published, no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5,
 alpha01, rouge1, 4b, lora, thinking, e.g. --config=configs/math.py:published,m5. Every weight has the batch's mean taken
-off, which is ours; `published` is the paper's objective as printed: of 14 comparisons at equal cost it was surely worse
-in 9 and surely better in none, and 1,000 updates of it wear the small worlds' student down (docs/choosing.md).
+off, which is ours; `published` is the paper's objective as printed: at equal cost it was surely worse in most
+comparisons and surely better in none, and 1,000 updates of it wear the small worlds' student down (docs/choosing.md).
 
 `thinking` trains the student in its thinking mode, as the paper's base scores imply (1.7B on AIME: 48.5 / 37.5, which
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
@@ -74,7 +74,7 @@ def get_config(arg=None):
     c.teacher.model = "Qwen/Qwen3-32B"
     c.teacher.chat_template_kwargs.enable_thinking = False  # else first chunks and solutions begin with <think>
 
-    # The published method but for the last line; spelled out because they are the recipe.
+    # The published method's values but for the last; spelled out because they are the recipe.
     c.audit.num_chunks = 10  # M
     c.audit.chunk_tokens = 50  # C
     c.audit.num_continuations = 10  # N
