@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import re
+import textwrap
 
 import pytest
 
@@ -149,6 +150,21 @@ def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
         preflight.validate(c)
         text = estimate.Preview(c, asks_teacher=True).text()
         assert "steps to come" in text and "tokens out" in text and "hours of the teacher" in text
+
+
+def test_the_lines_that_make_the_copied_recipe_a_baseline_are_those_of_its_recipe(tmp_path, monkeypatch):
+    """docs/your_own.md on comparing: what differs between configs/continuation.py or sft.py and configs/math.py."""
+    source, lines = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/your_own.md").read_text(), re.M | re.S)
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    for name in ("continuation", "sft"):
+        c = load("mine.py")
+        c.teacher.base_url = "http://HOST:8000/v1"
+        exec(textwrap.dedent(lines).replace('name = "continuation"', f'name = "{name}"'), {"c": c})
+        preflight.validate(c)
+        own, base = (config.flat(load(f"configs/{recipe}.py")) for recipe in (name, "math"))
+        apart = [k for k in own if own[k] != base[k] and k.startswith(("objective.", "anchor.", "optimizer.learn"))]
+        assert len(apart) == 4 and [config.flat(c)[k] for k in apart] == [own[k] for k in apart], name
 
 
 def test_recipes_that_the_pages_name_come_with_the_package():

@@ -10,6 +10,7 @@ from benchmarks.grid import command, page
 from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell
 from benchmarks.real_model import cells as real
+from omniopd_jax.errors import UserError
 from omniopd_jax.run import preflight
 
 RATES = {2e-4: 0.6, 8e-4: 0.7, 5e-5: 0.35}
@@ -103,6 +104,24 @@ def test_intervals_are_of_problems_and_of_seeds():
     assert page.interval(apart, table) == page.interval(apart)  # three seeds keep their own
     got = {0: line(Cell("forks", "sft", 1.0, 0), 0.6, 2e-4), 1: line(Cell("forks", "sft", 1.0, 1), 0.7, 2e-4)}
     assert page.against(got, {1: line(Cell("forks", "omni", 1.0, 1), 0.5, 2e-4)}).mean() == pytest.approx(0.2)
+
+
+def test_a_cell_of_two_seeds_has_one_interval_whatever_table_it_stands_in():
+    lines = [line(c, 0.5, c.rate) for m in ("sft", "omni_baseline") for c in g.sweep(real.GRID, m)]
+    for method, accuracies in (("sft", (0.5, 0.7)), ("omni_baseline", (0.6, 0.61))):
+        lines += [line(Cell("teacher", method, 1.0, s), a, min(real.GRID.rates)) for s, a in enumerate(accuracies)]
+    rows = [
+        next(r for r in page.accuracy_table(real.GRID, "teacher", names, lines, [1.0]).splitlines() if "baseline" in r)
+        for names in (["sft", "omni_baseline"], ["omni_baseline", "omni_instruct"])
+    ]
+    assert rows[0] == rows[1] and rows[0].endswith("(2) |")
+
+
+def test_a_line_counts_what_the_steps_bought_and_no_run_that_lost_count():
+    step = {"teacher/calls": 3, "teacher/tokens_in": 40, "teacher/tokens_out": 7, "teacher/replayed_fraction": 0.0}
+    assert g.bought([step] * 2, "a folder") == {"tokens_in": 80, "tokens_out": 14, "calls": 6}
+    with pytest.raises(UserError, match="a folder was killed inside a step"):
+        g.bought([step, step | {"teacher/replayed_fraction": 0.1}], "a folder")
 
 
 def test_the_real_models_recipes_are_valid_and_buy_their_budget():

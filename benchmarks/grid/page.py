@@ -2,7 +2,8 @@
 
 Intervals are 95%. With one seed they say what other problems of the kind would do; with several the variance over seeds
 is added to that over problems (a t quantile for the few seeds), which is a little too wide. Two seeds say next to
-nothing of that variance (a quantile of 12.7), so a cell with two takes the mean variance of its table's cells.
+nothing of that variance (a quantile of 12.7), so a cell with two takes the mean variance of its world's cells, a
+difference that of its table's.
 Differences are paired: by problem, and by seed where both have it.
 """
 
@@ -62,12 +63,17 @@ def against(got: dict[int, dict], base: dict[int, dict]) -> np.ndarray:
     return np.array([np.subtract(g.bits(got[s]), g.bits(base[s])) for s in both], float)
 
 
+def of_world(grid: Grid, world: str, lines) -> tuple[float, int]:
+    """`over_seeds` of every cell of a world, whatever table it stands in: a cell has one interval."""
+    return over_seeds([values(found(grid, world, m, b, lines)) for m in grid.methods for b in grid.budgets])
+
+
 def accuracy_table(grid: Grid, world: str, methods, lines, budgets=None) -> str:
     """Accuracy by method and budget."""
     budgets = grid.budgets if budgets is None else budgets
     head = ["method", "what", *(f"{b:g} ({b * grid.unit / 1000:,.0f}k tokens)" for b in budgets)]
     cells = {m: [values(found(grid, world, m, b, lines)) for b in budgets] for m in methods}
-    table = over_seeds([c for row in cells.values() for c in row])
+    table = of_world(grid, world, lines)
     texts = {m: [percent(c, table) if len(c) else NOT_RUN for c in row] for m, row in cells.items()}
     return sides.table(head, [(m, grid.methods[m].about, *texts[m]) for m in methods])
 
@@ -98,21 +104,23 @@ def difference_table(grid: Grid, world: str, methods, base: str, lines, budgets=
 
 def bought_table(grid: Grid, world: str, methods, lines, budget: float) -> str:
     """What a budget bought: means over seeds."""
-    head = ["method", "prompts x responses", "updates", "tokens in", "out", "calls", "student tokens", "USD",
-            "USD, one text a call", "rates by budget"]  # fmt: skip
+    head = ["method", "prompts x responses", "updates", "tokens in", "out", "of the budget", "calls", "student tokens",
+            "USD", "USD, one text a call", "rates by budget"]  # fmt: skip
     rows = []
     for m in methods:
         got = list(found(grid, world, m, budget, lines).values())
         if not got:
-            rows.append((m, NOT_RUN, *[""] * 8))
+            rows.append((m, NOT_RUN, *[""] * 9))
             continue
         mean = {k: np.mean([r[k] for r in got]) for k in ("tokens_in", "tokens_out", "calls", "student_tokens", "usd",
                                                          "usd_one_text_a_call")}  # fmt: skip
         rates = [g.rate(grid, m, b, lines) for b in grid.swept]
+        share = (mean["tokens_in"] + mean["tokens_out"]) / (budget * grid.unit)
         money = [f"{mean[k]:.3f}" for k in ("usd", "usd_one_text_a_call")] if grid.methods[m].buys else ["0", "0"]
         rows.append(
             (m, f"{got[0]['prompts']} x {got[0]['generations']}", got[0]["updates"],
-             *(f"{mean[k]:,.0f}" for k in ("tokens_in", "tokens_out", "calls", "student_tokens")), *money,
+             *(f"{mean[k]:,.0f}" for k in ("tokens_in", "tokens_out")), f"{share:.0%}" if grid.methods[m].buys else "",
+             *(f"{mean[k]:,.0f}" for k in ("calls", "student_tokens")), *money,
              ", ".join("?" if r is None else f"{r:g}" for r in rates))
         )  # fmt: skip
     return sides.table(head, rows)
@@ -180,7 +188,7 @@ def plot(grid: Grid, world: str, methods, lines) -> pathlib.Path | None:
             curves[m] = got
     if not curves:
         return None
-    table = over_seeds([values(c) for row in curves.values() for c in row])
+    table = of_world(grid, world, lines)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True)
     colours, styles = plt.get_cmap("tab10").colors, ("-", "--")
     for i, m in enumerate(methods):

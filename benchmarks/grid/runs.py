@@ -21,6 +21,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.teachers.prices import Price
 
 VALIDATION, TEST = "validation", "test"
+BOUGHT = ("tokens_in", "tokens_out", "calls")
 SWEEP_SEED = 100  # no seed of the tables
 HOPELESS = 0.2  # a rate of a sweep this far behind its method's best at a budget is not taken to the next
 
@@ -193,7 +194,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> li
     is measured on both splits the line of each.
 
     Raises:
-      UserError: its learning rate is not known yet.
+      UserError: its learning rate is not known yet; or the run was killed inside a step, whose tokens are uncounted.
     """
     method = grid.methods[cell.method]
     value = cell.rate if cell.rate is not None else rate(grid, cell.method, cell.budget, lines)
@@ -227,24 +228,38 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> li
     before = {key: base[key][0] for key in after} if base else grid.measured(folder, cfg, 0)
     steps = read(folder / "metrics.jsonl")
     last, curve = steps[-1], {"curve": curve_of(steps, texts)} if cfg.eval.every else {}
-    tokens_in, tokens_out = (out[f"teacher/tokens_{way}"] * method.buys for way in ("in", "out"))
+    cost = bought(steps, folder) if method.buys else dict.fromkeys(BOUGHT, 0)
+    tokens_in, tokens_out = cost["tokens_in"], cost["tokens_out"]
     which = {"world": cell.world, "method": cell.method, "budget": cell.budget, "seed": cell.seed,
              "learning_rate": value, "updates": out["step"]}  # fmt: skip
     line = which | {
         "split": split, "overrides": method.overrides, "prompts": cfg.prompts_per_step,
         "generations": cfg.num_generations, "problems": count, "before": right.get("before") or base["before"],
-        "right": right["right"], "accuracy": round(out["accuracy_after"], 4), "tokens_in": tokens_in,
-        "tokens_out": tokens_out, "calls": out["teacher/calls"] * method.buys,
+        "right": right["right"], "accuracy": round(out["accuracy_after"], 4),
         "student_tokens": out["student_tokens"] if objective.of(cfg).samples else 0,
         "usd": round(grid.price.cost(tokens_in, 0, tokens_out), 4),
         "usd_one_text_a_call": round(grid.price.cost(tokens_in * method.texts, 0, tokens_out), 4),
         "repeated": round(last["completions/repeated_fraction"], 4), "entropy": last.get("entropy"),
         "kl": last.get("anchor/kl_ref_to_student_exact"), "from_update": begun,
         "seconds": round(time.time() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1), "commit": commit(),
-    } | curve | {key: [before[key], after[key]] for key in after}  # fmt: skip
+    } | cost | curve | {key: [before[key], after[key]] for key in after}  # fmt: skip
     if not grid.beside or cell.rate is None:
         return [line]
     return [which | {"split": VALIDATION, "accuracy": round(last[f"eval/accuracy/{grid.beside}"], 4)}, line]
+
+
+def bought(steps: list[dict], folder: pathlib.Path) -> dict[str, int]:
+    """What the steps of a run bought; the probe at each of its starts is no part of a method's cost.
+
+    Raises:
+      UserError: a step took texts from the journal: the run was killed inside it, and their tokens are in no step.
+    """
+    if any(s.get("teacher/replayed_fraction") for s in steps):
+        raise UserError(
+            f"{folder} was killed inside a step, and what that had bought is counted in no step: delete the folder "
+            "and run the cell again"
+        )
+    return {key: round(sum(s[f"teacher/{key}"] for s in steps)) for key in BOUGHT}
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:

@@ -1,5 +1,6 @@
 """What a run says of its steps: metrics, records of texts, health warnings, the progress display, the end table."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,6 +12,7 @@ from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
 from omniopd_jax.teachers import by_row
+from omniopd_jax.teachers.journal import Totals
 from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
@@ -187,9 +189,16 @@ def truncated_fraction(responses: experience.Responses) -> float:
     return float((there_B & ~responses.finished_B).sum() / max(1, there_B.sum()))
 
 
-def cost(teacher: Teacher | None) -> str:
-    """What the run has cost over all its starts, for the table at its end."""
-    spent = teacher.spent() if teacher else None
+def spent_by_all(run: Run) -> Totals | None:
+    """What the run's processes have spent over all its starts, each disk's journal once; None: nothing is counted."""
+    here = run.teacher.spent() if run.teacher else None
+    parts = processes.gather("spent", None if here is None else dataclasses.astuple(here))
+    found = [Totals(*part) for rank, part in enumerate(parts) if part and run.disks[rank] == rank]
+    return sum(found, Totals()) if found else None
+
+
+def cost(teacher: Teacher | None, spent: Totals | None) -> str:
+    """What the run has cost, for the table at its end."""
     if spent is None:
         return "none"
     return f"${spent.usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
@@ -200,8 +209,9 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
     # the journal's: also what was paid between a checkpoint and a crash
-    if run.teacher and (spent := run.teacher.spent()):
+    if spent := spent_by_all(run):
         out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
+        out |= {"teacher/tokens_in": spent.tokens_in, "teacher/tokens_out": spent.tokens_out}
     rows = [("steps", str(step))]
     if after is not None:
         gain = "" if before is None else f"  ({100 * (after - before):+.1f} points)"
@@ -212,9 +222,9 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
         ("  a call is", "one request; it may bring several continuations"),
         (
             "teacher tokens in / out",
-            f"{totals.get('teacher/tokens_in', 0):,.0f} / {totals.get('teacher/tokens_out', 0):,.0f}",
+            f"{out.get('teacher/tokens_in', 0):,.0f} / {out.get('teacher/tokens_out', 0):,.0f}",
         ),
-        ("teacher cost", cost(run.teacher)),
+        ("teacher cost", cost(run.teacher, spent)),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]

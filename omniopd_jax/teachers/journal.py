@@ -44,14 +44,19 @@ def folder_of(cfg) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Spent so far: requests on the wire, tokens in and out, dollars; calls of unknown outcome at their upper bound."""
+    """Spent so far: requests on the wire, tokens in and out, dollars; calls of unknown outcome at their upper bound.
+
+    tokens_in, tokens_out: of the calls whose outcome is known; only `Journal.spent` counts them.
+    """
 
     calls: int = 0
     tokens: int = 0
     usd: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
 
     def __add__(self, other: "Totals") -> "Totals":
-        return Totals(self.calls + other.calls, self.tokens + other.tokens, self.usd + other.usd)
+        return Totals(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
 
 class Journal:
@@ -133,7 +138,8 @@ class Journal:
         """
         sql = (
             "select count(*), coalesce(sum(coalesce(tokens_in + tokens_out, max_tokens)), 0), "
-            "coalesce(sum(coalesce(usd, max_usd)), 0) from calls where status != 'unsent'"
+            "coalesce(sum(coalesce(usd, max_usd)), 0), coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) "
+            "from calls where status != 'unsent'"
         )
         with self.mutex:
             self._look_again()

@@ -1,5 +1,6 @@
 """Several real processes over loopback: the same numbers as one, and no process that waits for a dead one for long."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import types
 
 import jax
 import multihost_worker
@@ -18,7 +20,8 @@ import tiny
 from configs import tiny as tiny_recipe
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import checkpoint, logging
+from omniopd_jax.run import checkpoint, logging, reporting
+from omniopd_jax.teachers.journal import Totals
 
 STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
@@ -372,6 +375,18 @@ def test_teachers_counts_of_several_hosts_become_one():
         "teacher/calls": 8, "teacher/latency_p50": 2.0, "teacher/latency_p95": 4.0, "teacher/cost_usd_total": 2.0,
     }  # fmt: skip
     assert logging.total(parts, [0, 1])["teacher/cost_usd_total"] == 4.5
+
+
+def test_what_hosts_have_spent_counts_each_disks_journal_once(monkeypatch):
+    """The end table of a pod: process 0's journal is not all that was paid."""
+    spent = [Totals(3, 30, 0.5, 20, 10), Totals(3, 30, 0.5, 20, 10), Totals(2, 9, 0.25, 5, 4)]
+    teacher = types.SimpleNamespace(spent=lambda: spent[0], price=types.SimpleNamespace(known=True))
+    monkeypatch.setattr(processes, "gather", lambda name, value: [list(dataclasses.astuple(s)) for s in spent])
+    got = reporting.spent_by_all(types.SimpleNamespace(teacher=teacher, disks=[0, 0, 2]))
+    assert got == Totals(5, 39, 0.75, 25, 14) and reporting.cost(teacher, got) == "$0.75"
+    monkeypatch.setattr(processes, "gather", lambda name, value: [value] * 3)
+    nobody = types.SimpleNamespace(teacher=types.SimpleNamespace(spent=lambda: None), disks=[0, 0, 2])
+    assert reporting.spent_by_all(nobody) is None
 
 
 def test_a_tree_of_processes_waits_and_says_for_whom(monkeypatch, capsys):

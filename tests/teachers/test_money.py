@@ -125,10 +125,11 @@ def test_the_end_table_has_what_the_journal_has(tmp_path):
 
         async def later():  # the process that paid is gone; its checkpoint knew nothing of it
             async with teacher_of(c) as teacher:
-                return teacher.spent(), reporting.cost(teacher)
+                return teacher.spent(), reporting.cost(teacher, teacher.spent())
 
         spent, shown = asyncio.run(later())
         assert spent.usd == pytest.approx(totals_of(tmp_path / "journal")[0].usd) and spent.calls == len(server.calls())
+        assert min(spent.tokens_in, spent.tokens_out) > 0 and spent.tokens_in + spent.tokens_out == spent.tokens
         assert shown == f"${spent.usd:.2f}"
         c.run_dir, c.teacher.journal = str(tmp_path / "other"), str(tmp_path / "journal")
         assert asyncio.run(later())[0] == Totals()  # another run on the same journal
