@@ -173,18 +173,19 @@ def draw(prompts: Prompts, cfg, t: int) -> Drawn:
     return Drawn(drawn, ids)
 
 
-def allowance(teacher: Teacher | None, cfg, t: int, asked: float | None = None) -> tuple[int, int]:
+def allowance(teacher: Teacher | None, cfg, t: int, asked: float | None = None, disks: int = 1) -> tuple[int, int]:
     """(M, N) of step t: the config's, or less where `budget.on_exhausted` spreads what is left of the budget.
 
     Each process reads the ledger at its own moment; all go by the smallest, for N decides what arrays a batch has.
 
     Args:
       asked: continuations that an audit took on the average, where they are asked in rounds; None: N.
+      disks: among which the processes' journals, and with them the budget, are divided.
     """
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
     if teacher is None:
         return M, N
-    rows = cfg.prompts_per_step * cfg.num_generations // jax.process_count()
+    rows = cfg.prompts_per_step * cfg.num_generations // disks
     mean = N if asked is None else min(N, max(1, round(asked)))
     most, each = teacher.allowance(cfg.num_steps - t, rows, M, mean)
     own = (most, N if each == mean else max(1, N * each // mean))

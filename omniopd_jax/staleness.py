@@ -37,10 +37,12 @@ class Ahead:
                 self._begun[s] = begin(s)
         return self._begun.pop(t)
 
-    def drain(self, seconds: float) -> None:
-        """Waits for the calls under way: they are paid for, and the resumed run finds them in the journal."""
+    def drain(self, seconds: float) -> bool:
+        """Waits for the calls under way: they are paid for, and the resumed run finds them in the journal. Returns
+        whether a step had any."""
         futures = [asked.future for group, _ in self._begun.values() for asked in group.asked]
         concurrent.futures.wait(futures, timeout=seconds)
+        return bool(futures)
 
     def save(self, run_dir, t: int, keep: int) -> None:
         """Writes step t's responses beside the checkpoint of step t; files of checkpoints that are gone are removed."""

@@ -70,7 +70,7 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
     """
     cfg, student, phase = run.cfg, run.student, run.timer.phase
     drawn = experience.draw(run.prompts, cfg, t)
-    M, N = experience.allowance(run.teacher, cfg, t, run.carried.get("asked"))
+    M, N = experience.allowance(run.teacher, cfg, t, run.carried.get("asked"), len(set(run.disks)))
     rounds = experience.Rounds(run.similarity, run.carried.get("agreement"))  # of `audit.adaptive`
     solving = teaching.solve(run.teacher, run.thread, drawn, cfg)
     if not objective.of(cfg).samples:
@@ -162,7 +162,8 @@ def loop(
                 reports.say(f"ended early after step {t + 1}: {early}")
                 break
             if stop.agreed:
-                run.ahead.drain(cfg.teacher.timeout_s)
+                if run.ahead.drain(cfg.teacher.timeout_s):
+                    save()  # the journal's copy, with what came since
                 reports.say(f"stopped by {stop.agreed} after step {t + 1}; the checkpoint is saved")
                 break
     except Stopped as stopped:

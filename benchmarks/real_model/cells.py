@@ -12,8 +12,10 @@ from benchmarks.real import prepare, server
 from benchmarks.real_model import forgetting
 from configs import smollm2
 from omniopd_jax import hf
+from omniopd_jax.teachers import probe
 from omniopd_jax.teachers.prices import listed_price
 
+VERDICT = probe.verdict
 SAMPLES = 4  # answers that a line keeps: to the first problems of the test split
 VLLM = ("--dtype", "bfloat16")  # 5 s for the texts of a step that take 10 in float32
 FACTS = pathlib.Path(__file__).with_name("facts.jsonl")
@@ -32,6 +34,8 @@ METHODS = {
     "omni_baseline": Method("OmniOPD with the batch's mean as baseline", {}, 4, OMNI, texts=4),
     "omni_m1": Method("OmniOPD with the baseline, one chunk a response (M = 1)", {"audit.num_chunks": 1}, 14, OMNI,
                       texts=4, like="omni_baseline"),
+    "omni_m1_loose": Method("the same with a quarter of the anchor, as it covers four times what is audited",
+                            {"audit.num_chunks": 1, "anchor.kl_coef": 0.025}, 14, OMNI, texts=4, like="omni_baseline"),
     "opd": Method("white box: reverse KL by the sampled token", LOCAL | {"objective.name": "opd"} | small.NO_ANCHOR, 4,
                   OMNI, buys=False),
     "grpo": Method("no teacher: a right answer is worth 1, 2 prompts x 4", GROUP | small.NO_ANCHOR, 2, OMNI,
@@ -39,6 +43,7 @@ METHODS = {
     "constant": Method("control: no teacher, weight 1 on the same chunks", {"objective.name": "constant"}, 4, OMNI,
                        buys=False, like="omni"),
 }  # fmt: skip
+LATER = "omni_m1_loose"  # added with `omni_m1` seen: one seed
 FOREIGN = ("sft", "cont_peak", "omni_baseline")  # what is run with the foreign teacher
 LONG_UPDATES = 60
 LONG = {
@@ -79,6 +84,8 @@ class Served:
         """The address, for a method that asks a text teacher."""
         prepare.student()
         prepare.data()
+        # the probe refuses this teacher by instruction, rightly: what 30 updates of it come to is asked all the same
+        probe.verdict = (lambda text, mode: "unclear") if cell.method in BY_INSTRUCTION else VERDICT
         if not GRID.methods[cell.method].buys:
             prepare.teacher()
             return {}
@@ -130,7 +137,8 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
         out += [Cell("teacher", m, b, 0) for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in BY_INSTRUCTION]
     out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in grid.budgets]
-    out += [Cell("teacher", m, b, 1) for m in METHODS for b in grid.budgets]
+    out += [Cell("teacher", LATER, b, 0) for b in grid.budgets]
+    out += [Cell("teacher", m, b, 1) for m in METHODS if m != LATER for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in LONG]
     return out + [Cell("gemma3", m, b, 1) for m in FOREIGN for b in grid.budgets]
 

@@ -27,13 +27,15 @@ from omniopd_jax.teachers import journal as journals
 from omniopd_jax.teachers.protocol import stable_hash
 
 JOURNALS = "journal_snapshots"  # beside the checkpoints: <step>/<rank>/*.sqlite
+WHOLE = "disks"  # in a part of a snapshot whose files are all there: how many parts the step has
 CORRUPT = "corrupt_checkpoints"  # steps that could not be restored, moved out of the way
 
 
 def restore_journal(cfg) -> list[int]:
     """Puts back what the journal's folder lacks of the newest snapshot, before a resume on another machine.
 
-    Processes whose folder is on disks of their own take a part of the snapshot each, whatever their number was.
+    Processes whose folder is on disks of their own take a part of the snapshot each, whatever their number was, but for
+    what one of these disks still has.
 
     Returns:
       For each process the lowest rank that shares its journal's disk.
@@ -41,17 +43,38 @@ def restore_journal(cfg) -> list[int]:
     folder = journals.folder_of(cfg)
     disks = processes.disks(folder) if jax.process_count() > 1 else [0]
     snapshots = config.local_folder(cfg) / JOURNALS
-    steps = [int(f.name) for f in snapshots.iterdir() if f.name.isdigit() and f.is_dir()] if snapshots.is_dir() else []
-    newest = processes.first("newest journal", max(steps, default=None))
+    newest = processes.first("newest journal", newest_snapshot(snapshots))
+    owners, rank = sorted(set(disks)), jax.process_index()
+    held = processes.gather("journals held", journals.known(folder) if rank in owners else ([], []))
+    imported_elsewhere = {name for other in owners if other != rank for name in held[other][1]}
+    if rank in owners and imported_elsewhere & set(held[rank][0]):
+        journals.renew(folder, imported_elsewhere)
     if newest is not None:
-        owners = sorted(set(disks))
-        for i, part in enumerate(
-            sorted(f for f in (snapshots / str(newest)).iterdir() if f.is_dir() and f.name.isdigit())
-        ):
-            if owners[i % len(owners)] == jax.process_index():
-                journals.restore(part, folder)
+        anywhere = {name for names in held for kind in names for name in kind}
+        for i, part in enumerate(parts_of(snapshots / str(newest))):
+            if owners[i % len(owners)] == rank:
+                journals.restore(part, folder, anywhere)
         processes.barrier("journal restored")
     return disks
+
+
+def parts_of(snapshot: pathlib.Path) -> list[pathlib.Path]:
+    """A step's copies of journals, one a disk."""
+    return sorted(f for f in snapshot.iterdir() if f.is_dir() and f.name.isdigit())
+
+
+def newest_snapshot(snapshots: pathlib.Path) -> int | None:
+    """The newest step of which every disk's copy is there: a run may have been killed between the first and the last.
+
+    Copies of versions that did not write `WHOLE` are taken for complete where no other step is.
+    """
+    found = {int(f.name): parts_of(f) for f in snapshots.glob("*") if f.name.isdigit() and f.is_dir()}
+    marks = {
+        step: [int((part / WHOLE).read_text()) for part in parts if (part / WHOLE).is_file()]
+        for step, parts in found.items()
+    }
+    whole = [step for step, counts in marks.items() if counts and len(counts) >= max(counts)]
+    return max(whole or found, default=None)
 
 
 @contextlib.contextmanager
@@ -132,7 +155,10 @@ class Checkpoints:
           journal: the teacher's, copied beside the checkpoint as it is now (its own disk may be gone at the resume).
         """
         step = int(jax.device_get(state.step))
-        if step in self._manager.all_steps():
+        if step in self._manager.all_steps():  # a step that did not end was paid for since: its journal's copy is newer
+            if journal is not None:
+                self._copy_journal(journal, step)
+            self.before_save()
             return
         if journal is not None:
             meta = meta | {"journal": journal.position(), "budget": dataclasses.asdict(journal.totals())}
@@ -208,7 +234,9 @@ class Checkpoints:
         """A copy a disk, in a folder of its own; copies whose checkpoint is gone go too."""
         rank = jax.process_index()
         if self.disks[rank] == rank:
-            journal.copy_to(self._journals / str(step) / str(rank))
+            part = self._journals / str(step) / str(rank)
+            journal.copy_to(part)
+            (part / WHOLE).write_text(f"{len(set(self.disks))}\n")
         processes.barrier("journal copied")  # before any process answers the next step's calls
         if self.disks[rank] == rank:
             kept = {str(s) for s in self._manager.all_steps()} | {str(step)}

@@ -4,9 +4,12 @@ python -m omniopd_jax.main --config=RECIPE --estimate      prints the table and 
 python -m omniopd_jax.main --config=RECIPE --yes           starts a run above budget.confirm_usd without a cap
 """
 
+import contextlib
+
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import files
 from omniopd_jax.teachers import budget, by_row, prices
+from omniopd_jax.teachers.journal import Journal, folder_of
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 CLIENTS = {"openai": openai.OpenAIClient, "anthropic": anthropic.AnthropicClient, "gemini": gemini.GeminiClient}
@@ -138,16 +141,21 @@ class Preview:
         return "\n".join(lines)
 
     def caps(self) -> list[str]:
-        """Where each cap that is set would stop the run, counted from the next step."""
+        """Where each cap that is set would stop the run, counted from the next step: what the journal of this host has
+        seen is taken off."""
         e, b, out = self.estimate, self.cfg.budget, []
+        with contextlib.closing(Journal(folder_of(self.cfg))) as journal:
+            spent = journal.totals()
         totals = {"usd": e.usd, "tokens": tuple(i + o for i, o in zip(e.tokens_in, e.tokens_out)), "calls": e.calls}
         for name, total in totals.items():
             cap = b[name]
             if not cap or (name == "usd" and self.state == UNKNOWN):
                 continue
-            after = [int(cap / t * self.steps) if t > cap else None for t in total]
+            left = max(0, cap - (paid := getattr(spent, name)))
+            after = [int(left / t * self.steps) if t > left else None for t in total]
             said = ["is enough" if a is None else f"ends after {a:,} of {self.steps:,} steps" for a in after]
-            out.append(f"budget.{name} = {cap:,}: low {said[0]}; middle {said[1]}; high {said[2]}")
+            of_it = f", {left:,.{2 if name == 'usd' else 0}f} of it left" if paid else ""
+            out.append(f"budget.{name} = {cap:,}{of_it}: low {said[0]}; middle {said[1]}; high {said[2]}")
         return out or ["no cap is set (budget.usd, budget.tokens, budget.calls)"]
 
     def middle(self) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 WINDOW = 10  # steps that a check looks back
 FIRST = 3  # steps that "at the start" means
 MIN_AUDITS = 100  # in the window, before texts of audits are judged
+FEW_AUDITS = 20  # of one process's records, however many there are
 MIN_SPREAD = 0.03  # standard deviation of pi_hat; weights between 0.23 and 0.29 have 0.02
 MIN_LIFT = 0.02  # similarity above that of shuffled pairs
 MIN_MIDBAND = 0.02  # share of chunks that the teacher's samples neither all match nor all miss
@@ -53,12 +54,19 @@ class View:
       rows: the metrics of all steps so far, in order.
       audits, completions: records of the last WINDOW steps (records.py).
       cfg: {dotted key: value}.
+      processes: of the run; the records are one process's.
     """
 
     rows: list[dict]
     audits: list[dict]
     completions: list[dict]
     cfg: dict
+    processes: int = 1
+
+    @property
+    def enough(self) -> int:
+        """Records of audits before their texts are judged: a process logs its share alone."""
+        return max(FEW_AUDITS, MIN_AUDITS // self.processes)
 
     def mean(self, key: str, rows: list[dict] | None = None) -> float | None:
         """The mean of a metric over the last WINDOW steps; None where no step has it."""
@@ -70,11 +78,14 @@ class View:
         return self.mean(key, self.rows[:FIRST]) if len(self.rows) >= MIN_STEPS else None
 
 
-def check(rows: list[dict], audits: list[dict], completions: list[dict], cfg: dict) -> list[Finding]:
-    """The findings at the last of `rows`; `audits` and `completions` may hold older steps, which are left out."""
+def check(
+    rows: list[dict], audits: list[dict], completions: list[dict], cfg: dict, processes: int = 1
+) -> list[Finding]:
+    """The findings at the last of `rows`; `audits` and `completions`, of one process, may hold older steps, which are
+    left out."""
     last = rows[-1]["step"] if rows else 0
     recent = [[r for r in records if last - WINDOW < r.get("step", 0) <= last] for records in (audits, completions)]
-    view = View(rows, *recent, cfg)
+    view = View(rows, *recent, cfg, processes)
     found = ((name, function(view)) for name, function in CHECKS.items())
     return [Finding(name, *parts) for name, parts in found if parts]
 
@@ -91,17 +102,19 @@ class Watch:
     Args:
       cfg: {dotted key: value}.
       rows, audits, completions: of the steps before, of a run that was resumed: it then says what it would have said.
+      processes: of the run.
     """
 
-    def __init__(self, cfg: dict, rows: list[dict], audits: list[dict], completions: list[dict]):
-        self._cfg, self._rows, self._said = cfg, list(rows), {}
+    def __init__(self, cfg: dict, rows: list[dict], audits: list[dict], completions: list[dict], processes: int = 1):
+        self._cfg, self._rows, self._said, self._processes = cfg, list(rows), {}, processes
         self._recent = [(audits, completions)]
 
     def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
         """(all findings, those that were not said within the last WINDOW steps)."""
         self._rows.append(row)
         self._recent = [*self._recent, (audits, completions)][-WINDOW - 1 :]  # `check` leaves out what is older
-        found = check(self._rows, *([r for step in self._recent for r in step[i]] for i in (0, 1)), self._cfg)
+        records = ([r for step in self._recent for r in step[i]] for i in (0, 1))
+        found = check(self._rows, *records, self._cfg, self._processes)
         new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
         self._said |= {f.check: row["step"] for f in found}
         return found, new
@@ -117,7 +130,7 @@ def teacher_not_sampling(v: View):
         return "teacher.temperature = 0", why, turn
     several = [a for a in v.audits if len(a["continuations"]) > 1]
     equal = sum(len(set(a["continuations"])) == 1 for a in several)
-    if len(several) >= MIN_AUDITS and equal == len(several):
+    if len(several) >= v.enough and equal == len(several):
         return f"in all {equal} audits of the last steps the continuations are the same text", why, turn
     band, n = v.mean("audit/midband_fraction"), v.mean("audit/n_eff")
     agree = v.mean("audit/k_sem_mean")
@@ -131,7 +144,7 @@ def teacher_restarting(v: View):
     counted = [a for a in v.audits if "restarted" in a and a["continuations"]]
     total = sum(len(a["continuations"]) for a in counted)
     restarted, explained = (sum(a[key] for a in counted) for key in ("restarted", "explained"))
-    if total < MIN_AUDITS or restarted + explained <= MAX_RESTARTS * total:
+    if total < v.enough or restarted + explained <= MAX_RESTARTS * total:
         return None
     return (
         f"of {total} continuations {restarted} start the answer over and {explained} announce themselves",
@@ -148,7 +161,7 @@ def weights_without_signal(v: View):
     turn = (
         "Look at audits in the report; try audit.similarity = embedding, other audit.chunk_tokens, or another teacher"
     )
-    if len(kept) >= MIN_AUDITS:
+    if len(kept) >= v.enough:
         spread = float(np.std([a["pi_hat"] for a in kept]))
         if spread < MIN_SPREAD:
             low, high = np.quantile([a["pi_hat"] for a in kept], [0.05, 0.95])
@@ -156,7 +169,7 @@ def weights_without_signal(v: View):
     pairs = [
         [sum(x) / len(x) for x in (a["similarity"], a["chance"])] for a in kept if a.get("chance") and a["similarity"]
     ]
-    if len(pairs) < MIN_AUDITS // 2:
+    if len(pairs) < v.enough // 2:
         return None
     own, chance = np.mean(pairs, axis=0)
     lift = np.subtract(*np.transpose(pairs))

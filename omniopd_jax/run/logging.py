@@ -188,6 +188,8 @@ def total(parts: list[dict], disks: list[int]) -> dict:
         values = [p[key] for p in parts]
         if key.endswith("cost_usd_total"):
             out[key] = sum(v for rank, v in enumerate(values) if disks[rank] == rank)
+        elif key.endswith("price_known"):
+            out[key] = min(values)
         elif key.endswith("_p95"):
             out[key] = max(values)
         elif key.endswith(("_p50", "_rate", "_mean", "_fraction")):

@@ -12,7 +12,7 @@ from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
 from omniopd_jax.run.setup import Run
 from omniopd_jax.teachers import by_row
-from omniopd_jax.teachers.journal import Totals
+from omniopd_jax.teachers.journal import Spent
 from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
@@ -34,7 +34,7 @@ class Reports:
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
         self._writer = logging.Writer(config.local_folder(cfg), start_step=start, **log)
         recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
-        self._health = health.Watch(flat, self._writer.lines("metrics"), *recent)
+        self._health = health.Watch(flat, self._writer.lines("metrics"), *recent, jax.process_count())
         self._price = estimate.price_state(cfg, bool(solutions.bought(cfg)))
         self._progress = terminal.Progress(cfg.num_steps, start)
         run.timer.entered = self._progress.enter
@@ -189,15 +189,15 @@ def truncated_fraction(responses: experience.Responses) -> float:
     return float((there_B & ~responses.finished_B).sum() / max(1, there_B.sum()))
 
 
-def spent_by_all(run: Run) -> Totals | None:
+def spent_by_all(run: Run) -> Spent | None:
     """What the run's processes have spent over all its starts, each disk's journal once; None: nothing is counted."""
     here = run.teacher.spent() if run.teacher else None
     parts = processes.gather("spent", None if here is None else dataclasses.astuple(here))
-    found = [Totals(*part) for rank, part in enumerate(parts) if part and run.disks[rank] == rank]
-    return sum(found, Totals()) if found else None
+    found = [Spent(*part) for rank, part in enumerate(parts) if part and run.disks[rank] == rank]
+    return sum(found, Spent()) if found else None
 
 
-def cost(teacher: Teacher | None, spent: Totals | None) -> str:
+def cost(teacher: Teacher | None, spent: Spent | None) -> str:
     """What the run has cost, for the table at its end."""
     if spent is None:
         return "none"
@@ -208,10 +208,11 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
     before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
-    # the journal's: also what was paid between a checkpoint and a crash
+    # the journal's: also what was paid between a checkpoint and a crash; a local teacher beside a paid one keeps none
     if spent := spent_by_all(run):
-        out |= {"teacher/calls": spent.calls, "teacher/cost_usd": spent.usd}
-        out |= {"teacher/tokens_in": spent.tokens_in, "teacher/tokens_out": spent.tokens_out}
+        out["teacher/cost_usd"] = spent.usd
+        for key in ("calls", "tokens_in", "tokens_out"):
+            out[f"teacher/{key}"] = max(getattr(spent, key), totals.get(f"teacher/{key}", 0))
     rows = [("steps", str(step))]
     if after is not None:
         gain = "" if before is None else f"  ({100 * (after - before):+.1f} points)"

@@ -14,13 +14,14 @@ from omniopd_jax.data.prompts import Prompts
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import identity, logging, preflight, profiling, thinking, trained
+from omniopd_jax.run import estimate, identity, logging, preflight, profiling, thinking, trained
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
 from omniopd_jax.staleness import Ahead
 from omniopd_jax.teachers import by_row
+from omniopd_jax.teachers.journal import Totals
 
 LORA_STREAM = 0x10AA  # folded into the run's key for the adapters' first values; sample ids are folded in elsewhere
 UNREAD = (  # sections that no jitted code reads: a new value must not recompile
@@ -84,7 +85,7 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         checked = preflight.check(cfg, thread)
         teacher = checked.teacher
         if teacher is not None:
-            say_teacher(cfg, checked, len(set(disks)))
+            say_teacher(cfg, checked, disks)
         else:
             logging.say(f"objective {cfg.objective.name}: no teacher")
         yield load(cfg, checked, thread, stop, disks)
@@ -95,16 +96,20 @@ def prepared(cfg: ConfigDict, stop: StopFlag, disks: list[int]) -> Iterator[Run]
         thread.close()
 
 
-def say_teacher(cfg: ConfigDict, checked: preflight.Checked, hosts: int) -> None:
+def say_teacher(cfg: ConfigDict, checked: preflight.Checked, disks: list[int]) -> None:
     """The teacher's line, the probe's table and the estimate; a budget is divided among the hosts with a journal."""
     teacher = checked.teacher
     logging.say(checked.teacher_said)
     for own_cfg, own in by_row.each(cfg, teacher):
         for line in remarks(own_cfg, own) + thinking.remarks(own_cfg, checked.template, own):
             logging.say(line)
-    teacher.divide_budget(hosts)
+    owners = sorted(set(disks))
+    if len(owners) > 1:
+        paid = processes.gather("spent before", [dataclasses.astuple(totals) for totals in teacher.paid()])
+        teacher.divide_budget([[Totals(*totals) for totals in paid[rank]] for rank in owners])
     if teacher.report:
-        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast()}")
+        steps = max(0, cfg.num_steps - estimate.steps_done(cfg.run_dir))
+        logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast(steps)}")
 
 
 def remarks(cfg: ConfigDict, teacher: teachers.Teacher) -> list[str]:
@@ -228,6 +233,7 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
     run.stop.doing = "loading"
     if found := checkpoints.restore_newest(like):
         state, totals = found
+        totals = {key: value for key, value in totals.items() if key not in ("journal", "budget")}  # that process's
         logging.say(f"resumed from step {int(jax.device_get(state.step))} in {cfg.run_dir}")
     else:
         key = jax.random.key(cfg.seed)

@@ -19,6 +19,7 @@ __all__ = ["PRICES", "Budget", "Estimate", "Price", "ends_early", "estimate", "l
 
 LATENCY_S = (1.0, 5.0)  # median and slow call of a few tokens: what is taken before anything was asked and measured
 PROBE_TOKENS = 16  # what the probe asks for in each call
+NOTHING = -1  # a cap that leaves nothing: 0 is no cap
 OTHERS_S = 0.2  # how often the calls of other processes are looked at, where they hold the room
 
 
@@ -55,6 +56,7 @@ class Budget:
     def __init__(self, cfg, journal: Journal, price: Price):
         b = cfg.budget
         self.caps = Totals(b.calls, b.tokens, b.usd)
+        self.hosts = 1  # disks among which the caps are divided
         self.on_exhausted = b.on_exhausted
         self.journal, self.price = journal, price
         self.in_flight = 0
@@ -63,20 +65,31 @@ class Budget:
         self.arrived = 0  # continuations, for the mean cost of one
         self.spent_here = Totals()
 
-    def divide(self, hosts: int) -> None:
-        """Gives this process its part of the caps, where the run's hosts keep their journals on disks of their own.
+    def divide(self, disks: list[Totals]) -> None:
+        """Gives this process its part of what the caps leave, where the run's hosts keep their journals on disks of
+        their own: what this disk has spent, and an equal part of what is left over all.
 
         Processes that share a folder share the caps by themselves.
+
+        Args:
+          disks: what each disk's journal has seen so far.
 
         Raises:
           UserError: a cap is smaller than the number of hosts.
         """
+        hosts, own, spent = len(disks), self.journal.totals(), sum(disks, Totals())
         for name in ("calls", "tokens"):
             if 0 < getattr(self.caps, name) < hosts:
                 raise UserError(
                     f"budget.{name} = {getattr(self.caps, name)} is less than 1 for each of the run's {hosts} hosts"
                 )
-        self.caps = Totals(self.caps.calls // hosts, self.caps.tokens // hosts, self.caps.usd / hosts)
+        part = {}
+        for name in ("calls", "tokens", "usd"):
+            cap, mine, all_spent = (getattr(totals, name) for totals in (self.caps, own, spent))
+            each = max(0, cap - all_spent) / hosts
+            each = each if name == "usd" else math.floor(each)
+            part[name] = (mine + each or NOTHING) if cap else 0
+        self.caps, self.hosts = Totals(**part), hosts
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
@@ -107,12 +120,13 @@ class Budget:
     def _used_up(self, cap: str, wanted: Totals) -> str:
         """What the caps were spent on, in one line."""
         spent, unknown = self.journal.totals(), self.journal.unknown()
-        held = ""
+        held, among = "", f" (of this host, one of {self.hosts})" if self.hosts > 1 else ""
         if unknown.calls:
             held = f", {unknown.usd:.4f} of them reserved for {unknown.calls} calls whose cost is not known"
         return (
-            f"budget.{cap} = {getattr(self.caps, cap)} is used up ({spent.calls} calls, {spent.tokens} tokens, "
-            f"{spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, {wanted.usd:.4f} USD): "
+            f"budget.{cap} = {max(0, getattr(self.caps, cap))}{among} is used up ({spent.calls} calls, "
+            f"{spent.tokens} tokens, {spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, "
+            f"{wanted.usd:.4f} USD): "
             "raise it "
             "and start again to go on from the checkpoint"
         )
@@ -161,7 +175,7 @@ class Budget:
 
         Args:
           steps_left: optimizer steps still to come, this one included.
-          rows: responses a step in this process.
+          rows: responses a step of the processes that share this disk's journal.
           num_chunks, num_continuations: what the config asks for.
         """
         if self.on_exhausted == "stop" or not self.arrived:

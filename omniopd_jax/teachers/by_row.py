@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.teachers import budget as money
-from omniopd_jax.teachers.journal import Totals, folder_of
+from omniopd_jax.teachers.journal import Spent, Totals, folder_of
 from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, PaidTeacher, Teacher, gather_all
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -233,15 +233,22 @@ class RowTeachers(PaidTeacher):
         )
         return tuple(map(min, zip(*own)))
 
-    def spent(self) -> Totals | None:
+    def spent(self) -> Spent | None:
         """Spent by all over the run's starts; None where nobody counts."""
         found = [spent for t in self._teachers.values() if (spent := t.spent()) is not None]
-        return sum(found, Totals()) if found else None
+        return sum(found, Spent()) if found else None
 
-    def divide_budget(self, hosts: int) -> None:
+    def paid(self) -> list:
+        """Of each, one after another."""
+        return [totals for t in self._teachers.values() for totals in t.paid()]
+
+    def divide_budget(self, disks: list[list]) -> None:
         """Each divides its own part."""
+        at = 0
         for t in self._teachers.values():
-            t.divide_budget(hosts)
+            own = slice(at, at + len(t.paid()))
+            t.divide_budget([paid[own] for paid in disks])
+            at = own.stop
 
     @property
     def price(self) -> money.Price:

@@ -31,10 +31,10 @@ import zlib
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import journal_file
-from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, restore
+from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, known, renew, restore
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
-__all__ = ["APPLICATION_ID", "NAME", "Journal", "Totals", "folder_of", "main", "restore"]
+__all__ = ["APPLICATION_ID", "NAME", "Journal", "Spent", "Totals", "folder_of", "known", "main", "renew", "restore"]
 
 
 def folder_of(cfg) -> pathlib.Path:
@@ -44,19 +44,22 @@ def folder_of(cfg) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Spent so far: requests on the wire, tokens in and out, dollars; calls of unknown outcome at their upper bound.
-
-    tokens_in, tokens_out: of the calls whose outcome is known; only `Journal.spent` counts them.
-    """
+    """Spent so far: requests on the wire, tokens in and out, dollars; calls of unknown outcome at their upper bound."""
 
     calls: int = 0
     tokens: int = 0
     usd: float = 0.0
+
+    def __add__(self, other):
+        return type(self)(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent(Totals):
+    """What one run spent; `tokens_in` and `tokens_out` are of the calls whose outcome is known."""
+
     tokens_in: int = 0
     tokens_out: int = 0
-
-    def __add__(self, other: "Totals") -> "Totals":
-        return Totals(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
 
 class Journal:
@@ -131,7 +134,7 @@ class Journal:
             rows = (c.execute("select calls, tokens, usd from totals").fetchone() for c in self._connections())
             return sum((Totals(*row) for row in rows), Totals())
 
-    def spent(self, run: str = "") -> Totals:
+    def spent(self, run: str = "") -> Spent:
         """What this run (or `run`) spent, calls of unknown outcome at their upper bound.
 
         Calls of journals from before runs were told apart count for every run.
@@ -147,7 +150,7 @@ class Journal:
             for _, c in self._named():
                 mine = " and (run = ? or run is null)" if journal_file.schema_of(c) > 1 else ""
                 rows.append(c.execute(sql + mine, (run or self.run,) if mine else ()).fetchone())
-            return sum((Totals(*row) for row in rows), Totals())
+            return sum((Spent(*row) for row in rows), Spent())
 
     def unknown(self) -> Totals:
         """The part of `totals` that stays spent though nobody knows what was billed: calls under way, lost, or

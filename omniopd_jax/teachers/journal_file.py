@@ -153,8 +153,40 @@ def open_checked(path: pathlib.Path):
         raise UserError(f"{path} is corrupt or not a teacher's journal ({e}); {advice}") from None
 
 
-def restore(snapshot, folder) -> int:
+def known(folder) -> tuple[list[str], list[str]]:
+    """(identities of a folder's own journals, of those that were or will be imported into them); the folders of named
+    teachers included."""
+    own, imported = [], []
+    folder = pathlib.Path(folder)
+    for path in sorted([*folder.glob("*.sqlite"), *folder.glob("*/*.sqlite")]):
+        with contextlib.closing(open_checked(path)) as c:
+            (own if path.name == NAME else imported).append(identity(path, c))
+            if schema_of(c) > 1:
+                imported += [name for (name,) in c.execute("select name from imported")]
+    return own, imported
+
+
+def renew(folder, retired) -> None:
+    """Gives each journal of a folder whose identity is in `retired` a new one: another disk has imported what it held,
+    and will import what it is to hold. What both hold counts twice until then, so that a cap is reached early, never
+    late."""
+    folder = pathlib.Path(folder)
+    for path in sorted([folder / NAME, *folder.glob(f"*/{NAME}")]):
+        if not path.is_file():
+            continue
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=60.0)) as c:
+            c.execute("begin immediate")
+            if (old := identity(path, c)) in retired:
+                c.execute("update meta set id = ?", (secrets.token_hex(8),))
+                c.execute("insert or ignore into imported values (?, ?)", (old, time.time()))
+            c.execute("commit")
+
+
+def restore(snapshot, folder, elsewhere=()) -> int:
     """Copies the files of a checkpoint's snapshot that `folder` lacks, before a resume on another machine.
+
+    Args:
+      elsewhere: identities that another disk of the run still has.
 
     Returns:
       How many were copied.
@@ -165,17 +197,20 @@ def restore(snapshot, folder) -> int:
     snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(p for p in snapshot.glob("*") if p.is_dir()):  # of a named teacher
-        copied += restore(path, folder / path.name)
+        copied += restore(path, folder / path.name, elsewhere)
     for path in sorted(snapshot.glob("*.sqlite")):
+        with contextlib.closing(open_checked(path)) as there:
+            if identity(path, there) in elsewhere:
+                continue
         target = folder / path.name
         if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
             with contextlib.closing(open_checked(path)) as there, contextlib.closing(open_checked(target)) as here:
                 name = identity(path, there)
-                known = (
+                held = (
                     name == identity(target, here)
                     or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
                 )
-            target = target if known else folder / f"{name}.sqlite"
+            target = target if held else folder / f"{name}.sqlite"
         if not target.exists():
             part = folder / f".{target.name}.part"
             shutil.copyfile(path, part)

@@ -181,12 +181,17 @@ class Teacher(Protocol):
         return num_chunks, num_continuations
 
     def spent(self) -> Any:
-        """journal.Totals that this run has spent, over all its starts, unknown outcomes included; None: nothing is
+        """journal.Spent: what this run has spent, over all its starts, unknown outcomes included; None: nothing is
         counted."""
         return None
 
-    def divide_budget(self, hosts: int) -> None:
-        """Takes this process's part of the caps, where the run's `hosts` keep journals on disks of their own."""
+    def paid(self) -> list:
+        """journal.Totals of each paid teacher: all that its journal on this disk has seen."""
+        return []
+
+    def divide_budget(self, disks: list[list]) -> None:
+        """Takes this process's part of what the caps leave, where the run's hosts keep journals on disks of their own;
+        `disks`: what `paid` returns on each of them, this one among them."""
 
 
 class PaidTeacher(Teacher, Protocol):

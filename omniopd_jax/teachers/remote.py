@@ -168,7 +168,8 @@ class RemoteTeacher(PaidTeacher):
         """`estimate` as a table, and a warning where the budget will not last; plain text."""
         estimate = self.estimate(steps, part)
         steps = self.cfg.num_steps if steps is None else steps
-        warning = money.ends_early(self.cfg, estimate, self.budget.left(), steps)
+        left = {name: self.budget.hosts * part for name, part in self.budget.left().items()}
+        warning = money.ends_early(self.cfg, estimate, left, steps)
         if not self.price.known:
             warning = "\n".join(filter(None, (
                 f"the price of {self.client.model!r} is not known, and with it what the run costs: set "
@@ -197,9 +198,13 @@ class RemoteTeacher(PaidTeacher):
         """(M, N) for the next step: see `Budget.allowance`."""
         return self.budget.allowance(steps_left, rows, num_chunks, num_continuations)
 
-    def divide_budget(self, hosts: int) -> None:
+    def paid(self) -> list:
+        """See `Teacher.paid`."""
+        return [self.journal.totals()]
+
+    def divide_budget(self, disks: list[list]) -> None:
         """See `Budget.divide`."""
-        self.budget.divide(hosts)
+        self.budget.divide([totals for (totals,) in disks])
 
     # inside
 

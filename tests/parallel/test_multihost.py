@@ -21,7 +21,7 @@ from configs import tiny as tiny_recipe
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import checkpoint, logging, reporting
-from omniopd_jax.teachers.journal import Totals
+from omniopd_jax.teachers.journal import Spent
 
 STEPS = 6
 PATIENCE = 600  # seconds; other work may share the machine
@@ -370,6 +370,8 @@ def test_teachers_counts_of_several_hosts_become_one():
         {"teacher/calls": 3, "teacher/latency_p50": 1.0, "teacher/latency_p95": 4.0, "teacher/cost_usd_total": 2.0},
         {"teacher/calls": 5, "teacher/latency_p50": 3.0, "teacher/latency_p95": 3.0, "teacher/cost_usd_total": 2.5},
     ]
+    known = [part | {"teacher/price_known": 1} for part in parts]
+    assert logging.total(known, [0, 0])["teacher/price_known"] == 1
     got = logging.total(parts, [0, 0])
     assert got == {
         "teacher/calls": 8, "teacher/latency_p50": 2.0, "teacher/latency_p95": 4.0, "teacher/cost_usd_total": 2.0,
@@ -379,11 +381,11 @@ def test_teachers_counts_of_several_hosts_become_one():
 
 def test_what_hosts_have_spent_counts_each_disks_journal_once(monkeypatch):
     """The end table of a pod: process 0's journal is not all that was paid."""
-    spent = [Totals(3, 30, 0.5, 20, 10), Totals(3, 30, 0.5, 20, 10), Totals(2, 9, 0.25, 5, 4)]
+    spent = [Spent(3, 30, 0.5, 20, 10), Spent(3, 30, 0.5, 20, 10), Spent(2, 9, 0.25, 5, 4)]
     teacher = types.SimpleNamespace(spent=lambda: spent[0], price=types.SimpleNamespace(known=True))
     monkeypatch.setattr(processes, "gather", lambda name, value: [list(dataclasses.astuple(s)) for s in spent])
     got = reporting.spent_by_all(types.SimpleNamespace(teacher=teacher, disks=[0, 0, 2]))
-    assert got == Totals(5, 39, 0.75, 25, 14) and reporting.cost(teacher, got) == "$0.75"
+    assert got == Spent(5, 39, 0.75, 25, 14) and reporting.cost(teacher, got) == "$0.75"
     monkeypatch.setattr(processes, "gather", lambda name, value: [value] * 3)
     nobody = types.SimpleNamespace(teacher=types.SimpleNamespace(spent=lambda: None), disks=[0, 0, 2])
     assert reporting.spent_by_all(nobody) is None

@@ -270,6 +270,20 @@ def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
 
 
+def test_a_stop_in_the_step_behind_a_checkpoint_copies_what_that_step_paid_for(state_on, tmp_path):
+    journal, sent = Journal(tmp_path / "journal"), []
+    points = Checkpoints(tmp_path, keep=3)
+    points.before_save = lambda: sent.append(journal.totals().usd)
+    for usd in (1.0, 7.0):  # the second: the step was cut off, so the state is still that of step 1
+        journal.settle(journal.ask(b"key", 1, 100, usd, Totals()), "ok", usage=(30, 0, 20, usd))
+        points.save(state_on((1, 1, 1), 1)[0], {}, journal=journal)
+    points.close()
+    journal.close()
+    shutil.rmtree(tmp_path / "journal")
+    checkpoint.restore_journal(tiny.recipe("", "", tmp_path))
+    assert Journal(tmp_path / "journal").totals().usd == 8.0 and sent == [1.0, 8.0]
+
+
 def test_the_journal_and_the_budget_come_back_where_their_disk_is_gone(state_on, tmp_path):
     journal = Journal(tmp_path / "journal")
     call = journal.ask(b"key", 2, 100, 0.5, Totals())

@@ -122,6 +122,14 @@ def test_an_echo_teacher_trips_two_checks():
     assert runs.checks(audits=echo) >= {"teacher_not_sampling", "weights_without_signal"}
 
 
+@pytest.mark.parametrize("processes,trips", [(1, False), (8, True)])
+def test_one_process_of_many_logs_its_share_and_is_judged_by_it(processes, trips):
+    """`audit.log_per_step` is the run's: of 64 audits a step process 0 of 8 logs 8."""
+    few = [runs.audit(t, i, continuations=["the same"] * 4) for t in range(10) for i in range(8)]
+    found = health.check([runs.row(t) for t in range(10)], few, [], runs.flat(), processes)
+    assert ("teacher_not_sampling" in {f.check for f in found}) == trips
+
+
 def test_announcements_count_as_not_continuing():
     assert runs.checks(audits=audits(explained=4)) == {"teacher_restarting"}
 

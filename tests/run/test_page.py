@@ -184,6 +184,14 @@ def test_an_unknown_price_is_unknown_and_a_local_teacher_is_free(tmp_path):
     assert facts(run)["teacher cost"] == "none"
 
 
+def test_a_run_that_has_ended_shows_what_its_journal_had_also_of_a_step_that_was_killed(tmp_path):
+    folder = runs.write(tmp_path / "run", 5)
+    told = json.loads((folder / "summary.json").read_text()) | {"teacher/cost_usd": 3.0, "teacher/calls": 9_999}
+    (folder / "summary.json").write_text(json.dumps(told))
+    shown = facts(made(folder)["runs"][0])
+    assert (shown["teacher cost"], shown["teacher calls"]) == ("$3.00", "9,999")
+
+
 def test_findings_name_their_steps_and_whether_they_still_hold(tmp_path):
     gap = {"rollout/score_logp_gap": 0.2}
     rows = [runs.row(t, **gap, **{"completions/truncated_fraction": 0.9 if t < 8 else 0.0}) for t in range(20)]

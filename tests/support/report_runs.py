@@ -196,7 +196,8 @@ def write(
     lines(folder / "completions.jsonl", [completion(t, r) for t in range(steps) for r in range(completions)])
     lines(folder / "evaluations.jsonl", [evaluation(s, i) for s in (0, steps) for i in range(64)])
     if summary:
-        told = {"step": steps, "accuracy_before": 24 / 64, "accuracy_after": 48 / 64, "teacher/cost_usd": 0.02 * steps}
+        told = {"step": steps, "accuracy_before": 24 / 64, "accuracy_after": 48 / 64}
+        told["teacher/cost_usd"] = sum(r.get("teacher/cost_usd", 0) for r in rows)
         (folder / "summary.json").write_text(json.dumps(told))
     return folder
 

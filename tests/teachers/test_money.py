@@ -1,7 +1,9 @@
 """Money under servers that lie: no cap is passed, by one process or by two, and what was spent is what is shown."""
 
 import asyncio
+import dataclasses
 import itertools
+import math
 import pathlib
 import subprocess
 import sys
@@ -12,9 +14,9 @@ from teacher_kit import cfg_for, check, request, teacher_of
 from wire_server import WireServer
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import reporting
+from omniopd_jax.run import estimate, reporting
 from omniopd_jax.teachers import TeacherStopped, budget
-from omniopd_jax.teachers.journal import Journal, Totals
+from omniopd_jax.teachers.journal import Journal, Spent, Totals, folder_of
 
 PRICE = {"teacher.price_input": 3.0, "teacher.price_cached": 0.3, "teacher.price_output": 15.0}
 LIES = tuple(name for name in KINDS if name.startswith("usage:"))
@@ -132,18 +134,47 @@ def test_the_end_table_has_what_the_journal_has(tmp_path):
         assert min(spent.tokens_in, spent.tokens_out) > 0 and spent.tokens_in + spent.tokens_out == spent.tokens
         assert shown == f"${spent.usd:.2f}"
         c.run_dir, c.teacher.journal = str(tmp_path / "other"), str(tmp_path / "journal")
-        assert asyncio.run(later())[0] == Totals()  # another run on the same journal
+        assert asyncio.run(later())[0] == Spent()  # another run on the same journal
 
 
-def test_a_cap_that_is_less_than_one_a_host_is_refused():
+def test_a_cap_that_is_less_than_one_a_host_is_refused(tmp_path):
     class Caps:
         usd, tokens, calls, on_exhausted = 1.0, 0, 3, "stop"
 
-    money = budget.Budget(type("C", (), {"budget": Caps}), None, budget.Price())
+    money = budget.Budget(type("C", (), {"budget": Caps}), Journal(tmp_path), budget.Price())
     with pytest.raises(UserError, match="budget.calls = 3 is less than 1 for each of the run's 4 hosts"):
-        money.divide(4)
-    money.divide(3)
+        money.divide([Totals()] * 4)
+    money.divide([Totals()] * 3)
     assert money.caps == Totals(1, 0, 1.0 / 3)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_hosts_divide_what_the_caps_leave_whoever_spent_the_rest(tmp_path, here):
+    """One host had spent 60 of 100: resumed on two, each may spend 20, and no cap that is used up becomes none."""
+    cfg = cfg_for("", "openai", tmp_path, **PRICE | {"budget.usd": 100.0, "budget.calls": 5, "num_steps": 100})
+    journal, mine = Journal(tmp_path), Totals(5, 100, 60.0)
+    if here:
+        for _ in range(5):
+            journal.settle(journal.ask(b"key", 1, 20, 12.0, Totals()), "ok", usage=(10, 0, 10, 12.0))
+        assert journal.totals() == mine
+    money = budget.Budget(cfg, journal, budget.Price())
+    money.divide([mine, Totals()])
+    assert money.left() == {"usd": 20.0, "tokens": math.inf, "calls": 0}
+    assert money.caps.usd == (80.0 if here else 20.0) and money.hosts == 2
+    assert journal.ask(b"key", 1, 1, 0.1, money.caps) == "calls"
+    assert isinstance(journal.ask(b"key", 1, 1, 20.0, dataclasses.replace(money.caps, calls=0)), int)
+    assert journal.ask(b"key", 1, 1, 0.1, dataclasses.replace(money.caps, calls=0)) == "usd"
+
+
+def test_an_estimate_takes_off_the_caps_what_the_journal_has_seen(tmp_path):
+    c = cfg_for("", "openai", tmp_path, **PRICE | {"num_steps": 100})
+    low = estimate.Preview(c, True).estimate.usd[0]
+    c.budget.usd = 1.1 * low
+    assert f"budget.usd = {c.budget.usd:,}: low is enough" in "\n".join(estimate.Preview(c, True).caps())
+    journal = Journal(folder_of(c))
+    journal.settle(journal.ask(b"key", 1, 20, low, Totals()), "ok", usage=(10, 0, 10, 0.6 * low))
+    journal.close()
+    assert f"{0.5 * low:,.2f} of it left: low ends after 5" in "\n".join(estimate.Preview(c, True).caps())
 
 
 def test_the_price_of_a_model_that_no_table_has_is_unknown_and_shown_as_such(tmp_path):

@@ -6,12 +6,13 @@ import pathlib
 import sqlite3
 import subprocess
 import sys
+import types
 
 import pytest
 from teacher_kit import ask, cfg_for, request, teacher_of
 from wire_server import WireServer
 
-from omniopd_jax import solutions
+from omniopd_jax import config, experience, solutions
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import TeacherStopped, budget
 from omniopd_jax.teachers.journal import Journal
@@ -209,6 +210,19 @@ def test_the_estimate_of_prefixes_contexts_the_gate_and_rounds(tmp_path):
     assert high(tmp_path, **mix) == pytest.approx([a + b for a, b in zip(audits, whole)])
     rounds = {"audit.num_chunks": 2, "audit.chunk_tokens": 10, "audit.adaptive": True, "audit.adaptive_first": 3}
     assert high(tmp_path, **rounds) == pytest.approx([4 * 48, 4 * 48 * 110, 48 * 10 * 10])  # 3 + 3 + 3 + 1
+
+
+@pytest.mark.parametrize("disks", [1, 2])
+def test_a_disks_share_of_the_budget_pays_for_the_rows_of_its_processes(disks, monkeypatch):
+    """Four processes on one disk: what is left there is for all of a step's rows, not for one process's."""
+    monkeypatch.setattr(experience.jax, "process_count", lambda: 4)
+    monkeypatch.setattr(experience.processes, "gather", lambda name, value: [value])
+    asked = []
+    teacher = types.SimpleNamespace(allowance=lambda *of: asked.append(of) or (2, 4))
+    c = config.default()
+    c.prompts_per_step, c.num_generations, c.num_steps = 16, 4, 10
+    assert experience.allowance(teacher, c, 3, None, disks) == (2, 4)
+    assert asked == [(7, 64 // disks, c.audit.num_chunks, c.audit.num_continuations)]
 
 
 @pytest.mark.parametrize(

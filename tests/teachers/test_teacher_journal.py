@@ -19,7 +19,7 @@ from wire_server import WireServer
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.teachers import Continuation, Failure, TeacherStopped, journal
-from omniopd_jax.teachers.journal import Journal, Totals
+from omniopd_jax.teachers.journal import Journal, Spent, Totals
 
 
 def buy(j, who, peak, continuation):
@@ -338,7 +338,7 @@ def test_journals_of_the_first_schema_are_read_and_imported_once(tmp_path):
         j = Journal(tmp_path)
         assert j.get(b"k" * 16, "a", 3, range(3)) == j.get(b"k" * 16, "b", 3, range(3)) == want
         assert j.totals() == Totals(4, 60, 1.5) and j.unknown() == Totals(2, 30, 0.75)
-        assert j.spent() == Totals(4, 60, 1.5, 20, 10), "tokens in and out are those of the calls that are known"
+        assert j.spent() == Spent(4, 60, 1.5, 20, 10), "tokens in and out are those of the calls that are known"
         assert j.mode("openai", "m", "auto") == "prefill"
         j.put_mode("openai", "n", "auto", "prefix", {})
         assert j.totals() == Totals(4, 60, 1.5) and j.count() == 6

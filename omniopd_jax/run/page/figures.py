@@ -95,14 +95,19 @@ def verdict(folder, found: list[dict]) -> dict:
         headline = f"{folder.objective}: {before:.1%} to {after:.1%}, {word}; {folder.state()}"
     state, usd = _cost(folder)
     facts.append(["teacher cost", "none" if state == estimate.FREE else estimate.dollars(usd, state)])
-    total = {k: sum(_number(r.get(k)) or 0 for r in folder.rows) for k in ("teacher/calls", "time/step")}
-    facts.append(["teacher calls", f"{total['teacher/calls']:,.0f}"])
-    tokens = [sum(_number(r.get(f"teacher/tokens_{k}")) or 0 for r in folder.rows) for k in ("in", "out")]
+    facts.append(["teacher calls", f"{_total(folder, 'teacher/calls'):,.0f}"])
+    tokens = [_total(folder, f"teacher/tokens_{k}") for k in ("in", "out")]
     facts.append(["teacher tokens in / out", f"{tokens[0]:,.0f} / {tokens[1]:,.0f}"])
-    facts.append(["time", _duration(total["time/step"])])
+    facts.append(["time", _duration(_total(folder, "time/step"))])
     now = [f["check"] for f in found if f["now"]]
     facts.append(["health", f"{len(now)} of {len(health.CHECKS)} checks warn" if now else "no check warns"])
     return {"headline": headline, "facts": facts}
+
+
+def _total(folder, key: str) -> float:
+    """Over the steps; of a run that has ended by its summary, which also has what no step counted (a kill, a probe)."""
+    steps = sum(_number(r.get(key)) or 0 for r in folder.rows)
+    return max(steps, _number((folder.summary or {}).get(key)) or 0)
 
 
 def _half_width(folder, before: float, after: float, n: int) -> float | None:
@@ -122,7 +127,7 @@ def _half_width(folder, before: float, after: float, n: int) -> float | None:
 
 def _cost(folder) -> tuple[str, float]:
     """(the state of the price, dollars): FREE where nobody who takes money was asked."""
-    usd = sum(_number(r.get("teacher/cost_usd")) or 0 for r in folder.rows)
+    usd = _total(folder, "teacher/cost_usd")
     c, known = folder.config, [r["teacher/price_known"] for r in folder.rows if "teacher/price_known" in r]
     asked = any(own is None or own.asks for own in folder.parts.values())
     if not (known or usd) and (not asked or c.get("teacher.provider") not in (None, *estimate.CLIENTS)):
