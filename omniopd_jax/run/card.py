@@ -39,7 +39,7 @@ def write(folder, run, *, name: str, adapter: bool, step: int | None = None) -> 
 def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: bool, step: int | None) -> str:
     """The card: front matter that the hub reads, then base, teacher, method, settings, before and after, cost,
     licence."""
-    base, teacher = str(config["student"]["path"]), config.get("teacher", {})
+    base = str(config["student"]["path"])
     mix = sorted(config["objective"].get("mix") or {})
     parts = {name: OBJECTIVES.get(name) for name in mix or [config["objective"]["name"]]}  # None: of another version
     asked = any(own is None or own.asks for own in parts.values())
@@ -57,7 +57,8 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
         f"{'LoRA adapters of' if adapter else 'A fine-tuned copy of'} `{_shown(base)}`, trained with omniopd_jax.",
         "",
     ]
-    who = f"`{_shown(str(teacher.get('model')))}` ({_line(str(teacher.get('provider')))})" if asked else "none"
+    each = (f"`{_shown(str(t.get('model')))}` ({_line(str(t.get('provider')))})" for t in _teachers(config))
+    who = ", ".join(each) if asked else "none"
     lines += ["| | |", "| --- | --- |", f"| base | `{_shown(base)}` |", f"| teacher | {who} |"]
     lines += [f"| method | {method} |", f"| updates | {done} of {config['num_steps']} |"]
     lines += [f"| {k} | {v} |" for k, v in _results(config, summary, rows, asked)]
@@ -70,6 +71,12 @@ def text(config: dict, summary: dict, rows: list[dict], *, name: str, adapter: b
     lines += [f"| `data` | `{_line(' '.join(filter(None, where)))}` |", ""]
     lines += ["## Licence", "", _licence_words(base, asked), ""]
     return "\n".join(lines)
+
+
+def _teachers(config: dict) -> list[dict]:
+    """The settings of the run's teacher, or of each of several."""
+    own, named = config.get("teacher", {}), config.get("teachers") or {}
+    return [own | changed for changed in named.values()] or [own]
 
 
 def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list[tuple[str, str]]:
@@ -87,7 +94,7 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
         return [*out, ("teacher cost", "no teacher was asked" if not asked else "not known at this step")]
     known = rows[-1].get("teacher/price_known", 1) if rows else 1
     usd = summary.get("teacher/cost_usd", 0)
-    free = not usd and config.get("teacher", {}).get("provider") not in (None, *estimate.CLIENTS)
+    free = not usd and all(t.get("provider") not in (None, *estimate.CLIENTS) for t in _teachers(config))
     cost = "none" if free else f"${usd:,.2f}" if known else "unknown price"
     calls = f"{summary.get('teacher/calls', 0):,.0f} requests"
     tokens = f"{summary.get('teacher/tokens_in', 0):,.0f} tokens in, {summary.get('teacher/tokens_out', 0):,.0f} out"

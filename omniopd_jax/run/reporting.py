@@ -16,6 +16,8 @@ from omniopd_jax.teachers.journal import Spent
 from omniopd_jax.teachers.protocol import Counts, Teacher
 
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
+SPENT = {"teacher/calls": "calls", "teacher/tokens_in": "tokens_in", "teacher/tokens_out": "tokens_out",
+         "teacher/cost_usd": "usd"}  # fmt: skip
 ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
 
 
@@ -197,22 +199,22 @@ def spent_by_all(run: Run) -> Spent | None:
     return sum(found, Spent()) if found else None
 
 
-def cost(teacher: Teacher | None, spent: Spent | None) -> str:
-    """What the run has cost, for the table at its end."""
-    if spent is None:
+def cost(teacher: Teacher | None, usd: float | None) -> str:
+    """What the run has cost, for the table at its end; None: nothing was counted."""
+    if usd is None:
         return "none"
-    return f"${spent.usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
+    return f"${usd:.2f}" if teacher.price.known else "unknown: set teacher.price_input and teacher.price_output"
 
 
 def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
     """What the run came to; printed as a table and written to summary.json."""
     before = totals.get("accuracy_before")
     out = {"step": step, "accuracy_before": before, "accuracy_after": after} | totals
-    # the journal's: also what was paid between a checkpoint and a crash; a local teacher beside a paid one keeps none
-    if spent := spent_by_all(run):
-        out["teacher/cost_usd"] = spent.usd
-        for key in ("calls", "tokens_in", "tokens_out"):
-            out[f"teacher/{key}"] = max(getattr(spent, key), totals.get(f"teacher/{key}", 0))
+    # the journal's: also what was paid between a checkpoint and a crash; the steps' where it lacks what they counted
+    # (of a local teacher beside a paid one; of a run whose folder was moved)
+    spent = spent_by_all(run)
+    for key, name in SPENT.items() if spent else ():
+        out[key] = max(getattr(spent, name), totals.get(key, 0))
     rows = [("steps", str(step))]
     if after is not None:
         gain = "" if before is None else f"  ({100 * (after - before):+.1f} points)"
@@ -225,7 +227,7 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
             "teacher tokens in / out",
             f"{out.get('teacher/tokens_in', 0):,.0f} / {out.get('teacher/tokens_out', 0):,.0f}",
         ),
-        ("teacher cost", cost(run.teacher, spent)),
+        ("teacher cost", cost(run.teacher, None if spent is None else out["teacher/cost_usd"])),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
     rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]

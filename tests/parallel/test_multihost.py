@@ -385,7 +385,7 @@ def test_what_hosts_have_spent_counts_each_disks_journal_once(monkeypatch):
     teacher = types.SimpleNamespace(spent=lambda: spent[0], price=types.SimpleNamespace(known=True))
     monkeypatch.setattr(processes, "gather", lambda name, value: [list(dataclasses.astuple(s)) for s in spent])
     got = reporting.spent_by_all(types.SimpleNamespace(teacher=teacher, disks=[0, 0, 2]))
-    assert got == Spent(5, 39, 0.75, 25, 14) and reporting.cost(teacher, got) == "$0.75"
+    assert got == Spent(5, 39, 0.75, 25, 14) and reporting.cost(teacher, got.usd) == "$0.75"
     monkeypatch.setattr(processes, "gather", lambda name, value: [value] * 3)
     nobody = types.SimpleNamespace(teacher=types.SimpleNamespace(spent=lambda: None), disks=[0, 0, 2])
     assert reporting.spent_by_all(nobody) is None

@@ -97,6 +97,14 @@ def test_an_unknown_price_and_hostile_names_stay_what_they_are(tmp_path):
     assert line.count("`") == 2 and "\x1b" not in line and "\\|" in line
 
 
+def test_several_teachers_are_all_named_and_their_unknown_price_is_no_zero(tmp_path):
+    several = {"teachers": {"math": {"provider": "openai", "model": "m"}, "code": {"provider": "local", "model": "c"}}}
+    rows = [runs.row(t, **{"teacher/price_known": 0, "teacher/cost_usd": 0}) for t in range(20)]
+    folder = runs.write(tmp_path / "run", cfg=runs.settings() | several, rows=rows)
+    text = card.write(tmp_path, folder, name="me/model", adapter=False).read_text()
+    assert "| teacher | `m` (openai), `c` (local) |" in text and "unknown price" in text
+
+
 def card_of(folder, **values) -> dict[str, str]:
     """The card's first table for a run with these settings."""
     folder.mkdir()

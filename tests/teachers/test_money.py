@@ -127,7 +127,7 @@ def test_the_end_table_has_what_the_journal_has(tmp_path):
 
         async def later():  # the process that paid is gone; its checkpoint knew nothing of it
             async with teacher_of(c) as teacher:
-                return teacher.spent(), reporting.cost(teacher, teacher.spent())
+                return teacher.spent(), reporting.cost(teacher, teacher.spent().usd)
 
         spent, shown = asyncio.run(later())
         assert spent.usd == pytest.approx(totals_of(tmp_path / "journal")[0].usd) and spent.calls == len(server.calls())
