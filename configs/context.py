@@ -1,14 +1,13 @@
 """Self-distillation with privileged context (OPSD, arXiv 2601.18734) with a text teacher: the frozen student scores the
 student's own answer under a prompt that also shows the teacher's solution.
 
-    export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/context.py --config.teacher.base_url=http://HOST:8000/v1
 
 Variants, comma-separated after a colon: self, ema (who scores), reverse (the KL's direction), clip (a token counts at
 most 2 nats), 4b.
 
-One solution per prompt, bought once: a second epoch, a resume or configs/sft.py with the same caps finds it in the
-journal. Solutions that come with the prompts are taken where data.fields.solution names them. The context gives the
+One solution per prompt, bought once: a second epoch, a resume or configs/sft.py with the same journal and caps finds
+it there. Solutions that come with the prompts are taken where data.fields.solution names them. The context gives the
 result away: report accuracy on held-out prompts alone.
 Hardware: as configs/math.py; the update has a second forward pass, over prompts that are longer by a solution.
 Time and cost: 64 solutions per step, about 0.13 M teacher tokens at 2,000 tokens each; not run here.

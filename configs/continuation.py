@@ -1,7 +1,6 @@
 """Continuation fine-tuning (OLIVE, arXiv 2609.36246): the student begins, the teacher goes on once, cross-entropy on
 the teacher's tokens.
 
-    export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/continuation.py --config.teacher.base_url=http://HOST:8000/v1
 
 Variants, comma-separated after a colon: fixed (its paper's cut, after 4,096 tokens: an answer that ended before has

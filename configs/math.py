@@ -1,6 +1,5 @@
 """OmniOPD on the paper's math: Qwen3-1.7B learns from a text-only teacher on DAPO-Math-17K.
 
-    export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/math.py --config.teacher.base_url=http://HOST:8000/v1
 
 Variants, comma-separated after a colon: published, no_anchor, random_chunks, no_smoothing, m5, c25, c100, alpha5,

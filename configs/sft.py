@@ -1,6 +1,5 @@
 """Baseline: the student is fine-tuned on the teacher's own solutions, collected through the same protocol and journal.
 
-    export OPENAI_API_KEY=...        # any value for a local vLLM or SGLang server
     python -m omniopd_jax.main --config=configs/sft.py --config.teacher.base_url=http://HOST:8000/v1
 
 Variant: configs/sft.py:4b.

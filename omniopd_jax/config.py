@@ -167,7 +167,7 @@ def default() -> ConfigDict:
     c.context.ema_decay = 0.99  # ema: what is kept of the average in each update
 
     c.reward = ConfigDict()
-    c.reward.coef = 0.0  # weight of a task reward's group advantage, added to any objective; grpo: always 1
+    c.reward.coef = 0.0  # weight of a task reward's group advantage, added where the student's answers train; grpo: 1
     c.reward.grader = ""  # world | math | code | code_unsafe | reasoning_gym; "" = world for the small worlds only
 
     c.teacher = ConfigDict()

@@ -31,18 +31,21 @@ class Ahead:
 
     def take(self, t: int, last: int, staleness: int, begin: Callable[[int], tuple[Group, int]]) -> tuple[Group, int]:
         """Step t as it was begun; before that, begins every step up to t + staleness (and at most `last`) that is not
-        yet."""
+        yet. With staleness step t stays here until the next is taken: it may be cut off, and is then saved as it was
+        sampled."""
+        self._begun = {s: begun for s, begun in self._begun.items() if s >= t}
         for s in range(t, min(t + staleness, last) + 1):
             if s not in self._begun:
                 self._begun[s] = begin(s)
-        return self._begun.pop(t)
+        return self._begun[t] if staleness else self._begun.pop(t)
 
     def drain(self, seconds: float) -> bool:
         """Waits for the calls under way: they are paid for, and the resumed run finds them in the journal. Returns
-        whether a step had any."""
+        whether there were any."""
         futures = [asked.future for group, _ in self._begun.values() for asked in group.asked]
-        concurrent.futures.wait(futures, timeout=seconds)
-        return bool(futures)
+        _, waited = concurrent.futures.wait(futures, timeout=0)
+        concurrent.futures.wait(waited, timeout=seconds)
+        return bool(waited)
 
     def save(self, run_dir, t: int, keep: int) -> None:
         """Writes step t's responses beside the checkpoint of step t; files of checkpoints that are gone are removed."""

@@ -18,6 +18,7 @@ from omniopd_jax.run import best, bucket, checkpoint, host, logging, preflight, 
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
+EVALUATED = "evaluated"  # of the totals: updates before the newest evaluation
 CARRIED = "carried"  # of the totals: what one step leaves to the next beside the state (Run.carried)
 
 
@@ -43,11 +44,16 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     state, totals = setup.first_state(run, checkpoints)
     run.carried.update(totals.get(CARRIED, {}))
     start = int(jax.device_get(state.step))
-    with reporting.Reports(run, totals, start=start) as reports, best.watched(run.cfg, totals) as kept:
-        if run.held_out and run.cfg.eval.before and start == 0 and totals.get("accuracy_before") is None:
+    seen = totals.get(EVALUATED, start) == start > 0  # else it is made again, and its answers are written again
+    opened = reporting.Reports(run, totals, start=start, evaluated=seen)
+    with opened as reports, best.watched(run.cfg, totals, start) as kept:
+        if run.held_out and run.cfg.eval.before and start == 0:
             run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = evaluate(run, state, reports, kept)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
+        elif evaluation_due(run.cfg, start, totals) and run.held_out:  # the run was stopped, or had its end, here
+            run.stop.doing = f"evaluating after step {start}"
+            evaluate(run, state, reports, kept)
         run.timer.take()
         with run.stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
             state = loop(run, state, checkpoints, reports, kept)
@@ -61,6 +67,13 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
         return out
+
+
+def evaluation_due(cfg, start: int, totals: dict) -> bool:
+    """Whether a resumed run lacks the evaluation at the step that it goes on from."""
+    every = cfg.eval.every
+    there = totals.get(EVALUATED, start) >= start or totals.get(best.STOPPED)  # older checkpoints: taken for done
+    return bool(every) and 0 < start < cfg.num_steps and start % every == 0 and not there
 
 
 def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
@@ -124,7 +137,8 @@ def loop(
     """Steps from the state's own to `num_steps`; the metrics of a step are read after the next one was dispatched."""
     cfg, stop = run.cfg, run.stop
     start = int(jax.device_get(state.step))
-    if cfg.max_staleness:
+    end = start if reports.totals.get(best.STOPPED) else cfg.num_steps
+    if cfg.max_staleness and start < end:
         ask = functools.partial(ask_again, run)
         drawn = experience.draw(run.prompts, cfg, start)
         run.ahead.load(config.local_folder(cfg), start, drawn, ask)
@@ -133,11 +147,12 @@ def loop(
         reports.flush()
         reports.totals |= {CARRIED: dict(run.carried)} if run.carried else {}
         run.ahead.save(config.local_folder(cfg), int(jax.device_get(state.step)), cfg.checkpoint.keep)
+        kept.wait()  # what the totals call the best must be there
         with run.compiled.expected():
             checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)
 
     try:
-        for t in range(start, start if reports.totals.get(best.STOPPED) else cfg.num_steps):
+        for t in range(start, end):
             with run.profiler.step(t):
                 begin_now = functools.partial(begin, run, state)
                 group, N = run.ahead.take(t, cfg.num_steps - 1, cfg.max_staleness, begin_now)
@@ -159,6 +174,8 @@ def loop(
                 save()
             run.compiled.step_done(t + 1 - start)
             if early:
+                if run.ahead.drain(cfg.teacher.timeout_s):
+                    save()
                 reports.say(f"ended early after step {t + 1}: {early}")
                 break
             if stop.agreed:
@@ -201,5 +218,7 @@ def evaluate(run: Run, state: TrainState, reports: reporting.Reports, kept: best
             for prompts, grader in [(run.held_out.prompts, cfg.eval.grader), *((s.prompts, s.grader) for s in run.sets)]
         )  # fmt: skip
         named = {s.name: other.accuracy for s, other in zip(run.sets, others, strict=True)}
-        kept.take(state, reports.evaluation(int(jax.device_get(state.step)), found, named))
+        updates = int(jax.device_get(state.step))
+        kept.take(state, reports.evaluation(updates, found, named))
+        reports.totals[EVALUATED] = updates
     return found.accuracy

@@ -98,7 +98,8 @@ def test_a_policy_that_has_not_moved_weighs_bit_for_bit_as_on_policy(make_cfg):
 
 
 def test_staleness_needs_a_text_teacher_and_is_0_or_1():
-    for settings in ({"max_staleness": 2}, {"max_staleness": 1, "objective.name": "grpo"}):
+    gated = {"max_staleness": 1, "audit.gate": "graded", "reward.grader": "math"}
+    for settings in ({"max_staleness": 2}, {"max_staleness": 1, "objective.name": "grpo"}, gated):
         c = config.default()
         c.update_from_flattened_dict(settings)
         with pytest.raises(UserError, match="max_staleness"):
@@ -139,6 +140,28 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
     alone = staleness.Ahead()
     alone.load(tmp_path, 5, drawn, ask)
     assert alone.take(5, 5, 1, lambda t: ("anew", 1)) == ("anew", 1)
+
+
+def test_a_step_that_is_cut_off_is_saved_as_it_was_sampled(tmp_path):
+    """A signal or a used-up budget while step t waits for its teacher: its samples, not new ones, are taken up."""
+
+    def group(t):
+        own = experience.Responses(["q"], [f"id{t}"], [[t, t]], np.array([True]), np.zeros((1, 2), np.float32))
+        scores = experience.Scores(np.zeros((1, 2)), np.zeros((1, 2)), None, None)
+        return experience.Group(own, scores, np.zeros((1, 1), np.int32), []), 3
+
+    begun = staleness.Ahead()
+    for t in (0, 1, 2):
+        begun.take(t, 9, 1, group)
+    begun.save(tmp_path, 2, 2)  # step 2 did not end
+    again = staleness.Ahead()
+    again.load(tmp_path, 2, experience.Drawn(["q"], [["id2"]]), lambda *asked: [])
+    assert again.take(2, 2, 1, None)[0].responses.tokens == [[2, 2]]
+    assert not begun.drain(0.0)
+    fresh = staleness.Ahead()
+    fresh.take(0, 9, 0, group)
+    fresh.save(tmp_path / "none", 0, 2)
+    assert not (tmp_path / "none").exists(), "without staleness nothing is sampled ahead"
 
 
 def records(run):

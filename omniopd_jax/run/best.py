@@ -24,9 +24,14 @@ BEST, STEP, WAITED, STOPPED, LAST = "best/value", "best/step", "best/waited", "s
 
 
 class Best:
-    """Takes a run's evaluations; `totals` are the run's, changed in place."""
+    """Takes a run's evaluations.
 
-    def __init__(self, cfg, totals: dict):
+    Args:
+      totals: the run's, changed in place.
+      start: the step that it goes on from; a best of a later one is of steps that are gone.
+    """
+
+    def __init__(self, cfg, totals: dict, start: int = 0):
         self._cfg, self._totals = cfg, totals
         if not (cfg.eval.patience or cfg.eval.stop_below):  # a run that had ended early goes on
             for key in (STOPPED, LAST):
@@ -34,6 +39,8 @@ class Best:
         self._metric = cfg.checkpoint.best_metric or DEFAULT
         self._folder = files.place(cfg.run_dir) / FOLDER
         self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None
+        if self._checkpoints is not None:
+            self._checkpoints.drop_after(start)
 
     def take(self, state: TrainState, values: dict[str, float]) -> str:
         """Keeps the state where its evaluation is better than any before; returns why the run should end, or "".
@@ -75,6 +82,11 @@ class Best:
         processes.barrier("best config copied")
         self._checkpoints.save(state, dict(self._totals))
 
+    def wait(self) -> None:
+        """Until what was kept is on disk."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
     def close(self) -> None:
         """Waits for a save under way."""
         if self._checkpoints is not None:
@@ -82,9 +94,9 @@ class Best:
 
 
 @contextlib.contextmanager
-def watched(cfg, totals: dict) -> Iterator[Best]:
+def watched(cfg, totals: dict, start: int = 0) -> Iterator[Best]:
     """The run's `Best`, closed at the end."""
-    best = Best(cfg, totals)
+    best = Best(cfg, totals, start)
     try:
         yield best
     finally:

@@ -244,6 +244,11 @@ class Checkpoints:
                 if old.name.isdigit() and old.is_dir() and old.name not in kept:
                     shutil.rmtree(old, ignore_errors=True)  # another process of the same disk may be at it
 
+    def drop_after(self, step: int) -> None:
+        """Removes later steps: the manager would not save an earlier one beside them."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
     def wait(self) -> None:
         """Until every save is on disk."""
         self._manager.wait_until_finished()

@@ -67,13 +67,15 @@ class Writer:
     responses: audits.jsonl, audits-1.jsonl, ..., completions.jsonl, ...
 
     Args:
-      start_step: the run's next step.
+      start_step: the run's next step. evaluated: an evaluation's step counts the updates before it: whether the one
+        at `start_step` is kept.
       tensorboard, trackers: which trackers there are. config: {dotted key: value}, for them.
     """
 
     def __init__(
-        self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None
-    ):
+        self, run_dir, *, start_step: int, tensorboard: bool, trackers=(), config=None, rank: int | None = None,
+        evaluated: bool = True,
+    ):  # fmt: skip
         rank = jax.process_index() if rank is None else rank
         self._folder, self._files, self._suffix = pathlib.Path(run_dir), {}, f"-{rank}" if rank else ""
         if rank == 0:
@@ -82,9 +84,8 @@ class Writer:
                 own = kind in ("audits", "completions") and number.isdigit() and len(number) < 9
                 if own and int(number) >= jax.process_count():
                     cut_after(path, start_step)
-        # an evaluation's step counts the updates before it: the one at the checkpoint itself is kept
         names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
-        names |= {} if rank else {"metrics": start_step, "evaluations": start_step + 1}
+        names |= {} if rank else {"metrics": start_step, "evaluations": start_step + int(evaluated)}
         for name, first in names.items():
             path = self._folder / f"{name}.jsonl"
             cut_after(path, first)

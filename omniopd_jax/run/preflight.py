@@ -159,10 +159,11 @@ def _check_audits(c: ConfigDict) -> None:
             f"audit.min_continuations = {c.audit.min_continuations} is larger than audit.num_continuations = "
             f"{c.audit.num_continuations}: every audit would be dropped"
         )
-    if c.max_staleness and objective.of(c).asks != {"continuations"}:
+    if c.max_staleness and (objective.of(c).asks != {"continuations"} or solutions.gated(c)):
+        what = f"audit.gate = {c.audit.gate!r}" if solutions.gated(c) else f"objective.name = {objective.title(c)!r}"
         raise UserError(
-            f"max_staleness = {c.max_staleness} hides the time of a text teacher's audits alone; objective.name = "
-            f"{objective.title(c)!r} asks for something else: 0"
+            f"max_staleness = {c.max_staleness} hides the time of a text teacher's audits alone; {what} asks for "
+            "something else: set max_staleness to 0"
         )
 
 

@@ -27,14 +27,15 @@ class Reports:
     Args:
       totals: running totals of the run, changed in place; they are saved with each checkpoint.
       start: the first step; lines of later steps, of a run that was cut off, are dropped.
+      evaluated: whether the run goes on behind the evaluation at `start`, whose answers are then kept.
     """
 
-    def __init__(self, run: Run, totals: dict, start: int):
-        self.totals = totals
+    def __init__(self, run: Run, totals: dict, start: int, evaluated: bool = False):
+        self.totals, self._start = totals, start
         self._run, self._pending, self._next = run, None, {}
         cfg, flat = run.cfg, config.flat(run.cfg)
         log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
-        self._writer = logging.Writer(config.local_folder(cfg), start_step=start, **log)
+        self._writer = logging.Writer(config.local_folder(cfg), start_step=start, evaluated=evaluated, **log)
         recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
         self._health = health.Watch(flat, self._writer.lines("metrics"), *recent, jax.process_count())
         self._price = estimate.price_state(cfg, bool(solutions.bought(cfg)))
@@ -64,7 +65,8 @@ class Reports:
         """Takes an evaluation after this many updates: for the line of the next step, which has made them.
 
         Line 0 holds the accuracy before the first update, as `eval/accuracy_before` too: one after it may follow. The
-        last evaluation is made when its step is written and saved, and is added to that line.
+        last evaluation is made when its step is written and saved, and is added to that line; so is one that a resumed
+        run makes first.
 
         Args:
           sets: {name: accuracy} of `eval.sets`.
@@ -77,7 +79,7 @@ class Reports:
         values = accuracies | {"eval/updates": updates, "eval/log_left_out": left_out}
         if not updates:
             values["eval/accuracy_before"] = found.accuracy
-        if updates and updates == self._run.cfg.num_steps:
+        if updates and updates in (self._start, self._run.cfg.num_steps):
             self._writer.amend(updates - 1, values)
         else:
             self._next |= values

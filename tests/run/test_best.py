@@ -96,6 +96,49 @@ def test_the_best_is_kept_through_a_crash_and_the_run_ends_at_the_same_step(mode
     assert student.source == f"{tmp_path}/run/best/checkpoints/2"
 
 
+def test_a_signal_where_an_evaluation_is_due_costs_none_and_no_answer_is_written_twice(models, tmp_path, monkeypatch):
+    """Stopped in the step after which it was to be evaluated, and killed before the first checkpoint."""
+    scripted(monkeypatch, SCRIPT)
+    out = train.train(recipe(models, tmp_path / "whole"))
+    real, left = train.begin, scripted(monkeypatch, SCRIPT[:1] + SCRIPT)
+
+    def signalled(run, state, t):
+        run.stop.requested = "SIGTERM" if t == 2 else None
+        return real(run, state, t)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "begin", lambda run, state, t: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(recipe(models, tmp_path / "run"))
+        patch.setattr(train, "begin", signalled)
+        assert train.train(recipe(models, tmp_path / "run"))["exit_code"] == 75 and left == SCRIPT[3:]
+    again = train.train(recipe(models, tmp_path / "run"))
+    assert left == [] and {k: again[k] for k in out if "best" in k or "accuracy" in k} == {
+        k: out[k] for k in out if "best" in k or "accuracy" in k
+    }
+    told, answers = {}, {}
+    for name in ("whole", "run"):
+        rows = tiny.lines(tmp_path / name / "metrics.jsonl")
+        told[name] = [{k: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
+        answers[name] = [(a["step"], a["prompt_id"]) for a in tiny.lines(tmp_path / name / "evaluations.jsonl")]
+        assert len(set(answers[name])) == len(answers[name])
+    assert told["run"] == told["whole"] and answers["run"] == answers["whole"]
+    assert [r["eval/updates"] for r in told["run"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_has_ended_evaluates_again_and_a_longer_one_keeps_the_better_best(models, tmp_path, monkeypatch):
+    more = {"num_steps": 2, "eval.patience": 0, "resume.allow": ("num_steps",)}
+    scripted(monkeypatch, [0.1, 0.2, 0.9, 0.9])
+    for _ in range(2):
+        assert train.train(recipe(models, tmp_path / "run", **more))["accuracy_after"] == 0.9
+    answers = [(a["step"], a["prompt_id"]) for a in tiny.lines(tmp_path / "run" / "evaluations.jsonl")]
+    assert len(set(answers)) == len(answers) == 3 * 4
+    left = scripted(monkeypatch, [0.9, 0.6, 0.5])
+    out = train.train(recipe(models, tmp_path / "run", **more | {"num_steps": 4}))
+    assert left == [] and (out[best.BEST], out[best.STEP]) == (0.9, 2)
+    assert checkpoint.saved_params(tmp_path / "run" / "best").step == 2
+
+
 def test_several_sets_are_evaluated_beside_the_held_out_prompts(models, tmp_path, monkeypatch):
     more = {"eval.sets": ("world:slips:test", "world:forks:validation"), "num_steps": 2, "eval.patience": 0}
     scripted(monkeypatch, [0.1, 0.2, 0.3] * 3)
