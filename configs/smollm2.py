@@ -4,7 +4,8 @@
     python -m omniopd_jax.main --config=configs/smollm2.py --config.teacher.base_url=http://127.0.0.1:PORT/v1
 
 Variants, comma-separated after a colon: teacher (how the default teacher's adapter was made: plain fine-tuning on the
-problems' own solutions), gemma (a foreign teacher: Gemma-3-270M, a base model, with worked examples in front).
+problems' own solutions), gemma (a foreign teacher: Gemma-3-270M, a base model, with worked examples in front),
+gemma_tuned (the same after such fine-tuning, without examples), of_gemma (with `teacher`: how that was made).
 
 The teacher of `make real` is the student after that fine-tuning; it gives text alone, over the OpenAI-compatible wire.
 Hardware: 2 CPU cores, 12 GiB with the server. Time: 41 s a step on two quiet cores, 20 minutes in all. Free.
@@ -42,6 +43,12 @@ VARIANTS = {
         "teacher.template": "plain",
         "teacher.preamble": EXAMPLES,
     },
+    "gemma_tuned": {
+        "teacher.model": "gemma3_tuned",
+        "teacher.tokenizer": f"{REAL}/gemma3",
+        "teacher.template": "plain",
+    },
+    "of_gemma": {"student.path": f"{REAL}/gemma3", "student.template": "plain"},
 }
 
 

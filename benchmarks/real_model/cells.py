@@ -55,12 +55,16 @@ LONG = {
 BY_INSTRUCTION = {"omni_instruct": dataclasses.replace(
     METHODS["omni_baseline"], about="omni_baseline, its teacher asked by instruction: equal updates, not equal tokens",
     overrides={"teacher.continuation": "instruct"}, like="omni_baseline", updates=30)}  # fmt: skip
-WORLDS = ("teacher", "gemma3")  # the teacher: the student after fine-tuning, or Gemma-3-270M with worked examples
+# the teacher: the student after fine-tuning, Gemma-3-270M after the same, or as it is, with worked examples
+WORLDS = ("teacher", "gemma3_tuned", "gemma3")
+VARIANTS = {"gemma3_tuned": "gemma_tuned", "gemma3": "gemma"}  # of configs/smollm2.py
+TITLES = ("## The fine-tuned teacher", "## A foreign teacher that knows the task: Gemma-3-270M, fine-tuned",
+          "## A foreign teacher that does not: Gemma-3-270M with worked examples")  # fmt: skip
 
 
 def recipe(world: str, method: Method, seed: int):
     """configs/smollm2.py with a teacher, a method's settings and its number of prompts."""
-    cfg = smollm2.get_config("gemma" if world == "gemma3" else None)
+    cfg = smollm2.get_config(VARIANTS.get(world))
     cfg.update_from_flattened_dict(method.overrides)
     cfg.data.fields.solution = ""  # the teacher's are bought
     cfg.seed, cfg.prompts_per_step = seed, method.prompts
@@ -136,25 +140,32 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
         out += [] if METHODS[m].like else g.sweep(grid, m)
         out += [Cell("teacher", m, b, 0) for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in BY_INSTRUCTION]
-    out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in grid.budgets]
     out += [Cell("teacher", LATER, b, 0) for b in grid.budgets]
+    out += [Cell("gemma3_tuned", m, b, 0) for m in FOREIGN for b in grid.budgets]
+    out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in budgets("gemma3")]
     out += [Cell("teacher", m, b, 1) for m in METHODS if m != LATER for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in LONG]
-    return out + [Cell("gemma3", m, b, 1) for m in FOREIGN for b in grid.budgets]
+    return out + [Cell("gemma3_tuned", m, b, 1) for m in FOREIGN for b in grid.budgets]
+
+
+def budgets(world: str) -> tuple[float, ...]:
+    """What a world is run to."""
+    return (0.5,) if world == "gemma3" else (0.5, 1.0)
 
 
 def body(grid: Grid, lines: list[dict]) -> str:
     """The page's tables."""
     out = [command.progress(grid, lines)]
-    titles = {"teacher": "## The fine-tuned teacher", "gemma3": "## A foreign teacher: Gemma-3-270M"}
-    for world, methods in zip(WORLDS, (tuple(METHODS), FOREIGN), strict=True):
-        out += [titles[world], f"The student before: {page.base(grid, world, lines)}.",
-                page.accuracy_table(grid, world, methods, lines),
-                page.difference_table(grid, world, methods, page.BEFORE, lines),
-                *(page.difference_table(grid, world, [m for m in methods if m not in ("sft", base)], base, lines)
+    for world, title in zip(WORLDS, TITLES, strict=True):
+        methods, upto = (tuple(METHODS) if world == "teacher" else FOREIGN), budgets(world)
+        out += [title, f"The student before: {page.base(grid, world, lines)}.",
+                page.accuracy_table(grid, world, methods, lines, upto),
+                page.difference_table(grid, world, methods, page.BEFORE, lines, upto),
+                *(page.difference_table(grid, world, [m for m in methods if m not in ("sft", base)], base, lines, upto)
                   for base in ("sft", "cont_peak")),
-                "What budget 1 bought:", page.bought_table(grid, world, methods, lines, 1.0),
-                "Before and after budget 1 (means over seeds):", kept_table(grid, world, methods, lines)]  # fmt: skip
+                f"What budget {upto[-1]:g} bought:", page.bought_table(grid, world, methods, lines, upto[-1]),
+                f"Before and after budget {upto[-1]:g} (means over seeds):",
+                kept_table(grid, world, methods, lines, upto[-1])]  # fmt: skip
     both = ["omni_baseline", *BY_INSTRUCTION]
     out += ["## By instruction", page.accuracy_table(grid, "teacher", both, lines, [1.0]),
             page.difference_table(grid, "teacher", both[1:], both[0], lines, [1.0]),
@@ -167,12 +178,12 @@ def body(grid: Grid, lines: list[dict]) -> str:
     return "\n\n".join(out)
 
 
-def kept_table(grid: Grid, world: str, methods, lines) -> str:
+def kept_table(grid: Grid, world: str, methods, lines, budget: float) -> str:
     """How answers look, and what is forgotten."""
     head = ["method", "cut at the cap, %", "without a number, %", "length, tokens", "facts known, %", "perplexity"]
     rows = []
     for m in methods:
-        got = list(page.found(grid, world, m, 1.0, lines).values())
+        got = list(page.found(grid, world, m, budget, lines).values())
         if not got:
             rows.append((m, page.NOT_RUN, *[""] * 4))
             continue
