@@ -44,14 +44,17 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     state, totals = setup.first_state(run, checkpoints)
     run.carried.update(totals.get(CARRIED, {}))
     start = int(jax.device_get(state.step))
-    seen = totals.get(EVALUATED, start) == start > 0  # else it is made again, and its answers are written again
-    opened = reporting.Reports(run, totals, start=start, evaluated=seen)
-    with opened as reports, best.watched(run.cfg, totals, start) as kept:
+    if not start:
+        totals.setdefault(EVALUATED, 0)
+    due = evaluation_due(run.cfg, start, totals)
+    again = not start or due or (start >= run.cfg.num_steps and totals.get(best.LAST) is None)  # and its answers
+    opened = reporting.Reports(run, totals, start=start, evaluated=not again)
+    with opened as reports, best.watched(run.cfg, totals) as kept:
         if run.held_out and run.cfg.eval.before and start == 0:
             run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = evaluate(run, state, reports, kept)
             logging.say(f"accuracy before: {totals['accuracy_before']:.1%}")
-        elif evaluation_due(run.cfg, start, totals) and run.held_out:  # the run was stopped, or had its end, here
+        elif due and run.held_out:  # the run was stopped, or had its end, here
             run.stop.doing = f"evaluating after step {start}"
             evaluate(run, state, reports, kept)
         run.timer.take()

@@ -24,14 +24,9 @@ BEST, STEP, WAITED, STOPPED, LAST = "best/value", "best/step", "best/waited", "s
 
 
 class Best:
-    """Takes a run's evaluations.
+    """Takes a run's evaluations; `totals` are the run's, changed in place."""
 
-    Args:
-      totals: the run's, changed in place.
-      start: the step that it goes on from; a best of a later one is of steps that are gone.
-    """
-
-    def __init__(self, cfg, totals: dict, start: int = 0):
+    def __init__(self, cfg, totals: dict):
         self._cfg, self._totals = cfg, totals
         if not (cfg.eval.patience or cfg.eval.stop_below):  # a run that had ended early goes on
             for key in (STOPPED, LAST):
@@ -39,8 +34,6 @@ class Best:
         self._metric = cfg.checkpoint.best_metric or DEFAULT
         self._folder = files.place(cfg.run_dir) / FOLDER
         self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None
-        if self._checkpoints is not None:
-            self._checkpoints.drop_after(start)
 
     def take(self, state: TrainState, values: dict[str, float]) -> str:
         """Keeps the state where its evaluation is better than any before; returns why the run should end, or "".
@@ -80,6 +73,7 @@ class Best:
             own = config.local_folder(self._cfg) / "config.json"
             (self._folder / "config.json").write_bytes(own.read_bytes())
         processes.barrier("best config copied")
+        self._checkpoints.drop_after(self._totals[STEP])  # of a run that was cut off and has gone another way
         self._checkpoints.save(state, dict(self._totals))
 
     def wait(self) -> None:
@@ -94,9 +88,9 @@ class Best:
 
 
 @contextlib.contextmanager
-def watched(cfg, totals: dict, start: int = 0) -> Iterator[Best]:
+def watched(cfg, totals: dict) -> Iterator[Best]:
     """The run's `Best`, closed at the end."""
-    best = Best(cfg, totals, start)
+    best = Best(cfg, totals)
     try:
         yield best
     finally:

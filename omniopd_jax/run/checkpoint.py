@@ -246,8 +246,10 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes later steps: the manager would not save an earlier one beside them."""
-        for later in [s for s in self._manager.all_steps() if s > step]:
-            self._manager.delete(later)
+        if later := [s for s in self._manager.all_steps() if s > step]:
+            self._manager.wait_until_finished()
+            for s in later:
+                self._manager.delete(s)
 
     def wait(self) -> None:
         """Until every save is on disk."""

@@ -132,7 +132,8 @@ def test_a_run_that_has_ended_evaluates_again_and_a_longer_one_keeps_the_better_
     for _ in range(2):
         assert train.train(recipe(models, tmp_path / "run", **more))["accuracy_after"] == 0.9
     answers = [(a["step"], a["prompt_id"]) for a in tiny.lines(tmp_path / "run" / "evaluations.jsonl")]
-    assert len(set(answers)) == len(answers) == 3 * 4
+    assert len(set(answers)) == len(answers)
+    assert len(answers) == 3 * 4
     left = scripted(monkeypatch, [0.9, 0.6, 0.5])
     out = train.train(recipe(models, tmp_path / "run", **more | {"num_steps": 4}))
     assert left == [] and (out[best.BEST], out[best.STEP]) == (0.9, 2)

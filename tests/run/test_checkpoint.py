@@ -270,6 +270,17 @@ def test_steps_are_kept_by_count_and_by_interval(state_on, tmp_path):
     assert sorted(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
 
 
+def test_an_earlier_step_is_saved_beside_later_ones_that_are_dropped(state_on, tmp_path):
+    """A best of a run that was cut off and went another way: the manager alone would skip the save in silence."""
+    points = Checkpoints(tmp_path, keep=1)
+    points.save(state_on((1, 1, 1), 5)[0], {"best": 5})
+    points.drop_after(3)
+    points.save(state_on((1, 1, 1), 3)[0], {"best": 3})
+    points.wait()
+    assert points.latest() == 3 and points.restore(state_on((1, 1, 1), 3)[1])[1] == {"best": 3}
+    points.close()
+
+
 def test_a_stop_in_the_step_behind_a_checkpoint_copies_what_that_step_paid_for(state_on, tmp_path):
     journal, sent = Journal(tmp_path / "journal"), []
     points = Checkpoints(tmp_path, keep=3)
