@@ -14,7 +14,7 @@ from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import best, bucket, checkpoint, host, logging, preflight, reporting, setup
+from omniopd_jax.run import best, bucket, checkpoint, estimate, host, logging, preflight, reporting, setup
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -34,6 +34,7 @@ def train(cfg: ConfigDict) -> dict:
     """
     preflight.validate(cfg)
     with host.StopFlag() as stop, bucket.held(cfg) as mirror:
+        stop.saved = estimate.steps_done(cfg.run_dir) > 0  # a signal from here on: starting again goes on
         disks = checkpoint.restore_journal(cfg)
         with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks, mirror) as checkpoints:
             return run_steps(run, checkpoints)
