@@ -153,6 +153,7 @@ def gemma_tuned() -> pathlib.Path:
                 raise UserError(f"the tuned Gemma-3-270M: omniopd_jax.{command[0]} ended with {done.returncode}")
         for file in (part / "out").iterdir():
             file.rename(part / file.name)
+        (part / "out").rmdir()
         shutil.rmtree(run)
 
     return make(ROOT / "gemma3_tuned", "Gemma-3-270M, fine-tuned on the task (20 minutes)", build)

@@ -150,7 +150,7 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
 
 def budgets(world: str) -> tuple[float, ...]:
     """What a world is run to."""
-    return (0.5,) if world == "gemma3" else (0.5, 1.0)
+    return GRID.budgets[:1] if world == "gemma3" else GRID.budgets
 
 
 def body(grid: Grid, lines: list[dict]) -> str:

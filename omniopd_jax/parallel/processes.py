@@ -166,6 +166,12 @@ def disks(folder) -> list[int]:
     return out
 
 
+def once_a_disk(values: list, disks: list[int]) -> list:
+    """Of values by rank those of the lowest rank on each disk: the others speak of the same one. `disks`: as `disks`
+    returns them."""
+    return [value for rank, value in enumerate(values) if disks[rank] == rank]
+
+
 def abandon(error: BaseException) -> None:
     """Ends this process at once after an error, with its rank on stderr. The others learn it from the heartbeat.
 

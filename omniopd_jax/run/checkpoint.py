@@ -155,15 +155,12 @@ class Checkpoints:
           journal: the teacher's, copied beside the checkpoint as it is now (its own disk may be gone at the resume).
         """
         step = int(jax.device_get(state.step))
-        if step in self._manager.all_steps():  # a step that did not end was paid for since: its journal's copy is newer
-            if journal is not None:
-                self._copy_journal(journal, step)
-            self.before_save()
-            return
         if journal is not None:
             meta = meta | {"journal": journal.position(), "budget": dataclasses.asdict(journal.totals())}
             self._copy_journal(journal, step)
         self.before_save()
+        if step in self._manager.all_steps():  # the step after it did not end; what that has paid for is copied now
+            return
         meta = meta | {"fingerprint": fingerprint(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=args)

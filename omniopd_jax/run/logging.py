@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import jax
 
+from omniopd_jax.parallel import processes
 from omniopd_jax.run.host import write_whole
 from omniopd_jax.run.terminal import say
 from omniopd_jax.run.trackers import Trackers
@@ -188,7 +189,7 @@ def total(parts: list[dict], disks: list[int]) -> dict:
     for key in parts[0]:
         values = [p[key] for p in parts]
         if key.endswith("cost_usd_total"):
-            out[key] = sum(v for rank, v in enumerate(values) if disks[rank] == rank)
+            out[key] = sum(processes.once_a_disk(values, disks))
         elif key.endswith("price_known"):
             out[key] = min(values)
         elif key.endswith("_p95"):

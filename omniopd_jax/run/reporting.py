@@ -18,7 +18,7 @@ from omniopd_jax.teachers.protocol import Counts, Teacher
 PROGRAMS = ("code", "code_unsafe")  # graders that run programs: not asked for the log alone
 SPENT = {"teacher/calls": "calls", "teacher/tokens_in": "tokens_in", "teacher/tokens_out": "tokens_out",
          "teacher/cost_usd": "usd"}  # fmt: skip
-ADDED_UP = ("teacher/calls", "teacher/tokens_in", "teacher/tokens_out", "teacher/cost_usd", "teacher/failed")
+ADDED_UP = (*SPENT, "teacher/failed")
 
 
 class Reports:
@@ -30,7 +30,7 @@ class Reports:
       evaluated: whether the run goes on behind the evaluation at `start`, whose answers are then kept.
     """
 
-    def __init__(self, run: Run, totals: dict, start: int, evaluated: bool = False):
+    def __init__(self, run: Run, totals: dict, start: int, evaluated: bool):
         self.totals, self._start = totals, start
         self._run, self._pending, self._next = run, None, {}
         cfg, flat = run.cfg, config.flat(run.cfg)
@@ -197,7 +197,7 @@ def spent_by_all(run: Run) -> Spent | None:
     """What the run's processes have spent over all its starts, each disk's journal once; None: nothing is counted."""
     here = run.teacher.spent() if run.teacher else None
     parts = processes.gather("spent", None if here is None else dataclasses.astuple(here))
-    found = [Spent(*part) for rank, part in enumerate(parts) if part and run.disks[rank] == rank]
+    found = [Spent(*part) for part in processes.once_a_disk(parts, run.disks) if part]
     return sum(found, Spent()) if found else None
 
 

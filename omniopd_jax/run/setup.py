@@ -103,10 +103,9 @@ def say_teacher(cfg: ConfigDict, checked: preflight.Checked, disks: list[int]) -
     for own_cfg, own in by_row.each(cfg, teacher):
         for line in remarks(own_cfg, own) + thinking.remarks(own_cfg, checked.template, own):
             logging.say(line)
-    owners = sorted(set(disks))
-    if len(owners) > 1:
+    if len(set(disks)) > 1:
         paid = processes.gather("spent before", [dataclasses.astuple(totals) for totals in teacher.paid()])
-        teacher.divide_budget([[Totals(*totals) for totals in paid[rank]] for rank in owners])
+        teacher.divide_budget([[Totals(*t) for t in own] for own in processes.once_a_disk(paid, disks)])
     if teacher.report:
         steps = max(0, cfg.num_steps - estimate.steps_done(cfg.run_dir))
         logging.say(f"{teacher.report.table()}\nstill to come, at most:\n{teacher.forecast(steps)}")

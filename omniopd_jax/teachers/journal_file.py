@@ -196,22 +196,16 @@ def restore(snapshot, folder, elsewhere=()) -> int:
     """
     snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
+    held = {*elsewhere, *sum(known(folder), [])}
     for path in sorted(p for p in snapshot.glob("*") if p.is_dir()):  # of a named teacher
         copied += restore(path, folder / path.name, elsewhere)
     for path in sorted(snapshot.glob("*.sqlite")):
         with contextlib.closing(open_checked(path)) as there:
-            if identity(path, there) in elsewhere:
-                continue
+            name = identity(path, there)
         target = folder / path.name
         if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
-            with contextlib.closing(open_checked(path)) as there, contextlib.closing(open_checked(target)) as here:
-                name = identity(path, there)
-                held = (
-                    name == identity(target, here)
-                    or here.execute("select 1 from imported where name = ?", (name,)).fetchone()
-                )
-            target = target if held else folder / f"{name}.sqlite"
-        if not target.exists():
+            target = folder / f"{name}.sqlite"
+        if name not in held and not target.exists():
             part = folder / f".{target.name}.part"
             shutil.copyfile(path, part)
             os.replace(part, target)
