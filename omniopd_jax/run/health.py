@@ -21,6 +21,8 @@ MAX_RESTARTS = 0.1  # share of continuations that start over or announce themsel
 ENTROPY_LEFT = 0.25  # of the entropy at the start
 MIN_PEAK_ENTROPY = 0.02  # nats at the chosen peaks
 MAX_KL = 0.2  # nats per token, exact KL(ref || student), without its coefficient
+FEW_AUDITED = 0.2  # share of an answer's tokens; below it the anchor holds more than four times what learns
+MIN_MOVED = 0.01  # nats per token of the same KL after PROGRESS_STEPS steps
 MAX_REPEATED = 0.2  # share of repeated 4-grams
 MAX_ZLIB = 10.0  # characters for each byte after compression; prose has 2 to 3
 MIN_ZLIB_BYTES = 200  # shorter texts are not compressed: the ratio says nothing
@@ -203,6 +205,24 @@ def kl_runaway(v: View):
     )
 
 
+def anchor_holds(v: View):
+    """Little is audited, and the anchor keeps the rest, and so the student, at the base model."""
+    share, kl = v.mean("audit/token_fraction"), v.mean("anchor/kl_ref_to_student_exact")
+    coef = v.cfg.get("anchor.kl_coef")
+    if not coef or share is None or kl is None or len(v.rows) < PROGRESS_STEPS:
+        return None
+    if share >= FEW_AUDITED or kl >= MIN_MOVED or _has_risen(v):
+        return None
+    return (
+        f"{share:.0%} of an answer's tokens are audited, and after {len(v.rows)} steps KL(ref || student) is {kl:.2g} "
+        "nats per token",
+        "the anchor pulls back on every token that is not audited: on SmolLM2 with 13% audited it left nothing to "
+        "learn at a coefficient of 0.1, and 13 points more at 0.025",
+        f"Lower anchor.kl_coef ({coef:g} now; try a quarter), or raise audit.num_chunks or audit.chunk_tokens; if the "
+        "learning rate is still warming up, wait",
+    )
+
+
 def repetition(v: View):
     """Loops: repeated 4-grams, or texts that compress to a tenth."""
     why = "loops fill answers with text that teaches nothing, and are what token-level distillation is known to bring"
@@ -288,11 +308,10 @@ def no_progress(v: View):
         "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the "
         "teacher's own accuracy"
     )
-    points = evaluations(v.rows)
-    n, steps = v.cfg.get("eval.num_prompts", 0), v.cfg.get("num_steps", 0)
-    if len(points) > 1 and n and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
+    points, steps = evaluations(v.rows), v.cfg.get("num_steps", 0)
+    noise = _noise(v, points)
+    if noise is not None and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
         (_, before), (step, after) = points[0], points[-1]
-        noise = 2 * ((before * (1 - before) + after * (1 - after)) / n) ** 0.5
         if after - before <= noise:
             return (
                 f"accuracy was {before:.1%}, is {after:.1%} at step {step} (noise {100 * noise:.1f} points)",
@@ -309,6 +328,22 @@ def no_progress(v: View):
     if np.mean(last) - np.mean(first) <= noise:
         return f"the reward was {np.mean(first):.3f}, is {np.mean(last):.3f} (noise {noise:.3f})", why, turn
     return None
+
+
+def _noise(v: View, points: list[tuple[int, float]]) -> float | None:
+    """Two standard errors of the newest evaluation less the first; None where there are not two."""
+    n = v.cfg.get("eval.num_prompts", 0)
+    if len(points) < 2 or not n:
+        return None
+    before, after = points[0][1], points[-1][1]
+    return 2 * ((before * (1 - before) + after * (1 - after)) / n) ** 0.5
+
+
+def _has_risen(v: View) -> bool:
+    """Whether accuracy is above the first evaluation's beyond noise."""
+    points = evaluations(v.rows)
+    noise = _noise(v, points)
+    return noise is not None and points[-1][1] - points[0][1] > noise
 
 
 def agreement_alone(v: View):
@@ -379,8 +414,8 @@ def budget_pace(v: View):
 CHECKS = {
     f.__name__: f
     for f in (
-        teacher_not_sampling, teacher_restarting, weights_without_signal, entropy_collapse, kl_runaway, repetition,
-        truncation, length_drift, few_chunks, sampler_gap, no_progress, agreement_alone, budget_pace,
+        teacher_not_sampling, teacher_restarting, weights_without_signal, entropy_collapse, kl_runaway, anchor_holds,
+        repetition, truncation, length_drift, few_chunks, sampler_gap, no_progress, agreement_alone, budget_pace,
     )
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import report_runs as runs
 from omniopd_jax.run import health
 
 STEPS = range(20)
+HELD = {"audit/token_fraction": 0.13, "anchor/kl_ref_to_student_exact": lambda t: 0.0004 * t}
 PUBLISHED = {"audit.num_chunks": 10, "audit.chunk_tokens": 50}
 
 
@@ -50,6 +51,10 @@ TRIPS = {  # check -> (run that trips it alone, the nearest one that does not)
     "kl_runaway": (
         {"rows": rows(**{"anchor/kl_ref_to_student_exact": lambda t: 0.02 * t})},
         {"rows": rows(**{"anchor/kl_ref_to_student_exact": lambda t: 0.01 * t})},
+    ),
+    "anchor_holds": (
+        {"rows": rows(**HELD)},
+        {"rows": rows(**HELD | {"audit/token_fraction": 0.21})},
     ),
     "repetition": (
         {"rows": rows(**{"completions/repeated_fraction": 0.3})},
@@ -103,6 +108,14 @@ def test_a_span_that_holds_no_chunk_trips_few_chunks_though_nothing_was_audited(
     assert runs.checks(empty, [], **PUBLISHED | {"audit.span": "answer"}) == {"few_chunks"}
     full = rows(**{"audit/span_fraction": 0.5, "audit/chunks": 96, "completions/mean_length": 400})
     assert runs.checks(full, **PUBLISHED | {"audit.span": "answer"}) == set()
+
+
+def test_the_anchor_is_no_finding_where_the_student_moves_or_learns_or_has_hardly_begun():
+    assert runs.checks(rows(**HELD)[:19]) == set()
+    assert runs.checks(rows(**HELD | {"anchor/kl_ref_to_student_exact": lambda t: 0.001 * t})) == set()
+    assert runs.checks(rows(**HELD), **{"anchor.kl_coef": 0.0}) == set()
+    assert runs.checks(rows(**HELD | {"eval/accuracy": lambda t: 0.3 + 0.02 * t})) == set()
+    assert runs.checks(rows(**HELD | {"eval/accuracy": lambda t: 0.3 + 0.001 * t})) == {"anchor_holds", "no_progress"}
 
 
 def test_the_middle_band_alone_can_trip_teacher_not_sampling():

@@ -70,6 +70,9 @@ TRIPS = {  # check -> (the folder of the run -> settings that trip it)
     "weights_without_signal": lambda folder: says(folder, "so the answer is 7"),
     "entropy_collapse": certain,
     "kl_runaway": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 5e-3},
+    "anchor_holds": lambda folder: LONGER
+    | {"num_steps": 21, "audit.num_chunks": 1, "audit.chunk_tokens": 4, "anchor.kl_coef": 2.0}
+    | {"optimizer.learning_rate": 1e-4},
     "repetition": lambda folder: WILD | {"optimizer.learning_rate": 2e-2},
     "truncation": lambda folder: {"max_completion_length": 16},
     "length_drift": lambda folder: WILD | {"objective.constant": -1.0, "optimizer.learning_rate": 1e-2},
