@@ -22,7 +22,12 @@ from omniopd_jax import config
 VARIANTS = {
     "fixed": {"continuation.cut": "fixed"},
     "uniform": {"continuation.cut": "uniform"},
-    "zero": {"continuation.cut": "zero", "continuation.max_tokens": 0, "max_completion_length": 7168},
+    "zero": {
+        "continuation.cut": "zero",
+        "continuation.max_tokens": 0,
+        "max_completion_length": 7168,
+        "rollout.parts": 1,  # nothing is sampled
+    },
     "e4096": {"continuation.max_tokens": 4096},
     "gate": {"audit.gate": "graded", "reward.grader": "math"},
     "4b": math.VARIANTS["4b"],

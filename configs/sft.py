@@ -23,6 +23,7 @@ def get_config(arg=None):
     c = math.get_config()
     c.run_dir = "runs/sft"
     c.objective.name = "sft"
+    c.rollout.parts = 1  # nothing is sampled
     c.objective.normalizer = "separate_means"  # the mean over tokens, as cross-entropy is written
     c.anchor.kl_coef = 0.0  # plain fine-tuning
     c.teacher.deadline_s = 1800.0  # a whole solution, not fifty tokens

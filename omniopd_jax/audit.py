@@ -281,12 +281,17 @@ def similarities(phi, audits: list[Audit], cfg, *, trim: bool) -> list[np.ndarra
     if cfg.audit.shuffle_texts:
         texts = _of_another_prompt(audits, texts)
     trim_A = np.broadcast_to(trim, len(audits))
-    texts = [[t[: len(a.chunk)] for t in ts] if cut else ts for a, ts, cut in zip(audits, texts, trim_A, strict=True)]
+    texts = [trimmed(a.chunk, ts) if cut else ts for a, ts, cut in zip(audits, texts, trim_A, strict=True)]
     value = phi([a.chunk for a, ts in zip(audits, texts, strict=True) for _ in ts], [t for ts in texts for t in ts])
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all()):
         raise FloatingPointError(f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]")
     ends = np.cumsum([len(ts) for ts in texts])
     return np.split(np.asarray(value), ends[:-1]) if audits else []
+
+
+def trimmed(chunk: str, texts: list[str]) -> list[str]:
+    """Texts cut to a chunk's length in characters; a chunk of special tokens alone has none to cut them to."""
+    return [text[: len(chunk)] for text in texts] if chunk else texts
 
 
 def fewest(cfg, asked: int) -> int:

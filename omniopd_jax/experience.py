@@ -141,6 +141,7 @@ class Experience:
 
     `trained` are the rows of the batch and of its `more`: the responses, or the teacher's texts. `notes` are this
     process's counts of them (`teaching.note_metrics`), `continued` the answered requests behind the student's prefixes.
+    `scores` are those under the policy that sampled, which chose the chunks.
     """
 
     batch: objective.Batch
@@ -457,7 +458,8 @@ def assemble(
         batches.append(batch_of(own, rows, student, cfg, rewards if own is responses else None))
     trained = [responses] * (len(batches) > len(taught_rows)) + list(taught_rows)
     batch = batches[0].replace(more=tuple(batches[1:]))
-    return Experience(batch, stats, responses, scores, feedback, rewards, trained, notes, audits_of(group.continued))
+    behind = audits_of(group.continued)
+    return Experience(batch, stats, responses, group.scores, feedback, rewards, trained, notes, behind)
 
 
 def batch_of(responses: Responses, rows: batching.Rows, student: Student, cfg, rewards, **arrays) -> objective.Batch:

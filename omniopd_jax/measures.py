@@ -20,9 +20,10 @@ def divergence(divergence_BT, weight_BT, own: objective.Objective, cfg) -> dict:
 
 
 def lengths(batch: Batch, name: str) -> dict:
-    """Tokens of a batch's rows: device scalars."""
+    """Tokens of a batch's rows, without those that never came: device scalars."""
     length_B = batch.length_B
-    return {f"{name}/mean_length": length_B.astype(jnp.float32).mean(), f"{name}/max_length": length_B.max()}
+    rows = jnp.maximum((length_B > 0).sum(), 1)
+    return {f"{name}/mean_length": length_B.sum() / rows, f"{name}/max_length": length_B.max()}
 
 
 def of_batch(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dict:
@@ -44,6 +45,7 @@ def of_batch(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dic
     if not objective.of(cfg).chunks:
         return out
     keep = objective.kept(batch, cfg).astype(jnp.float32)
+    enough_BM = objective.kept(dataclasses.replace(batch, ratio_BM=None), cfg)
     count = jnp.maximum(keep.sum(), 1.0)
     at_peak_BM = jnp.take_along_axis(entropy_BT, jnp.clip(batch.peak_BM, 0, entropy_BT.shape[1] - 1), axis=1)
 
@@ -52,7 +54,7 @@ def of_batch(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dic
 
     out |= {
         "audit/chunks": keep.sum(),
-        "audit/dropped": (batch.peak_BM >= 0).sum() - keep.sum().astype(jnp.int32),
+        "audit/dropped": (batch.peak_BM >= 0).sum() - enough_BM.sum(),
         "audit/token_fraction": keep.sum() * cfg.audit.chunk_tokens / tokens,
         "audit/entropy_at_peak": mean(at_peak_BM),
     }
@@ -61,8 +63,7 @@ def of_batch(batch: Batch, targets: ChunkTargets | None, entropy_BT, cfg) -> dic
     pi_hat = mean(targets.pi_hat_BM)
     share_BM = batch.k_sem_BM / jnp.maximum(batch.n_BM, 1)
     if batch.ratio_BM is not None:
-        outside_BM = objective.kept(dataclasses.replace(batch, ratio_BM=None), cfg) & ~targets.keep_BM
-        out["audit/stale_dropped"] = outside_BM.sum()
+        out["audit/stale_dropped"] = (enough_BM & ~targets.keep_BM).sum()
         out["audit/ratio_mean"] = mean(jnp.where(targets.keep_BM, batch.ratio_BM, 0.0))
     return out | {
         "audit/k_sem_mean": mean(jnp.where(targets.keep_BM, batch.k_sem_BM, 0.0)),

@@ -400,10 +400,12 @@ def policy_gradient_weight(logp_BT, batch: Batch, cfg):
 
 
 def clipped(logp_BT, batch: Batch, cfg):
-    """bool [B, T]: where the ratio has left [1 - clip, 1 + clip] on the side that the advantage pushes to."""
+    """bool [B, T]: where the ratio has left [1 - clip, 1 + clip] on the side that the advantage pushes to; one of 0
+    pushes nowhere."""
     assert batch.advantage_B is not None, "a task reward needs graded responses"
     ratio_BT, eps = jnp.exp(logp_BT - batch.old_logp_BT), cfg.objective.clip
-    return jnp.where(batch.advantage_B[:, None] > 0, ratio_BT > 1 + eps, ratio_BT < 1 - eps)
+    advantage_BT = batch.advantage_B[:, None]
+    return jnp.where(advantage_BT > 0, ratio_BT > 1 + eps, (ratio_BT < 1 - eps) & (advantage_BT < 0))
 
 
 def group_advantage(reward_B, group: int):

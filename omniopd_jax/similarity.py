@@ -36,14 +36,10 @@ def words(text: str) -> list[str]:
 
 
 def rouge1(student: list[str], teacher: list[str]) -> np.ndarray:
-    """F1 of the clipped unigram overlap (Lin, 2004); both empty 1, one empty 0."""
-
-    def one(a, b):
-        a, b = Counter(words(a)), Counter(words(b))
-        both = (a & b).total()
-        return _f1(both, a.total(), b.total())
-
-    return np.array([one(a, b) for a, b in zip(student, teacher, strict=True)], np.float32)
+    """F1 of the clipped unigram overlap (Lin, 2004); without a word in both 1 if they are the same text, in one 0."""
+    a, b = ([Counter(words(t)) for t in texts] for texts in (student, teacher))
+    f1 = [_f1((x & y).total(), x.total(), y.total()) for x, y in zip(a, b, strict=True)]
+    return _empty_cases(np.array(f1, np.float32), a, b, student, teacher)
 
 
 def rouge_l(student: list[str], teacher: list[str]) -> np.ndarray:
@@ -56,7 +52,7 @@ def rouge_l(student: list[str], teacher: list[str]) -> np.ndarray:
         return np.zeros(0, np.float32)
     ragged = [tf.ragged.constant(x, dtype=tf.string, ragged_rank=1) for x in (a, b)]
     f1 = tensorflow_text.metrics.rouge_l(*ragged, alpha=0.5).f_measure.numpy()
-    return _empty_cases(f1, a, b)
+    return _empty_cases(f1, a, b, student, teacher)
 
 
 def rouge_l_fast(student: list[str], teacher: list[str]) -> np.ndarray:
@@ -65,7 +61,7 @@ def rouge_l_fast(student: list[str], teacher: list[str]) -> np.ndarray:
 
     a, b = [words(t) for t in student], [words(t) for t in teacher]
     f1 = np.array([_f1(LCSseq.similarity(x, y), len(x), len(y)) for x, y in zip(a, b, strict=True)], np.float32)
-    return _empty_cases(f1, a, b)
+    return _empty_cases(f1, a, b, student, teacher)
 
 
 def make_embedding(name: str):
@@ -95,7 +91,7 @@ def make_embedding(name: str):
         row = {t: i for i, t in enumerate(texts)}
         a, b = (vectors[[row[t[:MAX_CHARS]] for t in ts]] for ts in (student, teacher))
         cosine = np.clip((a * b).sum(-1), 0.0, 1.0).astype(np.float32)
-        return _empty_cases(cosine, student, teacher)
+        return _empty_cases(cosine, student, teacher, student, teacher)
 
     return embedding
 
@@ -123,7 +119,9 @@ def _f1(both: int, a: int, b: int) -> float:
     return 1.0 if a == b == 0 else 2 * both / (a + b)
 
 
-def _empty_cases(value: np.ndarray, a, b) -> np.ndarray:
-    """Both empty 1, one empty 0, whatever a library says of them."""
+def _empty_cases(value: np.ndarray, a, b, student: list[str], teacher: list[str]) -> np.ndarray:
+    """Where neither of `a`, `b` has anything to compare 1 for the same text, else 0, as where one has: whatever a
+    library says of them."""
     none = np.array([(not x) + (not y) for x, y in zip(a, b, strict=True)])
-    return np.where(none == 2, 1.0, np.where(none == 1, 0.0, value)).astype(np.float32)
+    same = np.array([x.strip() == y.strip() for x, y in zip(student, teacher, strict=True)], bool)
+    return np.where(none == 2, same, np.where(none == 1, 0.0, value)).astype(np.float32)

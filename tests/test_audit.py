@@ -386,6 +386,19 @@ def test_trim_cuts_a_continuation_to_the_chunks_characters():
     assert (loose.k_sem_BM < trimmed.k_sem_BM)[loose.n_BM > 0].all()
 
 
+def test_a_chunk_of_special_tokens_agrees_with_no_text_trimmed_or_not():
+    """It has no characters to cut a text to: cut to none, every text would agree in full."""
+    assert audit.trimmed("", [" 12", ""]) == [" 12", ""] and audit.trimmed(" 1", [" 12", ""]) == [" 1", ""]
+    c = small(**{"audit.num_chunks": 1, "audit.chunk_tokens": 4})
+    decoder = audit.Decoder(WORDS)
+    (one,) = audit.plan(decoder, prompts("q"), [[SPECIAL] * 8], np.array([[2]]), ["s"], c)
+    assert one.chunk == ""
+    texts = tuple(Continuation(i, " so it is", "length") for i in range(4))
+    one.result = ContinuationResult(texts, (), Usage(), 0.0)
+    for trim in (True, False):
+        assert audit.compare(similarity.edit, [one], (1, 1), c, trim=trim).k_sem_BM[0, 0] == 0
+
+
 def test_shuffled_texts_come_from_another_prompt():
     c = small(**{"audit.shuffle_texts": True})
     rows = 6

@@ -145,6 +145,11 @@ REFUSED = {
     "a cut past the end": (
         {}, {"objective.name": "continuation", "max_completion_length": 20}, "continuation.cut_tokens = 4096 is more",
     ),
+    "a template without a solution": ({}, {"objective.name": "context", "context.template": "{prompt}"}, "no {solution}"),
+    "a reward beside solutions": ({}, {"objective.name": "sft", "reward.coef": 1.0}, "set objective.mix"),
+    "a reward beside whole texts": (
+        {}, {"objective.name": "continuation", "continuation.cut": "zero", "reward.coef": 1.0}, "set objective.mix"),
+    "parts of what is not sampled": ({}, {"objective.name": "sft", "rollout.parts": 2}, "samples nothing"),
     "a template without the prompt": ({}, {"objective.name": "context", "context.template": "{solution}"}, "no {prompt}"),
 }  # fmt: skip
 

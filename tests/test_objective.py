@@ -273,6 +273,8 @@ def test_metrics_over_kept_chunks(make_cfg):
     real = np.concatenate([row[:n] for row, n in zip(entropy, length)])
     assert got["entropy"] == pytest.approx(real.mean(), rel=1e-5)
     assert got["completions/max_length"] == 14 and got["completions/mean_length"] == pytest.approx(26 / 3)
+    empty = metrics(full.replace(length_B=full.length_B.at[2].set(0)))  # a text that never came has no length
+    assert empty["completions/mean_length"] == pytest.approx(empty["completions/max_length"] / 2 + int(length[1]) / 2)
     # one audit short of n_min: it counts as dropped and leaves every mean
     got = metrics(full.replace(n_BM=full.n_BM.at[0, 1].set(1)))
     assert got["audit/dropped"] == 1 and got["audit/chunks"] == 3

@@ -335,6 +335,18 @@ def test_clipping_is_the_gradient_of_the_clipped_surrogate(make_cfg):
     check(cfg, want * real() / z, real() / z, old=True)
 
 
+def test_an_advantage_of_0_is_clipped_nowhere(make_cfg):
+    """A group of equal rewards pushes no token, so that none of its ratios can be cut off."""
+    old = jnp.zeros((3, 1))
+    batch = objective.Batch(
+        token_BL=None, prompt_length_B=None, length_B=jnp.ones(3, int), peak_BM=None, k_sem_BM=None, n_BM=None,
+        advantage_B=jnp.array([-1.0, 0.0, 1.0]), old_logp_BT=old,
+    )  # fmt: skip
+    cfg = settings(make_cfg, "grpo", **{"objective.clip": 0.2})
+    for ratio, there in ((0.7, [True, False, False]), (1.0, [False] * 3), (1.3, [False, False, True])):
+        assert objective.clipped(old + np.log(ratio), batch, cfg)[:, 0].tolist() == there
+
+
 # --- what all share -------------------------------------------------------------------------------------------------
 
 

@@ -53,9 +53,12 @@ def lcs(a, b) -> int:
     return row[-1]
 
 
-def f1(both, a, b) -> float:
+def f1(common, x, y) -> float:
+    """Of two texts' words; where neither has one, whether they are the same marks."""
+    a, b = tokens(x), tokens(y)
+    both = common(a, b)
     if not a and not b:
-        return 1.0
+        return float(x.strip() == y.strip())
     if not both:
         return 0.0
     precision, recall = both / len(a), both / len(b)
@@ -78,8 +81,8 @@ def overlap(a, b) -> int:
 
 ORACLES = {
     "edit": lambda a, b: 1.0 if a == b == "" else 1 - levenshtein(a, b) / max(len(a), len(b)),
-    "rouge1": lambda a, b: f1(overlap(tokens(a), tokens(b)), tokens(a), tokens(b)),
-    "rougeL_fast": lambda a, b: f1(lcs(tokens(a), tokens(b)), tokens(a), tokens(b)),
+    "rouge1": lambda a, b: f1(overlap, a, b),
+    "rougeL_fast": lambda a, b: f1(lcs, a, b),
 }
 PHI = {"edit": similarity.edit, "rouge1": similarity.rouge1, "rougeL_fast": similarity.rouge_l_fast}
 

@@ -359,7 +359,8 @@ def knobs(cfg, mesh):
         slots //= 2
         cfg.rollout.slots = slots
         yield f"rollout.slots={slots}", cfg
-    while cfg.rollout.parts < 8 and rows % (2 * cfg.rollout.parts * shards * cfg.micro_batches) == 0:
+    samples = objective.of(cfg).samples
+    while samples and cfg.rollout.parts < 8 and rows % (2 * cfg.rollout.parts * shards * cfg.micro_batches) == 0:
         cfg.rollout.parts *= 2
         yield f"rollout.parts={cfg.rollout.parts}", cfg
     most = rows // (shards * cfg.rollout.parts)

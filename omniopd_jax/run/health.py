@@ -247,9 +247,9 @@ def truncation(v: View):
         return None
     return (
         f"{cut:.0%} of the responses are cut at max_completion_length = {v.cfg.get('max_completion_length')}",
-        "a response that was cut has no result: rewards and evaluations count it as wrong, and its end is never "
-        "trained",
-        "Raise max_completion_length, or look whether the student has lost its end token",
+        "most responses that were cut have no result to grade, and their end is never trained",
+        "Raise max_completion_length, or look whether who writes them (the student; with sft the teacher) still ends "
+        "its answers",
     )
 
 
@@ -266,11 +266,15 @@ def length_drift(v: View):
 
 
 def few_chunks(v: View):
-    """The settings ask for more chunks than a response has room for."""
+    """The settings ask for more chunks than a response has room for; those that the teacher left without an answer,
+    and prompts that a gate closed, are another matter."""
     M, C = v.cfg.get("audit.num_chunks", 0), v.cfg.get("audit.chunk_tokens", 0)
     chunks, length = v.mean("audit/chunks"), v.mean("completions/mean_length")
     rows = v.cfg.get("prompts_per_step", 0) * v.cfg.get("num_generations", 0)
     span, share = v.cfg.get("audit.span", "all"), v.mean("audit/span_fraction")
+    if chunks is not None:
+        chunks += (v.mean("audit/dropped") or 0) + (v.mean("audit/stale_dropped") or 0)
+    rows *= 1 - (v.mean("gate/closed_fraction") or 0)
     if share is not None and chunks is not None and rows and chunks / rows < M / 2:
         return (
             f"audit.span = {span!r} is {share:.0%} of the tokens: {chunks / rows:.1f} of {M} chunks a response fit",
@@ -281,6 +285,8 @@ def few_chunks(v: View):
     if not (v.audits and rows and C and chunks and length) or chunks / rows >= M / 2:
         return None
     room = int(length // C)
+    if room >= M:  # a budget that asks for fewer
+        return None
     return (
         f"C = {C} of {length:.0f} tokens leaves room for {room} of {M} chunks: {chunks / rows:.1f} per response",
         "with few chunks most of what a response decides is never compared with the teacher",

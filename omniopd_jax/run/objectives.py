@@ -15,6 +15,9 @@ def check(c) -> None:
     """
     _check_mix(c)
     own = [objective.of(part) for _, part in objective.parts(c)]
+    if c.rollout.parts > 1 and not objective.of(c).samples:
+        raise UserError(f"rollout.parts = {c.rollout.parts}: {objective.title(c)} samples nothing, so set it to 1")
+    _check_reward(c)
     if any(o.cut is not None and o.samples for o in own):
         _check_continuation(c)
     if any(o.scorer for o in own):
@@ -50,7 +53,7 @@ def _check_mix(c) -> None:
 
 
 def _check_continuation(c) -> None:
-    k, longest = c.continuation.cut_tokens, c.max_prompt_length + c.max_completion_length + cuts.most_tokens(c)
+    k, longest = c.continuation.cut_tokens, longest_row(c)
     if c.continuation.cut == "fixed" and k > c.max_completion_length:
         raise UserError(
             f"continuation.cut_tokens = {k} is more than max_completion_length = {c.max_completion_length}: no answer "
@@ -61,12 +64,29 @@ def _check_continuation(c) -> None:
             f"packing.length = {c.packing.length} holds no prompt, prefix and continuation at their longest: at least "
             f"{longest}, or 0 for no packing"
         )
-    if c.reward.coef and not c.objective.mix:
+
+
+def _check_reward(c) -> None:
+    [(_, first), *more] = objective.parts(c)
+    if c.reward.coef and not more and objective.of(first).cut is not None:
+        name = first.objective.name
         raise UserError(
-            f"reward.coef = {c.reward.coef} weighs the student's own answers, and objective.name = "
-            f"{c.objective.name!r} trains on the teacher's texts: set objective.mix = {{'{c.objective.name}': 1.0, "
-            f"'grpo': {c.reward.coef}}}"
+            f"reward.coef = {c.reward.coef} weighs the student's own answers, and objective.name = {name!r} trains on "
+            f"the teacher's texts: set objective.mix = {{'{name}': 1.0, 'grpo': {c.reward.coef}}}"
         )
+
+
+def longest_row(c, *, teacher: bool = False) -> int:
+    """Tokens of the longest row that the student computes on: prompt and answer, what the teacher adds to it, what it
+    is shown; or of a teacher in process, which is shown nothing."""
+    longest = c.max_prompt_length + c.max_completion_length
+    for _, part in objective.parts(c):
+        own = objective.of(part)
+        if own.scorer and not teacher:
+            longest = max(longest, context.most_tokens(c) + c.max_completion_length)
+        if own.cut is not None and own.samples:
+            longest = max(longest, c.max_prompt_length + c.max_completion_length + cuts.most_tokens(c))
+    return longest
 
 
 def check_privileged(cfg, prompts, template) -> None:
@@ -110,8 +130,9 @@ def _check_saving(c) -> None:
 
 
 def _check_context(c) -> None:
-    if "{prompt}" not in c.context.template:
-        raise UserError("context.template has no {prompt}: the privileged prompt must ask what the student was asked")
+    for field, why in (("{prompt}", "ask what the student was asked"), ("{solution}", "show a solution")):
+        if field not in c.context.template:
+            raise UserError(f"context.template has no {field}: the privileged prompt must {why}")
     if not 0 <= c.context.ema_decay < 1:
         raise UserError(f"context.ema_decay = {c.context.ema_decay} must be at least 0 and less than 1")
     if context.most_tokens(c) < c.max_prompt_length:

@@ -168,11 +168,15 @@ def _check_audits(c: ConfigDict) -> None:
 
 
 def _check_updates(c: ConfigDict) -> None:
-    if objective.of(c).needs_reward and c.num_generations == 1:
+    if objective.needs_reward(c) and c.num_generations == 1:
+        what = (
+            f"objective.name = {objective.title(c)!r}"
+            if objective.of(c).needs_reward
+            else f"reward.coef = {c.reward.coef}"
+        )
         raise UserError(
-            f"num_generations = 1 with objective.name = {objective.title(c)!r}: a response is compared with others to "
-            "the same "
-            "prompt, and alone it teaches nothing; set num_generations to 2 or more"
+            f"num_generations = 1 with {what}: a response is compared with others to the same prompt, and alone it "
+            "teaches nothing; set num_generations to 2 or more"
         )
     if c.num_iterations > 1 and not objective.of(c).clips:
         able = ", ".join(repr(name) for name, o in objective.OBJECTIVES.items() if o.clips)
@@ -364,7 +368,7 @@ def check_student(cfg, model_cfg: model.ModelConfig) -> tuple[Template, tuple[in
       UserError: a tokenizer or a template that does not go with the model or the run's lengths, or no end of an answer.
     """
     tokenizer = hf.load_tokenizer(cfg.student.path)
-    check_fits(tokenizer, model_cfg, cfg.max_prompt_length + cfg.max_completion_length)
+    check_fits(tokenizer, model_cfg, objectives.longest_row(cfg))
     template = of_student(cfg, tokenizer)
     end_ids, note = template.end_ids(hf.end_ids(cfg.student.path, tokenizer))
     if not end_ids and not template.stop_strings:
@@ -396,8 +400,7 @@ def check_teachers_files(cfg, prompts: data.Prompts | None) -> None:
         data.check_rendering(template, prompts)
     if cfg.teacher.provider == "local" and template is not None:
         model_cfg = hf.read_config(cfg.teacher.model, setting="teacher.model")
-        longest = cfg.max_prompt_length + cfg.max_completion_length
-        check_fits(template.tokenizer, model_cfg, longest, setting="teacher.model")
+        check_fits(template.tokenizer, model_cfg, objectives.longest_row(cfg, teacher=True), setting="teacher.model")
 
 
 def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
@@ -452,8 +455,6 @@ def check_rows(mesh, cfg) -> None:
     shards, count = sharding.row_shards(mesh), jax.process_count()
     own, rest = divmod(cfg.prompts_per_step, count)
     rows, parts = own * count * cfg.num_generations, cfg.rollout.parts
-    if parts > 1 and not objective.of(cfg).samples:
-        raise UserError(f"rollout.parts = {parts}: {cfg.objective.name} samples nothing, so set it to 1")
     scored = shards * max(1, cfg.micro_batches // parts)  # what a part's rows are divided over
     if rest or rows % (shards * cfg.micro_batches) or rows % parts or rows // parts % scored:
         raise UserError(

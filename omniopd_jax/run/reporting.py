@@ -145,7 +145,8 @@ class Reports:
         grade_all = graders.shared(run.cfg.eval.grader).grade_all if wanted else None
         shown, decoder = sorted({*rows, *(a.row for a in audits)}), run.student.decoder
         graded = records.grades(got.responses, got.rewards, grade_all, decoder, shown)
-        by_chance = records.chance(run.similarity, audits, log.chance_pairs // share)
+        trims = experience.trims(run.cfg, run.teacher, audits)
+        by_chance = records.chance(run.similarity, audits, log.chance_pairs // share, trims)
         return (
             records.audit_records(step, audits, by_chance=by_chance, graded=graded),
             records.completion_records(step, rows, decoder, graded=graded),
@@ -172,7 +173,8 @@ class Reports:
         out |= {key: sum(part[1][key] for part in parts) for key in left_out}
         sampled, trained = ([sum((part[i][k] for part in parts), []) for k in (0, 1)] for i in (2, 3))
         tokens = sampled[1]
-        self.totals["student_tokens"] = self.totals.get("student_tokens", 0) + sum(tokens)
+        written = sum(tokens) if objective.of(run.cfg).samples else 0
+        self.totals["student_tokens"] = self.totals.get("student_tokens", 0) + written
         out |= {"completions/mean_length": float(np.mean(tokens)), "completions/max_length": max(tokens)}
         batches = [got.batch, *got.batch.more]
         computed = sum(b.token_BL.size if b.packed is None else b.packed.token_RL.size for b in batches)

@@ -27,6 +27,7 @@ from omniopd_jax.teachers.protocol import (
     Counts,
     Teacher,
     Usage,
+    whole_characters,
 )
 
 CPU_SLOTS = 256  # continuations decoded at a time on a CPU, whose caches hold no more: 1.3 times as fast
@@ -166,14 +167,15 @@ class LocalTeacher(Teacher):
 
     def _read(self, prefix: list[int], index: int, row: rollout.Ended) -> Continuation:
         text, stopped = self._template.cut(self._tail_text(prefix, row.tokens.tolist()))
-        return Continuation(index, text, "stop" if row.finished or stopped else "length")
+        finish = "stop" if row.finished or stopped else "length"
+        return Continuation(index, whole_characters(text, finish), finish)
 
     def _tail_text(self, prefix: list[int], tail: list[int]) -> str:
         """What `tail` adds to the text of the last prefix tokens: right also where a token's text depends on its
         left."""
         near = prefix[-8:]
-        whole = self._tokenizer.decode(near + tail, skip_special_tokens=True)
-        return whole[len(self._tokenizer.decode(near, skip_special_tokens=True)) :]
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # as the student's text is made
+        return self._tokenizer.decode(near + tail, **how)[len(self._tokenizer.decode(near, **how)) :]
 
 
 def _base_key():

@@ -62,6 +62,12 @@ class Continuation:
     finish: str
 
 
+def whole_characters(text: str, finish: str) -> str:
+    """A text without the character that its end cut in two: the marks that decoding put for its bytes are no words of
+    the teacher's."""
+    return text.rstrip("\ufffd") if finish == "length" else text
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """A continuation that failed for good: it lowers n and is never filled in. `error` carries no secret."""

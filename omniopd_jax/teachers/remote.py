@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 
 from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.hf import hub
 from omniopd_jax.run.files import place
 from omniopd_jax.teachers import budget as money
 from omniopd_jax.teachers import probe, wire
@@ -25,6 +26,7 @@ from omniopd_jax.teachers.protocol import (
     PaidTeacher,
     Usage,
     gather_all,
+    whole_characters,
 )
 from omniopd_jax.teachers.traffic import Traffic, now
 from omniopd_jax.teachers.wire import instruct, scoring
@@ -359,11 +361,17 @@ def _own_format(t) -> dict:
 
 
 def _same_tokenizer(teacher: str, student: str) -> bool:
-    """Whether both name the same tokenizer: the same place, or folders with equal tokenizer.json."""
+    """Whether both name the same tokenizer: the same place, or folders or hub names with equal tokenizer.json."""
     if not teacher or teacher == student:
         return bool(teacher)
-    files = [pathlib.Path(path) / "tokenizer.json" for path in (teacher, student)]
-    return bool(student) and all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+    found = [_tokenizer_file(name) for name in (teacher, student)] if student else [None]
+    return None not in found and found[0] == found[1]
+
+
+def _tokenizer_file(name: str) -> bytes | None:
+    with contextlib.suppress(UserError, OSError):
+        return (hub.resolve(name, files=("tokenizer.json",)) / "tokenizer.json").read_bytes()
+    return None
 
 
 def _usage(sent) -> Usage:
@@ -439,9 +447,9 @@ class _Audit:
         """Journal rows of the texts that are continuations."""
         rows, r = [], self.request
         for index, item in zip(group, reply.texts):
-            text = wire.hide_keys(wire.clean(item.text[: self.max_chars]))
             if item.finish in ("withheld", "failed"):
                 continue
+            text = whole_characters(wire.hide_keys(wire.clean(item.text[: self.max_chars])), item.finish)
             kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
             if kept is None or (not kept and item.finish == "length"):
                 continue

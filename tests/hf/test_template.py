@@ -11,12 +11,12 @@ import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 
-from omniopd_jax import audit, config, experience, hf, rollout, solutions
+from omniopd_jax import audit, config, context, experience, hf, rollout, solutions
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
 from omniopd_jax.hf import tokenizer as tokens
-from omniopd_jax.run import host
+from omniopd_jax.run import host, objectives
 from omniopd_jax.teachers import ContinuationRequest
 from omniopd_jax.teachers.local import LocalTeacher
 from omniopd_jax.teachers.simulated import SimulatedTeacher
@@ -283,6 +283,20 @@ def test_a_tokenizer_past_the_embedding_and_positions_too_few():
         UserError, match=rf"token '<\|new\|>' has the id {tiny.VOCAB}, the model's embedding has {tiny.VOCAB}"
     ):
         tokens.check_fits(tok, cfg, 10)
+
+
+def test_the_longest_row_counts_what_the_teacher_adds_and_what_a_scorer_is_shown():
+    c = config.default()
+    c.update_from_flattened_dict({"max_prompt_length": 64, "max_completion_length": 128, "continuation.max_tokens": 32})
+    of = {}
+    for name in ("omniopd", "sft", "continuation", "context"):
+        c.objective.name = name
+        of[name] = objectives.longest_row(c), objectives.longest_row(c, teacher=True)
+    shown = context.most_tokens(c) + 128
+    assert shown > 224
+    assert of == {"omniopd": (192, 192), "sft": (192, 192), "continuation": (224, 224), "context": (shown, 192)}
+    c.objective.mix = {"continuation": 1.0, "context": 1.0}
+    assert objectives.longest_row(c) == shown
 
 
 @pytest.mark.parametrize(

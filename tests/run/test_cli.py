@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny
 
 from omniopd_jax import config, objective, similarity, teachers
 from omniopd_jax.errors import UserError
+from omniopd_jax.parallel import sharding
 from omniopd_jax.run import preflight, setup
 from omniopd_jax.teachers import simulated
 
@@ -160,6 +162,10 @@ CASES = {  # name -> (arguments, what the line must hold)
     "negative seed": (lambda f: base(f, seed=-1), ["seed", "-1"]),
     "mesh of no devices": (lambda f: base(f, **{"mesh.data": 0}), ["mesh", "0"]),
     "rows that do not divide": (lambda f: base(f, micro_batches=3), ["micro_batches", "3"]),
+    "a reward for one response a prompt": (
+        lambda f: base(f, **{"reward.coef": 1.0, "num_generations": 1}),
+        ["num_generations = 1", "reward.coef = 1.0"],
+    ),
     "parts that do not divide": (lambda f: base(f, **{"rollout.parts": 5}), ["rollout.parts", "5", "4"]),
     "top_p of zero": (lambda f: base(f, top_p=0.0), ["top_p", "0.0"]),
     "no continuations": (
@@ -282,6 +288,16 @@ def test_every_recipe_and_variant_loads_and_is_valid(path, variant):
         assert changed - {"run_dir"} == set(recipe(path).VARIANTS[variant]), (
             "a variant changes what it says, and nothing that was so already"
         )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_rows_of_every_recipe_and_variant_fit_its_hardware(path):
+    """4 and 8 chips, as the cards have them; one for what runs on two cores."""
+    sizes = (1,) if path.stem in ("tiny", "smollm2") else (4, 8)
+    for variant in (None, *getattr(recipe(path), "VARIANTS", {})):
+        for size in sizes:
+            c = recipe(path).get_config(variant)
+            preflight.check_rows(sharding.make_mesh({"data": 1, "fsdp": size, "tp": 1}, jax.devices()[:size]), c)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -110,6 +110,15 @@ def test_a_span_that_holds_no_chunk_trips_few_chunks_though_nothing_was_audited(
     assert runs.checks(full, **PUBLISHED | {"audit.span": "answer"}) == set()
 
 
+def test_chunks_that_a_gate_a_budget_or_a_silent_teacher_took_are_no_few_chunks():
+    """16 responses of 3,000 tokens have room for 60 chunks of 50, whoever left them without an answer."""
+    long = {"completions/mean_length": 3000}
+    assert runs.checks(rows(**long | {"audit/chunks": 40, "gate/closed_fraction": 0.7}), **PUBLISHED) == set()
+    assert runs.checks(rows(**long | {"audit/chunks": 40}), **PUBLISHED) == set()  # M lowered by a budget
+    dropped = {"audit/chunks": 16, "audit/dropped": 80, "audit/stale_dropped": 10, "completions/mean_length": 450}
+    assert runs.checks(rows(**dropped), **PUBLISHED) == set()
+
+
 def test_the_anchor_is_no_finding_where_the_student_moves_or_learns_or_has_hardly_begun():
     assert runs.checks(rows(**HELD)[:19]) == set()
     assert runs.checks(rows(**HELD | {"anchor/kl_ref_to_student_exact": lambda t: 0.001 * t})) == set()

@@ -155,6 +155,21 @@ def test_chance_compares_with_another_prompt_and_stays_within_its_bound(step, cf
     assert records.chance(similarity.edit, step.feedback.audits, 0) == {}
 
 
+def test_chance_is_measured_as_agreement_was_on_texts_cut_to_the_chunk(step):
+    """A text ten times as long agrees with nothing by edits, and with something once it is cut."""
+    audits = step.feedback.audits
+    for a in audits:
+        (first, *_), chunk = a.result.continuations, a.chunk
+        a.result = dataclasses.replace(a.result, continuations=(dataclasses.replace(first, text=chunk + " and" * 40),))
+    plain, cut = (records.chance(similarity.edit, audits, 4, [trim] * len(audits)) for trim in (False, True))
+    assert plain.keys() == cut.keys() and plain == records.chance(similarity.edit, audits, 4)
+    for i, (value,) in cut.items():
+        (other,) = records._of_another_prompt(audits, i)
+        size = len(audits[i].chunk)
+        assert value == pytest.approx(float(similarity.edit([audits[i].chunk], [other[:size]])[0]), abs=1e-5)
+    assert cut != plain
+
+
 def test_failures_and_lone_surrogates_survive_as_json(step, cfg, decoder):
     step.feedback.audits[0].result = ContinuationResult(
         (Continuation(0, "\ud800 \x00 \u202e", "stop"),), (Failure(1, "gone"), Failure(2, "gone")), Usage(), 0.0

@@ -14,8 +14,9 @@ from wire_server import WireServer, speak
 
 from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import Failure, TeacherStopped, wire
+from omniopd_jax.teachers import Failure, TeacherStopped, remote, wire
 from omniopd_jax.teachers.probe import OPEN_PREFIX
+from omniopd_jax.teachers.protocol import whole_characters
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -463,6 +464,33 @@ def test_a_key_is_written_nowhere(server_of, tmp_path):
     assert len(files) >= 6
     for path in files:
         assert b"MARKEDKEY" not in path.read_bytes(), path
+
+
+def test_two_names_of_one_tokenizer_are_not_foreign(tmp_path, monkeypatch):
+    """Models of a family by their hub names: their files decide, not where this program was started."""
+    for name, text in (("32B", "{1}"), ("1.7B", "{1}"), ("other", "{2}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+
+    def resolve(name, *, files):
+        if not (found := tmp_path / name.split("/")[-1]).is_dir():
+            raise UserError("no such model")
+        return found
+
+    monkeypatch.setattr(remote.hub, "resolve", resolve)
+    assert remote._same_tokenizer("Qwen/32B", "Qwen/1.7B")
+    assert not remote._same_tokenizer("Qwen/32B", "some/other")
+    assert not remote._same_tokenizer("Qwen/32B", "some/gone") and not remote._same_tokenizer("some/gone", "some/lost")
+    assert not remote._same_tokenizer("", "Qwen/1.7B") and remote._same_tokenizer("some/gone", "some/gone")
+
+
+def test_half_a_character_at_a_texts_end_is_no_text_of_the_teacher(server_of, tmp_path):
+    """A text that was cut at its length inside a character; one that the teacher ended stays as it is."""
+    assert whole_characters("5 \u20ac, \u65e5\ufffd", "length") == "5 \u20ac, \u65e5"
+    assert whole_characters("\ufffd", "stop") == "\ufffd"
+    server = server_of(speak=lambda *_: " 7 \u65e5\ufffd")
+    [got] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request())
+    assert {(c.text, c.finish) for c in got.continuations} == {(" 7 \u65e5", "length")}
 
 
 def test_scrub():

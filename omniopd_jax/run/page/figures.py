@@ -12,7 +12,10 @@ def curves(folder) -> dict:
     rows, cfg = folder.rows, folder.config
     per = (cfg.get("prompts_per_step") or 0) * (cfg.get("num_generations") or 0)
     added = {
-        "student_tokens": [(_number(r.get("completions/mean_length")) or 0) * per for r in rows],
+        # with `sft` the responses are the teacher's, and nothing is sampled
+        "student_tokens": [
+            (_number(r.get("completions/mean_length")) or 0) * per if "time/rollout" in r else 0 for r in rows
+        ],
         "teacher_tokens": [sum(_number(r.get(f"teacher/tokens_{k}")) or 0 for k in ("in", "out")) for r in rows],
         "usd": [_number(r.get("teacher/cost_usd")) or 0 for r in rows],
     }
