@@ -179,7 +179,7 @@ def default() -> ConfigDict:
     c.teacher.preamble = ""  # plain or a Jinja file: worked examples in front of the prompt, or a file that holds them
     c.teacher.stop_strings = ()  # texts that end a continuation, beside the format's own
     c.teacher.chat_template_kwargs = ConfigDict()  # as student.chat_template_kwargs, for the teacher
-    c.teacher.base_url = ""  # openai, anthropic, gemini: a server of your own; "" = the provider's service
+    c.teacher.base_url = ""  # openai, anthropic, gemini: another server's address; "" = the provider's service
     c.teacher.pin_model = False  # True: an answer of another model than asked for ends the run; else it is a warning
     c.teacher.key_over_http = False  # True: a key may go unencrypted (http://) to another machine
     c.teacher.continuation = "auto"  # auto (probed) | completion | prefill | continue_final_message | prefix | instruct
@@ -193,7 +193,7 @@ def default() -> ConfigDict:
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes in turn, for prefix caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)
     c.teacher.journal = ""  # folder on local disk; "" = <run_dir>/journal, with a bucket <local_dir>/journal
-    c.teacher.price_input = -1.0  # USD per million tokens; -1 = prices.TABLE (a server of your own: 0)
+    c.teacher.price_input = -1.0  # USD per million tokens; -1 = prices.TABLE; a server of your own: 0
     c.teacher.price_cached = -1.0  # the same for input that the provider served from its cache
     c.teacher.price_output = -1.0  # the same for output, hidden reasoning included
     c.teacher.budget_share = 0.0  # of a named teacher: its part of the caps, 0 to 1; 0 = an equal part of what is left
@@ -204,7 +204,7 @@ def default() -> ConfigDict:
     c.budget.usd = 0.0  # dollars; 0 = no cap
     c.budget.tokens = 0  # input + output tokens; 0 = no cap
     c.budget.calls = 0  # requests sent, retries included; 0 = no cap
-    c.budget.confirm_usd = 20.0  # dollars; a run without a cap whose middle estimate is above needs --yes
+    c.budget.confirm_usd = 20.0  # dollars ($1 per M tokens of unknown price); above, a run without a cap needs --yes
     c.budget.on_exhausted = "stop"  # stop (checkpoint, exit) | fewer_audits (lower M) | fewer_continuations (lower N)
 
     c.optimizer = ConfigDict()

@@ -82,7 +82,8 @@ def latency(seed: int) -> float:
 class SlowClient:
     """A provider's client whose only property is its latency."""
 
-    provider, model, url, takes_seed, self_hosted = "simulated", "slow", "http://127.0.0.1:9", True, True
+    provider, model, url, takes_seed = "simulated", "slow", "http://127.0.0.1:9", True
+    self_hosted, official = True, False
     most_texts = 128  # a call
 
     def __init__(self, scale: float):

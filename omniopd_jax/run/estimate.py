@@ -13,6 +13,7 @@ from omniopd_jax.teachers.journal import Journal, folder_of
 from omniopd_jax.teachers.wire import anthropic, gemini, openai
 
 CLIENTS = {"openai": openai.OpenAIClient, "anthropic": anthropic.AnthropicClient, "gemini": gemini.GeminiClient}
+ASKED_USD = 1.0  # for a million tokens of an unknown price, where a run must be confirmed; no cost is shown by it
 FREE, OWN, KNOWN, UNKNOWN = "no price", "a server of your own", "known", "unknown"
 
 
@@ -29,9 +30,10 @@ def price_state(cfg, asks_teacher: bool) -> str:
         return FREE
     if t.price_input >= 0 and t.price_output >= 0:
         return KNOWN
-    if CLIENTS[t.provider](cfg).self_hosted:
+    client = CLIENTS[t.provider](cfg)
+    if client.self_hosted:
         return OWN
-    return KNOWN if budget.price(cfg, self_hosted=False).known else UNKNOWN
+    return KNOWN if budget.price(cfg, self_hosted=False, official=client.official).known else UNKNOWN
 
 
 def dollars(usd: float, state: str) -> str:
@@ -105,11 +107,10 @@ class Preview:
     ):  # fmt: skip
         self.cfg, self.state, self.name, self.part = cfg, price_state(cfg, asks_teacher), name, part
         self.steps = max(0, cfg.num_steps - steps_done(folder or cfg.run_dir))
-        self.estimate, self.self_hosted = None, False
+        self.estimate = None
         if self.state != FREE:
             client = CLIENTS[cfg.teacher.provider](cfg)
-            self.self_hosted = client.self_hosted
-            price = budget.price(cfg, self_hosted=self.self_hosted)
+            price = budget.price(cfg, self_hosted=client.self_hosted, official=client.official)
             how = {"takes_n": bool(client.seen.takes_n), "latency_s": budget.LATENCY_S, "steps": self.steps * part}
             self.estimate = budget.estimate(cfg, price, **how, most=client.most_texts, asks=bought)
 
@@ -130,7 +131,8 @@ class Preview:
         lines += self.caps()
         if self.state == UNKNOWN:
             lines.append(
-                "the price is unknown: set teacher.price_input and teacher.price_output (USD per million tokens)"
+                "the price is unknown: set teacher.price_input and teacher.price_output (USD per million tokens; 0 for "
+                "a server of your own)"
             )
         if self.state == OWN:
             lines.append("a server of your own has no price; teacher.price_input and teacher.price_output set one")
@@ -159,13 +161,17 @@ class Preview:
         return out or ["no cap is set (budget.usd, budget.tokens, budget.calls)"]
 
     def middle(self) -> float:
-        """The middle estimate in dollars of a service whose price is known; else 0."""
-        if self.state != KNOWN or self.self_hosted:
-            return 0.0
-        return self.estimate.usd[1]
+        """The middle estimate in dollars where the price is known; else 0."""
+        return self.estimate.usd[1] if self.state == KNOWN else 0.0
+
+    def middle_unknown(self) -> float:
+        """The middle estimate in millions of tokens, in and out, where the price is unknown; else 0."""
+        e = self.estimate
+        return (e.tokens_in[1] + e.tokens_out[1]) / 1e6 if self.state == UNKNOWN else 0.0
 
     def confirm(self, beside: "list[Preview] | None" = None) -> None:
-        """Refuses a run that is likely to cost more than `budget.confirm_usd` and has no cap.
+        """Refuses a run that is likely to cost more than `budget.confirm_usd` and has no cap. For this question alone
+        a million tokens of an unknown price count as ASKED_USD.
 
         Args:
           beside: the previews of all the run's teachers, where there are several.
@@ -174,14 +180,17 @@ class Preview:
           UserError: with the table; the command's exit code is 2.
         """
         limit, every = self.cfg.budget.confirm_usd, beside or [self]
-        usd = sum(p.middle() for p in every)
-        if any(self.cfg.budget[name] for name in ("usd", "tokens", "calls")) or usd <= limit:
+        usd, unknown = sum(p.middle() for p in every), sum(p.middle_unknown() for p in every)
+        if any(self.cfg.budget[name] for name in ("usd", "tokens", "calls")) or usd + unknown * ASKED_USD <= limit:
             return
         text = "\n".join(p.text() for p in every)
+        said = [f"${usd:,.2f}"] * (not unknown or usd > 0)
+        said += [f"{unknown:,.0f} million tokens at an unknown price"] * (unknown > 0)
+        asked = f" (a million tokens of an unknown price are asked about as ${ASKED_USD:g})" if unknown else ""
+        cap = "budget.tokens, or the prices" if unknown else "budget.usd"
         raise UserError(
-            f"{text}\nthe middle estimate, ${usd:,.2f}, is above budget.confirm_usd = "
-            f"{limit:g} and no "
-            "cap is set: set budget.usd, or add --yes to start all the same"
+            f"{text}\nthe middle estimate, {' and '.join(said)}, is above budget.confirm_usd = {limit:g}{asked} and no "
+            f"cap is set: set {cap}, or add --yes to start all the same"
         )
 
 

@@ -118,7 +118,8 @@ class Reports:
             asked | own | {"teacher/cost_usd_total": asked.get("teacher/cost_usd_total", totals["teacher/cost_usd"])}
         )
         if self._price in (estimate.KNOWN, estimate.UNKNOWN):
-            values["teacher/price_known"] = int(self._price == estimate.KNOWN)
+            known = int(self._price == estimate.KNOWN)  # the teacher's own says 0 too where another model answered
+            values["teacher/price_known"] = min(known, values.get("teacher/price_known", 1))
         audits, completions, left_out = self._records(t, targets, got)
         hosts = self._of_all_hosts(got, left_out, own) | teaching.note_metrics(got.notes)
         values |= {key: value for key, value in hosts.items() if key not in values}

@@ -23,22 +23,22 @@ NOTHING = -1  # a cap that leaves nothing: 0 is no cap
 OTHERS_S = 0.2  # how often the calls of other processes are looked at, where they hold the room
 
 
-def price(cfg, *, self_hosted: bool, model: str | None = None) -> Price:
+def price(cfg, *, self_hosted: bool, official: bool = True, model: str | None = None) -> Price:
     """The price of `teacher.model`, or of the `model` that answers in its place: the config's where it is given, else
-    the table's; a server of one's own is free.
+    the table's at the provider's own service (`official`); a server of one's own is free. Anywhere else it is unknown.
 
     Raises:
       UserError: no price is known and `budget.usd` needs one.
     """
     t = cfg.teacher
     model = t.model if model is None else model
-    listed = None if self_hosted else listed_price(model)
+    listed = listed_price(model) if official and not self_hosted else None
     known, base = listed is not None, listed or Price()
     given = {"input": t.price_input, "cached": t.price_cached, "output": t.price_output}
     given = {name: value for name, value in given.items() if value >= 0}
     if cfg.budget.usd and not known and not {"input", "output"} <= given.keys():
         raise UserError(
-            f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {model!r}, which no table has: set "
+            f"budget.usd = {cfg.budget.usd} needs the price of teacher.model = {model!r}, which is not known: set "
             "teacher.price_input and teacher.price_output (USD per million tokens; 0 for a server of your own)"
         )
     if not (self_hosted or known or {"input", "output"} <= given.keys()):
@@ -121,12 +121,15 @@ class Budget:
         """What the caps were spent on, in one line."""
         spent, unknown = self.journal.totals(), self.journal.unknown()
         held, among = "", f" (of this host, one of {self.hosts})" if self.hosts > 1 else ""
+        known = self.price.known
         if unknown.calls:
-            held = f", {unknown.usd:.4f} of them reserved for {unknown.calls} calls whose cost is not known"
+            of_them = f"{unknown.usd:.4f}" if known else f"{unknown.tokens} tokens"
+            held = f", {of_them} of them reserved for {unknown.calls} calls whose cost is not known"
+        usd, next_usd = (f"{t.usd:.4f} USD" if known else "an unknown price" for t in (spent, wanted))
         return (
             f"budget.{cap} = {max(0, getattr(self.caps, cap))}{among} is used up ({spent.calls} calls, "
-            f"{spent.tokens} tokens, {spent.usd:.4f} USD spent{held}; the next call may take {wanted.tokens} tokens, "
-            f"{wanted.usd:.4f} USD): "
+            f"{spent.tokens} tokens, {usd} spent{held}; the next call may take {wanted.tokens} tokens, "
+            f"{next_usd}): "
             "raise it "
             "and start again to go on from the checkpoint"
         )

@@ -44,6 +44,7 @@ class ProbeReport:
     usd_per_call: float
     calls: int
     answering: str = ""  # the model that answered, where it is another than the one asked for
+    price_known: bool = True
     thinks: str = ""  # how an answer to an empty prefix begins: with `hidden` or `open` thoughts, or none
 
     def table(self) -> str:
@@ -53,9 +54,10 @@ class ProbeReport:
 
     def line(self) -> str:
         """The one line for the log."""
+        cost = f"{self.usd_per_call:.6f} USD" if self.price_known else "an unknown price"
         return (
             f"teacher {self.model!r}: continues by {self.mode!r}, {self.latency_s[0]:.2f} s and "
-            f"{self.usd_per_call:.6f} USD a call ({self.calls} calls probed)"
+            f"{cost} a call ({self.calls} calls probed)"
         )
 
 
@@ -81,16 +83,17 @@ class _Probe:
         slow = max(self.latencies)
         latency = (statistics.median(self.latencies), slow)
         usd = self.usd / max(1, self.calls)
-        price = f"{usd:.6f} USD" if self.teacher.price.known else "price unknown"
+        known = self.teacher.price.known
+        price, spent = (f"{d:.6f} USD" if known else "price unknown" for d in (usd, self.usd))
         self._row("one call", f"{latency[0]:.2f} s (slowest {slow:.2f} s), {price} for {PROBE_TOKENS} tokens")
         replayed = len(self.latencies) - self.calls
         kept = f", {replayed} answers from the journal" if replayed > 0 else ""
-        self._row("probe", f"{self.calls} calls{kept}, {time.monotonic() - start:.1f} s, {self.usd:.6f} USD")
+        self._row("probe", f"{self.calls} calls{kept}, {time.monotonic() - start:.1f} s, {spent}")
         answering = self.teacher.answering
         if answering:
             self._row("answered by", f"{answering}, not {self.client.model}")
         rows = tuple(self.rows)
-        report = ProbeReport(self.client.model, mode, rows, latency, usd, self.calls, answering, self.thinks)
+        report = ProbeReport(self.client.model, mode, rows, latency, usd, self.calls, answering, known, self.thinks)
         self._save(report)
         return report
 
@@ -264,7 +267,7 @@ class _Probe:
             if verdicts[mode] == "continues":
                 break
         unclear = [m for m, v in verdicts.items() if v == "unclear"]
-        if self.client.self_hosted:  # any server takes a last assistant turn: that alone says nothing
+        if not self.client.official:  # any server takes a last assistant turn: that alone says nothing
             unclear.sort(key=lambda mode: mode == "prefill")
         good = [m for m, v in verdicts.items() if v == "continues"] + unclear
         if not good:
@@ -296,7 +299,7 @@ class _Probe:
         if mode not in ("completion", "instruct"):  # the server's template may have closed the turn
             if best == "continues" and not text[:1].isspace():
                 best, text = await self._inside_a_word(mode)
-            elif best == "unclear" and self.t.continuation == "auto" and self.client.self_hosted:
+            elif best == "unclear" and self.t.continuation == "auto" and not self.client.official:
                 best = await self._again_from_the_middle(mode)
         self._row(f"continues by {mode}", f"{best}: {text[:60]!r}")
         return best

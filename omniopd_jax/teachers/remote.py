@@ -50,7 +50,7 @@ class RemoteTeacher(PaidTeacher):
         self.cfg, self.client, self.replay = cfg, client, t.replay
         if self.replay != "only":
             client.check_settings()
-        self.price = money.price(cfg, self_hosted=client.self_hosted)
+        self.price = money.price(cfg, self_hosted=client.self_hosted, official=client.official)
         folder = folder_of(cfg)
         if self.replay == "only" and not folder.is_dir():
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
@@ -218,13 +218,15 @@ class RemoteTeacher(PaidTeacher):
           TeacherStopped: it is another one and `teacher.pin_model` is set, or its price is not known and a budget needs
           it.
         """
-        if not model or model == self.answering or wire.same_model(self.client.model, model, self.client.self_hosted):
+        if not model or model == self.answering or wire.same_model(self.client.model, model, not self.client.official):
             return
         said = wire.scrub(f"teacher.model = {self.client.model!r} was asked, and {model[:80]!r} answers")
         if self.cfg.teacher.pin_model:
             raise TeacherStopped(f"{said}; teacher.pin_model allows no other: set teacher.model to one that is served")
         try:
-            self.price = self.budget.price = money.price(self.cfg, self_hosted=self.client.self_hosted, model=model)
+            self.price = self.budget.price = money.price(
+                self.cfg, self_hosted=self.client.self_hosted, official=self.client.official, model=model
+            )
         except UserError as e:
             raise TeacherStopped(f"{said}: {e}") from None
         self.answering = model

@@ -2,11 +2,13 @@
 
 import pytest
 
-from omniopd_jax import config
+from omniopd_jax import config, teachers
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import estimate
+from omniopd_jax.teachers import wire
 
 OWN = "http://127.0.0.1:9/v1"
+THIRD = "https://api.deepseek.com/v1"
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +71,70 @@ def test_a_dear_run_without_a_cap_is_refused_with_the_table(tmp_path):
         ("anthropic", "claude-haiku-4-5", {"budget.confirm_usd": 1e9}),
         ("anthropic", "claude-haiku-4-5", {"prompts_per_step": 1, "num_steps": 1}),
         ("anthropic", "claude-haiku-4-5", {"teacher.replay": "only"}),
-        ("openai", "gpt-of-tomorrow", {}),
+        ("openai", "gpt-of-tomorrow", {"num_steps": 1, "prompts_per_step": 4}),
+        ("openai", "gpt-of-tomorrow", {"budget.tokens": 10**9}),
         ("openai", "Qwen3", {"teacher.base_url": OWN}),
-        ("openai", "Qwen3", {"teacher.base_url": OWN, "teacher.price_input": 9.0, "teacher.price_output": 9.0}),
+        ("openai", "Qwen3", {"teacher.base_url": "http://HOST:8000/v1"}),
+        ("openai", "Qwen3", {"teacher.base_url": THIRD, "teacher.price_input": 0.0, "teacher.price_output": 0.0}),
         ("local", "folder", {}),
     ],
 )
 def test_these_start_without_being_asked(tmp_path, provider, model, more):
     preview(tmp_path, provider, model, **more).confirm()
+
+
+@pytest.mark.parametrize(
+    "model, more, said",
+    [
+        ("Qwen3", {"teacher.base_url": OWN, "teacher.price_input": 9.0, "teacher.price_output": 9.0}, "estimate, \\$"),
+        ("m", {"teacher.base_url": THIRD, "teacher.price_input": 9.0, "teacher.price_output": 9.0}, "estimate, \\$"),
+        ("gpt-4.1-mini", {"teacher.base_url": THIRD}, "estimate, [0-9,]+ million tokens at an unknown price, is above"),
+        ("gpt-of-tomorrow", {}, "estimate, [0-9,]+ million tokens at an unknown price, is above"),
+    ],
+)
+def test_these_are_asked_about_first(tmp_path, model, more, said):
+    with pytest.raises(UserError, match=said) as refused:
+        preview(tmp_path, "openai", model, **more).confirm()
+    assert "--yes" in str(refused.value) and "$0.00" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "provider, url",
+    [
+        ("openai", THIRD),
+        ("openai", "https://name.openai.azure.com/openai/v1"),
+        ("openai", "https://api.openai.com.example.net/v1"),
+        ("anthropic", "https://gateway.example.com"),
+        ("gemini", "https://gateway.example.com"),
+    ],
+)
+def test_the_price_of_another_host_is_unknown_until_it_is_told(tmp_path, provider, url, monkeypatch):
+    """Also of a model that the table has: its price is the provider's own."""
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-0123456789")
+    model = {"openai": "gpt-4.1-mini", "anthropic": "claude-haiku-4-5", "gemini": "gemini-3.8-flash"}[provider]
+    c = recipe(tmp_path, provider, model, **{"teacher.base_url": url})
+    p = estimate.Preview(c, True)
+    assert p.state == estimate.UNKNOWN and "$0.00" not in p.text() and "a server of your own has" not in p.text()
+    teacher = teachers.make(c)
+    assert teacher.metrics()["teacher/price_known"] == 0 and "unknown" in teacher.forecast()
+    c.teacher.price_input, c.teacher.price_output = 1.0, 2.0
+    assert estimate.Preview(c, True).state == estimate.KNOWN
+    assert teachers.make(c).metrics()["teacher/price_known"] == 1
+
+
+@pytest.mark.parametrize(
+    "url, own",
+    [
+        ("http://HOST:8000/v1", True), ("http://models.example.com/v1", True), ("https://localhost:8000/v1", True),
+        ("https://127.0.0.1/v1", True), ("https://[::1]:8000/v1", True), ("https://10.1.2.3/v1", True),
+        ("https://192.168.0.9/v1", True), ("https://169.254.1.1/v1", True), ("https://[fe80::1]/v1", True),
+        ("https://gpu-node/v1", True), ("https://vllm.default.svc.cluster.local/v1", True),
+        ("https://gpu.internal./v1", True), ("https://8.8.8.8/v1", False), ("https://api.deepseek.com/v1", False),
+        ("https://internal.example.com/v1", False), ("https://api.openai.com/v1", False),
+    ],
+)  # fmt: skip
+def test_a_server_of_ones_own_is_known_by_its_address(url, own):
+    assert wire.own_server(url) is own
 
 
 def test_steps_that_are_done_are_not_paid_again(tmp_path):

@@ -73,7 +73,7 @@ def rerouted(tmp_path, monkeypatch, capfd, **settings):
 
     async def run(c):
         async with teacher_of(c) as teacher:
-            teacher.client.self_hosted = False
+            teacher.client.self_hosted, teacher.client.official = False, True
             for who in ("s0", "s1"):
                 await teacher.continue_text(request(who, n=1))
             return teacher

@@ -15,7 +15,7 @@ from wire_server import WireServer
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import estimate, reporting
-from omniopd_jax.teachers import TeacherStopped, budget
+from omniopd_jax.teachers import TeacherStopped, budget, wire
 from omniopd_jax.teachers.journal import Journal, Spent, Totals, folder_of
 
 PRICE = {"teacher.price_input": 3.0, "teacher.price_cached": 0.3, "teacher.price_output": 15.0}
@@ -197,3 +197,14 @@ def test_a_budget_below_the_least_estimate_names_the_step_at_which_the_run_will_
     least = {"usd": e.usd[0], "tokens": e.tokens_in[0] + e.tokens_out[0], "calls": e.calls[0]}[cap]
     assert f"budget.{cap}" in said and f"step {int(200 * value / least)} of 200" in said
     assert not budget.ends_early(c, e, left | {cap: 2 * least}, 200)
+
+
+def test_no_cost_is_shown_as_zero_where_the_price_is_unknown(tmp_path, monkeypatch):
+    """A host that may bill: neither the probe nor a cap that is used up says $0."""
+    monkeypatch.setattr(wire, "own_server", lambda url: False)
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"budget.calls": 12})
+        line, report = check(c)
+        out = spend(c, [request(f"s{i}", n=1) for i in range(12)])
+    said = f"{line} {report.table()} {next(str(e) for e in out if isinstance(e, TeacherStopped))}"
+    assert "an unknown price a call" in line and "price unknown" in report.table() and "0.0000" not in said

@@ -3,6 +3,7 @@
 import math
 
 from omniopd_jax.run import estimate, health
+from omniopd_jax.teachers import wire
 
 BINS = 20
 
@@ -138,8 +139,9 @@ def _cost(folder) -> tuple[str, float]:
     paid = asked and c.get("teacher.provider") in estimate.CLIENTS
     if known:
         paid = not known[-1]
-    elif paid and (usd or c.get("teacher.base_url") or (c.get("teacher.price_input", -1) >= 0)):
-        paid = False
+    elif paid:
+        own = wire.own_server(c.get("teacher.base_url") or "https://a.service")
+        paid = not (usd or own or c.get("teacher.price_input", -1) >= 0)
     return (estimate.UNKNOWN if paid and not usd else estimate.KNOWN), usd
 
 

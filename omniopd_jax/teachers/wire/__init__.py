@@ -22,7 +22,16 @@ from omniopd_jax.teachers.wire.http import (
     retry_after,
 )
 from omniopd_jax.teachers.wire.read import as_promised, malformed
-from omniopd_jax.teachers.wire.secrets import KEYS, api_key, base_url, check_key_may_go, hide_keys, scrub
+from omniopd_jax.teachers.wire.secrets import (
+    KEYS,
+    api_key,
+    base_url,
+    check_key_may_go,
+    hide_keys,
+    is_official,
+    own_server,
+    scrub,
+)
 
 __all__ = [
     "KEYS",
@@ -50,9 +59,11 @@ __all__ = [
     "from_status",
     "hide_keys",
     "http",
+    "is_official",
     "limits",
     "malformed",
     "named_field",
+    "own_server",
     "read",
     "retry_after",
     "same_model",
@@ -127,14 +138,14 @@ class Learner:
         return error.kind == "refused" and error.status in (400, 422) and error.field in self.dropped - before
 
 
-def same_model(asked: str, served: str, self_hosted: bool) -> bool:
+def same_model(asked: str, served: str, aliases: bool) -> bool:
     """Whether the model that answered is the one that was asked for: by name, or a state of it (a date, a version).
 
-    A server of one's own may call it by its path or by an alias of its own making: one name that holds the other will
-    do.
+    A server that is not the provider's own may call it by its path or by an alias of its own making (`aliases`): one
+    name that holds the other will do.
     """
     a, b = (_family(name) for name in (asked, served))
-    return a == b or (self_hosted and (a in b or b in a))
+    return a == b or (aliases and (a in b or b in a))
 
 
 def _family(name: str) -> str:

@@ -43,7 +43,7 @@ class AnthropicClient:
         t = cfg.teacher
         self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "anthropic", "ANTHROPIC_BASE_URL", OFFICIAL, "/v1")
-        self.self_hosted = "anthropic.com" not in self.url
+        self.official, self.self_hosted = wire.is_official(self.url, "anthropic.com"), wire.own_server(self.url)
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Anthropic has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=False)
@@ -57,7 +57,7 @@ class AnthropicClient:
 
     def check_settings(self):
         """Raises `UserError` where a call could not even be made: no key."""
-        wire.api_key("anthropic", required=not self.self_hosted)
+        wire.api_key("anthropic", required=self.official)
 
     async def open(self):
         """Makes the connection for the running event loop."""
@@ -71,7 +71,7 @@ class AnthropicClient:
         import anthropic
 
         return anthropic.AsyncAnthropic(
-            api_key=wire.api_key("anthropic", required=not self.self_hosted),
+            api_key=wire.api_key("anthropic", required=self.official),
             base_url=self.url,
             max_retries=0,
             timeout=self.timeout_s,

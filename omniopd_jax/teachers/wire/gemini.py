@@ -37,7 +37,7 @@ class GeminiClient:
         t = cfg.teacher
         self.model, self.timeout_s = t.model, t.timeout_s
         self.url = wire.base_url(cfg, "gemini", "GOOGLE_GEMINI_BASE_URL", OFFICIAL, "/v1beta")
-        self.self_hosted = "googleapis.com" not in self.url
+        self.official, self.self_hosted = wire.is_official(self.url, "googleapis.com"), wire.own_server(self.url)
         if t.continuation not in ("auto", "prefill", "instruct"):
             raise UserError(f"teacher.continuation = {t.continuation!r}: Gemini has auto, prefill and instruct")
         self.seen = wire.Learner(takes_n=True)
@@ -51,7 +51,7 @@ class GeminiClient:
 
     def check_settings(self):
         """Raises `UserError` where a call could not even be made: no key."""
-        wire.api_key("gemini", required=not self.self_hosted)
+        wire.api_key("gemini", required=self.official)
 
     async def open(self):
         """Makes the connection for the running event loop."""
@@ -66,7 +66,7 @@ class GeminiClient:
         from google.genai import types
 
         return genai.Client(
-            api_key=wire.api_key("gemini", required=not self.self_hosted),
+            api_key=wire.api_key("gemini", required=self.official),
             vertexai=False,
             http_options=types.HttpOptions(
                 base_url=self.url,

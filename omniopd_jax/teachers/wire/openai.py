@@ -44,7 +44,7 @@ class OpenAIClient:
         t = cfg.teacher
         self.model, self.timeout_s, self.tokenizer_path = t.model, t.timeout_s, t.tokenizer
         self.url = wire.base_url(cfg, "openai", "OPENAI_BASE_URL", OFFICIAL, "/v1")
-        self.self_hosted = "api.openai.com" not in self.url
+        self.official, self.self_hosted = wire.is_official(self.url, "api.openai.com"), wire.own_server(self.url)
         self.template_kwargs = t.chat_template_kwargs.to_dict()
         self.cfg, self.template = cfg, None
         self.raw = bool(t.tokenizer) or t.template != "chat"  # prompts are written here, for /v1/completions
@@ -59,14 +59,14 @@ class OpenAIClient:
         """Ways of continuing, best first, for `teacher.continuation = "auto"`."""
         if self.cfg.teacher.template != "chat":
             return ("completion",)  # a format of our own: the server's chat endpoint would write another
-        if not self.self_hosted:
+        if self.official:
             return ("instruct",)
         first = ("completion",) if self.raw else ()
         return first + ("continue_final_message", "prefix", "prefill", "instruct")
 
     def check_settings(self):
         """Raises `UserError` where a call could not even be made: no key."""
-        wire.api_key("openai", required=not self.self_hosted)
+        wire.api_key("openai", required=self.official)
 
     async def open(self):
         """Makes the connection for the running event loop."""
@@ -82,7 +82,7 @@ class OpenAIClient:
         import openai
 
         return openai.AsyncOpenAI(
-            api_key=wire.api_key("openai", required=not self.self_hosted),
+            api_key=wire.api_key("openai", required=self.official),
             base_url=self.url,
             max_retries=0,
             timeout=self.timeout_s,
@@ -104,7 +104,7 @@ class OpenAIClient:
         """
         listed = await self._models()
         names = [str(m.get("id")) for m in listed]
-        if self.self_hosted and names and self.model not in names and not any(self.model in n for n in names):
+        if not self.official and names and self.model not in names and not any(self.model in n for n in names):
             served = wire.scrub(", ".join(name[:80] for name in names[:8]))
             raise UserError(
                 f"teacher.model = {self.model!r} is not served at {wire.scrub(self.url)}; it serves: {served}"
@@ -200,7 +200,7 @@ class OpenAIClient:
     def _messages(self, call):
         """(messages, extension fields, the prefix as sent, the whitespace held back)."""
         extra = {}
-        if self.template_kwargs and self.self_hosted and "chat_template_kwargs" not in self.seen.dropped:
+        if self.template_kwargs and not self.official and "chat_template_kwargs" not in self.seen.dropped:
             extra["chat_template_kwargs"] = self.template_kwargs
         sent, space = wire.bare(call.prefix)
         if not sent:

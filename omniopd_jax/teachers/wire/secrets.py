@@ -8,6 +8,7 @@ text), in another case. What merely looks like a key is hidden too.
 import base64
 import functools
 import html
+import ipaddress
 import os
 import re
 import urllib.parse
@@ -43,6 +44,7 @@ NO_SECRETS = frozenset(
         "xxx",
     }
 )
+PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa")  # never sold to anybody
 LONG = 8  # characters from which a key is hidden inside words too
 _LOOKS = (
     (re.compile(r"(?i)\b(sk-[\w-]{6}|AIza)[\w-]{6,}"), "***"),
@@ -192,6 +194,28 @@ def base_url(cfg, provider: str, variable: str, official: str, path: str) -> str
     if provider == "openai":
         return url if urllib.parse.urlsplit(url).path else url + path
     return url.removesuffix(path).removesuffix("/v1").rstrip("/")
+
+
+def is_official(url: str, domain: str) -> bool:
+    """Whether `url` is of a provider's own domain: the one place where the table's prices hold."""
+    host = _host(url)
+    return host == domain or host.endswith(f".{domain}")
+
+
+def own_server(url: str) -> bool:
+    """Whether `url` is a server of one's own, which bills nobody: plain http, an address that is not public, or a name
+    that no public host can have. Any other host may bill, whatever protocol it speaks."""
+    if url.startswith("http:"):
+        return True
+    host = _host(url)
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith(PRIVATE_NAMES)
+
+
+def _host(url: str) -> str:
+    return (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
 
 
 def is_loopback(url: str) -> bool:
