@@ -58,7 +58,10 @@ class Budget:
         self.caps = Totals(b.calls, b.tokens, b.usd)
         self.hosts = 1  # disks among which the caps are divided
         self.on_exhausted = b.on_exhausted
-        self.journal, self.price = journal, price
+        self.journal = journal
+        self.price = price  # of a reply that nobody says more of
+        self.prices = [price]  # of every model that may answer: calls are held at the dearest
+        self.bounds = {}  # id of a call that is out -> the most (tokens in, tokens out) that it can use
         self.in_flight = 0
         self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
         self.turn = None  # asyncio.Lock of the running loop: who waits for room looks for it, the others wait behind
@@ -104,12 +107,13 @@ class Budget:
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
         """
-        usd = self.price.most(tokens_in, tokens_out)
+        usd = max(price.most(tokens_in, tokens_out) for price in self.prices)
         async with self.turn:
             while True:
                 call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
                 if isinstance(call, int):
                     self.in_flight += 1
+                    self.bounds[call] = (tokens_in, tokens_out)
                     return call
                 if not self.in_flight and not self.journal.in_flight():
                     raise TeacherStopped(self._used_up(call, Totals(1, tokens_in + tokens_out, usd)))
@@ -134,7 +138,10 @@ class Budget:
             "and start again to go on from the checkpoint"
         )
 
-    def settle(self, call: int, status: str, billed=None, *, latency=0.0, error="", results=()) -> float:
+    def settle(
+        self, call: int, status: str, billed=None, *, price: Price | None = None, latency=0.0, error="", results=(),
+        by="",
+    ) -> float:  # fmt: skip
         """Puts what was billed in the reservation's place, writes the results down, and returns the dollars.
 
         An answer that does not say what it used, or says more than it could, stays spent in full.
@@ -143,16 +150,23 @@ class Budget:
           call: from `reserve`.
           status: see `Journal.settle`.
           billed: wire.Billed, or None.
+          price: of the model that answered; None: nobody knows who did.
           latency: seconds.
           error: what went wrong.
           results: the journal rows that the answer brought.
+          by: the model that answered, where it is another than the one asked for.
         """
-        usage = None
+        usage, bound = None, self.bounds.pop(call, (0, 0))
+        may_be = [price] if price else self.prices if status == "unknown" else [self.price]
+        price = price or self.price
         if billed is not None:
-            usd = self.price.cost(billed.tokens_in, billed.tokens_cached, billed.tokens_out, billed.tokens_written)
+            usd = price.cost(billed.tokens_in, billed.tokens_cached, billed.tokens_out, billed.tokens_written)
             usage = (billed.tokens_in, billed.tokens_cached, billed.tokens_out, usd)
         try:
-            counted = self.journal.settle(call, status, usage=usage, latency=latency, error=error, results=results)
+            counted = self.journal.settle(
+                call, status, usage=usage, most_usd=max(p.most(*bound) for p in may_be), latency=latency, error=error,
+                results=results, by=by,
+            )  # fmt: skip
         finally:
             self.in_flight -= 1
             self.settled.set()

@@ -88,8 +88,10 @@ class Journal:
 
     # reading
 
-    def get(self, key: bytes, sample_id: str, peak: int, indices) -> dict[int, Continuation | Failure]:
-        """What is known of the wanted continuations, by index.
+    def get(
+        self, key: bytes, sample_id: str, peak: int, indices, *, pinned: bool = False
+    ) -> dict[int, Continuation | Failure]:
+        """What is known of the wanted continuations, by index; `pinned`: but what another model wrote than was asked.
 
         Raises:
           UserError: one of them is not what was written.
@@ -100,6 +102,12 @@ class Journal:
                 sums = "sum" if journal_file.schema_of(connection) > 1 else "null"
                 sql = f"select idx, text, finish, error, raw, {sums} from continuations "
                 sql += "where key = ? and sample_id = ? and peak = ?"
+                if pinned and journal_file.tells_who(connection):
+                    sql += (
+                        " and not exists (select 1 from answered a where a.key = continuations.key and "
+                        "a.sample_id = continuations.sample_id and a.peak = continuations.peak and "
+                        "a.idx = continuations.idx)"
+                    )
                 for index, text, finish, error, raw, checksum in connection.execute(sql, (key, sample_id, peak)):
                     if index not in wanted or index in found:
                         continue
@@ -198,6 +206,20 @@ class Journal:
             rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
         return json.loads(max(rows, key=lambda row: row[1])[0]) if rows else {}
 
+    def stood_in(self, provider: str, model: str) -> list[str]:
+        """The models that earlier versions kept texts under which `model` had been asked for: those that the last probe
+        of it names, and, where no other model was asked for, those that were never asked for themselves."""
+        kept, asked, told = set(), set(), set()
+        with self.mutex:
+            for c in self._connections():
+                described = (json.loads(about) for (about,) in c.execute("select distinct about from requests"))
+                kept |= {about["model"] for about in described if about.get("provider") == provider}
+                for name, report in c.execute("select model, report from modes where provider = ?", (provider,)):
+                    asked.add(name)
+                    told |= {json.loads(report).get("answering")} if name == model else set()
+        others = kept - asked if asked == {model} else set()
+        return sorted((others | (told & kept)) - {model})
+
     # writing
 
     def put_mode(self, provider: str, model: str, asked: str, mode: str, report: dict) -> None:
@@ -235,8 +257,9 @@ class Journal:
             return cursor.lastrowid
 
     def settle(
-        self, call: int, status: str, *, usage=None, latency: float = 0.0, error: str = "", results=()
-    ) -> Totals:
+        self, call: int, status: str, *, usage=None, most_usd: float = 0.0, latency: float = 0.0, error: str = "",
+        results=(), by: str = "",
+    ) -> Totals:  # fmt: skip
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
 
         Args:
@@ -245,18 +268,26 @@ class Journal:
             `unknown` (stays spent in full).
           usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did
             not say, it stays spent in full.
+          most_usd: the most that it can have cost by the price of the model that answered, where that is more than was
+            reserved.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
+          by: the model that wrote them, where it is another than the one asked for.
 
         Returns:
           What the call counts as.
         """
         with self._write() as c:
             held = c.execute("select max_tokens, max_usd from calls where id = ?", (call,)).fetchone()
-            if usage and (usage[0] + usage[2] > held[0] or usage[3] > held[1] + 1e-12):
+            most = (held[0], max(held[1], most_usd))
+            if usage and (usage[0] + usage[2] > most[0] or usage[3] > most[1] + 1e-12):
                 usage = None  # more than the call could use: no answer is believed that far
-            billed = Totals(1, *held)
+            billed = Totals(1, *most)
+            if most != held and status in ("ok", "unknown"):
+                c.execute("update totals set usd = usd + ?", (most[1] - held[1],))
+                c.execute("update calls set max_usd = ? where id = ?", (most[1], call))
+                held = most
             if status in ("rejected", "unsent") or usage:
                 tokens_in, cached, tokens_out, usd = usage or (0, 0, 0, 0.0)
                 billed = Totals(int(status != "unsent"), tokens_in + tokens_out, usd)
@@ -271,7 +302,7 @@ class Journal:
             )
             for key, sample_id, peak, k, raw in results:
                 journal_file.insert_text(
-                    c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time()
+                    c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time(), by
                 )
         return billed
 
@@ -286,6 +317,7 @@ class Journal:
         """Removes what is known of a sample at a peak, so that it is asked for again; returns how many texts that
         were."""
         with self._write() as c:
+            c.execute("delete from answered where sample_id = ? and peak = ?", (sample_id, peak))
             return c.execute("delete from continuations where sample_id = ? and peak = ?", (sample_id, peak)).rowcount
 
     def copy_to(self, folder) -> None:
@@ -311,15 +343,20 @@ class Journal:
                 raise UserError(f"cannot copy the teacher's journal to {folder}: {e}") from None
 
     def export_jsonl(self, path) -> int:
-        """Writes every continuation but the probe's as a line of JSON, once; returns how many."""
+        """Writes every continuation but the probe's as a line of JSON, once; returns how many. `model` is the one that
+        wrote it."""
         seen, lines = set(), 0
         with self.mutex, open(path, "w", encoding="utf-8") as out:
             for c in self._connections():
+                by, join = "null", ""
+                if journal_file.tells_who(c):
+                    by, join = "a.model", "left join answered a using (key, sample_id, peak, idx) "
                 rows = c.execute(
-                    "select k.key, sample_id, peak, idx, text, finish, error, raw, time, about, messages, prefix "
-                    "from continuations k left join requests r on r.key = k.key where sample_id != 'probe'"
+                    "select k.key, k.sample_id, k.peak, k.idx, text, finish, error, raw, time, about, messages, "
+                    f"prefix, {by} "
+                    f"from continuations k {join}left join requests r on r.key = k.key where k.sample_id != 'probe'"
                 )
-                for key, sample_id, peak, index, text, finish, error, raw, when, about, messages, prefix in rows:
+                for key, sample_id, peak, index, text, finish, error, raw, when, about, messages, prefix, model in rows:
                     if (who := (key, sample_id, peak, index)) in seen:
                         continue
                     seen.add(who)
@@ -328,6 +365,8 @@ class Journal:
                     if about is not None:
                         line |= json.loads(about) | {"messages": json.loads(zlib.decompress(messages))}
                         line["prefix"] = zlib.decompress(prefix).decode()
+                    if model:
+                        line["model"] = model
                     out.write(json.dumps(line, ensure_ascii=False) + "\n")
                     lines += 1
         return lines
@@ -391,6 +430,7 @@ class Journal:
                     "pragma synchronous = normal"
                 )  # a killed process loses nothing; a power cut may lose the last calls
                 own.execute("begin immediate")
+                own.execute(journal_file.ANSWERED)
                 for path, other in list(self.others.items()):
                     journal_file.import_into(own, other, journal_file.identity(path, other))
                 me = (os.getpid(), journal_file.process_started(os.getpid()))

@@ -34,6 +34,11 @@ create table writers (id integer primary key, pid integer not null, started text
 create table imported (name text primary key, time real not null);
 insert into totals values (0, 0, 0.0);
 """
+# texts that another model wrote than the one asked for; journals of before have no such table
+ANSWERED = """
+create table if not exists answered (key blob not null, sample_id text not null, peak integer not null,
+  idx integer not null, model text not null, primary key (key, sample_id, peak, idx)) without rowid
+"""
 
 
 def create(path: pathlib.Path) -> None:
@@ -42,7 +47,7 @@ def create(path: pathlib.Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(part)) as new:
             new.executescript(
-                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}"
+                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}{ANSWERED}"
             )
             new.execute("insert into meta values (?)", (secrets.token_hex(8),))
             new.commit()
@@ -52,11 +57,20 @@ def create(path: pathlib.Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def insert_text(c, key, sample_id, peak, index, text, finish, error, raw, call, when) -> None:
-    """Writes a text, or a final failure, with its checksum."""
+def insert_text(c, key, sample_id, peak, index, text, finish, error, raw, call, when, by="") -> None:
+    """Writes a text, or a final failure, with its checksum; `by`: the model that wrote it in the place of another."""
     mark = checksum(key, sample_id, peak, index, text, finish, error, raw)
     row = (key, sample_id, peak, index, text, finish, error, raw, call, when, mark)
     c.execute("insert or replace into continuations values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    if by:
+        c.execute("insert or replace into answered values (?, ?, ?, ?, ?)", (*row[:4], by))
+    else:
+        c.execute("delete from answered where key = ? and sample_id = ? and peak = ? and idx = ?", row[:4])
+
+
+def tells_who(c) -> bool:
+    """Whether a journal has the table of those who answered in the place of others."""
+    return bool(c.execute("select 1 from sqlite_master where name = 'answered'").fetchone())
 
 
 def checksum(*parts) -> bytes:
@@ -75,6 +89,8 @@ def import_into(own, other, name: str) -> None:
         return
     own.executemany("insert or ignore into requests values (?, ?, ?, ?)", other.execute("select * from requests"))
     texts = f"select key, sample_id, peak, idx, text, finish, error, raw, time, {'sum' if new else 'null'} from continuations"
+    rows = other.execute("select * from answered") if tells_who(other) else ()
+    others = {tuple(where): model for *where, model in rows}
     for key, sample_id, peak, index, text, finish, error, raw, when, mark in other.execute(texts):
         where = (key, sample_id, peak, index)
         if mark is not None and mark != checksum(*where, text, finish, error, raw):
@@ -86,7 +102,7 @@ def import_into(own, other, name: str) -> None:
         sql = "select time from continuations where key = ? and sample_id = ? and peak = ? and idx = ?"
         here = own.execute(sql, where).fetchone()
         if here is None or here[0] < when:
-            insert_text(own, *where, text, finish, error, raw, None, when)
+            insert_text(own, *where, text, finish, error, raw, None, when, others.get(where, ""))
     columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
     columns += ", run" if new else ""
     marks = ", ".join("?" for _ in columns.split(","))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -50,7 +51,8 @@ class RemoteTeacher(PaidTeacher):
         self.cfg, self.client, self.replay = cfg, client, t.replay
         if self.replay != "only":
             client.check_settings()
-        self.price = money.price(cfg, self_hosted=client.self_hosted, official=client.official)
+        self.answering = ""  # the model that wrote the last reply, where it is another than the one asked for
+        self.prices = {"": self._price_of(t.model)}  # of each that has answered
         folder = folder_of(cfg)
         if self.replay == "only" and not folder.is_dir():
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
@@ -64,7 +66,7 @@ class RemoteTeacher(PaidTeacher):
         self.loop = None
         self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
-        self.answering = ""  # the model that answers, where it is another than the one asked for
+        self.stood_in = None  # models that earlier versions kept this one's texts under; looked for when one is missed
         self.running = set()  # tasks that have calls out
         self.refused = 0
         self.stopped = (
@@ -81,8 +83,6 @@ class RemoteTeacher(PaidTeacher):
           UserError: unreachable, refused, or impossible as a teacher, and what to change.
         """
         if self.replay == "only":
-            t = self.cfg.teacher
-            self.answering = self.journal.report(t.provider, t.model, t.continuation).get("answering", "")
             return f"teacher {self.client.model!r}: replay of {self.journal.count()} journal entries, no connection"
         await self._bind()
         self.report = await probe.probe_teacher(self)
@@ -95,9 +95,7 @@ class RemoteTeacher(PaidTeacher):
         try:
             mode = await self._mode()
             key, about = self._key(request, mode)
-            known = {}
-            if self.replay != "off":
-                known = self.journal.get(key, request.sample_id, request.peak, request.indices)
+            known = self._recall(key, request, mode)
             missing = tuple(i for i in request.indices if i not in known)
             usage = Usage()
             if missing and self.replay == "only":
@@ -131,7 +129,7 @@ class RemoteTeacher(PaidTeacher):
             return np.zeros(0, np.float32)
         start = now()
         try:
-            key, about = scoring.key(self.cfg, self._named(), prompt_ids, token_ids)
+            key, about = scoring.key(self.cfg, self.client.model, prompt_ids, token_ids)
             text, usage = self._known_score(key), Usage()
             if text is None and self.replay == "only":
                 raise TeacherStopped(
@@ -210,28 +208,42 @@ class RemoteTeacher(PaidTeacher):
 
     # inside
 
-    def served(self, model: str) -> None:
-        """Takes note of the model that answered, as it calls itself. Another one than asked for is reported once;
-        journal and price go by it from then on.
+    @property
+    def price(self) -> money.Price:
+        """Of the model that answers; known where that of each that has answered is."""
+        return dataclasses.replace(self.prices[self.answering], known=all(p.known for p in self.prices.values()))
+
+    def _price_of(self, model: str) -> money.Price:
+        client = self.client
+        return money.price(self.cfg, self_hosted=client.self_hosted, official=client.official, model=model)
+
+    def served(self, model: str) -> tuple[money.Price, str]:
+        """(price of a reply, who wrote it where that is another model than the one asked for, else ""), by what it
+        calls its model; one that says nothing is taken for the last one's. Another model is reported once.
 
         Raises:
           TeacherStopped: it is another one and `teacher.pin_model` is set, or its price is not known and a budget needs
           it.
         """
-        if not model or model == self.answering or wire.same_model(self.client.model, model, not self.client.official):
-            return
-        said = wire.scrub(f"teacher.model = {self.client.model!r} was asked, and {model[:80]!r} answers")
-        if self.cfg.teacher.pin_model:
-            raise TeacherStopped(f"{said}; teacher.pin_model allows no other: set teacher.model to one that is served")
-        try:
-            self.price = self.budget.price = money.price(
-                self.cfg, self_hosted=self.client.self_hosted, official=self.client.official, model=model
-            )
-        except UserError as e:
-            raise TeacherStopped(f"{said}: {e}") from None
-        self.answering = model
-        kept = "" if self.client.self_hosted else "; texts are kept under its name and priced as its"
-        self.traffic.report(f"warning: {said}{kept}")
+        by = self.answering
+        if model:
+            same = wire.same_model(self.client.model, model, not self.client.official)
+            by = "" if same else wire.scrub(model)[:80]
+        if by not in self.prices:
+            said = wire.scrub(f"teacher.model = {self.client.model!r} was asked, and {by!r} answers")
+            if self.cfg.teacher.pin_model:
+                raise TeacherStopped(
+                    f"{said}; teacher.pin_model allows no other: set teacher.model to one that is served"
+                )
+            try:
+                self.prices[by] = self._price_of(by)
+            except UserError as e:
+                raise TeacherStopped(f"{said}: {e}") from None
+            self.budget.prices.append(self.prices[by])
+            kept = "" if self.client.self_hosted else "; its texts are kept as its and priced as its"
+            self.traffic.report(f"warning: {said}{kept}")
+        self.answering, self.budget.price = by, self.prices[by]
+        return self.prices[by], by
 
     @contextlib.contextmanager
     def _under_way(self):
@@ -327,17 +339,27 @@ class RemoteTeacher(PaidTeacher):
                 ) from None
             return rows[-1][3].text, _usage(sent)
 
-    def _named(self) -> str:
-        """The model that texts are kept under: the one that answers; a server of one's own has names of its own
-        making."""
-        return self.client.model if self.client.self_hosted else self.answering or self.client.model
+    def _recall(self, key, request, mode) -> dict:
+        """What the journal holds of a request, by index. Texts are kept under the model that was asked for; earlier
+        versions kept them under the one that had answered in its place."""
+        if self.replay == "off":
+            return {}
+        about, pinned = (request.sample_id, request.peak), self.cfg.teacher.pin_model
+        found = self.journal.get(key, *about, request.indices, pinned=pinned)
+        if len(found) < len(request.indices) and self.client.official and not pinned:
+            if self.stood_in is None:
+                self.stood_in = self.journal.stood_in(self.client.provider, self.client.model)
+            for model in self.stood_in:
+                rest = [i for i in request.indices if i not in found]
+                found |= self.journal.get(self._key(request, mode, model)[0], *about, rest)
+        return found
 
-    def _key(self, request, mode) -> tuple[bytes, dict]:
-        """(hash of what is asked, what it says in words)."""
+    def _key(self, request, mode, model: str = "") -> tuple[bytes, dict]:
+        """(hash of what is asked, what it says in words); `model`: in the place of the one asked for."""
         t = self.cfg.teacher
         about = {
             "provider": t.provider,
-            "model": self._named(),
+            "model": model or self.client.model,
             "mode": mode,
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,

@@ -140,7 +140,7 @@ class Order:
 class Traffic:
     """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
 
-    def __init__(self, cfg, client, budget, served=lambda model: None):
+    def __init__(self, cfg, client, budget, served=lambda model: (None, "")):
         t = cfg.teacher
         self.client, self.budget, self.served = client, budget, served
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
@@ -250,10 +250,10 @@ class Traffic:
             except Exception as e:  # whatever an answer set off: this call's failure, not the run's
                 raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
             latency = now() - start
-            self.served(reply.model)
+            price, by = self.served(reply.model)
             rows = accept(reply)
             settled = True
-            usd = self.budget.settle(id_, "ok", reply.billed, latency=latency, results=rows)
+            usd = self.budget.settle(id_, "ok", reply.billed, price=price, latency=latency, results=rows, by=by)
             self.last_success, self.failed_in_a_row = now(), 0
             self._heed(reply.limits)
             return reply, rows, usd

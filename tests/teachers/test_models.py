@@ -1,6 +1,7 @@
 """The providers' models of November 2026: what they refuse, what they cost, who answers in whose place."""
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -8,8 +9,10 @@ from teacher_kit import EXTENSIONS, ask, cfg_for, check, request, teacher_of
 from wire_protocols import OpenAI
 from wire_server import WireServer, speak
 
+from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import TeacherStopped, budget, prices, wire
+from omniopd_jax.teachers import TeacherStopped, budget, journal_file, prices, wire
+from omniopd_jax.teachers.journal import Journal
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,140 @@ def test_a_pinned_model_lets_no_other_answer(tmp_path, monkeypatch, capfd):
         rerouted(tmp_path, monkeypatch, capfd, **{"teacher.pin_model": True})
 
 
+@pytest.fixture
+def as_the_service(monkeypatch):
+    """The stand-in is taken for the provider's own service, at the table's prices."""
+    monkeypatch.setattr(wire, "is_official", lambda url, domain: True)
+    monkeypatch.setattr(wire, "own_server", lambda url: False)
+    monkeypatch.setenv("GEMINI_API_KEY", "a-key-0123456789")
+
+
+def gemini(answers, **more):
+    """A server whose next answer is by the next of `answers`, with a usage of 900 tokens in and 100 out."""
+    used = {"promptTokenCount": 900, "candidatesTokenCount": 100, "totalTokenCount": 1000}
+    return WireServer(
+        extensions={"prefill"}, models=["gemini-3.8-flash"],
+        mangle=lambda a: a | {"modelVersion": next(answers), "usageMetadata": used}, **more,
+    )  # fmt: skip
+
+
+COST = {
+    name: budget.PRICES[name].cost(900, 0, 100)
+    for name in ("gemini-2.5-flash-lite", "gemini-3.5-flash-lite", "gemini-3.6-flash", "gemini-3.8-flash")
+}
+
+
+def test_each_reply_is_priced_by_its_own_model_and_the_name_goes_back(tmp_path, as_the_service, capfd):
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            for i, name in enumerate(names):
+                result = await teacher.continue_text(request(f"s{i}", n=1, max_tokens=100))
+                assert result.usage.cost_usd == pytest.approx(COST[name])
+                assert teacher.price == budget.PRICES[name]
+            held = teacher.journal.own.execute("select max_usd from calls order by id").fetchall()
+            return teacher.journal.totals().usd, [usd for (usd,) in held]
+
+    names = ["gemini-2.5-flash-lite", "gemini-3.8-flash", "gemini-3.6-flash", "gemini-3.8-flash", "gemini-3.6-flash"]
+    with gemini(iter(names)) as server:
+        usd, held = asyncio.run(run(cfg_for(server.url("gemini"), "gemini", tmp_path, **{"teacher.model": names[1]})))
+    assert usd == pytest.approx(sum(COST[name] for name in names))
+    assert held[3] == held[4] > held[0] == held[1]  # once 3.6 has answered, it may again
+    said = capfd.readouterr().err
+    assert said.count("was asked, and 'gemini-3.6-flash' answers") == 1 and said.count("was asked") == 2
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_calls_in_flight_at_a_switch_to_a_dearer_model_count_at_its_price(stated, tmp_path, as_the_service):
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            sent = [request(f"s{i}", n=1, max_tokens=100) for i in range(8)]
+            await asyncio.gather(*map(teacher.continue_text, sent))
+            return teacher.journal.totals().usd, teacher.journal.unknown()
+
+    def mangle(answer):
+        answer |= {"modelVersion": "gemini-3.6-flash"}
+        answer["usageMetadata"] = {"promptTokenCount": 900, "candidatesTokenCount": 100, "totalTokenCount": 1000}
+        return answer if stated else {k: v for k, v in answer.items() if k != "usageMetadata"}
+
+    model = {"teacher.model": "gemini-2.5-flash-lite"}
+    with WireServer(extensions={"prefill"}, models=[*model.values()], mangle=mangle) as server:
+        usd, unknown = asyncio.run(run(cfg_for(server.url("gemini"), "gemini", tmp_path, **model)))
+    if stated:
+        assert usd == pytest.approx(8 * COST["gemini-3.6-flash"]) and unknown.calls == 0
+    else:
+        assert usd == unknown.usd > 8 * COST["gemini-3.6-flash"]
+
+
+REROUTED = ["gemini-3.8-flash"] * 2 + ["gemini-3.5-flash-lite"] * 4
+
+
+def bought(c, n=6):
+    """Texts of n requests, in turn."""
+
+    async def run():
+        async with teacher_of(c) as teacher:
+            results = [await teacher.continue_text(request(f"s{i}", n=1)) for i in range(n)]
+            return [r.continuations[0].text for r in results]
+
+    return asyncio.run(run())
+
+
+def test_a_run_that_was_rerouted_is_resumed_and_replayed_without_a_call(tmp_path, as_the_service):
+    with gemini(iter(REROUTED)) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"teacher.model": "gemini-3.8-flash"})
+        first = bought(c)
+        assert bought(c) == first and len(server.calls()) == 6
+        c.teacher.replay = "only"
+        assert bought(c) == first
+        c.teacher.replay, c.teacher.pin_model = "only", True
+        assert bought(c, 2) == first[:2]
+        with pytest.raises(TeacherStopped, match="has no continuation"):  # another's text is none of this model's
+            bought(c)
+    journal = Journal(tmp_path / "journal")
+    journal.export_jsonl(tmp_path / "out.jsonl")
+    journal.close()
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in sorted(lines, key=lambda line: line["sample_id"])] == REROUTED
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_earlier_versions_kept_under_the_name_that_answered_is_found(told, tmp_path, as_the_service):
+    """As a reroute left a journal before: the texts after it under the other name, in a file without the new table."""
+    with gemini(iter(REROUTED)) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"teacher.model": "gemini-3.8-flash"})
+        first = bought(c)
+    teacher = teachers.make(c)
+    for i in range(2, 6):
+        r, old = request(f"s{i}", n=1), "gemini-3.5-flash-lite"
+        (key, about), (new, _) = teacher._key(r, "prefill", old), teacher._key(r, "prefill")
+        teacher.journal.describe(key, about, r.messages, r.prefix)
+        with teacher.journal._write() as own:
+            [(index, text, finish)] = own.execute(
+                "select idx, text, finish from continuations where key = ? and sample_id = ?", (new, r.sample_id)
+            )
+            own.execute("delete from continuations where key = ? and sample_id = ?", (new, r.sample_id))
+            journal_file.insert_text(own, key, r.sample_id, r.peak, index, text, finish, None, None, None, 1.0)
+    teacher.journal.put_mode("gemini", "gemini-3.8-flash", "auto", "prefill", {"answering": old if told else ""})
+    if told:  # then it does not matter who else was asked
+        teacher.journal.put_mode("gemini", "gemini-2.5-flash", "auto", "prefill", {"answering": ""})
+    with teacher.journal._write() as own:
+        own.execute("drop table answered")
+    teacher.journal.close()
+    c.teacher.replay = "only"
+    assert bought(c) == first
+    c.teacher.model = "gemini-3.6-flash"  # nobody answered in its place
+    with pytest.raises(TeacherStopped, match="has no continuation"):
+        bought(c)
+
+
+def test_the_key_of_a_text_is_what_it_was(tmp_path):
+    """Journals of before are found by it."""
+    c = cfg_for("https://generativelanguage.googleapis.com", "gemini", tmp_path, **{"teacher.replay": "only"})
+    (tmp_path / "journal").mkdir()
+    c.teacher.model = "gemini-3.8-flash"
+    assert teachers.make(c)._key(request(), "prefill")[0].hex() == "766b941807a13865ed795fdc6bda4494"
+
+
 def test_20_audits_of_10_texts_on_gemini_are_40_calls(tmp_path):
     with WireServer(extensions=EXTENSIONS["gemini"]) as server:
         c = cfg_for(server.url("gemini"), "gemini", tmp_path, **{"audit.num_continuations": 10})
@@ -178,7 +315,7 @@ def bill(tmp_path, least, prefixes, n=4):
 
         async def run():
             async with teacher_of(c) as teacher:
-                teacher.budget.price = teacher.price = budget.Price(1.0, 0.1, 5.0, 1.25)
+                teacher.prices[""] = teacher.budget.prices[0] = budget.Price(1.0, 0.1, 5.0, 1.25)
                 out = [await teacher.continue_text(request("s", len(p), p, n=n)) for p in prefixes]
                 return sum(r.usage.cost_usd for r in out)
 
