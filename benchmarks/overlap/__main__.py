@@ -102,6 +102,10 @@ class SlowClient:
         """Nothing is refused."""
         return False
 
+    def max_input_tokens(self, call) -> int:
+        """An upper bound of what a call sends."""
+        return call.max_input_tokens()
+
     async def call(self, call: wire.Call) -> wire.Reply:
         """n texts, after their time."""
         await asyncio.sleep(latency(call.seed) / self.scale)

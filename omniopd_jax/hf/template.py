@@ -154,7 +154,7 @@ def make(
     key, kwargs = f"{setting}.template", dict(kwargs or {})
     if not all(isinstance(s, str) and s for s in stop_strings):
         raise UserError(f"{setting}.stop_strings = {stop_strings!r} must be texts of at least one character")
-    preamble = _preamble(preamble, f"{setting}.preamble")
+    preamble = read_preamble(preamble, f"{setting}.preamble")
     what, source = f"{setting}.template = {template!r}", None
     if template == "chat":
         what, source = f"the {setting}'s chat template", _own(tokenizer, setting)
@@ -245,8 +245,8 @@ def _file(template: str, key: str) -> pathlib.Path:
     return path
 
 
-def _preamble(text: str, key: str) -> str:
-    """The text itself, or that of the file it names."""
+def read_preamble(text: str, key: str) -> str:
+    """The text itself, or that of the file it names. Raises `UserError` where it is no file that can be read."""
     path = pathlib.Path(text).expanduser() if 0 < len(text) < 1000 and "\n" not in text else None
     if path is not None and path.is_file():
         text = bounded.read_text(path, FILE_BYTES)

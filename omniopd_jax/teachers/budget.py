@@ -12,6 +12,7 @@ import dataclasses
 import math
 
 from omniopd_jax.errors import TeacherStopped, UserError
+from omniopd_jax.hf.template import read_preamble
 from omniopd_jax.teachers.journal import Journal, Totals
 from omniopd_jax.teachers.prices import PRICES, Price, listed_price
 
@@ -144,7 +145,8 @@ class Budget:
     ) -> float:  # fmt: skip
         """Puts what was billed in the reservation's place, writes the results down, and returns the dollars.
 
-        An answer that does not say what it used, or says more than it could, stays spent in full.
+        An answer that does not say what it used stays spent in full; one that says more than it could is believed as
+        `Journal.settle` says.
 
         Args:
           call: from `reserve`.
@@ -164,8 +166,8 @@ class Budget:
             usage = (billed.tokens_in, billed.tokens_cached, billed.tokens_out, usd)
         try:
             counted = self.journal.settle(
-                call, status, usage=usage, most_usd=max(p.most(*bound) for p in may_be), latency=latency, error=error,
-                results=results, by=by,
+                call, status, usage=usage, most_usd=max(p.most(*bound) for p in may_be), caps=self.caps,
+                latency=latency, error=error, results=results, by=by,
             )  # fmt: skip
         finally:
             self.in_flight -= 1
@@ -259,13 +261,18 @@ def estimate(
     steps = cfg.num_steps if steps is None else steps
     bought = {"continuations": 1} if asks is None else asks
     calls, tokens_in, tokens_out, usd, hours = ([0.0] * 3 for _ in range(5))
-    for one in (BOUGHT[what](cfg, most if takes_n else 1, count) for what, count in bought.items() if what in BOUGHT):
+    examples = len(read_preamble(t.preamble, "teacher.preamble").encode())
+    for what, count in bought.items():
+        if what not in BOUGHT:
+            continue
+        one = BOUGHT[what](cfg, most if takes_n else 1, count)
+        in_front = [examples / each if what != "logp" else 0.0 for each in BYTES]
         slowest = latency_s[1] * max(1.0, one.longest / PROBE_TOKENS)
         slow = (latency_s[0], (latency_s[0] + slowest) / 2, slowest)
         cached = (one.again, one.again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
         for i, repeats in enumerate((1.0, 1.02, 1.1)):
             n = steps * cfg.prompts_per_step * one.calls[i] * repeats
-            sent, written = n * one.sent[i], n * one.written[i]
+            sent, written = n * (one.sent[i] + in_front[i]), n * one.written[i]
             again = sent * cached[i]
             usd[i] += price.cost(sent, again, written, (sent - again) if price.written > price.input else 0)
             calls[i], tokens_in[i], tokens_out[i] = calls[i] + n, tokens_in[i] + sent, tokens_out[i] + written
@@ -299,6 +306,7 @@ def ends_early(cfg, least: Estimate, left: dict[str, float], steps: int) -> str:
     return ""
 
 
+BYTES = (5.0, 4.0, 3.0)  # of a token of the worked examples in front of a prompt: low, middle, high
 SHARES = (0.25, 0.5, 1.0)  # of the caps on lengths: low, middle, high
 
 

@@ -19,6 +19,7 @@ once, before the first write. A file that is corrupt, not a journal, or of anoth
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -35,6 +36,9 @@ from omniopd_jax.teachers.journal_file import APPLICATION_ID, NAME, known, renew
 from omniopd_jax.teachers.protocol import Continuation, Failure
 
 __all__ = ["APPLICATION_ID", "NAME", "Journal", "Spent", "Totals", "folder_of", "known", "main", "renew", "restore"]
+
+
+BELIEVED = 4  # times what a call could use by what was sent: a service may put text of its own in front
 
 
 def folder_of(cfg) -> pathlib.Path:
@@ -257,8 +261,8 @@ class Journal:
             return cursor.lastrowid
 
     def settle(
-        self, call: int, status: str, *, usage=None, most_usd: float = 0.0, latency: float = 0.0, error: str = "",
-        results=(), by: str = "",
+        self, call: int, status: str, *, usage=None, most_usd: float = 0.0, caps: Totals = Totals(),
+        latency: float = 0.0, error: str = "", results=(), by: str = "",
     ) -> Totals:  # fmt: skip
         """Writes what became of a call and, in the same transaction, the continuations that it brought.
 
@@ -266,10 +270,12 @@ class Journal:
           call: id from `ask`.
           status: `ok` (usage is billed), `rejected` (nothing is, but the call counts), `unsent` (nothing happened),
             `unknown` (stays spent in full).
-          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None, or more than was reserved: the answer did
-            not say, it stays spent in full.
+          usage: (tokens_in, tokens_cached, tokens_out, usd) for `ok`; None: the answer did not say, it stays spent in
+            full. More than was reserved is believed up to BELIEVED times that (a service may put text of its own in
+            front), as far as the caps go; what is said beyond stays out.
           most_usd: the most that it can have cost by the price of the model that answered, where that is more than was
             reserved.
+          caps: on all that the folder has seen.
           latency: seconds.
           error: what went wrong, without secrets.
           results: (key, sample_id, peak, Continuation, raw text or None) each.
@@ -281,13 +287,17 @@ class Journal:
         with self._write() as c:
             held = c.execute("select max_tokens, max_usd from calls where id = ?", (call,)).fetchone()
             most = (held[0], max(held[1], most_usd))
-            if usage and (usage[0] + usage[2] > most[0] or usage[3] > most[1] + 1e-12):
-                usage = None  # more than the call could use: no answer is believed that far
+            said = (usage[0] + usage[2], usage[3]) if usage else most
+            if said[0] > most[0] or said[1] > most[1] + 1e-12:
+                top = self._believed(c, held, most, caps)
+                if said[0] > top[0] or said[1] > top[1]:
+                    usage, most = None, tuple(max(a, min(b, t)) for a, b, t in zip(most, said, top))
             billed = Totals(1, *most)
-            if most != held and status in ("ok", "unknown"):
-                c.execute("update totals set usd = usd + ?", (most[1] - held[1],))
-                c.execute("update calls set max_usd = ? where id = ?", (most[1], call))
-                held = most
+            if most != held and not usage and status in ("ok", "unknown"):
+                c.execute(
+                    "update totals set tokens = tokens + ?, usd = usd + ?", (most[0] - held[0], most[1] - held[1])
+                )
+                c.execute("update calls set max_tokens = ?, max_usd = ? where id = ?", (*most, call))
             if status in ("rejected", "unsent") or usage:
                 tokens_in, cached, tokens_out, usd = usage or (0, 0, 0, 0.0)
                 billed = Totals(int(status != "unsent"), tokens_in + tokens_out, usd)
@@ -305,6 +315,12 @@ class Journal:
                     c, key, sample_id, peak, k.index, k.text, k.finish, None, raw, call, time.time(), by
                 )
         return billed
+
+    def _believed(self, c, held, most, caps: Totals) -> tuple[int, float]:
+        """(tokens, dollars) up to which an answer is believed that says more than its call could use."""
+        spent = c.execute("select tokens, usd from totals").fetchone()
+        limits = ((caps.tokens or math.inf), (caps.usd or math.inf))
+        return tuple(min(BELIEVED * m, h + max(0, cap - s)) for m, h, cap, s in zip(most, held, limits, spent))
 
     def put_failure(self, key: bytes, sample_id: str, peak: int, failure: Failure) -> None:
         """Writes a failure that is final: a replay fails there too, and n is the same."""

@@ -58,7 +58,7 @@ class RemoteTeacher(PaidTeacher):
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
         self.journal = Journal(folder, str(place(cfg.run_dir)))
         self.budget = money.Budget(cfg, self.journal, self.price)
-        self.traffic = Traffic(cfg, client, self.budget, served=self.served)
+        self.traffic = Traffic(cfg, client, self.budget, served=self.served, most_in=client.max_input_tokens)
         # known to be the student's own only where both are named; else continuations are trimmed by characters
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
         self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring

@@ -140,9 +140,10 @@ class Order:
 class Traffic:
     """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
 
-    def __init__(self, cfg, client, budget, served=lambda model: (None, "")):
+    def __init__(self, cfg, client, budget, served=lambda model: (None, ""), most_in=None):
         t = cfg.teacher
         self.client, self.budget, self.served = client, budget, served
+        self.most_in = most_in or (lambda call: call.max_input_tokens())  # call -> upper bound of its input in tokens
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
@@ -225,7 +226,7 @@ class Traffic:
                 async with self.slots:
                     while (pause := self.not_before - now()) > 0:
                         await asyncio.sleep(pause)
-                    tokens_in, tokens_out = call.max_input_tokens(), call.n * call.max_tokens
+                    tokens_in, tokens_out = self.most_in(call), call.n * call.max_tokens
                     await self.requests.take(1)
                     await self.tokens.take(tokens_in / 4 + tokens_out)
                     id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)

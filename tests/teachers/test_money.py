@@ -208,3 +208,41 @@ def test_no_cost_is_shown_as_zero_where_the_price_is_unknown(tmp_path, monkeypat
         out = spend(c, [request(f"s{i}", n=1) for i in range(12)])
     said = f"{line} {report.table()} {next(str(e) for e in out if isinstance(e, TeacherStopped))}"
     assert "an unknown price a call" in line and "price unknown" in report.table() and "0.0000" not in said
+
+
+def test_worked_examples_in_front_are_reserved_and_estimated(tmp_path):
+    """28 kB of them: no cap is passed, by the server's own count either."""
+    examples = "\n\n".join(
+        f"Q: What is {i} plus {i}?\nA: {i} plus {i} is {2 * i}, so it is {2 * i}." for i in range(500)
+    )
+    own = {"teacher.continuation": "completion", "teacher.template": "plain", "teacher.preamble": examples}
+    with WireServer(extensions={"completion"}) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **own | {"budget.tokens": 60_000})
+        out = spend(c, [request(f"s{i}", n=1) for i in range(8)])
+        told = sum(e["usage"]["in"] + e["usage"]["out"] for e in server.calls())
+    spent, _ = totals_of(tmp_path / "journal")
+    assert any(isinstance(e, TeacherStopped) for e in out) and 0.5 * 60_000 < spent.tokens == told <= 60_000
+    how = {"takes_n": True, "latency_s": (1.0, 1.0), "steps": 1}
+    with_them = budget.estimate(c, budget.Price(), **how)
+    c.teacher.preamble, c.teacher.template = "", "chat"
+    without = budget.estimate(c, budget.Price(), **how)
+    more = [(a - b) / n for a, b, n in zip(with_them.tokens_in, without.tokens_in, with_them.calls)]
+    assert more == pytest.approx([len(examples) / 5, len(examples) / 4, len(examples) / 3])
+
+
+@pytest.mark.parametrize("said,believed", [(3_000, True), (10**6, False)])
+def test_usage_above_the_bound_counts_as_far_as_a_service_may_add_text_of_its_own(said, believed, tmp_path):
+    shape = SHAPES["openai"]
+    with WireServer(mangle=lambda a: with_usage(into=said, out=8)(shape, a)) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **PRICE)
+        spend(c, [request(f"s{i}", n=1) for i in range(3)])
+        spent, unknown = totals_of(tmp_path / "journal")
+        assert len(server.calls()) == 3
+        if believed:
+            assert spent.tokens == 3 * (said + 8) and unknown.calls == 0
+        else:
+            assert unknown == spent and 3 * 4 * 1024 < spent.tokens < 3 * 4 * 1500
+        c = cfg_for(server.url("openai"), "openai", tmp_path / "capped", **PRICE | {"budget.tokens": 7_000})
+        out = spend(c, [request(f"s{i}", n=1) for i in range(6)])
+    spent, _ = totals_of(tmp_path / "capped" / "journal")
+    assert any(isinstance(e, TeacherStopped) for e in out) and 0.6 * 7_000 < spent.tokens <= 7_000

@@ -82,6 +82,10 @@ class AnthropicClient:
         """There is no other way to switch thinking off than the one that every call takes."""
         return False
 
+    def max_input_tokens(self, call: wire.Call) -> int:
+        """An upper bound of what a call sends."""
+        return call.max_input_tokens()
+
     async def reach(self) -> str:
         """What the service says of the model, at no cost. Raises `CallError`; `UserError` where it must think."""
         try:

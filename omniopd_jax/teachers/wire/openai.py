@@ -26,6 +26,7 @@ from omniopd_jax.teachers.remote import RemoteTeacher
 from omniopd_jax.teachers.wire import instruct, scoring
 
 OFFICIAL = "https://api.openai.com/v1"
+SPARE = 64  # tokens that a server may put around a raw prompt: its start token
 
 
 def make(cfg, needs: str = TEXT):
@@ -95,6 +96,12 @@ class OpenAIClient:
             return False
         self.extra["reasoning_effort"] = "none"
         return True
+
+    def max_input_tokens(self, call: wire.Call | wire.ScoreCall) -> int:
+        """An upper bound of what a call sends: of a prompt that is written here its bytes, worked examples included."""
+        if isinstance(call, wire.ScoreCall) or call.mode != "completion":
+            return call.max_input_tokens()
+        return SPARE + len(self._continued(call).encode())
 
     async def reach(self) -> str:
         """One line on what the server says of itself, at no cost. Raises `CallError` (not reachable, key refused).
