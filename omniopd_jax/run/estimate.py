@@ -112,7 +112,7 @@ class Preview:
             client = CLIENTS[cfg.teacher.provider](cfg)
             price = budget.price(cfg, self_hosted=client.self_hosted, official=client.official)
             how = {"takes_n": bool(client.seen.takes_n), "latency_s": budget.LATENCY_S, "steps": self.steps * part}
-            self.estimate = budget.estimate(cfg, price, **how, most=client.most_texts, asks=bought)
+            self.estimate = budget.estimate(cfg, price.on(prices.today()), **how, most=client.most_texts, asks=bought)
 
     def text(self) -> str:
         """The table, where each cap would stop the run, and what was assumed."""

@@ -9,12 +9,13 @@ zero.
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import math
 
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.hf.template import read_preamble
 from omniopd_jax.teachers.journal import Journal, Totals
-from omniopd_jax.teachers.prices import PRICES, Price, listed_price
+from omniopd_jax.teachers.prices import PRICES, Price, listed_price, today
 
 __all__ = ["PRICES", "Budget", "Estimate", "Price", "ends_early", "estimate", "listed_price", "price"]
 
@@ -44,17 +45,27 @@ def price(cfg, *, self_hosted: bool, official: bool = True, model: str | None = 
         )
     if not (self_hosted or known or {"input", "output"} <= given.keys()):
         given["known"] = False
+    if {"input", "output"} <= given.keys():
+        base = dataclasses.replace(base, then=None)
+    if base.then:
+        given["then"] = _with(base.then, given)
+    return _with(base, given)
+
+
+def _with(base: Price, given: dict) -> Price:
+    """A price with what the config gives in its place; the parts that go with the input are scaled as it is."""
+    given = dict(given)
     if "input" in given:
-        scale = t.price_input / base.input if base.input else 1.0
-        given["written"] = base.written * scale if base.written else t.price_input
-        given.setdefault("cached", base.cached * scale if base.cached else t.price_input)
+        scale = given["input"] / base.input if base.input else 1.0
+        given["written"] = base.written * scale if base.written else given["input"]
+        given.setdefault("cached", base.cached * scale if base.cached else given["input"])
     return dataclasses.replace(base, **given)
 
 
 class Budget:
     """Reserves before a call, settles after it. The journal makes it exact over processes and restarts."""
 
-    def __init__(self, cfg, journal: Journal, price: Price):
+    def __init__(self, cfg, journal: Journal, price: Price, today=today):
         b = cfg.budget
         self.caps = Totals(b.calls, b.tokens, b.usd)
         self.hosts = 1  # disks among which the caps are divided
@@ -62,6 +73,7 @@ class Budget:
         self.journal = journal
         self.price = price  # of a reply that nobody says more of
         self.prices = [price]  # of every model that may answer: calls are held at the dearest
+        self.today = today
         self.bounds = {}  # id of a call that is out -> the most (tokens in, tokens out) that it can use
         self.in_flight = 0
         self.settled = None  # asyncio.Event of the running loop: some reservation has been given back
@@ -108,7 +120,7 @@ class Budget:
         Raises:
           TeacherStopped: no room is left and nothing in flight could make any.
         """
-        usd = max(price.most(tokens_in, tokens_out) for price in self.prices)
+        usd = self._most(self.prices, tokens_in, tokens_out)
         async with self.turn:
             while True:
                 call = self.journal.ask(key, n, tokens_in + tokens_out, usd, self.caps)
@@ -121,6 +133,12 @@ class Budget:
                 self.settled.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.settled.wait(), OTHERS_S)
+
+    def _most(self, prices, tokens_in: int, tokens_out: int) -> float:
+        """Dollars of a call at the dearest of some prices, as they are now and tomorrow: a call may last over
+        midnight."""
+        days = (self.today(), self.today() + datetime.timedelta(days=1))
+        return max(price.on(day).most(tokens_in, tokens_out) for price in prices for day in days)
 
     def _used_up(self, cap: str, wanted: Totals) -> str:
         """What the caps were spent on, in one line."""
@@ -160,13 +178,13 @@ class Budget:
         """
         usage, bound = None, self.bounds.pop(call, (0, 0))
         may_be = [price] if price else self.prices if status == "unknown" else [self.price]
-        price = price or self.price
+        price = (price or self.price).on(self.today())
         if billed is not None:
             usd = price.cost(billed.tokens_in, billed.tokens_cached, billed.tokens_out, billed.tokens_written)
             usage = (billed.tokens_in, billed.tokens_cached, billed.tokens_out, usd)
         try:
             counted = self.journal.settle(
-                call, status, usage=usage, most_usd=max(p.most(*bound) for p in may_be), caps=self.caps,
+                call, status, usage=usage, most_usd=self._most(may_be, *bound), caps=self.caps,
                 latency=latency, error=error, results=results, by=by,
             )  # fmt: skip
         finally:
@@ -249,7 +267,7 @@ def estimate(
 
     Args:
       cfg: the recipe.
-      price: from `price()`.
+      price: from `price()`, of the day on which the run goes on.
       takes_n: whether one call brings several continuations of a chunk (the probe's answer).
       most: how many at most.
       latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much

@@ -6,6 +6,7 @@ say that they read the service's page on that day. Check before spending; `teach
 """
 
 import dataclasses
+import datetime
 import re
 
 
@@ -14,6 +15,7 @@ class Price:
     """USD per million tokens: fresh input, input served from the provider's cache, output, input written to it.
 
     A request with more than `long_from` tokens of input (0: there is no such step) costs `long_factor` times as much.
+    From the day `then_from` on, `then` holds (`on`).
     """
 
     input: float = 0.0
@@ -23,9 +25,18 @@ class Price:
     known: bool = True  # False: no table has the model, and the config names no price: its cost is not 0, it is unknown
     long_from: int = 0
     long_factor: float = 1.0
+    then: "Price | None" = None
+    then_from: datetime.date = datetime.date.max
 
-    def cost(self, tokens_in: int, tokens_cached: int, tokens_out: int, tokens_written: int = 0) -> float:
-        """Dollars of one request; `tokens_in` holds the cached and the written ones."""
+    def on(self, day: datetime.date) -> "Price":
+        """The price of that day."""
+        return self.then.on(day) if self.then and day >= self.then_from else self
+
+    def cost(self, tokens_in: int, tokens_cached: int, tokens_out: int, tokens_written: int | None = 0) -> float:
+        """Dollars of one request; `tokens_in` holds the cached and the written ones. None: which were written is not
+        known, and all that are fresh count as dear as that."""
+        if tokens_written is None:
+            tokens_written = tokens_in - tokens_cached if self.written > self.input else 0
         fresh = tokens_in - tokens_cached - tokens_written
         parts = fresh * self.input + tokens_cached * self.cached + tokens_written * self.written
         return (parts + tokens_out * self.output) * self._factor(tokens_in) / 1e6
@@ -115,7 +126,10 @@ TABLE = {
     "gemini-3.5-flash-lite": Listed(_openai(0.30, 0.03, 2.50), "2026-07-21", GEMINI_JULY),
     "gemini-3.6-flash": Listed(_openai(1.50, 0.15, 7.50), "2026-07-21", GEMINI_JULY),
     "gemini-3.8-flash": Listed(
-        _openai(0.75, 0.075, 3.75), "2026-10-07",
+        dataclasses.replace(
+            _openai(0.75, 0.075, 3.75), then=_openai(1.50, 0.15, 7.50), then_from=datetime.date(2027, 1, 1)
+        ),
+        "2026-10-07",
         "api-evangelist/deepmind, plans/deepmind-plans-pricing.yml, of https://ai.google.dev/gemini-api/docs/pricing",
         "until 31 December 2026, then twice that; output and cached of github.com/BerriAI/litellm/discussions/39357",
     ),  # fmt: skip
@@ -133,7 +147,14 @@ def source(model: str) -> str:
     """When and where the table's price of a model was read, in one line; "" where it has none."""
     listed = TABLE.get(undated(model))
     note = f"; {listed.note}" if listed and listed.note else ""
+    if listed and (then := listed.price.then):
+        note = f"; from {listed.price.then_from}: {then.input:g} in, {then.output:g} out{note}"
     return f"read {listed.read}: {listed.page}{note}" if listed else ""
+
+
+def today() -> datetime.date:
+    """The day by which prices go: UTC."""
+    return datetime.datetime.now(datetime.UTC).date()
 
 
 def undated(model: str) -> str:

@@ -192,7 +192,7 @@ class RemoteTeacher(PaidTeacher):
         takes_n = bool(self.client.seen.takes_n)
         most = self.client.most_texts
         how = {"takes_n": takes_n, "latency_s": latency, "steps": steps, "most": most, "asks": self.asks}
-        return money.estimate(self.cfg, self.price, **how)
+        return money.estimate(self.cfg, self.price.on(self.budget.today()), **how)
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) for the next step: see `Budget.allowance`."""

@@ -1,6 +1,7 @@
 """The providers' models of November 2026: what they refuse, what they cost, who answers in whose place."""
 
 import asyncio
+import datetime
 import json
 import re
 
@@ -230,6 +231,48 @@ def test_the_key_of_a_text_is_what_it_was(tmp_path):
     (tmp_path / "journal").mkdir()
     c.teacher.model = "gemini-3.8-flash"
     assert teachers.make(c)._key(request(), "prefill")[0].hex() == "766b941807a13865ed795fdc6bda4494"
+
+
+@pytest.mark.parametrize(
+    "details,written",
+    [({"cached_tokens": 100, "cache_write_tokens": 800}, 800), ({"cached_tokens": 100}, 900), ({}, 1000)],
+)
+def test_what_is_written_to_the_cache_is_paid_for_as_that(details, written, tmp_path, as_the_service, monkeypatch):
+    """Where the answer is silent all that is fresh counts as written, as in the estimate."""
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-0123456789")
+    used = {"prompt_tokens": 1000, "completion_tokens": 8, "total_tokens": 1008, "prompt_tokens_details": details}
+    with WireServer(mangle=lambda a: a | {"model": "gpt-6-luna", "usage": used}, models=["gpt-6-luna"]) as server:
+        settings = {"teacher.model": "gpt-6-luna", "teacher.continuation": "instruct"}
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path, **settings), request(n=1))
+    cost = budget.PRICES["gpt-6-luna"].cost(1000, details.get("cached_tokens", 0), 8, written)
+    assert result.usage.cost_usd == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("day,times,held", [("2026-12-30", 1, 1), ("2026-12-31", 1, 2), ("2027-01-01", 2, 2)])
+def test_a_price_that_changes_on_a_known_day_is_used_from_that_day(day, times, held, tmp_path, as_the_service):
+    """What goes out on the eve may be answered on the day."""
+
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            teacher.budget.today = lambda: datetime.date.fromisoformat(day)
+            result = await teacher.continue_text(request(n=1, max_tokens=100))
+            [(most,)] = teacher.journal.own.execute("select max_usd from calls")
+            return result.usage.cost_usd, most, teacher.estimate(steps=10).usd[1]
+
+    def runs(name, **settings):
+        with gemini(iter(["gemini-3.8-flash"])) as server:
+            settings |= {"teacher.model": "gemini-3.8-flash"}
+            return asyncio.run(run(cfg_for(server.url("gemini"), "gemini", tmp_path / name, **settings)))
+
+    usd, most, estimated = runs("listed")
+    given = {"teacher.price_input": 0.75, "teacher.price_cached": 0.075, "teacher.price_output": 3.75}
+    usd_1, most_1, estimated_1 = runs("given", **given)  # what a person says holds on every day
+    assert usd_1 == pytest.approx((900 * 0.75 + 100 * 3.75) / 1e6)
+    ratios = (usd / usd_1, most / most_1, estimated / estimated_1)
+    assert ratios == pytest.approx((times, held, times))
+    usd_2, most_2, _ = runs("input", **{"teacher.price_input": 1.5})  # the input alone: the output is the table's
+    assert usd_2 == pytest.approx((900 * 1.5 + 100 * 3.75 * times) / 1e6)
+    assert "from 2027-01-01: 1.5 in, 7.5 out" in prices.source("gemini-3.8-flash")
 
 
 def test_20_audits_of_10_texts_on_gemini_are_40_calls(tmp_path):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from hostile_answers import KINDS, SHAPES, with_usage
-from teacher_kit import cfg_for, check, request, teacher_of
+from teacher_kit import EXTENSIONS, cfg_for, check, request, teacher_of
 from wire_server import WireServer
 
 from omniopd_jax.errors import UserError
@@ -60,7 +60,7 @@ def test_no_cap_is_passed_by_answers_that_lie(cap, tmp_path):
 WORKER = """
 import sys; sys.path[:0] = [{support!r}, {repo!r}]
 import asyncio
-from teacher_kit import cfg_for, request, teacher_of
+from teacher_kit import EXTENSIONS, cfg_for, request, teacher_of
 async def run():
     settings = {settings!r}
     async with teacher_of(cfg_for({url!r}, "openai", {folder!r}, **settings)) as t:
@@ -246,3 +246,14 @@ def test_usage_above_the_bound_counts_as_far_as_a_service_may_add_text_of_its_ow
         out = spend(c, [request(f"s{i}", n=1) for i in range(6)])
     spent, _ = totals_of(tmp_path / "capped" / "journal")
     assert any(isinstance(e, TeacherStopped) for e in out) and 0.6 * 7_000 < spent.tokens <= 7_000
+
+
+@pytest.mark.parametrize("provider", SHAPES)
+def test_an_error_inside_200_that_states_its_usage_stays_spent(provider, tmp_path):
+    with WireServer(
+        extensions=EXTENSIONS[provider], mangle=lambda a: a | {"error": {"code": 500, "message": "gone"}}
+    ) as server:
+        c = cfg_for(server.url(provider), provider, tmp_path, **PRICE | {"teacher.max_retries": 0})
+        [result] = spend(c, [request(n=1)])
+    spent, unknown = totals_of(tmp_path / "journal")
+    assert result.failures and unknown == spent and spent.calls == 1 and spent.usd > 0

@@ -59,12 +59,12 @@ class Text:
 @dataclasses.dataclass(frozen=True)
 class Billed:
     """Tokens that an answer says it used. `tokens_in` holds the cached and the cache-writing ones, `tokens_out` the
-    hidden."""
+    hidden. `tokens_written` is None where the answer has no such field."""
 
     tokens_in: int
     tokens_out: int
     tokens_cached: int = 0
-    tokens_written: int = 0
+    tokens_written: int | None = 0
 
 
 @dataclasses.dataclass(frozen=True)

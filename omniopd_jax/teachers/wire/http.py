@@ -171,7 +171,7 @@ def _check(status: int, headers, body: bytes, name_field) -> None:
         raise CallError(
             f"HTTP 200 with an error{told} inside: {found.message}",
             error.kind,
-            outcome=error.outcome,
+            outcome="unknown" if read.states_usage(answer) else error.outcome,  # it may be billed, as it says
             status=error.status,
             retry_after=error.retry_after,
             field=error.field,

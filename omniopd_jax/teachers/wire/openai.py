@@ -302,7 +302,8 @@ def _billed(answer, *, wrote: bool = True) -> wire.Billed | None:
     inputs, outputs = (wire.read.as_dict(usage.get(f"{part}_tokens_details")) for part in ("prompt", "completion"))
     return wire.read.billed(
         usage.get("prompt_tokens"), usage.get("completion_tokens"), cached=inputs.get("cached_tokens"),
-        hidden=outputs.get("reasoning_tokens"), total=usage.get("total_tokens"), wrote=wrote,
+        written=inputs.get("cache_write_tokens"), hidden=outputs.get("reasoning_tokens"),
+        total=usage.get("total_tokens"), wrote=wrote,
     )  # fmt: skip
 
 

@@ -247,10 +247,10 @@ def billed(
     parts = [tokens_in, tokens_out, cached or 0, written or 0, hidden or 0]
     if any(not whole(value) for value in parts):
         return None
-    tokens_in, tokens_out, cached, written, hidden = parts
+    tokens_in, tokens_out, cached, there, hidden = parts
     if (
         tokens_in == 0
-        or cached + written > tokens_in
+        or cached + there > tokens_in
         or (wrote and tokens_out == 0)
         or hidden > max(tokens_out, _or_0(total))
     ):
@@ -258,6 +258,20 @@ def billed(
     if total is not None and not whole(total):
         return None
     return Billed(tokens_in, max(tokens_out, _or_0(total) - tokens_in), cached, written)
+
+
+def states_usage(answer) -> bool:
+    """Whether an answer, of whichever protocol, says that it used tokens."""
+    usage = as_dict(as_dict(answer).get("usage") or as_dict(answer).get("usageMetadata"))
+    names = (
+        "prompt_tokens",
+        "completion_tokens",
+        "input_tokens",
+        "output_tokens",
+        "promptTokenCount",
+        "totalTokenCount",
+    )
+    return any(_or_0(usage.get(name)) for name in names)
 
 
 def whole(value) -> bool:
