@@ -174,3 +174,50 @@ def test_a_key_goes_unencrypted_to_another_machine_only_where_a_setting_says_so(
             monkeypatch.delenv(name)
         c.teacher.base_url = f"http://10.1.2.3:8000{path}"
         teachers.make(c)  # nothing to send
+
+
+@pytest.mark.parametrize(
+    "key,text",
+    [
+        ("1234", " so the result is 1234."), ("secret", " the secret number is 7"), ("abc", " triangle ABC has"),
+        ("123", "= 123"),
+    ],
+)  # fmt: skip
+def test_a_short_dummy_key_cuts_nothing_out_of_a_teachers_text(key, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with WireServer(speak=lambda *_: text) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request(n=1))
+    assert [c.text for c in result.continuations] == [text]
+    assert key not in wire.scrub(f"key {key}")  # in a message it is hidden all the same
+
+
+TOKEN = "gw-verysecret-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "variable,provider,line",
+    [
+        ("ANTHROPIC_CUSTOM_HEADERS", "anthropic", f"X-Team: research\nX-Gateway-Token: {TOKEN}"),
+        ("OPENAI_CUSTOM_HEADERS", "openai", f"X-Gateway: Bearer {TOKEN}"),
+    ],
+)
+def test_a_token_in_a_custom_header_is_a_key(variable, provider, line, tmp_path, monkeypatch):
+    """The SDK sends it; a server that repeats it brings it into no file, and it goes nowhere unencrypted."""
+    monkeypatch.setenv(variable, line)
+    said = f"who are you, {TOKEN}? Bearer {TOKEN}, research"
+    with WireServer(
+        extensions=EXTENSIONS[provider], mangle=lambda a: (400, {}, json.dumps({"error": {"message": said}}).encode())
+    ) as server:
+        [result] = ask(cfg_for(server.url(provider), provider, tmp_path), request(n=1))
+    [failure] = result.failures
+    assert "who are you, ***" in failure.error and TOKEN not in failure.error and "research" in failure.error
+    assert all(TOKEN.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert wire.hide_keys(f"so {TOKEN} research it is") == "so *** research it is"
+    for name in wire.KEYS[provider]:
+        monkeypatch.delenv(name)
+    c = cfg_for("http://gateway.example:8080", provider, tmp_path)
+    with pytest.raises(UserError, match=f"{variable} would be sent unencrypted") as e:
+        teachers.make(c)
+    assert TOKEN not in str(e.value)
+    monkeypatch.setenv(variable, "X-Team: research")  # no token
+    teachers.make(c)

@@ -20,6 +20,8 @@ KEYS = {
     "anthropic": ("ANTHROPIC_API_KEY",),
     "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
 }
+# beside its key an SDK sends these headers, one `Name: value` a line: a gateway's token, mostly
+HEADERS = {"openai": ("OPENAI_CUSTOM_HEADERS",), "anthropic": ("ANTHROPIC_CUSTOM_HEADERS",), "gemini": ()}
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 # what people set where a server wants some key: hiding such a word would only change texts
 NO_SECRETS = frozenset(
@@ -45,7 +47,8 @@ NO_SECRETS = frozenset(
     }
 )
 PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa")  # never sold to anybody
-LONG = 8  # characters from which a key is hidden inside words too
+SHORT = 3  # characters from which a key is hidden in messages, where it stands alone
+LONG = 8  # ... inside words too, and in the teacher's texts
 _LOOKS = (
     (re.compile(r"(?i)\b(sk-[\w-]{6}|AIza)[\w-]{6,}"), "***"),
     (re.compile(r"(?i)(bearer\s+|(?:api[-_]?key|x-goog-api-key)['\"]?\s*[:=]\s*['\"]?)[\w.~+/-]{6,}=*"), r"\1***"),
@@ -56,15 +59,18 @@ _found_in_urls: set[str] = set()  # segments of an address's path that look like
 
 def scrub(text: str) -> str:
     """`text` for a terminal, a log or a message: without any key, and without characters that a terminal obeys."""
-    text = hide_keys(text)
+    text = hide_keys(text, least=SHORT)
     for pattern, mark in _LOOKS:
         text = pattern.sub(mark, text)
     return printable(text)
 
 
-def hide_keys(text: str) -> str:
-    """`text` with `***` in the place of every key that this process knows, in any of its usual forms."""
-    pattern = _pattern(tuple(sorted(_known())))
+def hide_keys(text: str, *, least: int = LONG) -> str:
+    """`text` with `***` in the place of every key that this process knows, in any of its usual forms.
+
+    `least`: characters of a key. A short one is a dummy ("1234", "secret") that a teacher's text may well hold.
+    """
+    pattern = _pattern(tuple(sorted(value for value in _known() if len(value.strip()) >= least)))
     return pattern.sub("***", text) if pattern else text
 
 
@@ -73,8 +79,18 @@ def _known() -> set[str]:
     for name in PROXIES:
         found = re.match(r"[^/@]*(?://)?[^/@:]*:([^/@]+)@", os.environ.get(name, ""))  # whatever else is wrong with it
         names.append(urllib.parse.unquote(found.group(1)) if found else "")
+    names += [value for provider in HEADERS for value in _header_secrets(provider)]
     values = {v for name in names for v in (name, name.strip())} | _found_in_urls
-    return {v for v in values if len(v.strip()) >= 3 and v.strip().lower() not in NO_SECRETS}
+    return {v for v in values if len(v.strip()) >= SHORT and v.strip().lower() not in NO_SECRETS}
+
+
+def _header_secrets(provider: str) -> list[str]:
+    """What the environment's own headers may give away: each value, of `Bearer TOKEN` the token. A plain word (a
+    team's name, `true`) is none."""
+    lines = [line for name in HEADERS[provider] for line in re.split(r"[\r\n]+", os.environ.get(name, ""))]
+    values = [line.partition(":")[2].strip() for line in lines]
+    values = [re.sub(r"(?i)^(bearer|basic|token|apikey)\s+", "", value) for value in values]
+    return [v for v in values if len(v) >= SHORT and not re.fullmatch(r"[A-Za-z]{1,15}", v)]
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,10 +151,13 @@ def api_key(provider: str, *, required: bool) -> str:
 
 
 def check_key_may_go(cfg, provider: str, url: str) -> None:
-    """Raises `UserError` where a key would travel unencrypted to another machine and no setting allows it."""
+    """Raises `UserError` where a key, or a header's token, would travel unencrypted to another machine and no setting
+    allows it."""
     if is_loopback(url) or url.startswith("https:") or cfg.teacher.key_over_http:
         return
-    if (name := next((n for n in KEYS[provider] if os.environ.get(n, "").strip()), None)) is not None:
+    names = [n for n in KEYS[provider] if os.environ.get(n, "").strip()]
+    names += HEADERS[provider] if _header_secrets(provider) else ()
+    if name := next(iter(names), None):
         raise UserError(
             f"{name} would be sent unencrypted to {scrub(url)}: use https, unset it (a server of your own may need "
             "none), or "
@@ -172,7 +191,8 @@ def public_url(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     path = "/".join("***" if _like_a_key(s) else s for s in parts.path.split("/"))
     return hide_keys(
-        re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}")
+        re.sub(r"//[^/\s@]+@", "//***@", f"{url[: len(url) - len(url.partition('://')[2])]}{parts.netloc}{path}"),
+        least=SHORT,
     )
 
 
