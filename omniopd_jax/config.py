@@ -188,7 +188,7 @@ def default() -> ConfigDict:
     c.teacher.requests_per_minute = 0  # per process; 0 = what the response headers say, if they say anything
     c.teacher.tokens_per_minute = 0  # input and output, per process; 0 = what the response headers say
     c.teacher.timeout_s = 60.0  # one call
-    c.teacher.deadline_s = 300.0  # one audit in total, retries included, counted from when it starts
+    c.teacher.deadline_s = 300.0  # one audit, retries included; waits in our own queue and pauses asked for not counted
     c.teacher.max_retries = 8  # of a call answered with an error; an unreachable server is retried until deadline_s
     c.teacher.prefix_order = "ascending"  # ascending: a response's prefixes in turn, for prefix caches | free
     c.teacher.replay = "prefer"  # prefer (journal first) | only (never connects, needs no key) | off (writes only)

@@ -169,7 +169,8 @@ class _Probe:
         known = self.teacher.journal.get(key, WHO, 0, (0,)) if self.t.replay != "off" else {}
         if known:
             return self._replayed(known[0], call)
-        began, deadline = now(), now() + min(max(PATIENCE_S, self.t.timeout_s), self.t.deadline_s)
+        began, patience = now(), min(max(PATIENCE_S, self.t.timeout_s), self.t.deadline_s)
+        deadline = self.teacher.traffic.deadline(patience)
 
         def accept(reply):
             self.latencies.append(now() - began)

@@ -58,7 +58,9 @@ class RemoteTeacher(PaidTeacher):
             raise UserError(f"teacher.replay = 'only' needs a journal: teacher.journal = {str(folder)!r} is no folder")
         self.journal = Journal(folder, str(place(cfg.run_dir)))
         self.budget = money.Budget(cfg, self.journal, self.price)
-        self.traffic = Traffic(cfg, client, self.budget, served=self.served, most_in=client.max_input_tokens)
+        self.traffic = Traffic(
+            cfg, client, self.budget, served=self.served, most_in=client.max_input_tokens, stopped=lambda: self.stopped
+        )
         # known to be the student's own only where both are named; else continuations are trimmed by characters
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
         self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring
@@ -304,6 +306,7 @@ class RemoteTeacher(PaidTeacher):
             stop = TeacherStopped(wire.scrub(" ".join(what.split())[:400]))
             stop.__cause__ = error  # for --verbosity=1
         self.stopped = self.stopped or stop
+        self.traffic.end_queue()
         return stop
 
     def _known_score(self, key) -> str | None:
@@ -321,7 +324,7 @@ class RemoteTeacher(PaidTeacher):
                 return text, Usage()
             sent = [int(i) for i in (*prompt_ids, *token_ids)]
             self.journal.describe(key, about, messages, json.dumps(sent))
-            first, deadline = len(prompt_ids), now() + self.cfg.teacher.deadline_s
+            first, deadline = len(prompt_ids), self.traffic.deadline(self.cfg.teacher.deadline_s)
             call = wire.ScoreCall(tuple(sent[:first]), tuple(sent[first:]), self.mode)
             rows = []
 
@@ -422,7 +425,7 @@ class _Audit:
                 raise TeacherStopped(str(self.teacher.stopped))
             self.teacher.journal.describe(self.key, about, self.request.messages, self.request.prefix)
             begun = now()
-            deadline = begun + self.teacher.cfg.teacher.deadline_s
+            deadline = traffic.deadline(self.teacher.cfg.teacher.deadline_s)
             await self._ask(missing[: client.most_texts] if client.seen.takes_n else missing[:1], missing, deadline)
             answered()  # the provider's cache is filled: the next prefix may go, and the rest of this one side by side
             while todo := tuple(i for i in missing if i not in self.found):
@@ -433,7 +436,7 @@ class _Audit:
 
     async def _side_by_side(self, groups, missing, deadline):
         """One call a group; a stop waits for the others, whose texts are paid for."""
-        await gather_all(self._ask(group, missing, deadline) for group in groups)
+        await gather_all(self._ask(group, missing, deadline.copy()) for group in groups)
 
     async def _ask(self, group, missing, deadline):
         """One call for `group`, until each of its texts that came is in `found`, or each index as a failure."""

@@ -5,6 +5,7 @@ Everything here belongs to one event loop, and goes by its clock.
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import random
 import sys
@@ -19,6 +20,7 @@ TWICE_MORE = (
     2  # how often a refusal of everything (a key, a model) is asked again where the service has answered before
 )
 SILENT_S, SILENT_AGAIN_S = 10.0, 30.0  # when a service that does not answer is reported, and how often after that
+TICK_S = 1e-3  # the shortest wait: of less, a clock's rounding can make none at all
 HEED_S = 60.0  # how long a limit holds that a header named, unless another answer names it again
 
 
@@ -50,20 +52,81 @@ class Bucket:
         self.until = until
         if self.rate == per_minute / 60.0:
             return
-        self.rate, self.burst = per_minute / 60.0, max(1.0, per_minute / 10.0)
-        self.level = min(self.level, self.burst) if self.level else self.burst
+        had, self.rate, self.burst = self.rate, per_minute / 60.0, max(1.0, per_minute / 10.0)
+        self.level = min(self.level, self.burst) if had else self.burst
 
     async def take(self, units: float) -> None:
-        """Waits until `units` may pass; more than a burst counts as a burst."""
+        """Waits until `units` may pass. More than a burst passes when the bucket is full, and leaves it in debt."""
         async with self.turn:
             while self.rate and now() < self.until:
                 least = min(units, self.burst)
                 time = now()
                 self.level, self.at = min(self.burst, self.level + (time - self.at) * self.rate), time
                 if self.level >= least:
-                    self.level -= least
+                    self.level -= units
                     return
-                await asyncio.sleep(min((least - self.level) / self.rate, max(0.0, self.until - time)))
+                await asyncio.sleep(max(TICK_S, min((least - self.level) / self.rate, self.until - time)))
+
+
+class Silence:
+    """A clock that runs while calls are out, for how long a service has answered none of them."""
+
+    def __init__(self):
+        self.out, self.since, self.before, self.last = 0, 0.0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def call(self):
+        """Around a call that is out."""
+        if not self.out:
+            self.since = now()
+        self.out += 1
+        try:
+            yield
+        finally:
+            self.out -= 1
+            if not self.out:
+                self.before += now() - self.since
+
+    def time(self) -> float:
+        """What the clock shows, in seconds."""
+        return self.before + (now() - self.since if self.out else 0.0)
+
+    def answered(self) -> None:
+        """One was answered."""
+        self.last = self.time()
+
+    def seconds(self, since: float) -> float:
+        """For how long none has been answered, counted from where the clock showed `since`."""
+        return self.time() - max(since, self.last)
+
+
+class Deadline:
+    """When a request is given up: `seconds` after now and the time that it waits for us, not for the service; sooner
+    where the service has answered nobody for as long.
+    """
+
+    def __init__(self, seconds: float, silence: Silence):
+        self.seconds, self.silence, self.began = seconds, silence, silence.time()
+        self.at = now() + seconds
+        self.since = None  # since when it stands still
+
+    def left(self) -> float:
+        """Seconds that the service still has."""
+        own = self.at - (now() if self.since is None else self.since)
+        return min(own, self.seconds - self.silence.seconds(self.began))
+
+    def copy(self) -> "Deadline":
+        """The same, for one of several calls that go on side by side."""
+        return copy.copy(self)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Around a wait of our own: it does not count."""
+        self.since = now()
+        try:
+            yield
+        finally:
+            self.at, self.since = self.at + now() - self.since, None
 
 
 class Order:
@@ -138,13 +201,22 @@ class Order:
 
 
 class Traffic:
-    """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline."""
+    """Sends calls through a provider's client: bounded, paced, budgeted, retried within a deadline.
 
-    def __init__(self, cfg, client, budget, served=lambda model: (None, ""), most_in=None):
+    Args:
+      served: told of the model that answered, as it calls itself; (price of the reply, who wrote it).
+      most_in: call -> upper bound of its input in tokens.
+      stopped: returns what has ended the run, or None; nothing goes out from then on.
+    """
+
+    def __init__(
+        self, cfg, client, budget, served=lambda model: (None, ""), most_in=None, stopped=lambda: None
+    ):  # fmt: skip
         t = cfg.teacher
-        self.client, self.budget, self.served = client, budget, served
-        self.most_in = most_in or (lambda call: call.max_input_tokens())  # call -> upper bound of its input in tokens
+        self.client, self.budget, self.served, self.stopped = client, budget, served, stopped
+        self.most_in = most_in or (lambda call: call.max_input_tokens())
         self.timeout_s, self.max_retries, self.max_concurrency = t.timeout_s, t.max_retries, t.max_concurrency
+        self.patience_s = t.deadline_s  # for a service that asks for pauses and answers nobody
         self.ascending = t.prefix_order == "ascending"
         self.requests_per_minute, self.tokens_per_minute = t.requests_per_minute, t.tokens_per_minute
         self.jitter = random.Random()  # not the run's seed: processes must not retry in step
@@ -152,18 +224,23 @@ class Traffic:
         self.failed_in_a_row = 0
         self.last_success = float("-inf")
         self.report = report
+        self.queued = set()  # timeouts of the calls that wait for us: `end_queue` makes them all due
 
     def bind(self) -> None:
         """Makes what belongs to the running event loop."""
         self.slots = asyncio.Semaphore(self.max_concurrency)
         self.order = Order(self.max_concurrency, ascending=self.ascending)
         self.requests, self.tokens = Bucket(self.requests_per_minute), Bucket(self.tokens_per_minute)
-        self.not_before = 0.0
+        self.not_before = 0.0  # a pause by the headers of an answer: one that has room ends it
+        self.refused_until, self.refused_since = 0.0, None  # a pause by Retry-After, and the first since an answer
+        self.window = float(self.max_concurrency)  # calls in flight that a service without limit headers bears
+        self.room = asyncio.Event()  # a call has come back
+        self.silence, self.queued = Silence(), set()
         self.waiting, self.watch, self.since = {}, None, now()
         self.budget.bind()
 
     async def send(
-        self, call: Call | ScoreCall, key: bytes, *, deadline: float, accept, fail_fast: bool = False
+        self, call: Call | ScoreCall, key: bytes, *, deadline: Deadline, accept, fail_fast: bool = False
     ) -> Sent:
         """`_send`, and a word on the terminal where it takes long."""
         with self._waiting(deadline):
@@ -175,9 +252,9 @@ class Traffic:
         Args:
           call: what to ask.
           key: the journal's key of the request.
-          deadline: the loop's time (`now()`) after which nothing more is tried.
+          deadline: after which nothing more is tried; it stands still while the call waits for us.
           accept: turns the `Reply` into journal rows, before they are used.
-          fail_fast: give up at once where nothing listens, and after two retries: for the probe.
+          fail_fast: give up at once where nothing listens, and after TWICE_MORE: for the probe.
 
         Raises:
           CallError: refused, or still failing; its `attempts` says how often it was sent.
@@ -185,31 +262,37 @@ class Traffic:
         """
         tries = answered = refused = 0
         while True:
+            began = now()
             try:
                 reply, rows, usd = await self._once(call, key, deadline, accept)
                 return Sent(reply, rows, usd, tries + 1)
             except CallError as e:
                 error = e
+            if error.late and error.outcome == "unsent":  # given up in our own queue
+                error.attempts = tries
+                raise error
             self.failed_in_a_row += error.kind == "retry"
-            # an unreachable server costs nothing and may come back: only the deadline ends that
-            tries, answered = tries + 1, answered + (error.outcome != "unsent")
+            paused = self._pause(error)
+            # an unreachable server costs nothing and may come back, and who is put off while others are answered has
+            # its turn: only the deadline ends that
+            tries += 1
+            answered += error.outcome != "unsent" and not (paused and self.last_success >= began)
             error.attempts = tries
             again = False
-            if error.status in (401, 403, 404) and self.last_success > float("-inf") and refused < TWICE_MORE:
+            asked_before = self.last_success > float("-inf") and error.field != "withheld"
+            if error.status in (401, 403, 404) and asked_before and refused < TWICE_MORE:
                 refused, again = refused + 1, True  # it worked before: a gateway may have had a bad moment
             elif error.kind == "stop":
                 raise TeacherStopped(f"the teacher {self.client.model!r} cannot be used: {error}")
-            if (error.kind != "retry" and not again) or (fail_fast and (error.outcome == "unsent" or tries > 2)):
+            nobody = error.outcome == "unsent" and error.status is None
+            if (error.kind != "retry" and not again) or (fail_fast and (nobody or tries > TWICE_MORE)):
                 raise error
             if answered > self.max_retries:
                 raise error
-            ceiling = min(
-                LAST_BACKOFF_S if error.outcome != "unsent" else 5.0, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10)
-            )
-            wait = self.jitter.uniform(0, ceiling)  # full jitter
-            if error.retry_after is not None:
-                wait = error.retry_after + self.jitter.uniform(0, FIRST_BACKOFF_S)
-            if now() + wait >= deadline:
+            most = LAST_BACKOFF_S if error.outcome != "unsent" else 5.0
+            wait = self.jitter.uniform(0, min(most, FIRST_BACKOFF_S * 2 ** min(tries - 1, 10)))  # full jitter
+            wait = 0.0 if paused else wait
+            if deadline.left() <= wait or (paused and now() - self.refused_since >= self.patience_s):
                 missed = CallError(
                     f"deadline missed after {tries} tries; the last: {error}", "retry", status=error.status, late=True
                 )
@@ -218,36 +301,115 @@ class Traffic:
             self.retries += 1
             await asyncio.sleep(wait)
 
+    def _pause(self, error: CallError) -> bool:
+        """Heeds what an error says of limits. Returns whether it asks for a pause, which then holds for every call."""
+        self._heed(error.limits)
+        if error.retry_after is None or error.kind != "retry":
+            return False
+        if self.refused_since is None:
+            self.refused_since = now()
+        if now() >= self.refused_until:  # the first of those that went out together
+            self.window = max(1.0, self.window / 2)
+        # where it asks for more than the run's patience, it is asked once more at the end of that
+        last = max(self.refused_since + self.patience_s, now())
+        self.refused_until = max(self.refused_until, min(now() + error.retry_after, last))
+        return True
+
     async def _once(self, call, key, deadline, accept):
         """One exchange, with everything that belongs around it."""
-        id_ = None
+        with deadline.paused():
+            await self._slot(deadline)
         try:
-            async with asyncio.timeout_at(deadline) as limit:
-                async with self.slots:
-                    while (pause := self.not_before - now()) > 0:
-                        await asyncio.sleep(pause)
-                    tokens_in, tokens_out = self.most_in(call), call.n * call.max_tokens
-                    await self.requests.take(1)
-                    await self.tokens.take(tokens_in / 4 + tokens_out)
-                    id_ = await self.budget.reserve(key, call.n, tokens_in, tokens_out)
-                    return await self._exchange(id_, call, accept)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise CallError("deadline missed: no answer in time", "retry", outcome="unknown", late=True) from None
+            with deadline.paused():
+                id_ = await self._turn(call, key, deadline)
+            return await self._exchange(id_, call, accept, deadline)
+        finally:
+            self.slots.release()
+            self.room.set()
 
-    async def _exchange(self, id_, call, accept):
+    async def _slot(self, deadline):
+        """Waits for a place among the calls in flight, as long as the service answers the others.
+
+        Raises:
+          CallError: it has answered nobody for as long as this call may wait for it.
+        """
+        while (left := deadline.left()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with self._in_queue(max(TICK_S, left)):
+                    await self.slots.acquire()
+                    return
+        raise CallError("deadline missed: no answer in time", "retry", outcome="unsent", late=True)
+
+    async def _turn(self, call, key, deadline) -> int:
+        """Waits until the call may go out: for pauses, rates and the budget. Returns its id in the journal."""
+        tokens_in, tokens_out = self.most_in(call), call.n * call.max_tokens
+        likely_in = tokens_in if isinstance(call, ScoreCall) else tokens_in / 4  # a score's are tokens, a text's bytes
+        async with self._in_queue():
+            await self._pauses()
+            await self.requests.take(1)
+            await self.tokens.take(likely_in + tokens_out)
+            await self._pauses()  # one that was asked for while this call waited for its rate
+            while self.silence.out >= int(self.window) and (left := deadline.left()) > 0:
+                self.room.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(TICK_S, left)):
+                        await self.room.wait()
+                await self._pauses()
+            return await self.budget.reserve(key, call.n, tokens_in, tokens_out)
+
+    async def _pauses(self):
+        """Waits until no pause holds; those who wait do not all go at the same moment."""
+        while (pause := max(self.not_before, self.refused_until) - now()) > 0:
+            jitter = self.jitter.uniform(0, FIRST_BACKOFF_S) if self.refused_until > self.not_before else 0.0
+            await asyncio.sleep(max(TICK_S, pause + jitter))
+
+    @contextlib.asynccontextmanager
+    async def _in_queue(self, seconds: float | None = None):
+        """Around a wait of our own, of `seconds` at most. Raises `TeacherStopped` at once where the run has ended."""
+        if stop := self.stopped():
+            raise TeacherStopped(str(stop))
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                self.queued.add(limit)
+                try:
+                    yield
+                finally:
+                    self.queued.discard(limit)
+        except TimeoutError:
+            if stop := self.stopped():
+                raise TeacherStopped(str(stop)) from None
+            raise
+
+    def end_queue(self) -> None:
+        """The run has ended: whoever waits for us waits no longer."""
+        for limit in self.queued:
+            if not limit.expired():
+                limit.reschedule(now())
+
+    def deadline(self, seconds: float) -> Deadline:
+        """One that begins now."""
+        return Deadline(seconds, self.silence)
+
+    async def _exchange(self, id_, call, accept, deadline):
         """The call itself, settled whatever comes of it."""
         self.calls += 1
         start, settled = now(), False
+        seconds = min(self.timeout_s, deadline.left())
         try:
             try:
-                async with asyncio.timeout(self.timeout_s):
-                    reply = await (self.client.score(call) if isinstance(call, ScoreCall) else self.client.call(call))
+                if seconds <= 0:
+                    raise CallError("deadline missed: no answer in time", "retry", outcome="unsent", late=True)
+                with self.silence.call():
+                    async with asyncio.timeout(seconds):
+                        asked = self.client.score if isinstance(call, ScoreCall) else self.client.call
+                        reply = await asked(call)
             except (CallError, UserError):
                 raise
             except TimeoutError:
-                raise CallError(f"no answer in {self.timeout_s:g} s", "retry", outcome="unknown") from None
+                late = seconds < self.timeout_s
+                said = "deadline missed: no answer in time" if late else f"no answer in {self.timeout_s:g} s"
+                raise CallError(said, "retry", outcome="unknown", late=late) from None
             except Exception as e:  # whatever an answer set off: this call's failure, not the run's
                 raise CallError(f"{type(e).__name__}: {e}", "retry", outcome="unknown") from e
             latency = now() - start
@@ -255,7 +417,9 @@ class Traffic:
             rows = accept(reply)
             settled = True
             usd = self.budget.settle(id_, "ok", reply.billed, price=price, latency=latency, results=rows, by=by)
-            self.last_success, self.failed_in_a_row = now(), 0
+            self.last_success, self.failed_in_a_row, self.refused_since = now(), 0, None
+            self.window = min(self.max_concurrency, self.window + 1 / self.window)
+            self.silence.answered()
             self._heed(reply.limits)
             return reply, rows, usd
         except CallError as e:
@@ -263,7 +427,7 @@ class Traffic:
             self.budget.settle(id_, e.outcome, latency=now() - start, error=str(e))
             raise
         finally:
-            if not settled:  # cancelled: a deadline, or the run ends; it may have been billed
+            if not settled:  # cancelled: the run ends; it may have been billed
                 self.budget.settle(id_, "unknown", latency=now() - start, error="cancelled")
 
     def _heed(self, limits: Limits) -> None:
@@ -288,12 +452,12 @@ class Traffic:
                 self.not_before = max(self.not_before, now() + min(reset, HEED_S))
 
     @contextlib.contextmanager
-    def _waiting(self, deadline: float):
+    def _waiting(self, deadline: Deadline):
         """Counts a call as waiting; while any does, a silent service is reported."""
         ticket = object()
         self.waiting[ticket] = deadline
         if self.watch is None or self.watch.done():
-            self.since = now()
+            self.since, self.refused_since = now(), None
             self.watch = asyncio.get_running_loop().create_task(self._watch())
         try:
             yield
@@ -314,10 +478,12 @@ class Traffic:
                 continue
             said = now()
             silent = said - max(self.since, self.last_success)
+            pause = max(self.not_before, self.refused_until) - said
+            first = max(0.0, min(deadline.left() for deadline in self.waiting.values()))
             self.report(
                 f"the teacher {self.client.model!r} has not answered for {silent:.0f} s: {len(self.waiting)} calls "
                 "wait, "
-                f"the first is given up in {max(0.0, min(self.waiting.values()) - said):.0f} s"
+                + (f"it asked for {pause:.0f} s more" if pause > 0 else f"the first is given up in {first:.0f} s")
             )
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import fake_clock
 import pytest
-from teacher_kit import PROMPT, cfg_for
+from teacher_kit import PROMPT, cfg_for, request, teacher_of
 
 from omniopd_jax.teachers import TeacherStopped, traffic, wire
 
@@ -59,7 +59,7 @@ def send(tmp_path, client, *, calls=1, deadline=300.0, **settings):
 
     async def run():
         t = sender(tmp_path, client, **settings)
-        sends = (t.send(CALL, b"k", deadline=deadline, accept=lambda _: []) for _ in range(calls))
+        sends = (t.send(CALL, b"k", deadline=t.deadline(deadline), accept=lambda _: []) for _ in range(calls))
         out = await asyncio.gather(*sends, return_exceptions=True)
         return out, t, traffic.now()
 
@@ -122,7 +122,7 @@ def test_a_refusal_in_the_middle_is_asked_twice_more_before_it_is_final(tmp_path
         client = Client(REPLY, *answers)
         t = sender(tmp_path, client)
         for _ in range(2):
-            await t.send(CALL, b"k", deadline=300.0, accept=lambda _: [])
+            await t.send(CALL, b"k", deadline=t.deadline(300.0), accept=lambda _: [])
         return len(client.times)
 
     for status in (401, 403, 404):
@@ -146,8 +146,8 @@ def test_one_header_does_not_throttle_for_good(tmp_path):
     async def run(*answers, calls):
         client = Client(*answers)
         t = sender(tmp_path, client)
-        await asyncio.gather(*(t.send(CALL, b"k", deadline=1e6, accept=lambda _: []) for _ in range(1)))
-        await asyncio.gather(*(t.send(CALL, b"k", deadline=1e6, accept=lambda _: []) for _ in range(calls)))
+        await asyncio.gather(*(t.send(CALL, b"k", deadline=t.deadline(1e6), accept=lambda _: []) for _ in range(1)))
+        await asyncio.gather(*(t.send(CALL, b"k", deadline=t.deadline(1e6), accept=lambda _: []) for _ in range(calls)))
         return traffic.now()
 
     slow = limited(**{"x-ratelimit-limit-requests": "1"})
@@ -162,8 +162,8 @@ def test_a_limit_that_every_answer_names_is_kept(tmp_path):
     async def run():
         client = Client(*(limited(**{"x-ratelimit-limit-requests": "60"}) for _ in range(300)))
         t = sender(tmp_path, client)
-        await asyncio.gather(*(t.send(CALL, b"k", deadline=1e6, accept=lambda _: []) for _ in range(1)))
-        await asyncio.gather(*(t.send(CALL, b"k", deadline=1e6, accept=lambda _: []) for _ in range(200)))
+        await asyncio.gather(*(t.send(CALL, b"k", deadline=t.deadline(1e6), accept=lambda _: []) for _ in range(1)))
+        await asyncio.gather(*(t.send(CALL, b"k", deadline=t.deadline(1e6), accept=lambda _: []) for _ in range(200)))
         return traffic.now()
 
     assert fake_clock.run(run()) > 180.0
@@ -175,7 +175,7 @@ def test_a_silent_service_is_reported_after_10_s_and_then_every_30(tmp_path):
     async def run():
         t = sender(tmp_path, Client(seconds=1e6), **{"teacher.timeout_s": 60.0})
         t.report = lambda line: said.append((traffic.now(), line))
-        sends = (t.send(CALL, b"k", deadline=95.0, accept=lambda _: []) for _ in range(7))
+        sends = (t.send(CALL, b"k", deadline=t.deadline(95.0), accept=lambda _: []) for _ in range(7))
         return await asyncio.gather(*sends, return_exceptions=True)
 
     errors = fake_clock.run(run())
@@ -190,7 +190,7 @@ def test_a_service_that_answers_is_not_called_silent(tmp_path):
     async def run():
         t = sender(tmp_path, Client(seconds=4.0), **{"teacher.max_concurrency": 1})
         t.report = lambda line: said.append(line)
-        await asyncio.gather(*(t.send(CALL, b"k", deadline=300.0, accept=lambda _: []) for _ in range(20)))
+        await asyncio.gather(*(t.send(CALL, b"k", deadline=t.deadline(300.0), accept=lambda _: []) for _ in range(20)))
 
     fake_clock.run(run())
     assert not said
@@ -217,3 +217,211 @@ def test_one_short_answer_does_not_switch_n_off_for_good():
     assert seen.takes_n  # asked for once more
     seen.answered(many, 4)
     assert seen.takes_n
+
+
+# what is our own doing, and what is the service's
+
+
+class Limited:
+    """A service that answers after a second, and refuses what is over `limit` in each minute of the clock, or over a
+    rate that fills up all the time, saying when to come back; after `hangs` seconds it answers nothing."""
+
+    def __init__(self, limit=0, *, steady=False, hangs=1e9):
+        self.limit, self.steady, self.hangs = limit, steady, hangs
+        self.answered = self.refused = self.minute = self.used = 0
+        self.level, self.at = 5.0, 0.0
+
+    def wait(self) -> float:
+        """Seconds to wait; 0 where there is room."""
+        time = traffic.now()
+        if self.steady:
+            self.level, self.at = min(5.0, self.level + (time - self.at) * self.limit / 60), time
+            self.level -= (room := self.level >= 1)
+            return 0.0 if room else (1 - self.level) * 60 / self.limit
+        if int(time // 60) != self.minute:
+            self.minute, self.used = int(time // 60), 0
+        self.used += 1
+        return 61 - time % 60 if self.used > self.limit else 0.0
+
+    async def call(self, call):
+        await asyncio.sleep(0.2 if traffic.now() < self.hangs else 1e9)
+        if self.limit and (wait := self.wait()):
+            self.refused += 1
+            raise refusal(429, **{"retry-after": f"{wait:.2f}"})
+        await asyncio.sleep(0.8)
+        self.answered += 1
+        return REPLY
+
+
+def audits(tmp_path, service, *, responses=10, during=None, **settings):
+    """(what became of each audit of ten texts, the time when all had ended), asked of `service` one text a call."""
+
+    async def run():
+        c = cfg_for(
+            "http://127.0.0.1:9",
+            "anthropic",
+            tmp_path,
+            **{"teacher.timeout_s": 30.0, "teacher.deadline_s": 60.0} | settings,
+        )
+        async with teacher_of(c) as teacher:
+            teacher.client.call, teacher.client.open = service.call, lambda: asyncio.sleep(0)
+            asked = [teacher.continue_text(request(f"s{i}", n=10)) for i in range(responses)]
+            out = asyncio.gather(*asked, return_exceptions=True)
+            if during:
+                await during(teacher, out)
+            return await out, traffic.now()
+
+    return fake_clock.run(run())
+
+
+def short(results):
+    """Audits that lack a text."""
+    return [r for r in results if isinstance(r, Exception) or len(r.continuations) < 10]
+
+
+@pytest.mark.parametrize("settings", [{"teacher.requests_per_minute": 20}, {"teacher.tokens_per_minute": 6000}])
+def test_the_runs_own_pacing_costs_no_text(settings, tmp_path):
+    results, end = audits(tmp_path, Limited(), **settings)
+    assert not short(results) and end > 3 * 60.0  # three times the deadline
+
+
+def test_waiting_for_room_in_the_budget_costs_no_text(tmp_path):
+    async def run():
+        t = sender(tmp_path, Client())
+
+        async def reserve(key, n, tokens_in, tokens_out):
+            await asyncio.sleep(400.0)
+            return 1
+
+        t.budget.reserve = reserve
+        return await t.send(CALL, b"k", deadline=t.deadline(300.0), accept=lambda _: [])
+
+    assert fake_clock.run(run()).attempts == 1
+
+
+def test_calls_that_never_left_the_queue_do_not_keep_a_run_that_the_service_hangs(tmp_path):
+    """Of 36 calls for four places, four have the service's time; the others do not wait for their turn to hang."""
+    service = Limited(hangs=2.5)
+    results, end = audits(tmp_path, service, **{"teacher.max_concurrency": 4})
+    assert service.answered >= 4 and len(short(results)) == 10
+    assert end < 3.5 + 2 * 60.0  # those that were under way, and those that began after the last answer
+    assert any(isinstance(r, TeacherStopped) and "has not answered for 60 s" in str(r) for r in results)
+
+
+def test_a_service_that_refuses_and_then_hangs_is_given_up_and_what_waits_is_not_sent(tmp_path):
+    """After refusals few calls are in flight: the others do not go out one after the other to hang."""
+
+    class Hangs(Limited):
+        async def call(self, call):
+            self.refused += 1
+            if self.refused <= 40:
+                raise refusal(429, **{"retry-after": "1"})
+            self.answered += 1
+            await asyncio.sleep(1e9)
+
+    service = Hangs()
+    results, end = audits(tmp_path, service, **{"teacher.timeout_s": 15.0})
+    assert all(isinstance(r, TeacherStopped) for r in results) and end < 110.0  # 40 s of refusals
+    assert service.answered <= 10 * 4 + 4
+
+
+@pytest.mark.parametrize("steady", [False, True], ids=["by the minute", "steadily"])
+def test_a_limit_that_no_header_names_costs_no_text_and_few_refusals(steady, tmp_path):
+    service = Limited(20, steady=steady)
+    results, end = audits(tmp_path, service)
+    assert not short(results) and service.answered == 100 and 3 * 60.0 < end < 7 * 60.0
+    assert service.refused < (60 if not steady else 150)  # about as many as were out when the limit was met, each time
+
+
+def test_one_refusal_with_a_wait_holds_for_every_call(tmp_path):
+    client = Client(refusal(429, **{"retry-after": "40"}), seconds=1.0)
+    out, _, _ = send(tmp_path, client, calls=20, **{"teacher.max_concurrency": 1})
+    assert not any(isinstance(o, Exception) for o in out)
+    assert client.times[0] == 0.0 and client.times[1] >= 41.0 and len(client.times) == 21
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_a_wait_that_is_longer_than_the_deadline_is_waited_for(status, tmp_path):
+    class Once(Limited):
+        async def call(self, call):
+            if not self.refused:
+                self.refused = 1
+                raise refusal(status, **{"retry-after": "3600"})
+            return await super().call(call)
+
+    results, end = audits(tmp_path, Once(), responses=1)
+    assert not short(results) and 60.0 <= end < 65.0
+
+
+def test_a_service_that_only_asks_for_waits_ends_the_run_after_the_deadline(tmp_path):
+    results, end = audits(tmp_path, Limited(1e-9))
+    assert all(isinstance(r, TeacherStopped) for r in results) and "has not answered for 6" in str(results[0])
+    assert 60.0 <= end < 65.0
+
+
+def test_a_wait_of_the_last_step_is_not_held_against_the_next(tmp_path):
+    async def run():
+        t = sender(tmp_path, Client(*(refusal(429, **{"retry-after": "1"}) for _ in range(4))))
+        t.max_retries = 1
+        with pytest.raises(wire.CallError):
+            await t.send(CALL, b"k", deadline=t.deadline(300.0), accept=lambda _: [])
+        await asyncio.sleep(1000.0)
+        t.max_retries = 8
+        return await t.send(CALL, b"k", deadline=t.deadline(300.0), accept=lambda _: [])
+
+    assert fake_clock.run(run()).attempts == 3
+
+
+def test_the_limits_that_a_refusal_names_are_heeded(tmp_path):
+    client = Client(refusal(429, **{"retry-after": "1", "x-ratelimit-limit-requests": "60"}))
+    _, t, end = send(tmp_path, client, calls=31, **{"teacher.max_concurrency": 1})
+    assert t.requests.rate == 1.0 and end > 20.0 and len(client.times) == 32
+
+
+def test_a_stop_ends_every_wait_of_our_own_at_once(tmp_path):
+    """The run is closed while calls wait for a pause, for their rate and for a place."""
+
+    async def close(teacher, out):
+        await asyncio.sleep(7.0)
+        await teacher.close()
+
+    for settings in ({}, {"teacher.requests_per_minute": 1}):
+        _, end = audits(tmp_path, Limited(1e-9), during=close, **settings)
+        assert end == pytest.approx(7.0, abs=0.1)
+
+
+def test_when_the_run_has_ended_nobody_waits_for_a_turn(tmp_path):
+    class Refused(Limited):
+        async def call(self, call):
+            self.answered += 1
+            await asyncio.sleep(1.0)
+            raise refusal(401) if self.answered > 1 else refusal(503, **{"retry-after": "50"})
+
+    service = Refused()
+    results, end = audits(tmp_path, service, **{"teacher.requests_per_minute": 20})
+    assert all(isinstance(r, TeacherStopped) for r in results)
+    assert end < 5.0 and service.answered <= 3
+
+
+def test_calls_of_more_than_a_burst_keep_the_rate(tmp_path):
+    async def run(units, calls):
+        bucket = traffic.Bucket(30_000)
+        for _ in range(calls):
+            await bucket.take(units)
+        return traffic.now()
+
+    assert fake_clock.run(run(20_000, 100)) == pytest.approx((100 - 1) * 40.0, rel=0.01)
+    assert fake_clock.run(run(1_000, 100)) == pytest.approx((100 - 3) * 2.0, rel=0.01)
+
+
+def test_a_score_counts_its_tokens_and_a_text_a_quarter_of_its_bytes(tmp_path):
+    client = Client()
+    client.score = client.call
+    score = wire.ScoreCall(tuple(range(500)), tuple(range(498)), "echo")
+
+    async def run():
+        t = sender(tmp_path, client, **{"teacher.tokens_per_minute": 10_000})
+        await asyncio.gather(*(t.send(score, b"k", deadline=t.deadline(300.0), accept=lambda _: []) for _ in range(61)))
+        return traffic.now()
+
+    assert fake_clock.run(run()) == pytest.approx(60 * 6.0, rel=0.01)  # of 1,000 tokens each, ten a minute

@@ -108,15 +108,19 @@ class CallError(Exception):
       outcome: `unsent`, `rejected` (answered with an error, not billed) or `unknown` (may have been billed).
       status: HTTP status, or None.
       retry_after: seconds that the server asked to wait, or None.
-      field: the request field that the server named, `context` where the request is too long for the model, or ''.
+      field: the request field that the server named, or ''; `context` where the request is too long for the model,
+        `withheld` where the service does not answer such content, `firewall` where something before it refused.
+      limits: what the headers of the error say of rate limits.
       late: the deadline was missed.
       attempts: how often the call was sent.
     """
 
-    def __init__(self, message, kind, *, outcome="rejected", status=None, retry_after=None, field="", late=False):
+    def __init__(
+        self, message, kind, *, outcome="rejected", status=None, retry_after=None, field="", late=False, limits=Limits()
+    ):  # fmt: skip
         super().__init__(scrub(" ".join(str(message)[:4000].split()))[:400])
         self.kind, self.outcome, self.status, self.retry_after, self.field = kind, outcome, status, retry_after, field
-        self.late, self.attempts = late, 1
+        self.late, self.limits, self.attempts = late, limits, 1
 
 
 def text_of(message) -> str:
