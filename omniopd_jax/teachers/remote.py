@@ -33,6 +33,7 @@ from omniopd_jax.teachers.traffic import Traffic, now
 from omniopd_jax.teachers.wire import instruct, scoring
 
 MAX_REFUSED = 16  # requests in a row, each refused: it is the settings, not the request
+MANY_PROMPTS = 4  # of as many prompts among them: it is not what one of them says
 SCORE = "score"  # who asks for log-probs: they depend on the tokens alone
 MAX_FAILED = 20  # calls in a row, over all requests: the service is gone
 
@@ -70,7 +71,7 @@ class RemoteTeacher(PaidTeacher):
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
         self.stood_in = None  # models that earlier versions kept this one's texts under; looked for when one is missed
         self.running = set()  # tasks that have calls out
-        self.refused = 0
+        self.refused, self.refused_prompts = 0, set()  # in a row
         self.stopped = (
             None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
         )
@@ -257,16 +258,25 @@ class RemoteTeacher(PaidTeacher):
         finally:
             self.running.discard(task)
 
-    def refuse(self, error) -> None:
+    def refuse(self, error, prompt: str) -> None:
         """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
+        if error.field == "withheld":
+            return  # this prompt's content, whose other prefixes are refused as well
         self.refused += 1
-        if error.field == "context" and self.traffic.last_success > float("-inf"):
+        self.refused_prompts.add(prompt)
+        answered = self.traffic.last_success > float("-inf")
+        if error.field == "context" and answered:
             return  # this prefix is longer than the teacher's context; shorter ones are not
-        if error.status == 404 or error.field == "temperature" or self.refused >= MAX_REFUSED:
+        few = self.refused < MAX_REFUSED or len(self.refused_prompts) < MANY_PROMPTS
+        if error.field == "firewall" and answered and few:
+            return  # what is in a few prompts may set one off
+        if error.status in (403, 404) or error.field == "temperature" or self.refused >= MAX_REFUSED:
             advice = {
                 "temperature": "set teacher.temperature = 1.0",
                 "context": "its context is too short for the student's answers",
+                "firewall": "something before the service refuses it: a firewall, or a proxy",
             }.get(error.field, "check teacher.model and base_url")
+            self.journal.forget(probe.WHO, 0)  # what it once could do is asked again at the next start
             raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
 
     async def _bind(self):
@@ -457,14 +467,16 @@ class _Audit:
                 if t.client.learn(e, call) or t.client.seen.learnt_meanwhile(e, dropped):
                     group = group if t.client.seen.takes_n else group[:1]
                     continue
-                if e.kind == "refused":  # the same for every index: ask no more
+                if e.kind == "refused" or e.late:  # the same for every index: ask no more
                     group = tuple(i for i in missing if i not in self.found)
-                    t.refuse(e)
+                if e.kind == "refused":
+                    t.refuse(e, json.dumps(list(r.messages), sort_keys=True))
                 self.timed_out |= e.late
-                self.found |= {i: Failure(i, str(e)) for i in group}
+                said = f"withheld by the service ({e})" if e.field == "withheld" else str(e)
+                self.found |= {i: Failure(i, said) for i in group}
                 return
         reply = sent.reply
-        t.refused = 0
+        t.refused, t.refused_prompts = 0, set()
         self.usage += _usage(sent)
         self.found |= {row[3].index: row[3] for row in sent.rows}
         for index, item in zip(group, reply.texts):

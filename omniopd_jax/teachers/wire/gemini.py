@@ -155,7 +155,7 @@ class GeminiClient:
             raise wire.malformed("candidates")
         blocked = wire.read.mapping(answer.get("promptFeedback")).get("blockReason")
         if not candidates and blocked:
-            raise wire.CallError(f"the prompt was blocked: {blocked}", "refused", status=200)
+            raise wire.CallError(f"the prompt was blocked: {blocked}", "refused", status=200, field="withheld")
         if not candidates:
             raise wire.malformed("candidates")
         usage = wire.read.as_dict(answer.get("usageMetadata"))

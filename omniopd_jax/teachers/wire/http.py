@@ -30,6 +30,13 @@ TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic an
     r"max_model_len|max_new_tokens`? must be <=",
     re.IGNORECASE,
 )
+NO_CREDIT = re.compile(r"insufficient_quota|billing_(?:not_active|hard_limit)|credit balance is too low", re.IGNORECASE)
+NO_KEY = re.compile(r"\W*(?:(?:your|the|an?|no|missing|invalid|incorrect) )*api[ _-]?key\b", re.IGNORECASE)
+WITHHELD = re.compile(  # how Azure, OpenAI, Anthropic, OpenRouter and DashScope say that they do not answer a content
+    r"content[ _](?:filter|policy|management)|responsible ?ai|requires moderation|data[ _]?inspection[ _]?failed|"
+    r"(?:prompt|input|request|output|response) (?:was|is|were|has been) (?:flagged|filtered|blocked by)",
+    re.IGNORECASE,
+)
 FIELDS = (
     "n",
     "seed",
@@ -56,12 +63,16 @@ def client_of(url: str, timeout_s: float, max_connections: int, *, max_bytes: in
     """
     import httpx2
 
+    # connecting ends before the call's own time limit does, so that a call that was never sent is known for one
+    timeout = httpx2.Timeout(timeout_s, connect=min(10.0, timeout_s / 2), pool=None)
+
     class Bounded(httpx2.AsyncClient):
         """See the module."""
 
         async def send(self, request, *, stream=False, **more):
             """The answer, read whole; raises `CallError` where it is no 2xx or holds an error."""
             request.headers["accept-encoding"] = "gzip, deflate"
+            request.extensions["timeout"] = timeout.as_dict()  # the SDKs put a single number in its place
             response = await super().send(request, stream=True, **more)
             try:
                 body = await _read(response, max_bytes)
@@ -78,7 +89,7 @@ def client_of(url: str, timeout_s: float, max_connections: int, *, max_bytes: in
     tls = url.startswith("https:")  # without it, reading the certificates would be most of the set-up time
     try:
         return Bounded(
-            timeout=httpx2.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
+            timeout=timeout,
             limits=httpx2.Limits(
                 max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=60.0
             ),
@@ -175,6 +186,7 @@ def _check(status: int, headers, body: bytes, name_field) -> None:
             status=error.status,
             retry_after=error.retry_after,
             field=error.field,
+            limits=error.limits,
         )
 
 
@@ -198,18 +210,21 @@ def from_status(status: int, message: str, headers, *, field: str = "", details=
 
     `details`: the answer, where a delay may be written in its body (Gemini).
     """
-    text = f"HTTP {status}: {message}"
-    low = message.lower()
-    if status in (401, 403) or (status == 400 and re.search(r"api[ _]key", low)):
+    text, low, said = f"HTTP {status}: {message}", message.lower(), limits(headers)
+    page = status == 403 and (details is None or (isinstance(details, dict) and details.get("cloudflare_error")))
+    if status in (400, 403, 422, 451) and not page and (WITHHELD.search(message) or _moderated(details)):
+        return CallError(text, "refused", status=status, field="withheld")
+    if page:  # a service of ours answers in JSON
+        return CallError(text, "refused", status=status, field="firewall")
+    if status in (401, 403, 407) or (status == 400 and NO_KEY.match(message)):
         return CallError(text, "stop", status=401 if status == 400 else status)
-    if (
-        status == 402
-        or "credit balance" in low
-        or (status == 429 and ("insufficient_quota" in low or "billing" in low))
-    ):
+    no_credit = (status == 429 and NO_CREDIT.search(message)) or (
+        status == 400 and low.startswith("your credit balance")
+    )
+    if status == 402 or no_credit:
         return CallError(text, "stop", status=status)
     if status == 429 and "request too large" in low:  # more tokens than a whole minute allows
-        return CallError(text, "refused", status=status, field="context")
+        return CallError(text, "refused", status=status, field="context", limits=said)
     if status in (408, 409, 425, 429, 499) or status >= 500 and status not in (501, 505):
         wait = retry_after(headers)
         if wait is None and details is not None:
@@ -218,10 +233,17 @@ def from_status(status: int, message: str, headers, *, field: str = "", details=
             )
             wait = float(found.group(1)) if found and float(found.group(1)) > 0 else None
         outcome = "unknown" if status in MAYBE_BILLED else "rejected"
-        return CallError(text, "retry", outcome=outcome, status=status, retry_after=wait)
+        return CallError(text, "retry", outcome=outcome, status=status, retry_after=wait, limits=said)
     if TOO_LONG.search(message):
         return CallError(text, "refused", status=status, field="context")
     return CallError(text, "refused", status=status, field=field or named_field(message))
+
+
+def _moderated(answer) -> bool:
+    """Whether an error's metadata say that the request's content was flagged (OpenRouter)."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    about = error.get("metadata") if isinstance(error, dict) else None
+    return isinstance(about, dict) and bool(about.get("reasons") or about.get("flagged_input"))
 
 
 def from_exception(exc: BaseException) -> CallError:
@@ -238,6 +260,9 @@ def from_exception(exc: BaseException) -> CallError:
     detail = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)):
         return CallError(detail, "retry", outcome="unsent")
+    if isinstance(cause, httpx2.ProxyError) and not re.match(r"407\b|Invalid username", str(cause)):
+        said = re.match(r"[45]\d\d\b", str(cause))  # what it answered to CONNECT
+        return CallError(detail, "retry", outcome="unsent", status=int(said.group()) if said else None)
     if isinstance(cause, (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.ProxyError)):
         return CallError(detail, "stop", outcome="unsent")
     return CallError(detail, "retry", outcome="unknown")

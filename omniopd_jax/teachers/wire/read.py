@@ -26,7 +26,6 @@ STOP = frozenset(
         "complete",
         "completed",
         "finished",
-        "finish_reason_unspecified",
     }
 )
 LENGTH = frozenset(
@@ -35,18 +34,21 @@ LENGTH = frozenset(
         "max_tokens",
         "max_output_tokens",
         "max_completion_tokens",
+        "max_length",
         "model_length",
         "model_context_window_exceeded",
     }
 )
 WITHHELD = re.compile(
     r"filter|safety|refus|block|abort|cancel|moderat|guard|policy|recit|prohibit|spii|sensitive|language|error|fail|timeout|"
-    r"overload|unavailable|malformed|^other$|image_",
+    r"overload|unavailable|malformed|^other$|image_|insufficient|incomplete|interrupt|truncat|not_finished",
     re.IGNORECASE,
 )
 NO_TEXT = re.compile(r"tool|function|pause", re.IGNORECASE)  # the model did something else than write
 STATUS = (  # what an error is called -> the HTTP status that it stands for
-    (402, r"insufficient[_ ](?:quota|balance|credit|funds)|payment|billing|credit|exceeded your current quota"),
+    (400, r"content[_ ](?:filter|policy)|requires moderation|(?:prompt|input) was flagged"),
+    (402, r"insufficient[_ ](?:quota|balance|credits?|funds)|payment[_ ]required|billing_|credit balance is too low"),
+    (429, r"exceeded your current quota"),
     (401, r"invalid[_ ]api[_ ]key|incorrect api key|api key not valid|authenti|unauthori[sz]ed"),
     (403, r"permission|forbidden|access[_ ]denied"),
     (429, r"rate[_ ]?limit|too[_ ]many[_ ]requests|resource[_ ]?exhausted|throttl"),
@@ -191,11 +193,11 @@ def text(content, finish, *, refusal=None, reasoning=None, calls=None, ended_emp
         return Text("", "failed", "reasoning alone, no text")
     if written is None and not (ended_empty and reason.lower() in STOP):
         return Text("", "failed", "no text came (null content)")
-    if reason.lower() in LENGTH:
-        return Text(written or "", "length")
-    if not written and reason.lower() not in STOP:
+    if reason.lower() in STOP:
+        return Text(written or "", "stop")
+    if not written and reason.lower() not in LENGTH:
         return Text("", "failed", f"no text came (finished by {finish!r})")
-    return Text(written or "", "stop")
+    return Text(written or "", "length")  # by its cap, or by a word that does not say that the model had ended
 
 
 def _written(content) -> tuple[str | None, dict]:
