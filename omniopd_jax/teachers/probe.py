@@ -6,6 +6,7 @@ teacher (not reachable, key refused, hidden reasoning that cannot be switched of
 over) stops the run here with what to change.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -15,10 +16,10 @@ import time
 from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.run import host
-from omniopd_jax.teachers import wire
+from omniopd_jax.teachers import traffic, wire
 from omniopd_jax.teachers.budget import PROBE_TOKENS
 from omniopd_jax.teachers.protocol import Continuation, Failure
-from omniopd_jax.teachers.traffic import now
+from omniopd_jax.teachers.traffic import TWICE_MORE, now
 from omniopd_jax.teachers.wire import instruct, scoring
 
 COUNT = (
@@ -70,9 +71,23 @@ class _Probe:
     def __init__(self, teacher):
         self.teacher, self.client, self.t = teacher, teacher.client, teacher.cfg.teacher
         self.rows, self.latencies, self.usd, self.calls = [], [], 0.0, 0
-        self.thinks = ""
+        self.thinks, self.greedy, self.asked = "", False, False
+        # answers of a probe that did not end well are not believed again: what was wrong may be corrected by now
+        t = self.t
+        self.replays = t.replay != "off" and bool(teacher.journal.report(t.provider, t.model, t.continuation))
 
     async def run(self) -> ProbeReport:
+        """Asks all questions; `probe_teacher`."""
+        ended_well = False
+        try:
+            report = await self._run()
+            ended_well = not self.greedy
+            return report
+        finally:
+            if self.asked and not ended_well:
+                self.teacher.journal.forget(WHO, 0)
+
+    async def _run(self) -> ProbeReport:
         start = time.monotonic()
         await self._reach()
         if self.teacher.scores:
@@ -113,7 +128,7 @@ class _Probe:
 
     async def _reach(self):
         try:
-            said = await self.client.reach()
+            said = await self._reached()
         except wire.CallError as e:
             if e.outcome == "rejected" and e.kind == "stop":
                 raise UserError(self._refusal(e)) from None
@@ -126,6 +141,20 @@ class _Probe:
             said = str(e)
         self._row("service", f"{self.t.provider}, {self.client.model}, {wire.scrub(self.client.url)}")
         self._row("reachable, key accepted", f"yes; {said}" if said else "yes")
+
+    async def _reached(self) -> str:
+        """What the service says of itself, asked again as a question is; nothing listens: at once."""
+        tries = 0
+        while True:
+            try:
+                return await self.client.reach()
+            except wire.CallError as e:
+                nobody = e.outcome == "unsent" and e.status is None
+                if e.kind != "retry" or nobody or tries == TWICE_MORE:
+                    raise
+                wait = e.retry_after or traffic.FIRST_BACKOFF_S * 2**tries
+            tries += 1
+            await asyncio.sleep(min(wait, self.t.deadline_s))
 
     def _refusal(self, error) -> str:
         if error.status in (401, 403):
@@ -165,8 +194,8 @@ class _Probe:
           CallError: refused, or not answered. A refusal is kept in the journal too.
           UserError: no call can work.
         """
-        key = self._key(call)
-        known = self.teacher.journal.get(key, WHO, 0, (0,)) if self.t.replay != "off" else {}
+        key, self.asked = self._key(call), True
+        known = self.teacher.journal.get(key, WHO, 0, (0,)) if self.replays else {}
         if known:
             return self._replayed(known[0], call)
         began, patience = now(), min(max(PATIENCE_S, self.t.timeout_s), self.t.deadline_s)
@@ -293,6 +322,8 @@ class _Probe:
             except wire.CallError as e:
                 if e.kind == "retry":
                     raise UserError(f"{self._where()} does not answer: {e}") from None
+                if e.field == "firewall":
+                    raise UserError(f"{self._where()} cannot be used, something before it refuses: {e}") from None
                 self._row(f"continues by {mode}", f"refused: {e}")
                 return f"refused: {e}"
             seen.append(verdict(reply.texts[0].text, mode))
@@ -367,10 +398,12 @@ class _Probe:
         if len(first.texts) > 1 and len({text.text for text in first.texts}) == 1 and texts[0] != texts[2]:
             self.client.seen.takes_n = False
             self._row("texts of one call", "all the SAME: asked one by one, each with a seed of its own")
-        greedy = len(set(texts)) == 1 and self.t.temperature > 0
+        self.greedy = len(set(texts)) == 1 and self.t.temperature > 0
         self._row(
             f"samples at temperature {self.t.temperature:g}",
-            "NO: three answers are equal; a greedy teacher makes k_sem 0 or N (is do_sample on?)" if greedy else "yes",
+            "NO: three answers are equal; a greedy teacher makes k_sem 0 or N (is do_sample on?)"
+            if self.greedy
+            else "yes",
         )
         seeded = self.client.takes_seed and "seed" not in self.client.seen.dropped
         self._row(
