@@ -25,7 +25,7 @@ from omniopd_jax.graders.sandbox import MOST_PROGRAM_CHARS, Limits, Sandbox
 
 REASONS = ("ok", "wrong_answer", "error", "timeout", "memory", "output")
 TOLERANCE = 1e-6  # of a number in the output, absolute and relative, where the expected one has a point
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
 
 __all__ = ["CodeGrader", "Verdict", "extract_program", "make"]
 

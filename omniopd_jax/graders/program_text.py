@@ -3,15 +3,16 @@ text.
 
 A block says Python or says nothing; the program is the last block that defines what is asked, where several do the one
 that says Python. What cannot be decided by lines is left to the sandbox: `candidates` are tried there in order, and the
-first that compiles is the program.
+first that compiles is the program. All of it runs in the process that trains, so it takes time linear in the text.
 """
 
+import itertools
 import re
 import textwrap
 
 PYTHON = ("python", "python3", "py", "py3", "python2", "ipython", "sage")
-_OPEN = re.compile(r"([ \t]*(?:>[ \t]?)*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
-_ONE_LINE = re.compile(r"[ \t]*`{3,}[ \t]*(?:(\w+)[ \t]+)?([^`\n]+?)[ \t]*`{3,}[ \t]*")
+_OPEN = re.compile(r"([ \t]*(?:>[ \t]?)*)(`{3,}+|~{3,}+)([^`\n]*)")
+_LANGUAGE = re.compile(r"(\w++)[ \t]++(.+)")  # before the source in a block of one line
 _READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|/dev/stdin|\bfileinput\b")
 _WRITES = re.compile(r"\bprint\s*\(|\bstdout\b|\bos\.write\b")
 _CODE = re.compile(r"^(?:from\s+[\w.]+\s+import\b|import\s+\w|def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w)", re.MULTILINE)
@@ -37,8 +38,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
     for line in text.splitlines():
         opened = _OPEN.fullmatch(line)
         if fence is None:
-            if one := _ONE_LINE.fullmatch(line):
-                found.append(((one[1] or "").lower(), one[2] + "\n"))
+            if one := _one_line(line):
+                found.append(one)
             elif opened:
                 margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
             continue
@@ -58,6 +59,16 @@ def blocks(text: str) -> list[tuple[str, str]]:
     if fence is not None:
         found.append((language, _source(lines)))
     return found
+
+
+def _one_line(line: str) -> tuple[str, str] | None:
+    """(language, source) of ```python x = 1```; None for any other line."""
+    line = line.strip(" \t")
+    source = line.strip("`").strip(" \t")
+    if not (source and line.startswith("```") and line.endswith("```")) or "`" in source:
+        return None
+    named = _LANGUAGE.fullmatch(source)
+    return (named[1].lower(), named[2] + "\n") if named else ("", source + "\n")
 
 
 def _language(info: str) -> str:
@@ -129,8 +140,7 @@ def candidates(text: str, asked: tuple[str, ...] = (), prompt: str = "") -> list
 def _completions(program, asked, prompt):
     """The whole program, a function alone or a body alone, put together with the prompt."""
     lines = program.rstrip().splitlines()
-    while lines and not lines[0].strip():
-        del lines[0]
+    lines = list(itertools.dropwhile(lambda line: not line.strip(), lines))
     if not lines:
         return [prompt + "\n"]
     body = "\n".join(lines) + "\n"
