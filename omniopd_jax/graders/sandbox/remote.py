@@ -461,16 +461,24 @@ class Remote:
         return isinstance(other, Remote) and self._link.request("__eq__", self, other) is True
 
 
-def operation(name):
-    """An operator of two objects of the program; with plain data one may give an object, but no plain data.
+ORDERINGS = ("__lt__", "__le__", "__gt__", "__ge__")
 
-    A lying object could else make `abs(f(x) - 9) < 1e-6` true.
+
+def operation(name):
+    """An operator of an object of the program, which may give another object, but plain data only between two of them.
+
+    A lying object could else make `abs(f(x) - 9) < 1e-6` true: by what it says is its distance, or by what it says of a
+    number. An ordering is true or false: with plain data there is none, and no object is truth.
     """
 
     def method(self, *others):
+        if name in ORDERINGS:
+            return self._link.request(name, self, *others) is True if isinstance(others[0], Remote) else NotImplemented
         result = self._link.request(name, self, *others)
-        if all(isinstance(v, Remote) for v in others) or isinstance(result, Remote):
+        if isinstance(result, Remote) or (others and all(isinstance(v, Remote) for v in others)):
             return result
+        if not others:
+            raise TypeError(f"{name} of an object of the program gives no plain data")
         return NotImplemented
 
     return method
