@@ -15,7 +15,7 @@ OPTIONAL = {
     "tokenizers", "trackio", "transformers", "wandb",
 }  # fmt: skip
 ALONE = {  # run outside the package, as programs of their own
-    "omniopd_jax/graders/sandbox", "omniopd_jax/graders/math_worker.py",
+    "omniopd_jax/graders/sandbox", "omniopd_jax/graders/math_worker.py", "omniopd_jax/graders/gym_worker.py",
 }  # fmt: skip
 
 

@@ -1,17 +1,25 @@
 """Grader for the procedural problems of reasoning-gym, by the data set's own rule; right is a full score.
 
-A reference names a problem, which can be made anew from its name: 'DATASET:SEED:SIZE:INDEX'.
+A reference names a problem, which can be made anew from its name: 'DATASET:SEED:SIZE:INDEX'. The problem is made here,
+but the rule is applied to a response in a process of its own (gym_worker.py): some rules evaluate the response as Python,
+and any of them may take for ever.
 """
 
-import contextlib
+import base64
 import functools
 import importlib.util
+import json
+import os
+import pickle
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders.processes import Pool
 
 _BOX = re.compile(r"\\boxed\s*\{")
+LONGEST = 100_000  # characters of an answer
 
 
 @functools.cache
@@ -21,14 +29,20 @@ def dataset(name: str, seed: int, size: int):
     Raises:
       UserError: reasoning-gym is missing, or has no such set.
     """
+    check_name(name)
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=seed, size=size)
+
+
+def check_name(name: str) -> None:
+    """Raises a UserError where reasoning-gym is missing, or has no data set `name`."""
     try:
-        import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise UserError("procedural problems need reasoning-gym: pip install reasoning-gym") from error
     if name not in DATASETS:
         raise UserError(f"reasoning-gym has no data set {name!r}; it has: {', '.join(sorted(DATASETS))}")
-    return reasoning_gym.create_dataset(name, seed=seed, size=size)
 
 
 def last_boxed(text: str) -> str | None:
@@ -45,22 +59,42 @@ def last_boxed(text: str) -> str | None:
 
 
 class GymGrader:
-    r"""Whether the last \boxed{} of a response is the answer, or the whole response where it has no box."""
+    r"""Whether the last \boxed{} of a response is the answer, or the whole response where it has no box.
+
+    Scores in up to `workers` processes, started when needed. Safe to share between threads.
+    """
 
     extract = staticmethod(last_boxed)
 
+    def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
+        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        if seconds <= 0 or workers < 1 or memory_mb < 512:
+            raise UserError(
+                f"reasoning_gym grader: seconds = {seconds}, workers = {workers}, memory_mb = {memory_mb}: "
+                "need more than 0, at least 1 and at least 512"
+            )
+        self.workers = workers
+        self._pool = Pool(
+            "gym_worker", seconds=seconds, workers=workers, memory_mb=memory_mb,
+            missing="the reasoning_gym grader's worker did not start: pip install reasoning-gym",
+        )  # fmt: skip
+
     def grade(self, text: str, reference: str) -> bool:
-        """Whether `text` answers the problem that `reference` names."""
+        """Whether `text` answers the problem that `reference` names. False for what could not be scored in time."""
         name, seed, size, index = reference.split(":")
-        problems = dataset(name, int(seed), int(size))
+        entry = dataset(name, int(seed), int(size))[int(index)]
         answer = last_boxed(text)
-        with contextlib.suppress(Exception):  # the rules of a hundred sets, each with its own way to fail on odd text
-            return problems.score_answer(text.strip() if answer is None else answer, problems[int(index)]) >= 1
-        return False
+        answer = text.strip() if answer is None else answer
+        if len(answer) > LONGEST:
+            return False
+        problem, packed = [name, int(seed), int(size)], base64.b64encode(pickle.dumps(entry)).decode()
+        lines = [json.dumps(order).encode() + b"\n" for order in (problem, [*problem, packed, answer])]
+        return self._pool.ask(lines[1], first=lines[0]) == b"true\n"
 
     def grade_all(self, texts: Iterable[str], answers: Iterable[str]) -> list[bool]:
-        """`grade` for each text and its reference."""
-        return [self.grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        """`grade` for each text and its reference, `workers` at a time, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.grade, texts, answers))
 
     def check_answer(self, answer) -> None:
         """Raises a UserError unless `answer` names a problem."""
@@ -70,6 +104,7 @@ class GymGrader:
                 "an answer for reasoning_gym names a problem as DATASET:SEED:SIZE:INDEX, INDEX below SIZE; "
                 f"this is {answer!r:.80}"
             )
+        check_name(parts[0])
 
     def check_machine(self) -> None:
         """Raises a UserError where reasoning-gym is missing."""
@@ -77,7 +112,8 @@ class GymGrader:
             raise UserError("procedural problems need reasoning-gym: pip install reasoning-gym")
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Ends the processes; others start if an answer comes."""
+        self._pool.close()
 
     def __enter__(self):
         return self
@@ -86,6 +122,11 @@ class GymGrader:
         self.close()
 
 
-def make() -> GymGrader:
-    """A GymGrader."""
-    return GymGrader()
+def make(*, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096) -> GymGrader:
+    """A GymGrader that spends at most `seconds` on an answer, in up to `workers` processes (default: one per core, at
+    most 4).
+
+    Raises:
+      UserError: an impossible setting.
+    """
+    return GymGrader(seconds=seconds, workers=workers, memory_mb=memory_mb)

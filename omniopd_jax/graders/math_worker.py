@@ -1,29 +1,13 @@
-"""The processes that compare mathematical answers: one that loads everything, and forks a worker per connection.
+"""The processes that compare mathematical answers, each pair in a limited time (worker.py).
 
-A worker reads one JSON list [text, answer] per line and writes true or false per line. It is apart from the process
-that trains, because sympy can be sent to compute for hours, because only a process can be stopped for certain, and
-because the library's own time limit (SIGALRM) works in a main thread alone; here it is the main thread. A fork has the
-imports and, above all, what ANTLR's parser builds while it reads its first expressions: a cold one reads about 10 a
-second.
+A fork has the imports and, above all, what ANTLR's parser builds while it reads its first expressions: a cold one reads
+about 10 a second. The library's own time limit, SIGALRM in a main thread, is left out for ours.
 """
 
 import contextlib
-import faulthandler
-import gc
-import json
-import logging
-import os
-import resource
-import signal
-import socket
-import sys
 
+from omniopd_jax.graders import worker
 from omniopd_jax.graders.math_equal import grade
-
-
-class OutOfTime(BaseException):
-    """Not an Exception, so that no handler within sympy takes it for a mistake of its own."""
-
 
 WARM_UP = (  # expressions of the usual kinds, for the parser's tables
     ("3x^2-5x+\\frac{1}{2}", "3x^2-4x+\\frac{1}{2}"),
@@ -52,55 +36,18 @@ WARM_UP = (  # expressions of the usual kinds, for the parser's tables
 
 
 def main():
-    """Serves until standard input closes: each descriptor that arrives there is one worker's connection.
+    """Serves questions of the form [text, answer]."""
+    worker.main(answer, warm_up=warm_up)
 
-    Arguments: seconds per pair, MiB of memory.
-    """
-    seconds, memory_mb = float(sys.argv[1]), int(sys.argv[2])
-    logging.disable(logging.CRITICAL)
-    sys.set_int_max_str_digits(100_000)
-    orders = socket.socket(fileno=0)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended workers leave no entry
+
+def answer(question, limited):
+    """Whether a text gives its answer."""
+    with limited():
+        return grade(*question)
+
+
+def warm_up():
+    """Reads what fills the parser's tables."""
     for got, gold in WARM_UP:
         with contextlib.suppress(Exception):
             grade(f"\\boxed{{{got}}}" if "$" not in got else got, gold)
-    gc.freeze()
-    orders.sendall(b"r")
-    while True:
-        message, fds, _, _ = socket.recv_fds(orders, 1, 1)
-        if not message:
-            return
-        if os.fork() == 0:
-            orders.close()
-            try:
-                serve(socket.socket(fileno=fds[0]), seconds, memory_mb)
-            finally:
-                os._exit(0)
-        os.close(fds[0])
-
-
-def serve(connection, seconds, memory_mb):
-    """One worker's life: its PID, then an answer per line, until the other end closes."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20,) * 2)
-    nowhere = open(os.devnull, "w")  # noqa: SIM115 - the watchdog's, for as long as the process lives
-
-    def ring(number, frame):
-        raise OutOfTime
-
-    signal.signal(signal.SIGALRM, ring)
-    connection.sendall(b"%d\n" % os.getpid())
-    for line in connection.makefile("rb"):
-        # one second more and the watchdog, a thread of C, ends the process, whatever it computes
-        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
-        try:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-                result = bool(grade(*json.loads(line)))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except (Exception, OutOfTime):  # unreadable is wrong: MemoryError and RecursionError are Exceptions too
-            result = False
-        faulthandler.cancel_dump_traceback_later()
-        connection.sendall(json.dumps(result).encode() + b"\n")

@@ -118,17 +118,17 @@ def test_a_long_response_keeps_its_box(grader):
 
 def test_a_worker_that_dies_is_replaced(strict):
     strict.grade("1", "1")
-    worker = strict._idle.get()
+    worker = strict._pool.idle.get()
     os.kill(worker.pid, signal.SIGKILL)
-    strict._idle.put(worker)
+    strict._pool.idle.put(worker)
     assert [strict.grade("1", "1") for _ in range(2)] == [False, True]
 
 
 def test_a_worker_that_hangs_is_replaced(strict):
     strict.grade("1", "1")
-    worker = strict._idle.get()
+    worker = strict._pool.idle.get()
     os.kill(worker.pid, signal.SIGSTOP)
-    strict._idle.put(worker)
+    strict._pool.idle.put(worker)
     start = time.monotonic()
     assert strict.grade("1", "1") is False
     assert time.monotonic() - start < SECONDS + 3

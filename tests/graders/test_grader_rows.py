@@ -191,6 +191,7 @@ def test_tests_that_evaluate_no_assertion_pass_nothing(code, form):
         ("math", "  ", "empty"),
         ("reasoning_gym", "gsm", "DATASET"),
         ("reasoning_gym", None, "None"),
+        ("reasoning_gym", "nosuch:0:5:1", "no data set 'nosuch'"),
         ("world", 3, "3"),
     ],
 )
