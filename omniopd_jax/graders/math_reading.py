@@ -17,7 +17,7 @@ BETWEEN_BOXES = re.compile(
     r"|&|\\(?:land|lor|wedge|vee)\b|\*\*)*"
 )
 PHRASE = re.compile(r"(?is)\banswers?\s*(?:is|are|:|=)\s*:?\s*")
-WRAPPED = re.compile(r"(?s)\s*(?:\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\])\s*\.?\s*")
+WRAPS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 TEXT_COMMAND = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname|textit|mathit|textrm|bf|boldsymbol|mathsf|emph)\s*\{([^{}]*)\}"
 )
@@ -33,15 +33,29 @@ WITH_BASE = re.compile(r"\s*([-+]?)\(?([0-9A-Z]+)(?:\.([0-9A-Z]+))?\)?_(?:(\d)|\
 NUMBER = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?(?:\s*(?:/|\\div)\s*(\d+))?\s*(\\?%|percent)?")
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(\\?%)?")
 _FRACTION = r"\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}"
-_UNIT = r"(?:[a-zA-Z]{3,}|km|cm|mm|kg|ft|in|mi|lb)\b(?:[\s./]|\^\{?\d\}?|[a-zA-Z]{2,})*"
-UNITS = re.compile(rf"(-?(?:[\d.,/ ]|{_FRACTION})*\d\}}?|-?{_FRACTION})\s*{_UNIT}")
+AMOUNT = re.compile(rf"-?(?:[\d.,/ ]|{_FRACTION})*+")
+WORDS = re.compile(r"(?:[A-Za-z]++(?:\^\{?\d\}?)?|[\s./()!'-])++")
+UNITS = frozenset(  # what may follow a number without a space
+    "km cm mm nm kg mg ml kl ft in mi lb lbs oz yd sec secs min mins hr hrs day days mph kph rpm usd eur gbp inr deg rad mol kwh sq "
+    "cubic square meter meters metre metres kilometer kilometers kilometre kilometres centimeter centimeters centimetre centimetres "
+    "millimeter millimeters inch inches foot feet yard yards mile miles gram grams kilogram kilograms pound pounds ounce ounces ton "
+    "tons liter liters litre litres gallon gallons pint pints quart quarts cup cups second seconds minute minutes hour hours week "
+    "weeks month months year years dollar dollars cent cents euro euros degree degrees radian radians unit units".split()
+)
+SHORT_WORDS = frozenset(
+    "a an all and are at both by each egg for has her his in is it man men of off on out per pen the too was we".split()
+)
+COMPOUND = frozenset(
+    "m s h g l L".split()
+)  # units of one letter, where a slash says that they are none of the variables
+TRAILING_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\Z")
 CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*(?:[).:]\s*(.*)|\)\s*(.*))?", re.DOTALL)
 ASSIGNED = re.compile(
     r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)",
     re.DOTALL,
 )
 SET_BUILDER = re.compile(
-    r"\s*\\?\{\s*([A-Za-z])(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\||\\mid\b|\\vert\b|:|\\colon\b)\s*(.+?)\\?\}\s*",
+    r"\s*\\?\{\s*([A-Za-z])(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\||\\mid\b|\\vert\b|:|\\colon\b)\s*+(.+?)\\?\}\s*",
     re.DOTALL,
 )
 
@@ -109,8 +123,8 @@ def read(text: str) -> tuple[str | None, str, str]:
     text = after_thinking(text).strip()
     found = boxes(text)
     answer = ", ".join(found)
-    if not answer and (whole := WRAPPED.fullmatch(text)) and len(text) <= LONGEST:
-        answer = next(g for g in whole.groups() if g is not None)
+    if not answer and len(text) <= LONGEST:
+        answer = unwrapped(text) or ""
     if not answer and is_bare(without_text(text)):
         answer = text.rstrip(".")
     if answer:
@@ -119,12 +133,21 @@ def read(text: str) -> tuple[str | None, str, str]:
     said = list(PHRASE.finditer(tail))
     phrase = re.split(r"\n|\.(?:\s|$)", tail[said[-1].end() :], maxsplit=1)[0] if said else ""
     phrase = phrase.strip().strip("*").strip()
-    inner = WRAPPED.fullmatch(phrase)
-    if inner:
-        phrase = next(g for g in inner.groups() if g is not None)
+    inner = unwrapped(phrase)
+    phrase = phrase if inner is None else inner
     if phrase and is_bare(without_text(phrase)):
         return tidy(phrase), phrase, ""
     return None, phrase or (text if len(text) <= 300 else ""), plain_symbols(tail)
+
+
+def unwrapped(text: str) -> str | None:
+    """What is between the dollars or the like around the whole of `text`; None without them."""
+    text = text.strip().removesuffix(".").rstrip()
+    for start, end in WRAPS:
+        inner = text[len(start) : -len(end)]
+        if text == start + inner + end and not (start == "$" and "$" in inner):
+            return inner
+    return None
 
 
 def without_text(answer: str) -> str:
@@ -139,11 +162,11 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\\(?:displaystyle|textstyle|bigl|bigr|Bigl|Bigr|big|Big|!)(?![A-Za-z])", "", answer)
     answer = re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?", "", answer)
     answer = re.sub(r"\\(?:mathbf|textbf|boldsymbol|bf|mathrm|textrm)\s*\{(\s*\(?[-\d.,/\\%]+\)?\s*)\}", r"\1", answer)
-    answer = re.sub(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating, answer)
+    answer = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\overline\s*\{(\d+)\}", repeating, answer)
     answer = re.sub(r"^\s*\\text\s*\{[^{}\d()]*\}\s*(?=[\d\\(-])", "", answer)
     answer = re.sub(r"(?<=\d)(?:\{,\}|\\,)\s*(?=\d{3})", "", answer)
-    answer = re.sub(r"\\text\s*\{\s*(-?\d[\d.,/]*)([^{}\d]*)\}", r"\1\\text{\2}", answer)
-    answer = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", ""), answer)
+    answer = re.sub(r"\\text\s*\{\s*(-?\d[\d.,/]*+)([^{}\d]*)\}", r"\1\\text{\2}", answer)
+    answer = re.sub(r"(?<![\d.])(?<!\d,)(\d{1,3}(?:,\d{3})++)(?![\d,])", lambda m: m[1].replace(",", ""), answer)
     return answer.strip().rstrip(".").strip()
 
 
@@ -213,10 +236,12 @@ def parts_of(answer: str) -> list[str]:
 def number(text: str) -> tuple[Fraction, bool] | None:
     """(value, whether it is a percentage) of a plain number: 1.50, -3/4, \\frac{3}{4}, 50\\%; None for anything
     else."""
+    if len(text) > 400:
+        return None
     text = TEXT_COMMAND.sub(r"\1", text).strip()
     while len(text) > 2 and text[0] in "({" and text[-1] in ")}" and "(" not in text[1:]:
         text = text[1:-1].strip()
-    if not text or len(text) > 400:
+    if not text:
         return None
     if found := NUMBER.fullmatch(text):
         sign, whole, decimals, lower, percent = found.groups()
@@ -237,11 +262,30 @@ def number(text: str) -> tuple[Fraction, bool] | None:
 
 def without_units(text: str) -> str:
     """`text` without the words after a number: 18 dollars, 5 \\text{cm}^2."""
-    text = re.sub(
-        r"(?<=[\d}])\s*(?:\\[ ,;])?\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", "", text
-    )
-    found = UNITS.fullmatch(text.strip())
-    return found[1].strip() if found else text
+    text = text.strip()
+    for found in TRAILING_TEXT.finditer(text):
+        head = text[: found.start()].rstrip().removesuffix("\\,").removesuffix("\\;").rstrip(" \\")
+        if head[-1:].isdigit() or head[-1:] == "}":
+            text = head
+    amount = AMOUNT.match(text)[0]
+    rest = text[len(amount) :]
+    if amount.rstrip()[-1:] not in tuple("0123456789}") or not WORDS.fullmatch(rest):
+        return text
+    words = re.findall("[A-Za-z]+", rest)
+    if not words or (amount[-1] != " " and words[0].lower() not in UNITS):
+        return text  # 5ab is a product
+    return amount.strip() if all(is_unit(word, "/" in rest) for word in words) else text
+
+
+def is_unit(word: str, compound: bool = False) -> bool:
+    """Whether a word after a number says what is counted, and is no product of variables, which wxyz is.
+
+    `compound`: between slashes.
+    """
+    if word.lower() in UNITS or word.lower() in SHORT_WORDS or (compound and word in COMPOUND):
+        return True
+    ascending = all(a < b for a, b in zip(word, word[1:]))
+    return len(word) > 3 and not ascending and word[1:].islower() and bool(re.search("[aeiouy]", word))
 
 
 def as_string(answer: str) -> str:
