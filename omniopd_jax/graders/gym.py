@@ -1,8 +1,8 @@
 """Grader for the procedural problems of reasoning-gym, by the data set's own rule; right is a full score.
 
 A reference names a problem, which can be made anew from its name: 'DATASET:SEED:SIZE:INDEX'. The problem is made here,
-but the rule is applied to a response in a process of its own (gym_worker.py): some rules evaluate the response as Python,
-and any of them may take for ever.
+but the rule is applied to a response in a process of its own (gym_worker.py): some rules evaluate the response as
+Python, and any of them may take for ever.
 """
 
 import base64

@@ -18,13 +18,14 @@ import sympy.parsing.sympy_parser
 from omniopd_jax.graders import worker
 from omniopd_jax.graders.sandbox import kernel
 
-FUNCTIONS = frozenset(
-    "Symbol Integer Float Rational Function sqrt cbrt root Abs abs exp log ln sin cos tan cot sec csc asin acos atan acot "
-    "sinh cosh tanh asinh acosh atanh factorial erf Ei Si Ci li".split()
-)
+FUNCTIONS = frozenset((
+    "Symbol", "Integer", "Float", "Rational", "Function", "sqrt", "cbrt", "root", "Abs", "abs", "exp", "log",
+    "ln", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "sinh", "cosh", "tanh",
+    "asinh", "acosh", "atanh", "factorial", "erf", "Ei", "Si", "Ci", "li",
+))  # fmt: skip
 NODES = (
-    ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.List,
-    ast.Tuple, ast.Set, ast.Dict,
+    ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
+    ast.List, ast.Tuple, ast.Set, ast.Dict,
 )  # fmt: skip
 
 

@@ -3,29 +3,40 @@
 A reference counts as a whole: where sympy can read only a part of it, it is compared by its letters alone.
 """
 
+import dataclasses
 import functools
 import random
+import re
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Float, I, Interval, Rel, Set, Tuple
+from sympy import Basic, Float, I, Interval, Rel, Set, Tuple, Union
 from sympy.core.relational import Equality
 from sympy.matrices import MatrixBase
 
 from omniopd_jax.graders.math_reading import (
     ASSIGNED,
+    LETTERS,
     LONGEST,
     MOST_PARTS,
     SET_BUILDER,
+    TEXT_COMMAND,
     as_string,
+    assignments,
     bracketed,
     choice,
     in_base,
     number,
     parts_of,
+    ratio,
     read,
     without_units,
 )  # fmt: skip
 
+# units are read by math_reading: to the library the ab of 5ab is one
+AS_IT_IS = LatexExtractionConfig(
+    normalization_config=dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
+)
+UNION, ORDERED = re.compile(r"\bor\b|\\lor\b|\\vee\b"), re.compile(r"[<>]|\\[lg]e")
 CLOSE = 1e-5  # relative: what math-verify calls equal to six decimals must be this near, however small
 
 
@@ -39,14 +50,22 @@ def grade(text: str, answer: str) -> bool:
         return False
     if got is not None:
         return bool(got) and len(got) <= LONGEST and same_answer(got, gold)
+    letter = choice(gold)
+    if letter and not letter[1] and (said := choice(got_text)) and said[1]:
+        return said[0] == letter[0]  # (A) Paris, which is no answer by itself
     if got_text and len(got_text) <= LONGEST and len(parts_of(gold)) > 1 and same_answer(got_text, gold):
         return True
     found, wanted = list(searched(prose)), whole(gold)
+    if word(gold):  # to sympy ACB is the product of A, B and C, as ABC is
+        return any(isinstance(e, str) and as_string(e) == as_string(gold) for e in found)
     return bool(found) and bool(wanted) and same_parsed(found, wanted)
 
 
 def same_answer(got: str, gold: str) -> bool:
     """Whether two answers are equal, each of one part or several, in any order."""
+    told = same_names(got, gold)
+    if told is not None:
+        return told
     if same_part(got, gold):
         return True
     mine, theirs = parts_of(got), parts_of(gold)
@@ -61,10 +80,53 @@ def same_answer(got: str, gold: str) -> bool:
     return True
 
 
+def word(answer: str) -> bool:
+    """Whether an answer is letters alone, two and more."""
+    return LETTERS.fullmatch(TEXT_COMMAND.sub(r"\1", answer).strip()) is not None
+
+
+def same_names(got: str, gold: str) -> bool | None:
+    """Whether two answers give the same values to the same names; None where names say nothing.
+
+    A tuple without names has their values in the order of the names, or as the answer's own tuple has them.
+    """
+    mine, theirs = assignments(got), assignments(gold)
+    if mine and theirs:
+        return mine.keys() == theirs.keys() and all(same_part(mine[name], theirs[name]) for name in mine)
+    if not (mine or theirs):
+        return None
+    named, other = (mine, bracketed(gold)) if mine else (theirs, bracketed(got))
+    if other is None or other[0] != "()" or len(other[1]) != len(named):
+        return None
+    as_tuple = (got if mine else gold).lstrip().startswith("(")
+    values = list(named.values()) if as_tuple else [named[name] for name in sorted(named)]
+    return all(same_part(a, b) for a, b in zip(values, other[1]))
+
+
+def unequal_brackets(got: str, gold: str) -> bool:
+    """Whether one of two answers is a tuple, set or interval of several elements and the other has other brackets.
+
+    A set is as good as a list without brackets: {1,2} and 1,2, but not (1,2).
+    """
+    mine, theirs = bracketed(got), bracketed(gold)
+    if mine and theirs:
+        return mine[0] != theirs[0] and min(len(mine[1]), len(theirs[1])) > 1
+    one, other = (mine, gold) if mine else (theirs, got)
+    return one is not None and one[0] != "{}" and len(one[1]) > 1 and len(parts_of(other)) > 1
+
+
 def same_part(got: str, gold: str) -> bool:
     """Whether two answers are equal as wholes."""
     if as_string(got) == as_string(gold) != "":
         return True
+    if word(got) and word(gold):
+        return False
+    ratios = ratio(got), ratio(gold)
+    if any(ratios):
+        same = len(ratios[0]) == len(ratios[1])
+        return same and all(same_part(a, b) for a, b in zip(*ratios))
+    if unequal_brackets(got, gold):
+        return False
     bases = in_base(got), in_base(gold)
     if any(bases):
         if all(bases):
@@ -117,8 +179,8 @@ def same_value(got: str, gold: str) -> bool:
     """Whether sympy finds two answers equal, both read as a whole."""
     builders = SET_BUILDER.fullmatch(got), SET_BUILDER.fullmatch(gold)
     got, gold = builders[0][2] if builders[0] else got, builders[1][2] if builders[1] else gold
-    wanted = whole(gold)
-    found = whole(got) if wanted else ()
+    wanted = union(gold) or whole(gold)
+    found = (union(got) or whole(got)) if wanted else ()
     return bool(wanted and found) and same_parsed(list(found), wanted)
 
 
@@ -128,7 +190,22 @@ def whole(answer: str) -> tuple:
     if len(answer) > LONGEST:
         return ()
     # the library's own fallback, numbers found within what it could not read, is left out
-    return tuple(parse(f"${answer}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None))
+    return tuple(parse(f"${answer}$", [AS_IT_IS], fallback_mode="no_fallback", parsing_timeout=None))
+
+
+def union(answer: str) -> tuple:
+    """The set of numbers of x<-1 or x>2; () for anything else."""
+    parts = parts_of(answer)
+    if len(parts) < 2 or not UNION.search(answer) or not all(ORDERED.search(part) for part in parts):
+        return ()
+    relations = [e[0] for e in map(whole, parts) if e and isinstance(e[0], Basic)]
+    names = set().union(*(r.free_symbols for r in relations))
+    if len(relations) < len(parts) or len(names) != 1:
+        return ()
+    try:
+        return (Union(*(r.as_set() for r in relations)),)
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return ()
 
 
 @functools.lru_cache(256)

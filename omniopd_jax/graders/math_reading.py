@@ -11,12 +11,14 @@ LONGEST = 2000  # characters of one answer that sympy may see
 MOST_PARTS = 30  # of one answer that are compared one by one
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 SPACE = r"\\(?:quad|qquad|enspace|thinspace|hfill|newline|,|;|:|!|\\| )|\\hspace\s*\{[^{}]*\}|~"
-JOIN = r"(?:and|or|og|und|y|\\&|&|\\land|\\lor|\\wedge|\\vee)"
+JOIN = r"(?:and|or|og|und|(?<=\d )y(?= \d)|\\&|&|\\land|\\lor|\\wedge|\\vee)"
 BETWEEN_BOXES = re.compile(
     rf"(?:\s|\$|,|;|{SPACE}|\\[()\[\]]|\b(?:and|or)\b|\\(?:text|mbox|textrm|mathrm|textbf)\s*\{{[\s,;]*(?:and|or)?[\s,;]*\}}"
     r"|&|\\(?:land|lor|wedge|vee)\b|\*\*)*"
 )
-PHRASE = re.compile(r"(?is)\banswers?\s*(?:is|are|:|=)\s*:?\s*")
+PHRASE = re.compile(
+    r"(?is)\b(?:answers?|(?:correct|right|best)\s(?:option|choice))\s*(?:is|are|:|=)\s*:?\s*|答案\s*(?:是|为|:)\s*:?\s*"
+)
 WRAPS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 TEXT_COMMAND = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname|textit|mathit|textrm|bf|boldsymbol|mathsf|emph)\s*\{([^{}]*)\}"
@@ -26,29 +28,47 @@ SYMBOLS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^{\circ}", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
     "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "∣": r"\mid ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")",
-    "\u00a0": " ", "\u202f": " ", "\u2009": " ",
+    "≈": r"\approx ", "€": "", "£": "", "¥": "", "₹": "", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
-SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+SUPERSCRIPTS, SAME = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"
+MANY = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+AMOUNT_OF_MANY = re.compile(
+    r"(?i)(?<![\d.,\w])(\d[\d,]*+(?:\.\d++)?)(\s*+(?:\\[ ,;])?)(\\(?:text|mbox|mathrm|textrm)\s*+\{\s*+)?("
+    + "|".join(MANY)
+    + r")s?\b"
+)
+BRACKETS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
+LISTED = re.compile(r"\d{3}(?:,\d{3}){2,}")  # a list as well as a number: 100,200,300
+INDIAN = re.compile(r"[-+]?\d{1,2}(?:,\d\d)+,\d{3}(?:\.\d*)?")
+MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s|\\[ ,;]|~)+(\d+)\s*/\s*(\d+)")
+SCIENTIFIC = re.compile(
+    r"([-+]?\s*(?:\d+(?:\.\d*)?|\.\d+))\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:(\d)|\{\s*([-+]?\d{1,3})\s*\})"
+)
 WITH_BASE = re.compile(r"\s*([-+]?)\(?([0-9A-Z]+)(?:\.([0-9A-Z]+))?\)?_(?:(\d)|\{\s*(\d+)\s*\})\s*")
 NUMBER = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?(?:\s*(?:/|\\div)\s*(\d+))?\s*(\\?%|percent)?")
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(\\?%)?")
 _FRACTION = r"\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}"
 AMOUNT = re.compile(rf"-?(?:[\d.,/ ]|{_FRACTION})*+")
 WORDS = re.compile(r"(?:[A-Za-z]++(?:\^\{?\d\}?)?|[\s./()!'-])++")
-UNITS = frozenset(  # what may follow a number without a space
-    "km cm mm nm kg mg ml kl ft in mi lb lbs oz yd sec secs min mins hr hrs day days mph kph rpm usd eur gbp inr deg rad mol kwh sq "
-    "cubic square meter meters metre metres kilometer kilometers kilometre kilometres centimeter centimeters centimetre centimetres "
-    "millimeter millimeters inch inches foot feet yard yards mile miles gram grams kilogram kilograms pound pounds ounce ounces ton "
-    "tons liter liters litre litres gallon gallons pint pints quart quarts cup cups second seconds minute minutes hour hours week "
-    "weeks month months year years dollar dollars cent cents euro euros degree degrees radian radians unit units".split()
-)
-SHORT_WORDS = frozenset(
-    "a an all and are at both by each egg for has her his in is it man men of off on out per pen the too was we".split()
-)
-COMPOUND = frozenset(
-    "m s h g l L".split()
-)  # units of one letter, where a slash says that they are none of the variables
+# what may follow a number without a space
+UNITS = frozenset((
+    "km", "cm", "mm", "nm", "kg", "mg", "ml", "kl", "ft", "in", "mi", "lb", "lbs", "oz", "yd", "sec", "secs",
+    "min", "mins", "hr", "hrs", "day", "days", "mph", "kph", "rpm", "usd", "eur", "gbp", "inr", "deg", "rad",
+    "mol", "kwh", "sq", "cubic", "square", "meter", "meters", "metre", "metres", "kilometer", "kilometers",
+    "kilometre", "kilometres", "centimeter", "centimeters", "centimetre", "centimetres", "millimeter",
+    "millimeters", "inch", "inches", "foot", "feet", "yard", "yards", "mile", "miles", "gram", "grams",
+    "kilogram", "kilograms", "pound", "pounds", "ounce", "ounces", "ton", "tons", "liter", "liters", "litre",
+    "litres", "gallon", "gallons", "pint", "pints", "quart", "quarts", "cup", "cups", "second", "seconds",
+    "minute", "minutes", "hour", "hours", "week", "weeks", "month", "months", "year", "years", "dollar",
+    "dollars", "cent", "cents", "euro", "euros", "degree", "degrees", "radian", "radians", "unit", "units",
+))  # fmt: skip
+SHORT_WORDS = frozenset((
+    "a", "an", "all", "and", "are", "at", "both", "by", "each", "egg", "for", "has", "her", "his", "in", "is",
+    "it", "man", "men", "of", "off", "on", "out", "per", "pen", "the", "too", "was", "we",
+))  # fmt: skip
+LETTER_UNITS = frozenset("msghlL")  # where a space parts them from the number: 10 m, 10 m/s
 TRAILING_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\Z")
+LETTERS = re.compile(r"[A-Za-z](?:\s*[A-Za-z])+")  # a word or several, an order of letters
 CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*(?:[).:]\s*(.*)|\)\s*(.*))?", re.DOTALL)
 ASSIGNED = re.compile(
     r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)",
@@ -64,7 +84,7 @@ def plain_symbols(text: str) -> str:
     """Digits of any script, fractions, exponents and operators of Unicode as ASCII and LaTeX."""
     if text.isascii():
         return text
-    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda m: f"^{{{''.join(str(SUPERSCRIPTS.index(c)) for c in m[0])}}}", text)
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda m: f"^{{{''.join(SAME[SUPERSCRIPTS.index(c)] for c in m[0])}}}", text)
     text = re.sub(r"√\s*(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
     out = []
     for c in text:
@@ -78,6 +98,17 @@ def plain_symbols(text: str) -> str:
         else:
             out.append(c)
     return "".join(out)
+
+
+def many(text: str) -> str:
+    """`text` with 5 million, 2 dozen, 3 \\text{ thousand} as one number."""
+
+    def product(match):
+        value = Fraction(match[1].replace(",", "").rstrip(".")) * MANY[match[4].lower()]
+        told = str(value) if value.denominator == 1 else f"{float(value)!r}"
+        return told + (match[3] or "")
+
+    return re.sub(r"(\d)\\(?:text|mbox|mathrm|textrm)\s*\{\s*\}", r"\1", AMOUNT_OF_MANY.sub(product, text))
 
 
 def boxes(text: str) -> list[str]:
@@ -112,7 +143,11 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def is_bare(text: str) -> bool:
     """Whether `text` is an answer by itself and not prose that holds one."""
-    return len(text) <= 300 and "\n" not in text and not re.search(r"[A-Za-z]{3}", re.sub(NOT_WORDS, " ", text))
+    return (
+        len(text) <= 300
+        and "\n" not in text
+        and not re.search(r"[A-Za-z]{3}|[\u3400-\u9fff]", re.sub(NOT_WORDS, " ", text))
+    )
 
 
 def read(text: str) -> tuple[str | None, str, str]:
@@ -120,9 +155,14 @@ def read(text: str) -> tuple[str | None, str, str]:
 
     The answer is None, and only the prose is there to be searched, where nothing marks it.
     """
-    text = after_thinking(text).strip()
+    text = many(after_thinking(text).strip())
     found = boxes(text)
     answer = ", ".join(found)
+    last = text.rpartition("\n")[2].strip()
+    if not answer and last.startswith("####"):  # GSM8K's way to mark an answer
+        text = last.lstrip("#").strip()
+        if len(text) <= 300 and not PHRASE.search(text):
+            answer = text
     if not answer and len(text) <= LONGEST:
         answer = unwrapped(text) or ""
     if not answer and is_bare(without_text(text)):
@@ -131,7 +171,7 @@ def read(text: str) -> tuple[str | None, str, str]:
         return tidy(answer), answer.strip(), ""
     tail = text[-WINDOW:]
     said = list(PHRASE.finditer(tail))
-    phrase = re.split(r"\n|\.(?:\s|$)", tail[said[-1].end() :], maxsplit=1)[0] if said else ""
+    phrase = re.split(r"\n|。|\.(?:\s|$)", tail[said[-1].end() :], maxsplit=1)[0] if said else ""
     phrase = phrase.strip().strip("*").strip()
     inner = unwrapped(phrase)
     phrase = phrase if inner is None else inner
@@ -162,12 +202,39 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\\(?:displaystyle|textstyle|bigl|bigr|Bigl|Bigr|big|Big|!)(?![A-Za-z])", "", answer)
     answer = re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?", "", answer)
     answer = re.sub(r"\\(?:mathbf|textbf|boldsymbol|bf|mathrm|textrm)\s*\{(\s*\(?[-\d.,/\\%]+\)?\s*)\}", r"\1", answer)
-    answer = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\overline\s*\{(\d+)\}", repeating, answer)
+    answer = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar|dot)\s*\{(\d+)\}", repeating, answer)
     answer = re.sub(r"^\s*\\text\s*\{[^{}\d()]*\}\s*(?=[\d\\(-])", "", answer)
     answer = re.sub(r"(?<=\d)(?:\{,\}|\\,)\s*(?=\d{3})", "", answer)
     answer = re.sub(r"\\text\s*\{\s*(-?\d[\d.,/]*+)([^{}\d]*)\}", r"\1\\text{\2}", answer)
-    answer = re.sub(r"(?<![\d.])(?<!\d,)(\d{1,3}(?:,\d{3})++)(?![\d,])", lambda m: m[1].replace(",", ""), answer)
+    answer = re.sub(r"\\degree(?![A-Za-z])", r"^{\\circ}", answer).replace("\\varnothing", "\\emptyset")
+    answer = re.sub(r"^\s*\\\{\s*\\\}\s*$", r"\\emptyset", answer)
+    answer = re.sub(r"\\(?:approx|simeq)(?![A-Za-z])", "=", answer)
+    answer = re.sub(r"^\s*=", "", answer)
+    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", answer)
+    answer = re.sub(r"(\d)\s*+(?:\\text\s*\{\s*percent\s*\}|percent\b)", r"\1\\%", answer)
+    answer = re.sub(r"(?<![\w.\\}])(\d++(?:\.\d*+)?|\.\d++)[eE]([+-]?\d{1,3})(?![\w.])", power_of_ten, answer)
+    answer = join_thousands(answer)
     return answer.strip().rstrip(".").strip()
+
+
+def power_of_ten(match) -> str:
+    """1.5e-07 as 1.5 times a power."""
+    return f"{match[1]} \\times 10^{{{int(match[2])}}}"
+
+
+def join_thousands(answer: str) -> str:
+    """`answer` with 1,234,567 as one number; within brackets, where a comma parts the elements, only if others do."""
+    spaced, depth = re.search(r",\s", answer) is not None, 0
+
+    def one(match):
+        nonlocal depth
+        token = match[0]
+        if token in BRACKETS:
+            depth = max(0, depth + BRACKETS[token])
+        kept = token in BRACKETS or (depth and not spaced) or LISTED.fullmatch(token)
+        return token if kept else token.replace(",", "")
+
+    return re.sub(r"\\[{}]|[()\[\]]|(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})++(?!\d|,\d)", one, answer)
 
 
 def repeating(match) -> str:
@@ -243,6 +310,14 @@ def number(text: str) -> tuple[Fraction, bool] | None:
         text = text[1:-1].strip()
     if not text:
         return None
+    if found := MIXED.fullmatch(text):
+        sign, whole, upper, lower = found.groups()
+        value = int(whole) + Fraction(int(upper), int(lower)) if int(lower) else None
+        return None if value is None else (-value if sign == "-" else value, False)
+    if found := SCIENTIFIC.fullmatch(text):
+        return Fraction(found[1].replace(" ", "")) * Fraction(10) ** int(found[2] or found[3]), False
+    if INDIAN.fullmatch(text) or LISTED.fullmatch(text):
+        text = text.replace(",", "")
     if found := NUMBER.fullmatch(text):
         sign, whole, decimals, lower, percent = found.groups()
         if not (whole or decimals):
@@ -264,8 +339,11 @@ def without_units(text: str) -> str:
     """`text` without the words after a number: 18 dollars, 5 \\text{cm}^2."""
     text = text.strip()
     for found in TRAILING_TEXT.finditer(text):
+        if re.search(rf"(?i)\b(?:{'|'.join(MANY)}|percent)", found[0]):
+            break
         head = text[: found.start()].rstrip().removesuffix("\\,").removesuffix("\\;").rstrip(" \\")
-        if head[-1:].isdigit() or head[-1:] == "}":
+        words = re.findall("[A-Za-z]+", found[0].partition("{")[2])
+        if head[-1:].isdigit() or head[-1:] == "}" or (head and all(word.lower() in UNITS for word in words)):
             text = head
     amount = AMOUNT.match(text)[0]
     rest = text[len(amount) :]
@@ -274,15 +352,14 @@ def without_units(text: str) -> str:
     words = re.findall("[A-Za-z]+", rest)
     if not words or (amount[-1] != " " and words[0].lower() not in UNITS):
         return text  # 5ab is a product
-    return amount.strip() if all(is_unit(word, "/" in rest) for word in words) else text
+    return amount.strip() if all(map(is_unit, words)) else text
 
 
-def is_unit(word: str, compound: bool = False) -> bool:
-    """Whether a word after a number says what is counted, and is no product of variables, which wxyz is.
-
-    `compound`: between slashes.
-    """
-    if word.lower() in UNITS or word.lower() in SHORT_WORDS or (compound and word in COMPOUND):
+def is_unit(word: str) -> bool:
+    """Whether a word after a number says what is counted, and is no product of variables, which wxyz is."""
+    if word.lower().rstrip("s") in MANY or word.lower().startswith("percent"):
+        return False
+    if word.lower() in UNITS or word.lower() in SHORT_WORDS or word in LETTER_UNITS:
         return True
     ascending = all(a < b for a, b in zip(word, word[1:]))
     return len(word) > 3 and not ascending and word[1:].islower() and bool(re.search("[aeiouy]", word))
@@ -297,9 +374,32 @@ def as_string(answer: str) -> str:
 
 def choice(answer: str) -> tuple[str, str] | None:
     """(letter, what follows it) of "B", "(B)", "B. 12", "\\textbf{(B)}\\ 12"; None for anything else."""
-    plain = re.sub(r"\\[ ,;:!]|~|\\q?quad", " ", TEXT_COMMAND.sub(r"\1", answer)).strip().strip("{}").strip()
+    plain = re.sub(r"\\[ ,;:!]|~|\\q?quad", " ", TEXT_COMMAND.sub(r"\1", answer)).strip().strip("{}*").strip()
+    plain = re.sub(r"(?i)^(?:option|choice)\s+", "", plain)
     found = CHOICE.fullmatch(plain)
     return (found[1].upper(), (found[2] or found[3] or "").strip()) if found else None
+
+
+def assignments(answer: str) -> dict[str, str]:
+    """name -> value of x=1, y=2 and of (x,y)=(1,2), in the order as written; {} for anything else."""
+    sides = split_at_top(answer, "=")
+    pairs = [bracketed(side) for side in sides] if len(sides) == 2 else [None]
+    if all(pairs) and pairs[0][0] == pairs[1][0] == "()" and len(pairs[0][1]) == len(pairs[1][1]) > 1:
+        names, values = pairs[0][1], pairs[1][1]
+    else:
+        found = [ASSIGNED.fullmatch(part) for part in parts_of(answer)]
+        if len(found) < 2 or not all(m and "=" in m[0] and not any(s in m[2] for s in "=<>") for m in found):
+            return {}
+        names, values = [m[1] for m in found], [m[2] for m in found]
+    named = dict(zip((re.sub(r"\s", "", name) for name in names), values))
+    return named if len(named) == len(names) else {}
+
+
+def ratio(answer: str) -> list[str]:
+    """The numbers of 3:2 and 9:30; [] for anything else."""
+    parts = split_at_top(answer, ":")
+    plain = re.sub(r"\\[A-Za-z]+", "", answer)
+    return parts if len(parts) > 1 and not choice(answer) and not re.search(r"[A-Za-z]{2}|[=<>|]", plain) else []
 
 
 def in_base(answer: str) -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """The side of the worker processes (processes.py): a server that has its imports forks one worker per connection.
 
 A worker reads one JSON value per line and writes true or false per line. It is apart from the process that trains,
-because what it computes can be sent to compute for hours, because only a process can be stopped for certain, and because
+because what it holds can be made to compute for hours, because only a process can be stopped for certain, and because
 SIGALRM works in a main thread alone; here it is the main thread.
 """
 

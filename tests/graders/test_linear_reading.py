@@ -59,7 +59,7 @@ def read(text):
     inner = text.partition("{")[2] or text
     for one in (
         m.tidy, m.number, m.without_units, m.without_text, m.as_string, m.choice, m.in_base, m.bracketed, m.is_bare,
-        m.parts_of, m.ASSIGNED.fullmatch, m.SET_BUILDER.fullmatch,
+        m.parts_of, m.assignments, m.ratio, m.ASSIGNED.fullmatch, m.SET_BUILDER.fullmatch,
     ):
         one(inner)
 """,
