@@ -14,9 +14,10 @@ from absl import flags
 
 from omniopd_jax import config, hf
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import hub, placed
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import bucket, card, cli
+from omniopd_jax.run import bucket, card, cli, files
 from omniopd_jax.run.trained import locate, read
 
 
@@ -25,7 +26,7 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
-      out: an empty or missing folder, or an earlier export, which is replaced.
+      out: an empty or missing folder, or an earlier export, which is replaced; never the run, nor a model that it names.
       dtype: of the tensors: bfloat16 | float16 | float32. LoRA: the sum is rounded once, after it was formed in
         float32.
       adapter: LoRA: a PEFT folder instead, which names the student's folder as its base.
@@ -33,13 +34,16 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     Raises:
       UserError: no such run or step, a student folder that is gone or holds another model, an `out` that is in use.
     """
-    got = read(*locate(source))
+    run, step = locate(source)
+    inputs = _inputs(run)
+    placed.check(out, inputs)  # before anything is read: a large model takes minutes
+    got = read(run, step)
     if adapter:
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
         peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype)
+        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype, keep=inputs)
         return pathlib.Path(out)
     with jax.default_device(_host()):
         params = got.whole()
@@ -61,6 +65,16 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         source=got.student,
     )
     return pathlib.Path(out)
+
+
+def _inputs(run) -> list[pathlib.Path]:
+    """The folders of this machine that an export is made from, or that its run's config names as models."""
+    saved = files.read_json(run / "config.json", "export another run") if (run / "config.json").is_file() else {}
+    student, teacher = (saved.get(section) or {} for section in ("student", "teacher"))
+    teachers = [teacher, *(saved.get("teachers") or {}).values()]
+    named = [student.get("path"), student.get("start"), *(t.get("model") for t in teachers)]
+    places = [run] if isinstance(run, pathlib.Path) else []  # a bucket is no folder here
+    return places + [place for place in map(hub.local, filter(None, named)) if place.is_dir()]
 
 
 def _host() -> jax.Device:

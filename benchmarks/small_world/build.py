@@ -118,6 +118,7 @@ def build(role_name: str, world_name: str, seed: int, out: pathlib.Path, tokeniz
     print(f"{world_name}/{role_name}: {size}", flush=True)
     params = train(model_cfg, cfg, encode_corpus(tokenizer, pairs), seed, hf.load(start)[0] if start else None)
     folder = out / world_name / role_name
+    (folder / "build.json").unlink(missing_ok=True)  # the packaged folders have no export's mark
     hf.save(folder, params, model_cfg, tokenizer, dtype="bfloat16")
     params, model_cfg = hf.load(folder)  # what was saved is what is measured: bf16 rounding included
     accuracy = greedy_accuracy(params, model_cfg, tokenizer, world_name)

@@ -3,22 +3,18 @@
 `model.table` says which tensor every parameter is; loading and saving go by that table alone.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from omniopd_jax import model
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.hf import bounded, hub, layered, safetensors
+from omniopd_jax.hf import bounded, hub, layered, placed, safetensors
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.hf.config import model_config
 from omniopd_jax.hf.hub import resolve
@@ -109,7 +105,7 @@ def save(
     gathered at a time. With several processes all must call; process 0 writes.
 
     Args:
-      folder: an empty or missing folder, or an earlier export, which is replaced.
+      folder: an empty or missing folder, or an earlier export (`placed.check`), which is replaced.
       params: as `load` returns them, on any mesh.
       tokenizer: a transformers tokenizer; None: no tokenizer files and no token ids.
       dtype: of the tensors: bfloat16 | float16 | float32; those that `stays_float32` names are float32 in any case.
@@ -124,6 +120,7 @@ def save(
       UserError: an unknown dtype, or a folder that holds something else.
     """
     one_of(dtype, SAVE_DTYPES, "dtype")
+    source = None if source is None else hub.resolve(source)
     ids = {} if tokenizer is None else {k: getattr(tokenizer, k) for k in hf_config.TOKEN_IDS}
     generation = dict(generation_config or {})
     if end_ids:
@@ -134,13 +131,12 @@ def save(
     )
     beside: dict = {}
     if source is not None and model_cfg.family in layered.FAMILIES:
-        source = hub.resolve(source)
         found = safetensors.find(source)
         beside, model_cfg = safetensors.carried(found, model_cfg), layered.in_file(model_cfg, found)
         config = layered.around(config, bounded.read_json(source / "config.json"))
     else:
         model_cfg = dataclasses.replace(model_cfg, prefix=layered.PREFIX)
-    with _placed(folder, "config.json") as work:
+    with placed.placed(folder, () if source is None else (source,)) as work:
         safetensors.write(work, params, model.table(model_cfg), np.dtype(jnp.dtype(dtype)), shard_bytes, beside=beside)
         if work is not None:
             bounded.write_json(work / "config.json", config)
@@ -152,7 +148,7 @@ def save(
 
 
 def save_adapters(
-    folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16"
+    folder, adapters: dict, table: dict, config: dict, tokenizer=None, *, dtype: str = "bfloat16", keep=()
 ) -> None:
     """Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer. Whole or not at all, as `save`.
 
@@ -160,45 +156,18 @@ def save_adapters(
       adapters: the trained tree. table: its `model.Param`s (lora.table). config: lora.peft_config.
       tokenizer: the base's; None: no tokenizer files.
       dtype: of the tensors: bfloat16 | float16 | float32.
+      keep: paths that `folder` must neither be nor hold: what the adapters were read from.
 
     Raises:
       UserError: an unknown dtype, or a folder that holds something else.
     """
     one_of(dtype, SAVE_DTYPES, "dtype")
-    with _placed(folder, "adapter_config.json") as work:
+    with placed.placed(folder, keep) as work:
         safetensors.write(work, adapters, table, np.dtype(jnp.dtype(dtype)), math.inf, single=ADAPTER)
         if work is not None:
             bounded.write_json(work / "adapter_config.json", config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
-
-
-@contextlib.contextmanager
-def _placed(folder, marker: str):
-    """Gives a place to write beside `folder`, and renames it to `folder` at the end; None but in process 0.
-
-    An old folder is replaced where it is empty or holds the file `marker`.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).is_file())):
-        raise UserError(
-            f"{folder} exists and is no Hugging Face folder (it has no {marker}); give an empty or a new one"
-        )
-    writer = jax.process_index() == 0
-    work = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
-        if writer:
-            work.mkdir(parents=True)
-        yield work if writer else None
-        if writer:
-            for path in (work, *work.rglob("*")):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # whoever serves the model may be another user
-            _replace(work, folder)
-    finally:
-        if writer:
-            shutil.rmtree(work, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("hf.save")
 
 
 def generation_config(folder, *, setting: str = "student.path") -> dict:
@@ -221,12 +190,3 @@ def _for_older_readers(path: Path) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.pop("backend", None)
     bounded.write_json(path, config)
-
-
-def _replace(work: Path, folder: Path) -> None:
-    """Renames `work` to `folder`; what stood there goes only once the new one is in place."""
-    old = folder.parent / f"{work.name}.old"
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

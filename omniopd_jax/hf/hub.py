@@ -39,6 +39,12 @@ def offline_unless_reachable(name: str, repo_type: str):
             m.HF_HUB_OFFLINE = value
 
 
+def local(name: str) -> Path:
+    """Where a folder of this name would be on this machine; a hub name has none there."""
+    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
+    return packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
+
+
 def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
     """The local folder of a path or hub name; a hub name is downloaded once (`files`: glob patterns).
 
@@ -48,8 +54,7 @@ def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
     name = str(folder)
     if not name:
         raise UserError(f"{setting} is empty: set it to a Hugging Face folder")
-    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
-    path = packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
+    path = local(name)
     if path.is_dir():
         return path
     if path.exists():

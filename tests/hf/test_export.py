@@ -17,6 +17,8 @@ from ml_collections import FrozenConfigDict
 
 from omniopd_jax import config, export, hf, model, step
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import placed
+from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
@@ -128,6 +130,64 @@ def test_the_export_command_on_a_run_of_two_checkpoints(folder, tmp_path, params
         assert same_bits(hf.load(tmp_path / "out")[0], jax.tree.map(lambda a, number=number: a * number, params))
     with pytest.raises(UserError, match="no step 4"):
         export.export(run / "checkpoints" / "4", tmp_path / "out")
+
+
+# --- what an export may replace
+
+
+def test_an_export_never_replaces_its_run_or_a_model_that_the_run_names(folder, tmp_path):
+    hf.save(folder, random_params(BASE), BASE, hf_fixtures.tokenizer())
+    run = run_of(folder, random_params(BASE), tmp_path)
+    config_file = run / "config.json"
+    teacher = tmp_path / "teacher"
+    hf.save(teacher, random_params(BASE), BASE)
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"teacher": {"model": str(teacher)}}))
+    (run / placed.MARK).touch()  # nor where it looks like an export
+    (tmp_path / placed.MARK).touch()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(folder)
+    for out in (run, run / "..", folder, teacher, link, run / "checkpoints"):
+        with pytest.raises(UserError, match="give an empty or a new one"):
+            export.export(run, out)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", placed.OF_A_RUN)
+def test_a_run_is_never_replaced(name, folder, tmp_path):
+    """Another run than the source, whatever else stands in its folder."""
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=f"holds a run \\({name}\\)"):
+        hf.save(folder, random_params(BASE), BASE)
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_exports_from_before_the_mark_are_replaced_and_other_models_are_not(folder, tmp_path):
+    """`folder` as an earlier version left it; then with what no export ever held."""
+    (folder / placed.MARK).unlink()
+    hf.save(folder, random_params(BASE, seed=1), BASE, hf_fixtures.tokenizer())
+    assert (folder / placed.MARK).is_file()
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_model.safetensors").touch()
+    settings = config.default().lora
+    (adapters / "adapter_config.json").write_text(json.dumps(lora.peft_config(settings, "base")))
+    placed.check(adapters)
+    theirs = lora.peft_config(settings, "base") | {"peft_version": "0.18.0"}
+    (adapters / "adapter_config.json").write_text(json.dumps(theirs))
+    with pytest.raises(UserError, match="no Hugging Face folder that omniopd_jax exported"):
+        placed.check(adapters)
+    (folder / placed.MARK).unlink()
+    for name in ("LICENSE", "my_notes.txt"):
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match="no Hugging Face folder that omniopd_jax exported"):
+            hf.save(folder, random_params(BASE), BASE)
+        (folder / name).unlink()
+    config_file = folder / "config.json"
+    by_transformers = {k: v for k, v in json.loads(config_file.read_text()).items() if k != "torch_dtype"}
+    config_file.write_text(json.dumps(by_transformers))
+    with pytest.raises(UserError, match="no Hugging Face folder that omniopd_jax exported"):
+        hf.save(folder, random_params(BASE), BASE)
 
 
 @pytest.mark.slow
