@@ -17,6 +17,7 @@ CHOICES = {
     "max_staleness": (0, 1),
     "data.source": ("world", "jsonl", "hub"),
     "data.overlong": ("error", "drop"),
+    "eval.overlong": ("error", "drop"),
     "audit.gate": ("none", "graded"),
     "audit.selection": ("peak", "random"),
     "audit.span": ("all", "answer", "thinking"),
@@ -239,9 +240,10 @@ def default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 0  # steps; 0 = only before the first and after the last
     c.eval.before = True  # also before the first step; False: what the base student scores is known already
-    c.eval.split = "test"  # world and hub
-    c.eval.path = ""  # jsonl
-    c.eval.num_prompts = 0  # 0 = no evaluation
+    c.eval.split = "test"  # world, and hub without eval.path
+    c.eval.path = ""  # jsonl and hub: a file as data.path, whose rows have the fields of data.fields
+    c.eval.num_prompts = 0  # the first N; more than there are: all; 0 = no evaluation
+    c.eval.overlong = "error"  # error | drop: held-out prompts, and problems of eval.sets, over max_prompt_length
     c.eval.sets = ()  # more sets, as evaluate --benchmarks names them: eval/accuracy/NAME; "('world:slips:test',)"
     c.eval.patience = 0  # evaluations without a new best after which the run ends; 0 = off
     c.eval.stop_below = 0.0  # the run ends where an evaluation is below: a student that has collapsed; 0 = off

@@ -24,6 +24,7 @@ def recipe(models, folder, rows, **more):
         "objective.name": "sft",
         "anchor.kl_coef": 0.0,
         "data.source": "jsonl",
+        "data.name": "",
         "data.path": str(file),
         "data.num_prompts": 0,
         "num_generations": 1,

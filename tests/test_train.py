@@ -127,6 +127,7 @@ def test_accuracy_is_measured_before_within_and_after(run):
     assert [r["eval/updates"] for r in (first, second, last)] == [0, 2, 3]
     assert first["eval/accuracy"] == first["eval/accuracy_before"] == summary["accuracy_before"]
     assert last["eval/accuracy"] == summary["accuracy_after"]
+    assert [r["eval/num_prompts"] for r in tiny.lines(folder / "metrics.jsonl")] == [8, 8, 8]
     answers = tiny.lines(folder / "evaluations.jsonl")
     assert {a["step"] for a in answers} == {0, 2, 3} and len(answers) == 3 * 8
     assert np.mean([a["correct"] for a in answers if a["step"] == 3]) == summary["accuracy_after"]
@@ -337,7 +338,8 @@ def test_a_teacher_with_a_tokenizer_of_its_own_teaches(make, tmp_path):
 def test_a_prompt_met_twice_in_a_step_gives_two_samples(make, tmp_path):
     """Fewer prompts than rows, or the turn of an epoch: the same prompt again must be a fresh sample (method.md, 5)."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
-    c = make(**{"data.source": "jsonl", "data.path": str(tmp_path / "p.jsonl"), "num_steps": 1, "data.num_prompts": 0})
+    file = {"data.source": "jsonl", "data.name": "", "data.path": str(tmp_path / "p.jsonl"), "data.num_prompts": 0}
+    c = make(num_steps=1, **file)
     train.train(c)
     audits = tiny.lines(f"{c.run_dir}/audits.jsonl")
     asked = [(a["sample_id"], a["peak"]) for a in audits]
@@ -371,9 +373,11 @@ def test_a_step_whose_prompts_do_not_divide_over_the_devices(make, monkeypatch, 
         assert len(tiny.lines(f"{c.run_dir}/metrics.jsonl")) == 1
 
 
-def test_zero_steps_evaluate_and_end(make):
+def test_zero_steps_evaluate_and_end(make, capsys):
     c = make(num_steps=0, **{"eval.num_prompts": 8})
     out = train.train(c)
+    said = "evaluated on 8 held-out prompts (eval.num_prompts = 8; 0 duplicates and 0 overlong left out)"
+    assert said in capsys.readouterr().out
     assert (out["step"], out["accuracy_before"]) == (0, out["accuracy_after"])
     out = train.train(make(num_steps=0, **{"eval.num_prompts": 8, "eval.before": False}))
     assert out["accuracy_before"] is None and 0 <= out["accuracy_after"] <= 1

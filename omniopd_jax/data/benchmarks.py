@@ -238,7 +238,7 @@ def load_sets(cfg, template) -> tuple[Suite, ...]:
     """The sets of `eval.sets`, their first `eval.num_prompts` problems rendered where there is a template.
 
     Raises:
-      UserError: an unknown set, a bad row, or two of one name.
+      UserError: an unknown set, a bad row, a problem that is too long (`eval.overlong`), or two of one name.
     """
     sets = [load(name, cfg.eval.num_prompts, cfg.eval.suffix) for name in cfg.eval.sets]
     names = [s.name for s in sets]
@@ -246,7 +246,7 @@ def load_sets(cfg, template) -> tuple[Suite, ...]:
         raise UserError(f"eval.sets = {tuple(cfg.eval.sets)}: the same set twice")
     if template is None:
         return tuple(sets)
-    encoded = [data.encode(data.Prompts(s.prompts), template, cfg).prompts for s in sets]
+    encoded = [data.encode(data.Prompts(s.prompts), template, cfg, overlong="eval.overlong").prompts for s in sets]
     return tuple(dataclasses.replace(s, prompts=p) for s, p in zip(sets, encoded, strict=True))
 
 

@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from omniopd_jax import world
+from omniopd_jax import config, world
 from omniopd_jax.data import files
 from omniopd_jax.errors import UserError, one_of
 from omniopd_jax.hf import bounded, hub
 from omniopd_jax.hf.template import Template
 
+READ = {  # data.source -> the keys below that name its prompts
+    "world": ("data.name", "data.split", "eval.split"),
+    "jsonl": ("data.path", "eval.path"),
+    "hub": ("data.name", "data.subset", "data.split", "eval.split", "eval.path"),  # held-out prompts may be a file
+}
+PLACES = tuple(dict.fromkeys(key for keys in READ.values() for key in keys))
 # ShareGPT's
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}
 
@@ -43,6 +49,11 @@ class Prompts:
 
     def __len__(self):
         return len(self.prompts)
+
+
+def unread(source: str) -> tuple[str, ...]:
+    """The keys of `PLACES` that nothing reads under a `data.source`."""
+    return tuple(key for key in PLACES if key not in READ.get(source, PLACES))
 
 
 def load(
@@ -79,10 +90,10 @@ def load(
         if count and len(kept) == count:
             break
     if not kept:
-        raise UserError(f"no prompts in {_where(cfg, source, split, path)}: it is empty")
+        raise UserError(f"no prompts in {_where(cfg, source, split, path, section)}: it is empty")
     if len({p.id for p in kept}) < len(kept):
         raise UserError(
-            f"prompt ids repeat in {_where(cfg, source, split, path)}: each `id` must be unique, or left out"
+            f"prompt ids repeat in {_where(cfg, source, split, path, section)}: each `id` must be unique, or left out"
         )
     return Prompts(kept, duplicates)
 
@@ -114,26 +125,28 @@ def with_suffix(data: Prompts, suffix: str) -> Prompts:
     return dataclasses.replace(data, prompts=[one(p) for p in data.prompts])
 
 
-def encode(data: Prompts, template: Template, cfg) -> Prompts:
+def encode(data: Prompts, template: Template, cfg, *, overlong: str = "data.overlong") -> Prompts:
     """Renders each prompt with its generation prompt and tokenizes it; overlong ones are an error, or dropped and
     counted.
 
+    Args:
+      overlong: the config key that says which of the two; "": an error.
+
     Raises:
-      UserError: a prompt that the template refuses, one longer than `max_prompt_length` under `data.overlong = error`,
-      or
+      UserError: a prompt that the template refuses, one longer than `max_prompt_length` that may not be dropped, or
         none left.
     """
+    drop = bool(overlong) and config.get(cfg, overlong) == "drop"
     texts = [render(template, prompt) for prompt in data.prompts]
     ids = template.tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept = []
     for prompt, token_ids in zip(data.prompts, ids, strict=True):
         if len(token_ids) <= cfg.max_prompt_length:
             kept.append(dataclasses.replace(prompt, token_ids=tuple(token_ids)))
-        elif cfg.data.overlong == "error":
+        elif not drop:
             raise UserError(
                 f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than max_prompt_length = "
-                f"{cfg.max_prompt_length}; "
-                f"raise it, or set data.overlong = 'drop'"
+                f"{cfg.max_prompt_length}; raise it" + (f", or set {overlong} = 'drop'" if overlong else "")
             )
     if not kept:
         raise UserError(f"all {len(ids)} prompts are longer than max_prompt_length = {cfg.max_prompt_length}")
@@ -194,7 +207,7 @@ def _file(cfg, split, path, count, section):
 def _hub(cfg, split, path, count, section):
     if not cfg.data.name:
         raise UserError("data.source = 'hub' needs data.name, e.g. 'open-r1/DAPO-Math-17k-Processed'")
-    advice = "check the name and the network, or set data.source = 'jsonl' and data.path"
+    advice = "check the name and the network, or set data.source = 'jsonl', data.path, and data.name = ''"
     rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     for number, row in enumerate(rows):
         where = f"{cfg.data.name}, row {number}"
@@ -328,9 +341,9 @@ def _answer(value, field: str, where: str) -> str | None:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
 
 
-def _where(cfg, source: str, split: str, path: str) -> str:
+def _where(cfg, source: str, split: str, path: str, section: str) -> str:
     return {
         "world": f"the small world {cfg.data.name!r}, split {split!r}",
-        "jsonl": f"data.path = {path!r}",
+        "jsonl": f"{section}.path = {path!r}",
         "hub": f"data.name = {cfg.data.name!r}, split {split!r}",
     }[source]

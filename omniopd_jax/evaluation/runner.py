@@ -203,9 +203,8 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     if len(set(files)) < len(files):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
     student = load_student(cfg, checkpoint)
-    cfg = cfg.copy_and_resolve_references()
-    cfg.data.overlong = "error"  # a benchmark with problems left out is another benchmark
-    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg).prompts for s in loaded]
+    # a benchmark with problems left out is another benchmark: no overlong one is dropped
+    encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg, overlong="").prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)

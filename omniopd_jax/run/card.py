@@ -7,7 +7,7 @@ import re
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.objective import OBJECTIVES
-from omniopd_jax.run import estimate
+from omniopd_jax.run import estimate, health
 
 SETTINGS = (  # of the run's config, in the card's table
     "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
@@ -29,6 +29,7 @@ def write(folder, run, *, name: str, adapter: bool, step: int | None = None) -> 
     if step is not None and summary.get("step") != step:
         summary = {}  # the summary's accuracy and cost are the last step's
     rows = _rows(run / "metrics.jsonl")
+    health.count_evaluated(rows, _rows(run / "evaluations.jsonl"))
     path = pathlib.Path(folder) / "README.md"
     path.write_text(
         text(config, summary, rows, name=name, adapter=adapter, step=step), encoding="utf-8", errors="replace"
@@ -81,10 +82,10 @@ def _teachers(config: dict) -> list[dict]:
 
 def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list[tuple[str, str]]:
     before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
-    n, grader = config.get("eval", {}).get("num_prompts"), config.get("eval", {}).get("grader")
+    n, grader = health.evaluated(rows), config.get("eval", {}).get("grader")
     out = []
     if after is not None:
-        measured = f"{after:.1%}, greedy, {n} held-out prompts, grader {grader}"
+        measured = f"{after:.1%}, greedy, {'' if n is None else f'{n:,} '}held-out prompts, grader {grader}"
         known = before is not None
         when, first = ("before and after", f"{before:.1%} and ") if known else ("after", "")
         out.append((f"accuracy {when}", first + measured))
@@ -208,7 +209,9 @@ def _rows(path: pathlib.Path) -> list[dict]:
     out = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            out.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict):
+            out.append(found)
     return out

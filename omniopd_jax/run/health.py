@@ -338,7 +338,7 @@ def no_progress(v: View):
 
 def _noise(v: View, points: list[tuple[int, float]]) -> float | None:
     """Two standard errors of the newest evaluation less the first; None where there are not two."""
-    n = v.cfg.get("eval.num_prompts", 0)
+    n = evaluated(v.rows)
     if len(points) < 2 or not n:
         return None
     before, after = points[0][1], points[-1][1]
@@ -354,7 +354,7 @@ def _has_risen(v: View) -> bool:
 
 def agreement_alone(v: View):
     """pi_hat rises and accuracy does not: the student has found what the teacher says whatever was written before."""
-    points, n = evaluations(v.rows), v.cfg.get("eval.num_prompts", 0)
+    points, n = evaluations(v.rows), evaluated(v.rows)
     if len(points) < 2 or not n or points[-1][0] - points[0][0] < FIRST:
         return None
     (_, before), (step, after) = points[0], points[-1]
@@ -386,6 +386,25 @@ def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
         if _number(r.get("eval/accuracy")):
             out[int(r.get("eval/updates", r["step"] + 1))] = r["eval/accuracy"]
     return sorted(out.items())
+
+
+def evaluated(rows: list[dict]) -> int | None:
+    """How many held-out prompts the newest evaluation answered, which may be fewer than `eval.num_prompts`; None: no row
+    says it."""
+    counts = (r["eval/num_prompts"] for r in reversed(rows) if _number(r.get("eval/num_prompts")))
+    return next(map(int, counts), None)
+
+
+def count_evaluated(rows: list[dict], answers: list[dict]) -> None:
+    """Adds `eval/num_prompts` to the rows of a run from before it was written: the answers that evaluations.jsonl kept
+    and those that it left out."""
+    for r in rows:
+        if not _number(r.get("eval/accuracy", r.get("eval/accuracy_before"))) or "eval/num_prompts" in r:
+            continue
+        updates = r.get("eval/updates", r.get("step", -1) + 1)
+        kept = len({a.get("prompt_id") for a in answers if a.get("step") == updates})
+        if kept:
+            r["eval/num_prompts"] = kept + int(r.get("eval/log_left_out") or 0)
 
 
 def budget_pace(v: View):

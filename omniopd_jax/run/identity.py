@@ -9,6 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from omniopd_jax import config, hf
+from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers import by_row
@@ -16,6 +17,10 @@ from omniopd_jax.teachers.protocol import stable_hash
 from omniopd_jax.teachers.wire import secrets
 
 DIGESTS = "digests"  # beside the settings, in config.json
+DIGESTED = (  # how the names of `digests_of` begin
+    "the training prompts", "the held-out prompts", "the prompts of eval.sets ", "the student's ", "the teacher's ",
+    "the embedding model ",
+)  # fmt: skip
 HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, how fast, where, and what is written
     "run_dir",
     "local_dir",
@@ -23,6 +28,7 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "log.",
     "eval.before",
     "eval.every",
+    "eval.overlong",  # the prompts that are left have a digest
     "eval.patience",
     "eval.stop_below",
     "budget.",
@@ -80,6 +86,10 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
     names = [sorted(teachers) for teachers in (saved.get("teachers", {}), cfg.teachers)]
     old, now = by_row.whole(old, names[0]), by_row.whole(now, names[1])
+    unread = prompts.unread(old["data.source"])  # says nothing of the run, and is refused by now
+    if old["data.source"] == "hub" and "overlong" not in saved.get("eval", {}):
+        unread += ("eval.path",)  # a run from before that was read
+    old |= {k: known[k] for k in unread}
     old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
     if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")
@@ -107,10 +117,24 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         )
 
 
+def check_allowed(cfg: ConfigDict) -> None:
+    """Each name in `resume.allow` must be of something that is compared: else a slip of the pen allows nothing.
+
+    Raises:
+      UserError: names the nearest keys.
+    """
+    known = (*config.flat(cfg), *config.flat(config.default()), "teachers", *REMOVED)
+    for name in cfg.resume.allow:
+        if not any(allowed(key, (name,)) for key in known) and not name.startswith((*DIGESTED, "teachers.")):
+            raise UserError(f"resume.allow: {config.unknown_key_message(cfg, name)}")
+
+
 def allowed(key: str, may) -> bool:
     """Whether a key is named by `may`: whole, or by a beginning that ends in a dot or underscore."""
     keys = {key, by_row.key_of(key)}
-    return any(k == m or (m[-1:] in "._" and k.startswith(m)) or k.startswith(f"{m}.") for m in may for k in keys)
+    return any(
+        k == m or (m.endswith((".", "_")) and k.startswith(m)) or k.startswith(f"{m}.") for m in may for k in keys
+    )
 
 
 def plain(value):
@@ -143,15 +167,15 @@ def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
     host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | {DIGESTS: digests}, indent=1) + "\n")
 
 
-def digests_of(cfg: ConfigDict, prompts, held_out, template: str, sets=()) -> dict[str, str]:
+def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> dict[str, str]:
     """Digests of what a run reads under names that stay the same when the content changes.
 
     Args:
-      prompts, held_out: data.Prompts, encoded; None: none is read.
+      training, held_out: data.Prompts, encoded; None: none is read.
       template: the student's chat template.
       sets: data.benchmarks.Suites of `eval.sets`.
     """
-    out = {"the training prompts": _prompts(prompts), "the student's chat template": f"{stable_hash(template):x}"}
+    out = {"the training prompts": _prompts(training), "the student's chat template": f"{stable_hash(template):x}"}
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
     out |= {f"the prompts of eval.sets {s.name!r}": _prompts(s) for s in sets}
@@ -191,7 +215,7 @@ def folder_digest(name: str) -> str:
     return digest.hexdigest()
 
 
-def _prompts(prompts) -> str:
-    parts = (x for p in prompts.prompts for x in (p.id, json.dumps(p.messages, sort_keys=True), p.answer, p.token_ids))
-    teachers = [p.teacher for p in prompts.prompts if p.teacher]  # one a prompt, or none at all
+def _prompts(found) -> str:
+    parts = (x for p in found.prompts for x in (p.id, json.dumps(p.messages, sort_keys=True), p.answer, p.token_ids))
+    teachers = [p.teacher for p in found.prompts if p.teacher]  # one a prompt, or none at all
     return f"{stable_hash(*parts, *teachers):016x}"

@@ -18,7 +18,7 @@ from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import logging, objectives, profiling, thinking, trackers, trained
+from omniopd_jax.run import identity, logging, objectives, profiling, thinking, trackers, trained
 from omniopd_jax.run.host import AsyncThread
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import need_of
@@ -71,6 +71,7 @@ def validate(c: ConfigDict) -> None:
     profiling.window(c.profile.steps)
     trackers.check(c.log.trackers)
     objectives.check(c)
+    identity.check_allowed(c)
     _check_data(c)
     _check_sizes(c)
     _check_audits(c)
@@ -106,11 +107,14 @@ def _check_data(c: ConfigDict) -> None:
         _check_bucket(c)
     if config.is_bucket(c.teacher.journal):
         raise UserError(f"teacher.journal = {c.teacher.journal!r} must be a folder on a local disk: SQLite writes it")
-    if c.data.source == "world" and (c.data.path or c.eval.path):
-        key = "data.path" if c.data.path else "eval.path"
-        raise UserError(
-            f"{key} = {config.get(c, key)!r} is not read with data.source = 'world': set data.source = 'jsonl'"
-        )
+    plain = config.default()
+    for key in data.unread(c.data.source):
+        value, other = config.get(c, key), config.get(plain, key)
+        if value != other:
+            able = " or ".join(f"data.source = {name!r}" for name, keys in data.READ.items() if key in keys)
+            raise UserError(
+                f"{key} = {value!r} is not read with data.source = {c.data.source!r}: set {key} = {other!r}, or {able}"
+            )
     graded = objective.needs_reward(c) or solutions.gated(c)
     for section, used in ((c.reward, graded), (c.eval, c.eval.num_prompts > 0)):
         name = "reward.grader" if section is c.reward else "eval.grader"
@@ -422,7 +426,7 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     if cfg.eval.num_prompts:
         held_out = data.load(
             cfg,
-            source=cfg.data.source,
+            source="jsonl" if cfg.eval.path else cfg.data.source,
             split=cfg.eval.split,
             path=cfg.eval.path,
             count=cfg.eval.num_prompts,
@@ -432,7 +436,9 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
         held_out = data.with_suffix(held_out, cfg.eval.suffix)
     if template is None:
         return prompts, held_out
-    return data.encode(prompts, template, cfg), held_out and data.encode(held_out, template, cfg)
+    return data.encode(prompts, template, cfg), held_out and data.encode(
+        held_out, template, cfg, overlong="eval.overlong"
+    )
 
 
 def check_same_prompts(prompts: data.Prompts) -> None:

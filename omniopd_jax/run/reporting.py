@@ -76,7 +76,8 @@ class Reports:
         """
         answers, left_out = records.evaluation_records(found, self._run.held_out.prompts, updates, self._run.cfg)
         accuracies = {"eval/accuracy": found.accuracy} | {f"eval/accuracy/{name}": a for name, a in sets.items()}
-        values = accuracies | {"eval/updates": updates, "eval/log_left_out": left_out}
+        counts = {"eval/num_prompts": len(found.correct), "eval/log_left_out": left_out}
+        values = accuracies | {"eval/updates": updates} | counts
         if not updates:
             values["eval/accuracy_before"] = found.accuracy
         if updates and updates in (self._start, self._run.cfg.num_steps):

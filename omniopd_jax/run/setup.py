@@ -149,6 +149,11 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
         f"mesh {dict(mesh.shape)}; {len(prompts):,} prompts "
         f"({prompts.duplicates} duplicates and {prompts.overlong} overlong left out)"
     )
+    if (held := checked.held_out) is not None:
+        logging.say(
+            f"evaluated on {len(held):,} held-out prompts (eval.num_prompts = {cfg.eval.num_prompts:,}; "
+            f"{held.duplicates} duplicates and {held.overlong} overlong left out)"
+        )
     decoder = audit.Decoder(template.tokenizer, template.stop_strings)
     student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(

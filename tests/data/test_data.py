@@ -13,6 +13,7 @@ from omniopd_jax import world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import template
+from omniopd_jax.run import preflight
 
 TOKENIZER = tiny.tokenizer()
 
@@ -258,6 +259,34 @@ FIELDS = {"data.fields.prompt": "question", "data.fields.answer": "solution", "d
 def from_hub(**more):
     c = small(**{"data.name": "some/set", **FIELDS} | more)
     return data.load(c, source="hub", split="train", path="", count=0)
+
+
+def test_held_out_prompts_beside_the_hub_may_be_a_file_of_their_own(hub, tmp_path):
+    """docs/your_own.md; ids that repeat are the file's, not those of data.path."""
+    rows = [{"question": f"{i} + 1?", "solution": str(i + 1), "key": f"e{i}"} for i in range(3)]
+    settings = {
+        "data.source": "hub", "data.name": "some/set", "eval.path": write(tmp_path, *rows), "eval.num_prompts": 500,
+        "eval.grader": "math",
+    }  # fmt: skip
+    prompts, held_out = preflight.load_prompts(small(**settings | FIELDS), None)
+    assert [p.id for p in prompts.prompts] == ["k1", "k2"] and [p.id for p in held_out.prompts] == ["e0", "e1", "e2"]
+    again = write(tmp_path, *rows, rows[0] | {"question": "another"}, name="again.jsonl")
+    with pytest.raises(UserError, match=r"prompt ids repeat in eval\.path = '.*again\.jsonl'"):
+        preflight.load_prompts(small(**settings | FIELDS | {"eval.path": again}), None)
+
+
+def test_overlong_held_out_prompts_are_an_error_unless_the_run_says_otherwise(tmp_path):
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "word " * 200, "answer": "2", "id": "the-long-one"}]
+    path = write(tmp_path, *rows)
+    settings = {
+        "data.source": "jsonl", "data.path": path, "eval.path": path, "eval.num_prompts": 500, "eval.grader": "math",
+        "max_prompt_length": 64,
+    }  # fmt: skip
+    made = template.make(TOKENIZER)
+    with pytest.raises(UserError, match=r"'the-long-one' has .* or set eval\.overlong = 'drop'"):
+        preflight.load_prompts(small(**settings), made)
+    prompts, held_out = preflight.load_prompts(small(**settings, **{"eval.overlong": "drop"}), made)
+    assert (len(prompts), prompts.overlong, len(held_out), held_out.overlong) == (1, 1, 1, 1)
 
 
 def test_hub_columns_are_mapped(hub):

@@ -85,7 +85,7 @@ def test_the_recipe_opd_remote_runs(vllm, tmp_path):
     """The teacher is the student itself, so its log-probs are the student's own: nothing to learn in the first step."""
     settings = {
         "run_dir": tmp_path / "run", "student.path": real_kit.student(), "teacher.tokenizer": real_kit.student(),
-        "teacher.model": "teacher", "teacher.base_url": vllm, "data.source": "jsonl",
+        "teacher.model": "teacher", "teacher.base_url": vllm, "data.source": "jsonl", "data.name": "",
         "data.path": ".cache/real/data/train.jsonl", "num_steps": 2, "prompts_per_step": 2, "num_generations": 1,
         "max_prompt_length": 96, "max_completion_length": 32, "eval.num_prompts": 0, "micro_batches": 1,
         "log.tensorboard": False, "compute_dtype": "float32", "teacher.timeout_s": 300.0, "rollout.parts": 1,

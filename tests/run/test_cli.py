@@ -34,6 +34,8 @@ def files(tmp_path_factory):
     )
     (folder / "empty.jsonl").write_text("")
     (folder / "long.jsonl").write_text(GOOD + json.dumps({"prompt": "word " * 200, "id": "the-long-one"}) + "\n")
+    held = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "word " * 200, "answer": "2", "id": "the-long-one"}]
+    (folder / "long_held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
     (folder / "good.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(8)))
     body = "from omniopd_jax import config\n\n\ndef get_config(arg=None):\n    c = config.default()\n    {}\n    return c\n"
     for name, line in {
@@ -55,7 +57,7 @@ def base(files, **more) -> list[str]:
 
 
 def jsonl(files, name, **more) -> list[str]:
-    return base(files, **{"data.source": "jsonl", "data.path": str(files["folder"] / name)} | more)
+    return base(files, **{"data.source": "jsonl", "data.name": "", "data.path": str(files["folder"] / name)} | more)
 
 
 CASES = {  # name -> (arguments, what the line must hold)
@@ -126,6 +128,30 @@ CASES = {  # name -> (arguments, what the line must hold)
         lambda f: base(f, **{"data.path": str(f["folder"] / "good.jsonl")}),
         ["data.path", "good.jsonl", "data.source = 'jsonl'"],
     ),
+    "a held-out file beside the small world": (
+        lambda f: base(f, **{"eval.path": str(f["folder"] / "good.jsonl"), "eval.num_prompts": 4}),
+        ["eval.path", "data.source = 'world'", "data.source = 'jsonl' or data.source = 'hub'"],
+    ),
+    "a file beside the hub": (
+        lambda f: base(f, **{"data.source": "hub", "data.name": "o/d", "data.path": "prompts.jsonl"}),
+        ["data.path = 'prompts.jsonl'", "data.source = 'hub'", "set data.path = ''", "data.source = 'jsonl'"],
+    ),
+    "a name beside a file": (
+        lambda f: jsonl(f, "good.jsonl", **{"data.name": "forks"}),
+        ["data.name = 'forks'", "data.source = 'jsonl'", "set data.name = ''"],
+    ),
+    "a subset beside a file": (
+        lambda f: jsonl(f, "good.jsonl", **{"data.subset": "main"}),
+        ["data.subset = 'main'", "data.source = 'jsonl'", "data.source = 'hub'"],
+    ),
+    "a split of a file": (
+        lambda f: jsonl(f, "good.jsonl", **{"eval.split": "validation"}),
+        ["eval.split = 'validation'", "data.source = 'jsonl'"],
+    ),
+    "a slip in what may differ": (
+        lambda f: base(f, **{"resume.allow": "('optimzer.learning_rate',)"}),
+        ["resume.allow", "optimzer.learning_rate", "optimizer.learning_rate"],
+    ),
     "grpo with one generation": (
         lambda f: base(f, **{"objective.name": "grpo", "num_generations": 1}),
         ["num_generations = 1", "2 or more"],
@@ -150,6 +176,22 @@ CASES = {  # name -> (arguments, what the line must hold)
     "prompt too long": (
         lambda f: jsonl(f, "long.jsonl", **{"data.overlong": "error"}),
         ["'the-long-one'", "max_prompt_length = 160", "data.overlong"],
+    ),
+    "held-out prompt too long": (
+        lambda f: jsonl(
+            f,
+            "good.jsonl",
+            **{"eval.num_prompts": 99, "eval.path": str(f["folder"] / "long_held.jsonl"), "eval.grader": "math"},
+        ),
+        ["'the-long-one'", "max_prompt_length = 160", "eval.overlong = 'drop'"],
+    ),
+    "empty held-out set": (
+        lambda f: jsonl(
+            f,
+            "good.jsonl",
+            **{"eval.num_prompts": 99, "eval.path": str(f["folder"] / "empty.jsonl"), "eval.grader": "math"},
+        ),
+        ["no prompts in eval.path", "empty.jsonl"],
     ),
     "all prompts too long": (lambda f: base(f, max_prompt_length=3), ["max_prompt_length = 3"]),
     "chunk longer than a response": (

@@ -11,7 +11,8 @@ PUBLISHED = {"audit.num_chunks": 10, "audit.chunk_tokens": 50}
 
 
 def rows(**changed):
-    """20 steps; a changed value may be a function of the step."""
+    """20 steps; a changed value may be a function of the step. Evaluations are of 64 prompts."""
+    changed = {"eval/num_prompts": 64} | changed if "eval/accuracy" in changed else changed
     return [runs.row(t, **{k: v(t) if callable(v) else v for k, v in changed.items()}) for t in STEPS]
 
 
@@ -125,6 +126,16 @@ def test_the_anchor_is_no_finding_where_the_student_moves_or_learns_or_has_hardl
     assert runs.checks(rows(**HELD), **{"anchor.kl_coef": 0.0}) == set()
     assert runs.checks(rows(**HELD | {"eval/accuracy": lambda t: 0.3 + 0.02 * t})) == set()
     assert runs.checks(rows(**HELD | {"eval/accuracy": lambda t: 0.3 + 0.001 * t})) == {"anchor_holds", "no_progress"}
+
+
+def test_noise_goes_by_the_prompts_that_were_evaluated_not_by_the_config():
+    """30 prompts in the file and eval.num_prompts = 10,000: a gain of two answers is noise, as it is of 30."""
+    changed = {"eval/accuracy": lambda t: 1 / 3 + t / 19 / 15}
+    few, many = (rows(**changed, **{"eval/num_prompts": n}) for n in (30, 10_000))
+    assert runs.checks(few, **{"eval.num_prompts": 10_000}) == {"no_progress"}
+    assert runs.checks(many, **{"eval.num_prompts": 30}) == set()
+    unknown = rows(**changed, **{"eval/num_prompts": None})
+    assert health.evaluated(unknown) is None and runs.checks(unknown, **{"eval.num_prompts": 30}) == set()
 
 
 def test_the_middle_band_alone_can_trip_teacher_not_sampling():

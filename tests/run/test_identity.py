@@ -107,6 +107,33 @@ def test_a_run_of_an_earlier_version_goes_on(written, capsys):
         identity.check_same_run(recipe(**{"eval.suffix": "x"}), DIGESTS, written)
 
 
+def test_keys_that_nothing_read_do_not_keep_an_old_run_from_going_on(tmp_path):
+    """Earlier versions took data.name beside a file, and eval.path beside the hub, and read neither."""
+    file = tmp_path / "config.json"
+    from_file = {"data.source": "jsonl", "data.path": "p.jsonl"}
+    identity.write(recipe(**from_file), DIGESTS, file)  # its data.name is forks
+    identity.check_same_run(recipe(**from_file, **{"data.name": ""}), DIGESTS, file)
+    from_hub = {"data.source": "hub", "data.name": "o/d"}
+    identity.write(recipe(**from_hub, **{"eval.path": "x"}), DIGESTS, file)
+    with pytest.raises(UserError, match="eval.path was 'x', is ''"):
+        identity.check_same_run(recipe(**from_hub), DIGESTS, file)
+    old = json.loads(file.read_text())
+    del old["eval"]["overlong"]
+    file.write_text(json.dumps(old))
+    identity.check_same_run(recipe(**from_hub), DIGESTS, file)
+    with pytest.raises(UserError, match="eval.path was '', is 'x'"):
+        identity.check_same_run(recipe(**from_hub, **{"eval.path": "x"}), DIGESTS, file)
+
+
+def test_what_resume_may_allow_is_known():
+    for name in ("seed", "optimizer", "optimizer.", "teacher.price_", "teachers", "teachers.a.model", "reward",
+                 "rollout_groups", "the training prompts", "the prompts of eval.sets 'x'"):  # fmt: skip
+        identity.check_allowed(recipe(**{"resume.allow": (name,)}))
+    for name in ("sed", "optimzer.learning_rate", "the weather", ""):
+        with pytest.raises(UserError, match=f"resume.allow: unknown config key '{name}'"):
+            identity.check_allowed(recipe(**{"resume.allow": (name,)}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 50_000, "null"])
 def test_a_damaged_config_is_one_line_that_says_how_to_go_on(written, text):
     written.write_text(text)

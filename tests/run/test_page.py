@@ -13,7 +13,7 @@ import report_runs as runs
 
 from omniopd_jax import report
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import health, page
+from omniopd_jax.run import card, health, page
 from omniopd_jax.run.page import choose, figures
 
 
@@ -43,6 +43,28 @@ def test_the_verdict_has_before_after_interval_cost_time_and_health(folder):
     assert told["change (95% interval)"] == "+37.5 points ± 11.9", "paired: 24 gained, none lost, of 64"
     assert (told["teacher cost"], told["time"], told["health"]) == ("$0.40", "2 min 0 s", "no check warns")
     assert run["notes"] == [] and run["health"] == []
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["now", "before eval/num_prompts was written"])
+def test_the_interval_goes_by_the_prompts_that_were_evaluated(tmp_path, counted):
+    """eval.num_prompts = 10,000 means all: of 30, ten right and then twelve are no gain."""
+    cfg = runs.settings(num_steps=20, **{"eval.num_prompts": 10_000})
+    folder = runs.write(tmp_path / "run", audits=2, completions=1, cfg=cfg)
+    right = {0: 10, 20: 12}
+    answers = [runs.evaluation(s, i, correct=i < n) for s, n in right.items() for i in range(30)]
+    runs.lines(folder / "evaluations.jsonl", answers)
+    rows = [runs.row(t) for t in range(20)]
+    for r, s in ((rows[0], 0), (rows[-1], 20)):
+        r |= {"eval/accuracy": right[s] / 30, "eval/updates": s, "eval/log_left_out": 0}
+        r |= {"eval/num_prompts": 30} if counted else {}
+    runs.lines(folder / "metrics.jsonl", rows)
+    told = {"step": 20, "accuracy_before": 10 / 30, "accuracy_after": 12 / 30}
+    (folder / "summary.json").write_text(json.dumps(told))
+    (run,) = made(folder)["runs"]
+    assert run["verdict"]["headline"] == "omniopd: 33.3% to 40.0%, no change beyond noise; finished: 20 steps"
+    assert facts(run)["change (95% interval)"] == "+6.7 points ± 8.9", "paired: two gained, none lost, of 30"
+    text = card.write(tmp_path, folder, name="a/b", adapter=False).read_text()
+    assert "33.3% and 40.0%, greedy, 30 held-out prompts" in text and "10,000" not in text
 
 
 def test_curves_run_against_steps_tokens_and_dollars(folder):

@@ -29,7 +29,8 @@ def runs(folder) -> dict[str, dict]:
     common = {"num_steps": 3, "objective.name": "sft", "objective.normalizer": "separate_means"}
     file = pathlib.Path(folder) / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    given = {"data.source": "jsonl", "data.path": str(file), "data.num_prompts": 0, "num_generations": 1}
+    given = {"data.source": "jsonl", "data.name": "", "data.path": str(file)}
+    given |= {"data.num_prompts": 0, "num_generations": 1}
     return {"teacher": common | {"anchor.kl_coef": 0.05}, "given": common | given | {"anchor.kl_coef": 0.0}}
 
 

@@ -188,9 +188,14 @@ def write(
     (folder / "config.json").write_text(json.dumps(settings(num_steps=20) if cfg is None else cfg))
     rows = [row(t) for t in range(steps)] if rows is None else rows
     if rows:
-        rows[0] |= {"eval/accuracy": 24 / 64, "eval/accuracy_before": 24 / 64, "eval/updates": 0}
+        rows[0] |= {
+            "eval/accuracy": 24 / 64,
+            "eval/accuracy_before": 24 / 64,
+            "eval/updates": 0,
+            "eval/num_prompts": 64,
+        }
         if summary:
-            rows[-1] |= {"eval/accuracy": 48 / 64, "eval/updates": steps}
+            rows[-1] |= {"eval/accuracy": 48 / 64, "eval/updates": steps, "eval/num_prompts": 64}
     lines(folder / "metrics.jsonl", rows)
     lines(folder / "audits.jsonl", [audit(t, i, **changed) for t in range(steps) for i in range(audits)])
     lines(folder / "completions.jsonl", [completion(t, r) for t in range(steps) for r in range(completions)])

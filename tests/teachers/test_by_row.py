@@ -189,7 +189,7 @@ def test_a_run_with_two_teachers_is_resumed_and_replayed_to_the_bit(tmp_path):
     runner = teacher_runs.Runner()
     with WireServer() as a, WireServer() as b, contextlib.closing(runner):
         settings = {
-            "data.source": "jsonl", "data.path": rows_file(tmp_path, rows), "num_steps": 4,
+            "data.source": "jsonl", "data.name": "", "data.path": rows_file(tmp_path, rows), "num_steps": 4,
             "teacher.provider": "openai", "teacher.model": "m", "teacher.continuation": "continue_final_message",
             "teachers.a.base_url": a.url("openai"), "teachers.b.base_url": b.url("openai"),
             "teachers.a.budget_share": 0.5,

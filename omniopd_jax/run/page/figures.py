@@ -84,7 +84,7 @@ def verdict(folder, found: list[dict]) -> dict:
         before = points[0][1]
     if after is None and points and points[-1][0] > 0:
         after = points[-1][1]
-    n, facts = folder.config.get("eval.num_prompts") or 0, []
+    n, facts = health.evaluated(folder.rows) or 0, []
     headline = f"{folder.objective}: {folder.state()}"
     if before is not None:
         facts.append(["accuracy before", f"{before:.1%}"])

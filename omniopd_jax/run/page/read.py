@@ -6,6 +6,7 @@ import re
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.objective import OBJECTIVES, Objective
+from omniopd_jax.run import health
 
 KINDS = ("metrics", "audits", "completions", "evaluations")
 CONFIG_CHARACTERS = 300  # of a config value on the page
@@ -43,6 +44,7 @@ class Folder:
         self.audits, self.completions, self.evaluations = (
             self._known(kind, read[kind], f) for kind, f in forms.items()
         )
+        health.count_evaluated(self.rows, self.evaluations)
         self._notes()
 
     def state(self) -> str:
