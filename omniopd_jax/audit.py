@@ -12,7 +12,7 @@ import numpy as np
 
 from omniopd_jax import span
 from omniopd_jax.config import min_continuations
-from omniopd_jax.errors import UserError
+from omniopd_jax.errors import NumberError, UserError
 from omniopd_jax.parallel import processes
 from omniopd_jax.teachers.protocol import ContinuationRequest, ContinuationResult, Teacher, gather_all
 
@@ -284,7 +284,10 @@ def similarities(phi, audits: list[Audit], cfg, *, trim: bool) -> list[np.ndarra
     texts = [trimmed(a.chunk, ts) if cut else ts for a, ts, cut in zip(audits, texts, trim_A, strict=True)]
     value = phi([a.chunk for a, ts in zip(audits, texts, strict=True) for _ in ts], [t for ts in texts for t in ts])
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all()):
-        raise FloatingPointError(f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]")
+        raise NumberError(
+            f"audit.similarity = {cfg.audit.similarity!r} gave values outside [0, 1]: take another, or another "
+            "audit.embedding_model"
+        )
     ends = np.cumsum([len(ts) for ts in texts])
     return np.split(np.asarray(value), ends[:-1]) if audits else []
 

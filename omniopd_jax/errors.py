@@ -14,6 +14,10 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class NumberError(UserError, FloatingPointError):
+    """A number came out that nothing can be trained on: the run has diverged, or an input was no number."""
+
+
 class Stopped(UserError):
     """A signal came while the step was waiting for its teacher: the state before it is saved, nothing is lost."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from omniopd_jax import adaptive, audit, cuts, model, objective, rollout, scheduler, span, vocab
 from omniopd_jax import step as steps
 from omniopd_jax.data.prompts import Prompt, Prompts, batch_indices
-from omniopd_jax.errors import Stopped, TeacherStopped, UserError
+from omniopd_jax.errors import NumberError, Stopped, TeacherStopped, UserError
 from omniopd_jax.graders import Grader
 from omniopd_jax.hf.template import Template
 from omniopd_jax.parallel import processes, sharding
@@ -397,8 +397,9 @@ def teacher_logp(teacher: Teacher, thread: AsyncThread, stop: StopFlag, response
     out = np.zeros((len(responses.tokens), T), np.float32)
     for b, row in enumerate(scored.result()):
         if len(row) != len(responses.tokens[b]) or not np.isfinite(row).all():
-            raise FloatingPointError(
-                f"the teacher scored {len(row)} of {len(responses.tokens[b])} tokens, or not all finite"
+            raise NumberError(
+                f"the teacher scored {len(row)} of {len(responses.tokens[b])} tokens of a response, or not all as "
+                "numbers: look at its server, or at the weights in teacher.model"
             )
         out[b, : len(row)] = row
     return out

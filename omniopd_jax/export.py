@@ -26,7 +26,8 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
-      out: an empty or missing folder, or an earlier export, which is replaced; never the run, nor a model that it names.
+      out: an empty or missing folder, or an earlier export, which is replaced; neither the run nor a model that its
+        config names.
       dtype: of the tensors: bfloat16 | float16 | float32. LoRA: the sum is rounded once, after it was formed in
         float32.
       adapter: LoRA: a PEFT folder instead, which names the student's folder as its base.

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omniopd_jax.errors import NumberError
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -40,7 +42,7 @@ def entropy_peaks(
       peak_BM: int32, ascending, -1 at the end where fewer than M fit.
 
     Raises:
-      FloatingPointError is not raised inside jit: a NaN entropy makes its row's peaks -2, which `check_peaks` refuses.
+      NumberError is not raised inside jit: a NaN entropy makes its row's peaks -2, which `check_peaks` refuses.
     """
     B, T = entropy_BT.shape
     t = jnp.arange(T, dtype=jnp.int32)[None]
@@ -66,10 +68,13 @@ def entropy_peaks(
 
 
 def check_peaks(peak_BM) -> None:
-    """Raises FloatingPointError where `entropy_peaks` met a NaN entropy: never fall back in silence."""
+    """Raises NumberError where `entropy_peaks` met a NaN entropy: never fall back in silence."""
     if (peak_BM == -2).any():
         rows = sorted({int(b) for b in np.argwhere(np.asarray(peak_BM) == -2)[:, 0]})
-        raise FloatingPointError(f"entropy is NaN in row(s) {rows} of the batch")
+        raise NumberError(
+            f"entropy is NaN in row(s) {rows} of the batch: the run has diverged (set a lower optimizer.learning_rate "
+            "and another run_dir), or student.path holds weights that are no numbers"
+        )
 
 
 def chunk_mask(peak_BM, keep_BM, chunk_tokens: int, T: int):

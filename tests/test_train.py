@@ -17,7 +17,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, health, logging, preflight, terminal
+from omniopd_jax.run import checkpoint, cli, health, logging, preflight, terminal
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -398,7 +398,7 @@ def steps_saved(c) -> list[str]:
     return sorted(p.name for p in pathlib.Path(c.run_dir, "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_poisoned_parameters_raise_and_are_not_saved(make, models, tmp_path):
+def test_poisoned_parameters_raise_and_are_not_saved(make, models, tmp_path, capsys):
     params, cfg = hf.load(models[0])
     params["layers"]["down"] = params["layers"]["down"].at[0, 0, 0].set(np.nan)
     hf.save(tmp_path / "poisoned", params, cfg, hf.load_tokenizer(models[0]), dtype="float32")
@@ -406,6 +406,9 @@ def test_poisoned_parameters_raise_and_are_not_saved(make, models, tmp_path):
     with pytest.raises(FloatingPointError):
         train.train(c)
     assert steps_saved(c) == []
+    assert cli._guarded(lambda argv: train.train(c)["exit_code"], []) == 2, "as of every error of the user's to act on"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "diverged" in line and "optimizer.learning_rate" in line
 
 
 def test_a_step_that_turns_to_nan_raises_and_keeps_the_last_good_checkpoint(make):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omniopd_jax import model
-from omniopd_jax.errors import UserError, one_of
+from omniopd_jax.errors import one_of
 from omniopd_jax.hf import bounded, hub, layered, placed, safetensors
 from omniopd_jax.hf import config as hf_config
 from omniopd_jax.hf.config import model_config

@@ -389,8 +389,8 @@ def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
 
 
 def evaluated(rows: list[dict]) -> int | None:
-    """How many held-out prompts the newest evaluation answered, which may be fewer than `eval.num_prompts`; None: no row
-    says it."""
+    """How many held-out prompts the newest evaluation answered, often fewer than `eval.num_prompts`; None: no row says
+    it."""
     counts = (r["eval/num_prompts"] for r in reversed(rows) if _number(r.get("eval/num_prompts")))
     return next(map(int, counts), None)
 

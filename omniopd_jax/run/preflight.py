@@ -6,6 +6,7 @@ What is wrong is collected, so that a person sees everything at once, in every p
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 from ml_collections import ConfigDict
@@ -33,7 +34,8 @@ LEAST = {  # dotted key -> the smallest value that it may have
     "continuation.cut_tokens": 1, "continuation.cuts": 1, "continuation.max_tokens": 0, "context.clip": 0,
     "context.max_prompt_length": 0, "context.ema_decay": 0,
     "temperature": 0, "teacher.temperature": 0, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
-    "optimizer.min_learning_rate": 0,
+    "optimizer.min_learning_rate": 0, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0,
+    "optimizer.b1": 0, "optimizer.b2": 0, "objective.clip": 0, "reward.coef": 0, "teacher.budget_share": 0,
     "optimizer.decay_steps": 0, "eval.patience": 0, "eval.stop_below": 0, "lora.rank": 0,
     "top_k": 0, "data.num_prompts": 0, "eval.num_prompts": 0, "eval.every": 0, "packing.length": 0,
     "teacher.max_concurrency": 1, "teacher.max_retries": 0, "teacher.requests_per_minute": 0,
@@ -43,6 +45,8 @@ LEAST = {  # dotted key -> the smallest value that it may have
 }  # fmt: skip
 BUCKET = (("gcsfs", "gcsfs"), ("google-cloud-storage", "google.cloud.storage"))  # package, module: of gs://
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
+MOST = {"teacher.budget_share": 1, "eval.stop_below": 1}  # dotted key -> the largest value that it may have
+BELOW_ONE = ("optimizer.b1", "optimizer.b2", "context.ema_decay")
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
 
@@ -63,6 +67,8 @@ def validate(c: ConfigDict) -> None:
     _check_values(c, choices)
     for name, own in by_row.configs(c).items():
         _check_values(own, choices, of=f"teachers.{name}.")
+    if not c.optimizer.eps > 0:
+        raise UserError(f"optimizer.eps = {c.optimizer.eps} must be more than 0")
     if not 0 <= c.seed < 2**31:
         raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
     for axis in sharding.AXES:
@@ -91,9 +97,19 @@ def _check_values(c: ConfigDict, choices: dict, of: str = "") -> None:
 
     for name, path, value in values(choices):
         one_of(value, choices[path], name)
+    for name, path, value in values(config.flat(c)):
+        if isinstance(value, float) and not math.isfinite(value):
+            off = "; 0 = no cap" if path == "budget.usd" else ""
+            raise UserError(f"{name} = {value} must be a finite number{off}")
     for name, path, value in values(LEAST):
         if not value >= LEAST[path]:
             raise UserError(f"{name} = {value} must be at least {LEAST[path]}")
+    for name, path, value in values(MOST):
+        if value > MOST[path]:
+            raise UserError(f"{name} = {value} must be at most {MOST[path]}")
+    for name, _, value in values(BELOW_ONE):
+        if not value < 1:
+            raise UserError(f"{name} = {value} must be less than 1")
     for name, _, value in values(FRACTIONS):
         if not 0 < value <= 1:
             raise UserError(f"{name} = {value} must be in (0, 1]")
@@ -436,9 +452,8 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
         held_out = data.with_suffix(held_out, cfg.eval.suffix)
     if template is None:
         return prompts, held_out
-    return data.encode(prompts, template, cfg), held_out and data.encode(
-        held_out, template, cfg, overlong="eval.overlong"
-    )
+    held_out = held_out and data.encode(held_out, template, cfg, overlong="eval.overlong")
+    return data.encode(prompts, template, cfg), held_out
 
 
 def check_same_prompts(prompts: data.Prompts) -> None:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from omniopd_jax import audit, config, experience, graders, objective, solutions, teaching
+from omniopd_jax.errors import NumberError
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
 from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
@@ -103,8 +104,9 @@ class Reports:
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         for key in ("loss", "grad_norm"):
             if not np.isfinite(values[key]):
-                raise FloatingPointError(
-                    f"{key} is {values[key]} at step {t}; nothing after the last checkpoint is kept"
+                raise NumberError(
+                    f"{key} is {values[key]} at step {t}: the run has diverged, and nothing after the last checkpoint "
+                    "is kept; set a lower optimizer.learning_rate and another run_dir"
                 )
         asked = audit.metrics(got.feedback, cfg)
         asked |= logging.total(processes.gather("teacher's own counts", service), self._run.disks)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -429,6 +430,41 @@ def test_a_value_that_is_no_number_is_refused(key):
     c = config.default()
     c.update_from_flattened_dict({key: float("nan")})
     with pytest.raises(UserError, match=key):
+        preflight.validate(c)
+
+
+IMPOSSIBLE = {
+    "optimizer.b1": (1.5, 1.0, -0.1), "optimizer.b2": (-1.0, 1.0), "optimizer.eps": (-1.0, 0.0),
+    "optimizer.weight_decay": (-3.0,), "optimizer.warmup_steps": (-5,), "objective.clip": (-1.0,),
+    "reward.coef": (-2.0,), "temperature": (math.inf,), "optimizer.learning_rate": (math.inf,),
+    "anchor.kl_coef": (math.inf,), "budget.usd": (math.inf,), "objective.constant": (math.nan, -math.inf),
+    "lora.alpha": (math.nan,), "teacher.budget_share": (1.5, -0.1), "teacher.price_input": (math.inf,),
+    "eval.stop_below": (33.0,), "teacher.timeout_s": (math.inf,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in IMPOSSIBLE.items() for v in values])
+def test_impossible_values_are_refused(key, value):
+    c = config.default()
+    c.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"^{key} = {value} must be "):
+        preflight.validate(c)
+
+
+def test_values_at_the_bounds_are_taken():
+    c = config.default()
+    c.update_from_flattened_dict({
+        "optimizer.b1": 0.0, "optimizer.b2": 0.0, "optimizer.eps": 1.0, "objective.clip": 0.0, "reward.coef": 1.0,
+        "objective.constant": -1.0, "optimizer.weight_decay": 0.1, "eval.num_prompts": 4, "eval.every": 1,
+        "eval.stop_below": 1.0, "teacher.budget_share": 1.0, "optimizer.learning_rate": 0.0,
+    })  # fmt: skip
+    preflight.validate(c)
+
+
+def test_a_named_teacher_s_number_must_be_finite_too():
+    c = config.default()
+    c.teachers.update({"a": {"model": "m", "temperature": math.inf}})
+    with pytest.raises(UserError, match=r"teachers\.a\.temperature = inf must be a finite number"):
         preflight.validate(c)
 
 
