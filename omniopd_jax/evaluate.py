@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
-from omniopd_jax.run import cli, logging, trained
+from omniopd_jax.run import cli, logging, preflight, trained
 
 
 def _define_flags() -> None:
@@ -28,6 +28,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("samples", 16, "completions a problem")
     flags.DEFINE_float("temperature", None, "of the student's sampling; default: the recipe's")
     flags.DEFINE_float("top_p", None, "default: the recipe's")
+    flags.DEFINE_integer("top_k", None, "0 = off; default: the recipe's")
     flags.DEFINE_integer("max_new_tokens", None, "default: the recipe's max_completion_length")
     flags.DEFINE_integer("limit", 0, "the first N problems of each benchmark; 0 = all")
     flags.DEFINE_integer("rows", 512, "completions written at once")
@@ -49,12 +50,17 @@ def main(argv) -> int:
             "--benchmarks=math500,aime24"
         )
 
+    preflight.check_values(cfg, preflight.EVALUATED)
+    if given["limit"] < 0:
+        raise UserError(f"--limit = {given['limit']} must be at least 0")
+
     def default(name, value):
         return value if given[name] is None else given[name]
 
     how = runner.How(
         given["samples"], default("temperature", cfg.temperature), default("top_p", cfg.top_p),
         default("max_new_tokens", cfg.max_completion_length), default("seed", cfg.seed), given["rows"], given["slots"],
+        default("top_k", cfg.top_k),
     )  # fmt: skip
     out = given["out"] or config.local_folder(cfg) / "evaluate"
     cli.setup_jax(cfg.compute_dtype)

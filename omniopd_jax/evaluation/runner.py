@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -50,12 +51,16 @@ class How:
     seed: int
     rows: int = 512
     slots: int = 0
+    top_k: int = 0
 
     def __post_init__(self):
         for name in ("samples", "max_new_tokens", "rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} = {getattr(self, name)} must be at least 1")
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+        for name in ("slots", "top_k"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} = {getattr(self, name)} must be at least 0")
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
             raise UserError(f"--temperature = {self.temperature}, --top_p = {self.top_p}: at least 0, and in (0, 1]")
         if self.temperature == 0 and self.samples > 1:
             raise UserError(f"--temperature = 0 makes all samples equal: --samples = {self.samples} must be 1")
@@ -137,8 +142,8 @@ def _sample_batch(student: Student, suite, how: How, prompts, grader: graders.Gr
     key = jax.random.key(jax.device_put(np.uint32(how.seed % 2**32)))
     [rows] = rollout.stream(
         student.params, student.model_cfg, [p.token_ids for p in prompts], rollout.key_data(key, names),
-        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, num_samples=n,
-        end_ids=student.end_ids, how=rollout.How(slots=how.slots), compute=student.compute,
+        max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k,
+        num_samples=n, end_ids=student.end_ids, how=rollout.How(slots=how.slots), compute=student.compute,
     )  # fmt: skip
     read = [student.template.read(row.tokens.tolist()) for row in rows]
     grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
@@ -226,6 +231,8 @@ def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtyp
         now[f"prompts of {suite.name}"] = stable_hash(*parts)
     file = out / "settings.json"
     before = json.loads(file.read_text()) if file.exists() else {}
+    if before:
+        before.setdefault("top_k", 0)  # which earlier versions sampled without
     changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k in before and before[k] != now[k]]
     if changed:
         raise UserError(f"{out} holds another evaluation ({'; '.join(changed)}): set another --out")

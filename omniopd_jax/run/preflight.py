@@ -47,6 +47,18 @@ BUCKET = (("gcsfs", "gcsfs"), ("google-cloud-storage", "google.cloud.storage")) 
 FRACTIONS = ("top_p", "teacher.top_p")  # more than 0, at most 1
 MOST = {"teacher.budget_share": 1, "eval.stop_below": 1}  # dotted key -> the largest value that it may have
 BELOW_ONE = ("optimizer.b1", "optimizer.b2", "context.ema_decay")
+EVALUATED = (
+    "compute_dtype",
+    "max_prompt_length",
+    "max_completion_length",
+    "mesh.",
+    "model.",
+    "rollout.",
+    "student.",
+    "temperature",
+    "top_p",
+    "top_k",
+)  # what omniopd_jax.evaluate reads of a recipe
 SECONDS = ("teacher.timeout_s", "teacher.deadline_s", "distributed.start_s", "distributed.heartbeat_s",
            "distributed.barrier_s", "distributed.limit_s")  # fmt: skip
 
@@ -57,23 +69,11 @@ def validate(c: ConfigDict) -> None:
     Raises:
       UserError: one line naming the key, its value and what is allowed.
     """
-    choices = config.CHOICES | {
-        "objective.name": objective.OBJECTIVES,
-        "eval.grader": ("", *graders.GRADERS),
-        "reward.grader": ("", *graders.GRADERS),
-        "audit.similarity": similarity.SIMILARITIES,
-        "teacher.provider": teachers.TEACHERS,
-    }
-    _check_values(c, choices)
+    check_values(c)
     for name, own in by_row.configs(c).items():
-        _check_values(own, choices, of=f"teachers.{name}.")
+        _check_values(own, _choices(), of=f"teachers.{name}.")
     if not c.optimizer.eps > 0:
         raise UserError(f"optimizer.eps = {c.optimizer.eps} must be more than 0")
-    if not 0 <= c.seed < 2**31:
-        raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
-    for axis in sharding.AXES:
-        if c.mesh[axis] < 1 and c.mesh[axis] != -1:
-            raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
     profiling.window(c.profile.steps)
     trackers.check(c.log.trackers)
     objectives.check(c)
@@ -87,12 +87,40 @@ def validate(c: ConfigDict) -> None:
         _check_lora(c)
 
 
-def _check_values(c: ConfigDict, choices: dict, of: str = "") -> None:
-    """Each key by itself; with `of` those of a teacher alone, named so."""
+def check_values(c: ConfigDict, only: tuple[str, ...] = ("",)) -> None:
+    """Checks each value by itself.
+
+    Args:
+      only: beginnings of the keys that are looked at: what a command reads of a recipe (`EVALUATED`).
+
+    Raises:
+      UserError: one line naming the key, its value and what is allowed.
+    """
+    _check_values(c, _choices(), only=only)
+    if not 0 <= c.seed < 2**31:
+        raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
+    for axis in sharding.AXES:
+        if c.mesh[axis] < 1 and c.mesh[axis] != -1:
+            raise UserError(f"mesh.{axis} = {c.mesh[axis]} must be at least 1, or -1 for whatever is left")
+
+
+def _choices() -> dict:
+    """{dotted key: what it may be}, with the registries' names."""
+    return config.CHOICES | {
+        "objective.name": objective.OBJECTIVES,
+        "eval.grader": ("", *graders.GRADERS),
+        "reward.grader": ("", *graders.GRADERS),
+        "audit.similarity": similarity.SIMILARITIES,
+        "teacher.provider": teachers.TEACHERS,
+    }
+
+
+def _check_values(c: ConfigDict, choices: dict, of: str = "", only: tuple[str, ...] = ("",)) -> None:
+    """Each key by itself, of those that begin as `only` says; with `of` those of a teacher alone, named so."""
 
     def values(paths):
         for path in paths:
-            if not of or path.startswith("teacher."):
+            if path.startswith(only) and (not of or path.startswith("teacher.")):
                 yield of + path.removeprefix("teacher.") if of else path, path, config.get(c, path)
 
     for name, path, value in values(choices):

@@ -1,6 +1,7 @@
 """The evaluation command: scores against closed forms, the same numbers twice, and after an interruption."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -8,17 +9,19 @@ import pickle
 import shutil
 import subprocess
 import time
+import types
 import zlib
 
 import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import graders
+from omniopd_jax import evaluate, graders
 from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
 from omniopd_jax.graders import sandbox, small_world
+from omniopd_jax.run import preflight
 from omniopd_jax.run import trained as trained_run
 
 HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
@@ -297,9 +300,61 @@ def test_results_of_different_settings_are_not_mixed(whole):
     cfg, path, first, _ = whole
     with pytest.raises(UserError, match=r"temperature was 1\.0, is 0\.5.*--out"):
         run(cfg, path, first, runner.How(3, 0.5, 0.9, 12, 5, 6))
-    for bad in ({"samples": 0}, {"top_p": 0.0}, {"temperature": 0.0}):
+    for bad in (
+        {"samples": 0}, {"top_p": 0.0}, {"temperature": 0.0}, {"temperature": float("inf")}, {"top_k": -3}, {"slots": -1},
+    ):  # fmt: skip
         with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
             runner.How(**{"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0} | bad)
+
+
+def test_top_k_is_sampled_with_and_part_of_the_settings(whole, tmp_path):
+    """Of the one likeliest token all samples are equal; results from before there was top_k had it off."""
+    cfg, path, first, _ = whole
+    one = dataclasses.replace(HOW, top_k=1)
+    run(cfg, path, tmp_path / "out", one)
+    assert len({c["text"] for c in tiny.lines(tmp_path / "out" / "sums.jsonl") if c["id"] == "p0"}) == 1
+    settings = shutil.copytree(first, tmp_path / "old") / "settings.json"
+    old = json.loads(settings.read_text())
+    del old["top_k"]
+    settings.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"top_k was 0, is 1.*--out"):
+        run(cfg, path, tmp_path / "old", one)
+    run(cfg, path, tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mesh.fsdp": 0}, "mesh.fsdp = 0"), ({"model.attention": "foo"}, "model.attention = 'foo'"),
+        ({"compute_dtype": "float16"}, "compute_dtype = 'float16'"), ({"top_k": -3}, "top_k = -3"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+    ],
+)  # fmt: skip
+def test_what_is_read_of_a_recipe_is_checked_and_nothing_else(whole, change, said):
+    cfg = whole[0].copy_and_resolve_references()
+    cfg.optimizer.b1 = 1.5  # of a run from before it was refused
+    preflight.check_values(cfg, preflight.EVALUATED)
+    cfg.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=f"^{said}"):
+        preflight.check_values(cfg, preflight.EVALUATED)
+
+
+def test_the_command_takes_top_k_from_the_recipe_and_checks_it(whole, monkeypatch):
+    cfg = whole[0].copy_and_resolve_references()
+    cfg.top_k, asked = 7, []
+    given = {"config": cfg, "checkpoint": None, "benchmarks": ["x"], "samples": 1, "limit": 0, "rows": 1, "slots": 0,
+             "out": "o", "unsafe": False}  # fmt: skip
+    given |= dict.fromkeys(("temperature", "top_p", "top_k", "max_new_tokens", "seed"))
+    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(flag_values_dict=lambda: given))
+    monkeypatch.setattr(evaluate.cli, "setup_jax", lambda dtype: None)
+    monkeypatch.setattr(runner, "run", lambda cfg, how, **_: asked.append(how) or {})
+    assert evaluate.main(["x"]) == 0 and asked[0].top_k == 7
+    given["top_k"] = 3
+    assert evaluate.main(["x"]) == 0 and asked[1].top_k == 3
+    cfg.mesh.fsdp = 0
+    with pytest.raises(UserError, match="^mesh.fsdp = 0 must be at least 1"):
+        evaluate.main(["x"])
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("unsafe", [False, True])
