@@ -27,7 +27,7 @@ while (($# > 0)); do
     --dry-run) dry_run=1 ;;
     --tries | --cache)
       if (($# < 2)); then echo "gpu_node.sh: $1 needs a value" >&2 && exit 2; fi
-      if [[ "$1" == --tries ]]; then tries="$2"; else cache="$2"; fi
+      if [[ "$1" == --tries ]]; then whole_number "$1" "$2" && tries="$2"; else cache="$2"; fi
       shift
       ;;
     -h | --help) help_of launch/gpu_node.sh && exit 0 ;;

@@ -30,6 +30,14 @@ run_again() {
   done
 }
 
+# whole_number OPTION VALUE: ends the script where the value is none.
+whole_number() {
+  if ! [[ "$2" =~ ^(0|[1-9][0-9]*)$ ]]; then
+    echo "${0##*/}: $1 $2: a whole number is needed, 0 or more" >&2
+    exit 2
+  fi
+}
+
 # show COMMAND...: one line that a shell could read back.
 show() {
   printf '%q ' "$@"

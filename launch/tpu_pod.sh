@@ -46,7 +46,7 @@ while (($# > 0)); do
         --version) version="$2" ;;
         --project) project="$2" ;;
         --mount) mount="$2" ;;
-        --tries) tries="$2" ;;
+        --tries) whole_number "$1" "$2" && tries="$2" ;;
         --env) keys+=("$2") ;;
       esac
       shift
@@ -57,6 +57,18 @@ while (($# > 0)); do
   shift
 done
 if [[ -z "$name" || -z "$zone" ]]; then echo "tpu_pod.sh: --name and --zone are needed" >&2 && exit 2; fi
+if [[ "$action" == all || "$action" == run ]]; then # before anything is asked for and paid
+  for key in ${keys[@]+"${keys[@]}"}; do
+    if ! [[ "$key" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
+      echo "tpu_pod.sh: --env $key: the name of a variable is needed" >&2 && exit 2
+    fi
+    if [[ -z "${!key+set}" ]]; then
+      echo "tpu_pod.sh: --env $key: this shell has no such variable: export $key=... first" >&2 && exit 2
+    fi
+  done
+fi
+key_file="" # holds the keys while they are copied
+trap 'rm -f "$key_file"' EXIT
 
 where=(--zone "$zone")
 if [[ -n "$project" ]]; then where+=(--project "$project"); fi
@@ -126,15 +138,15 @@ setup() {
 }
 
 start() { # the job goes on where the connection does not; its output and its exit code stay on the host
-  local arguments inner file cache=""
+  local arguments inner cache=""
   printf -v arguments '%q ' "$@"
   if [[ -n "$mount" ]]; then cache="--cache /mnt/omniopd/xla "; fi # process 0 alone writes it: one folder for all hosts
   inner="launch/tpu_vm.sh --pod $cache-- $arguments; echo \$? > job.code"
   if ((${#keys[@]})); then # keys travel in a file: a command line is everyone's to read
-    file="$(mktemp)" # only its owner may read it
-    for key in "${keys[@]}"; do printf 'export %s=%q\n' "$key" "${!key}" >> "$file"; done
-    to_all "$file" omniopd_jax/.job.env || { rm -f "$file" && return 1; }
-    rm -f "$file"
+    key_file="$(mktemp)" # only its owner may read it
+    for key in "${keys[@]}"; do printf 'export %s=%q\n' "$key" "${!key}" >> "$key_file"; done
+    to_all "$key_file" omniopd_jax/.job.env || { rm -f "$key_file" && return 1; }
+    rm -f "$key_file"
     inner=". ./.job.env; rm -f .job.env; $inner"
   fi
   printf -v inner '%q' "$inner"
@@ -173,7 +185,7 @@ watch_job() { # `follow`, over connections that break: 255 is ssh's own code
 
 all() {
   local try code
-  trap 'delete || true' EXIT # whatever happens, the slice is not left behind to be paid for
+  trap 'rm -f "$key_file"; delete || true' EXIT # whatever happens, the slice is not left behind to be paid for
   for ((try = 0; try <= tries; try++)); do
     code=0
     { create && copy && setup && start "$@" && watch_job; } || code=$?

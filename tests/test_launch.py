@@ -127,8 +127,8 @@ def pod(tmp_path):
     name = f"test-{tmp_path.name}"
     more = {"POD": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "KEY": "a secret"}
 
-    def act(action, *args):
-        return run("launch/tpu_pod.sh", action, "--name", name, "--zone", "z", "--env", "KEY", *args, **more)
+    def act(action, *args, **env):
+        return run("launch/tpu_pod.sh", action, "--name", name, "--zone", "z", "--env", "KEY", *args, **more | env)
 
     yield tmp_path, act
     shutil.rmtree(REPO / "pod-logs" / name, ignore_errors=True)
@@ -176,6 +176,30 @@ def test_tpu_pod_with_a_bucket_and_a_project():
     assert "gcsfuse --implicit-dirs" in line[-1] and "bucket /mnt/omniopd" in line[-1] and "p" in line
     done = run("launch/tpu_pod.sh", "create", "--name", "x")
     assert done.returncode == 2 and "--zone" in done.stderr
+
+
+@pytest.mark.parametrize("action", ["all", "run"])
+def test_a_key_that_is_not_there_is_noticed_before_anything_is_asked_for(pod, action):
+    """Beside one that is: nothing of it is left in a file."""
+    folder, act = pod
+    (folder / "tmp").mkdir()
+    for name, said in {"NOSUCH": "export NOSUCH=", "KEY=secret": "the name of a variable"}.items():
+        done = act(action, "--env", name, "--", *MAIN, TMPDIR=str(folder / "tmp"))
+        assert done.returncode == 2 and not done.stdout
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"tpu_pod.sh: --env {name}: ") and said in line
+    assert not (folder / "calls").exists() and not list((folder / "tmp").iterdir())
+    assert act("logs", "--env", "NOSUCH", "--dry-run").returncode == 0, "which passes no key on"
+
+
+@pytest.mark.parametrize(("script", "before"), [("tpu_pod.sh", ["all", *POD]), ("tpu_vm.sh", []), ("gpu_node.sh", [])])
+def test_tries_are_a_whole_number(script, before):
+    for value in ("x", "-1", "2.5", "010", ""):
+        done = run(f"launch/{script}", *before, "--tries", value, "--dry-run", "--", *MAIN)
+        assert (
+            done.returncode == 2 and done.stderr == f"{script}: --tries {value}: a whole number is needed, 0 or more\n"
+        )
+    assert run(f"launch/{script}", *before, "--tries", "0", "--dry-run", "--", *MAIN).returncode == 0
 
 
 def test_gpu_node_alone_and_under_slurm():
