@@ -2,8 +2,9 @@
 
 A run with LoRA gives the merged model, or with --adapter a PEFT folder of the adapters alone. The folder has a model
 card; --push_to_hub=OWNER/MODEL uploads it, private (docs/sharing.md). HF_TOKEN holds the token.
-`--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer,
-chat template and generation defaults come from the student that the run started from.
+`--checkpoint` is a run's folder (its newest checkpoint) or one of its checkpoints, RUN/checkpoints/STEP. Tokenizer and
+generation defaults come from the student that the run started from; the chat template is the one that it was trained
+with.
 """
 
 import pathlib
@@ -39,21 +40,24 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     inputs = _inputs(run)
     placed.check(out, inputs)  # before anything is read: a large model takes minutes
     got = read(run, step)
+    student = config.default()  # with the keys that a run from before them lacks
+    student.student.update(got.config["student"])
+    tokenizer = hf.load_tokenizer(got.student)
+    template = of_student(student, tokenizer, got.template_of(student))
+    end_ids, _ = template.end_ids(hf.end_ids(got.student, tokenizer))
+    if student.student.template != "chat" or template.kwargs:
+        tokenizer.chat_template = template.jinja  # what the student was trained on, not the base's
     if adapter:
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
         peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
-        hf.save_adapters(out, got.params, got.table, peft, hf.load_tokenizer(got.student), dtype=dtype, keep=inputs)
+        hf.save_adapters(out, got.params, got.table, peft, tokenizer, dtype=dtype, keep=inputs)
         return pathlib.Path(out)
     with jax.default_device(_host()):
         params = got.whole()
         if got.lora.rank:
             params = jax.jit(lambda p: lora.merge(p, lora.scale(got.lora), "float32"))(params)
-    tokenizer = hf.load_tokenizer(got.student)
-    student = config.default()  # with the keys that a run from before them lacks
-    student.student.update(got.config["student"])
-    end_ids, _ = of_student(student, tokenizer).end_ids(hf.end_ids(got.student, tokenizer))
     generation = hf.generation_config(got.student)
     hf.save(
         out,

@@ -92,7 +92,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
         else:
             folder, source, setting = checkpoint, str(checkpoint), "--checkpoint"
     tokenizer = hf.load_tokenizer(folder, setting=setting)
-    template = of_student(cfg, tokenizer)
+    template = of_student(cfg, tokenizer, None if trained is None else trained.template_of(cfg))
     end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
     if note:
         logging.say(note)

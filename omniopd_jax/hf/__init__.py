@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -35,6 +36,10 @@ __all__ = [
 
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTER = "adapter_model.safetensors"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+PROCESSORS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json",
+)  # fmt: skip
 
 
 def read_config(folder, *, setting: str = "student.path") -> model.ModelConfig:
@@ -145,6 +150,8 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
                 _for_older_readers(work / "tokenizer_config.json")
+            if source is not None:
+                _copy_small_files(source, work, tokenizer, wrapped="text_config" in config)
 
 
 def save_adapters(
@@ -175,6 +182,18 @@ def generation_config(folder, *, setting: str = "student.path") -> dict:
     path = hub.resolve(folder, setting=setting) / "generation_config.json"
     found = bounded.read_json(path) if path.is_file() else {}
     return {k: v for k, v in found.items() if not k.startswith("_") and k != "transformers_version"}
+
+
+def _copy_small_files(source: Path, work: Path, tokenizer, *, wrapped: bool) -> None:
+    """The source's licence; of a wrapper also what its other inputs are prepared by."""
+    names = LICENCES + (PROCESSORS if wrapped else ())
+    for path in sorted(p for name in names for p in source.glob(name) if p.is_file()):
+        if path.stat().st_size <= bounded.JSON_BYTES and not (work / path.name).exists():
+            shutil.copyfile(path, work / path.name)
+    old = work / "chat_template.json"  # the processor's: as it was only where the tokenizer's is
+    ours = getattr(tokenizer, "chat_template", None)
+    if old.exists() and isinstance(ours, str) and ours != load_tokenizer(source).chat_template:
+        bounded.write_json(old, {"chat_template": ours})
 
 
 def _for_older_readers(path: Path) -> None:

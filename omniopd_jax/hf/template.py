@@ -29,6 +29,13 @@ from omniopd_jax.hf.tokenizer import load_tokenizer
 
 PLAIN_STOPS = ("\nQuestion:",)
 FILE_BYTES = 1_000_000  # of a template or a preamble
+PLAIN = """\
+{%- for m in messages -%}
+{%- if m['role'] == 'user' -%}{{ 'Question: ' + m['content'] + '\\n' }}
+{%- elif m['role'] == 'assistant' -%}{{ 'Answer: ' + m['content'] + '\\n\\n' }}
+{%- else -%}{{ m['content'] + '\\n\\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Answer:' }}{%- endif -%}"""  # the plain format as Jinja, for who serves an export
 QUESTION, ANSWER = "Zq7question", "Zq7answer"  # texts that no template writes by itself
 
 
@@ -67,6 +74,18 @@ class Template:
         all."""
         more = (self.preamble, *self.stop_strings)
         return (self.source or "plain") + ("\0" + "\0".join(more) if any(more) else "")
+
+    @property
+    def jinja(self) -> str:
+        """The template for who serves the model: what it writes without being told the run's settings. A setting that
+        is passed is taken."""
+        given = "".join(
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
+            for name, value in self.kwargs.items()
+        )  # transformers drops the line end behind a block
+        if self.source is None:
+            return ("{{- bos_token -}}" if self.start else "") + PLAIN
+        return given + self.source
 
     def cut(self, text: str) -> tuple[str, bool]:
         """(the text before the first stop string, whether there was one)."""
@@ -136,8 +155,9 @@ class Template:
 
 
 def make(
-    tokenizer, *, template: str = "chat", kwargs=None, preamble: str = "", stop_strings=(), setting: str = "student"
-) -> Template:
+    tokenizer, *, template: str = "chat", kwargs=None, preamble: str = "", stop_strings=(), setting: str = "student",
+    kept: str | None = None,
+) -> Template:  # fmt: skip
     """The template of a model, tried out: what it can't do is an error here, before weights load.
 
     Args:
@@ -147,6 +167,7 @@ def make(
       preamble: worked examples, or the path of a file that holds them; a Jinja file sees it as `preamble`.
       stop_strings: beside the format's own.
       setting: `student` or `teacher`, whose keys the errors name.
+      kept: the text of the Jinja file as a run kept it; None: it is read.
 
     Raises:
       UserError: no template, or one that raises, ignores the generation prompt, or does not keep within its bounds.
@@ -169,7 +190,7 @@ def make(
                 f"{setting}.chat_template_kwargs = {kwargs} is for a Jinja template, not for {key} = 'plain'"
             )
     else:
-        source = bounded.read_text(_file(template, key), FILE_BYTES)
+        source = bounded.read_text(_file(template, key), FILE_BYTES) if kept is None else kept
         if preamble and "preamble" not in source:
             raise UserError(f"{what} does not use the variable `preamble`, but {setting}.preamble is set")
     made = Template(
@@ -179,10 +200,16 @@ def make(
     return dataclasses.replace(made, turn_end_ids=_turn_end(made))
 
 
-def of_student(cfg, tokenizer) -> Template:
-    """The student's, as the config says. Raises `UserError` as `make`."""
+def of_student(cfg, tokenizer, kept: str | None = None) -> Template:
+    """The student's, as the config says; `kept` and errors as of `make`."""
     c = cfg.student
-    return make(tokenizer, template=c.template, kwargs=c.chat_template_kwargs.to_dict(), stop_strings=c.stop_strings)
+    return make(
+        tokenizer,
+        template=c.template,
+        kwargs=c.chat_template_kwargs.to_dict(),
+        stop_strings=c.stop_strings,
+        kept=kept,
+    )
 
 
 def of_teacher(cfg, tokenizer) -> Template:

@@ -17,6 +17,7 @@ from omniopd_jax.teachers.protocol import stable_hash
 from omniopd_jax.teachers.wire import secrets
 
 DIGESTS = "digests"  # beside the settings, in config.json
+TEMPLATE = "student_template"  # there too: the text of the Jinja file that student.template names
 DIGESTED = (  # how the names of `digests_of` begin
     "the training prompts", "the held-out prompts", "the prompts of eval.sets ", "the student's ", "the teacher's ",
     "the embedding model ",
@@ -82,6 +83,7 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
     saved = read(file)
     if saved is None:
         return
+    saved.pop(TEMPLATE, None)  # has a digest
     before, known = saved.pop(DIGESTS, None), config.flat(config.default())
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
     names = [sorted(teachers) for teachers in (saved.get("teachers", {}), cfg.teachers)]
@@ -162,9 +164,12 @@ def as_json(cfg: ConfigDict) -> str:
     return secrets.hide_keys(json.dumps(values, indent=1, default=str))
 
 
-def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path) -> None:
-    """Writes config.json, whole or not at all."""
-    host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | {DIGESTS: digests}, indent=1) + "\n")
+def write(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path, template: str | None = None) -> None:
+    """Writes config.json, whole or not at all; with the student's template where a file of the user's has it."""
+    beside = {DIGESTS: digests}
+    if cfg.student.template not in ("chat", "plain") and template is not None:
+        beside[TEMPLATE] = template
+    host.write_whole(file, json.dumps(json.loads(as_json(cfg)) | beside, indent=1) + "\n")
 
 
 def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> dict[str, str]:

@@ -244,5 +244,5 @@ def first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         state = step.create_state(first_params(run, key), frozen(cfg), run.steps, key)
         totals = {}
     if jax.process_index() == 0:
-        identity.write(cfg, digests, file)
+        identity.write(cfg, digests, file, run.student.template.source)
     return state, totals

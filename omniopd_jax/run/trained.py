@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config, hf, model
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import lora
-from omniopd_jax.run import checkpoint, files
+from omniopd_jax.run import checkpoint, files, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Trained:
     def student(self) -> str:
         """The run's `student.path`."""
         return self.config["student"]["path"]
+
+    def template_of(self, cfg) -> str | None:
+        """The text of the Jinja file that the run was trained with, where `cfg` names the same; None: not kept."""
+        same = cfg.student.template == self.config["student"].get("template")
+        return self.config.get(identity.TEMPLATE) if same else None
 
     def whole(self, mesh=None) -> dict:
         """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters

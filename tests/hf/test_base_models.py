@@ -100,3 +100,6 @@ def test_a_base_student_learns_from_a_base_teacher(base_models, tmp_path):
     assert not any("e" in c for a in audits for c in a["continuations"]) or cfg.teacher.stop_strings == ()
     out = export.export(tmp_path / "run", tmp_path / "out")
     assert hf.end_ids(out, hf.load_tokenizer(out)) == (tok.eos_token_id,)
+    asked = [{"role": "user", "content": "1 + 1?"}]
+    served = hf.load_tokenizer(out).apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert served == "Question: 1 + 1?\nAnswer:", "whoever serves it asks in the format that it was trained in"

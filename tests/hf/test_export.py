@@ -4,6 +4,7 @@ open."""
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 from hf_params import BASE, random_params, same_bits
 from ml_collections import FrozenConfigDict
+from tokenizers import processors
 
 from omniopd_jax import config, export, hf, model, step
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import placed
+from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
+from omniopd_jax.run import identity
 from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 
@@ -130,6 +134,66 @@ def test_the_export_command_on_a_run_of_two_checkpoints(folder, tmp_path, params
         assert same_bits(hf.load(tmp_path / "out")[0], jax.tree.map(lambda a, number=number: a * number, params))
     with pytest.raises(UserError, match="no step 4"):
         export.export(run / "checkpoints" / "4", tmp_path / "out")
+
+
+# --- what an export needs to be used
+
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"}, {"role": "user", "content": " 2 + 2?"}]  # fmt: skip
+TEMPLATE = (
+    "  {% for m in messages %}\n<<{{ m['role'] }}>>{{ m['content'] }}\n{% endfor %}\n"
+    "{% if add_generation_prompt %}<<assistant>>{{ mood }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["", "with a start token"])
+@pytest.mark.parametrize("student", [
+    {"template": "plain"}, {"template": "my.jinja"}, {"chat_template_kwargs": {"enable_thinking": False}},
+    {"template": "my.jinja", "chat_template_kwargs": {"mood": "it's \n fine", "n": [1, None, True]}},
+], ids=["plain", "a file", "kwargs", "a file with kwargs"])  # fmt: skip
+def test_an_export_s_template_is_the_one_that_the_run_was_trained_with(folder, tmp_path, student, start, monkeypatch):
+    """As transformers renders it, told nothing of the run; the Jinja file is gone by then, its text the run's."""
+    tokenizer = hf_fixtures.tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    if start:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    thinks = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    tokenizer.chat_template += thinks
+    hf.save(folder, random_params(BASE), BASE, tokenizer)
+    run = run_of(folder, random_params(BASE), tmp_path, **student)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("my.jinja").write_text(TEMPLATE)
+    c = config.default()
+    c.student.update(student)
+    trained_with = of_student(c, hf.load_tokenizer(folder))
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"student_template": TEMPLATE}))
+    pathlib.Path("my.jinja").unlink()
+    again = hf.load_tokenizer(export.export(run, tmp_path / "out"))
+    wanted = trained_with.render(TALK)
+    assert again.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == wanted
+    assert again.chat_template != tokenizer.chat_template
+    told = again.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert (told == wanted) == ("enable_thinking" not in student.get("chat_template_kwargs", {}))
+
+
+def test_a_run_keeps_its_template_s_text(tmp_path):
+    c, file = config.default(), tmp_path / "config.json"
+    for template, kept in (("chat", None), ("plain", None), ("my.jinja", TEMPLATE)):
+        c.student.template = template
+        identity.write(c, {}, file, TEMPLATE)
+        assert json.loads(file.read_text()).get("student_template") == kept
+        identity.check_same_run(c, {}, file)
+
+
+def test_an_export_has_the_licence_and_a_wrapper_what_its_images_need(folder, tmp_path):
+    hf.save(folder, random_params(BASE), BASE, hf_fixtures.tokenizer())
+    (folder / "LICENSE.md").write_text("terms")
+    (folder / "preprocessor_config.json").write_text("{}")
+    out = export.export(run_of(folder, random_params(BASE), tmp_path), tmp_path / "out")
+    assert (out / "LICENSE.md").read_text() == "terms" and not (out / "preprocessor_config.json").exists()
 
 
 # --- what an export may replace

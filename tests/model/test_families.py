@@ -377,6 +377,22 @@ def test_what_is_beside_the_text_model_is_carried_through_an_export(family, pref
     assert gap(our_logits(again, cfg, token), their_logits(alone, token, np.ones_like(token))) < MAX
 
 
+def test_a_wrapper_s_export_has_the_small_files_of_its_processor(tmp_path):
+    """And the processor's template is the run's where that is another than the base's."""
+    wrapped("gemma3", tmp_path / "in")
+    tokenizer = hf_fixtures.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "in")
+    small = {"preprocessor_config.json", "processor_config.json", "chat_template.json", "LICENSE"}
+    for name in small:
+        (tmp_path / "in" / name).write_text('{"chat_template": "theirs"}')
+    params, cfg = hf.load(tmp_path / "in")
+    for template, said in ((tokenizer.chat_template, "theirs"), ("ours", "ours")):
+        tokenizer.chat_template = template
+        hf.save(tmp_path / "out", params, cfg, tokenizer, source=tmp_path / "in")
+        assert small <= {f.name for f in (tmp_path / "out").iterdir()}
+        assert json.loads((tmp_path / "out" / "chat_template.json").read_text()) == {"chat_template": said}
+
+
 def test_a_bfloat16_export_keeps_decays_gated_norms_and_what_is_carried_in_float32(tmp_path):
     wrapped("qwen3_5", tmp_path / "in")
     tensors = tensors_of(tmp_path / "in")

@@ -36,7 +36,9 @@ class Folder:
             raise UserError(
                 f"{str(path)!r} holds no run: neither config.json nor metrics.jsonl; a run's folder is its run_dir"
             )
-        self.config = _flat({k: v for k, v in self._object(config_file).items() if k != "digests"})
+        self.config = _flat(
+            {k: v for k, v in self._object(config_file).items() if k not in ("digests", "student_template")}
+        )
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
         self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])
