@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import hf_fixtures
 import jax
