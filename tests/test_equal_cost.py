@@ -12,6 +12,8 @@ from benchmarks.grid.runs import Cell
 from benchmarks.real_model import cells as real
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import preflight
+from omniopd_jax.teachers import Continuation, probe
+from omniopd_jax.teachers.journal import Journal, Totals
 
 RATES = {2e-4: 0.6, 8e-4: 0.7, 5e-5: 0.35}
 
@@ -117,11 +119,20 @@ def test_a_cell_of_two_seeds_has_one_interval_whatever_table_it_stands_in():
     assert rows[0] == rows[1] and rows[0].endswith("(2) |")
 
 
-def test_a_line_counts_what_the_steps_bought_and_no_run_that_lost_count():
+def test_a_line_counts_what_was_bought_also_inside_a_step_that_was_cut_off(tmp_path):
     step = {"teacher/calls": 3, "teacher/tokens_in": 40, "teacher/tokens_out": 7, "teacher/replayed_fraction": 0.0}
-    assert g.bought([step] * 2, "a folder") == {"tokens_in": 80, "tokens_out": 14, "calls": 6}
-    with pytest.raises(UserError, match="a folder was killed inside a step"):
-        g.bought([step, step | {"teacher/replayed_fraction": 0.1}], "a folder")
+    cut_off = [step, step | {"teacher/replayed_fraction": 0.1}]
+    assert g.bought([step] * 2, tmp_path) == {"tokens_in": 80, "tokens_out": 14, "calls": 6}
+    with pytest.raises(UserError, match="was stopped inside a step, whose purchases"):
+        g.bought(cut_off, tmp_path)
+    journal = Journal(tmp_path / "journal", "the run")
+    for number, who in enumerate((probe.WHO, *(f"sample {i}" for i in range(7)))):  # seven calls, of which six in steps
+        key = bytes([number])
+        call = journal.ask(key, 1, 100, 0.0, Totals())
+        text = (key, who, 0, Continuation(0, "text", "stop"), None)
+        journal.settle(call, "ok", usage=(13, 0, 2, 0.0), results=[text])
+    journal.close()
+    assert g.bought(cut_off, tmp_path) == {"tokens_in": 7 * 13, "tokens_out": 7 * 2, "calls": 7}
 
 
 def test_the_real_models_recipes_are_valid_and_buy_their_budget():

@@ -6,10 +6,12 @@ prompts is chosen so), the learning rate is constant, and so a run that has reac
 its checkpoint, and a smaller budget's result is exactly that of a run that had been stopped there.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import sqlite3
 import subprocess
 import time
 import zlib
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from benchmarks import sides
 from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.teachers import probe
 from omniopd_jax.teachers.prices import Price
 
 VALIDATION, TEST = "validation", "test"
@@ -194,7 +197,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> li
     is measured on both splits the line of each.
 
     Raises:
-      UserError: its learning rate is not known yet; or the run was killed inside a step, whose tokens are uncounted.
+      UserError: its learning rate is not known yet; or the run was stopped inside a step and its journal is gone.
     """
     method = grid.methods[cell.method]
     value = cell.rate if cell.rate is not None else rate(grid, cell.method, cell.budget, lines)
@@ -251,15 +254,24 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> li
 def bought(steps: list[dict], folder: pathlib.Path) -> dict[str, int]:
     """What the steps of a run bought; the probe at each of its starts is no part of a method's cost.
 
+    A run that was stopped inside a step bought texts that no step counts: then it is what its journal has.
+
     Raises:
-      UserError: a step took texts from the journal: the run was killed inside it, and their tokens are in no step.
+      UserError: so it was, and its journal is gone.
     """
-    if any(s.get("teacher/replayed_fraction") for s in steps):
+    if not any(s.get("teacher/replayed_fraction") for s in steps):
+        return {key: round(sum(s[f"teacher/{key}"] for s in steps)) for key in BOUGHT}
+    path = folder / "journal" / "journal.sqlite"
+    if not path.exists():
         raise UserError(
-            f"{folder} was killed inside a step, and what that had bought is counted in no step: delete the folder "
+            f"{folder} was stopped inside a step, whose purchases its journal had, and that is gone: delete the folder "
             "and run the cell again"
         )
-    return {key: round(sum(s[f"teacher/{key}"] for s in steps)) for key in BOUGHT}
+    sums = ("coalesce(sum(tokens_in), 0)", "coalesce(sum(tokens_out), 0)", "count(*)")
+    probes = "select key from continuations where sample_id = ?"
+    with contextlib.closing(sqlite3.connect(path)) as journal:
+        found = journal.execute(f"select {', '.join(sums)} from calls where key not in ({probes})", (probe.WHO,))
+        return dict(zip(BOUGHT, found.fetchone(), strict=True))
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:
