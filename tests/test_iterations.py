@@ -69,7 +69,7 @@ def by_hand(params, model_cfg, batch, cfg):
     def loss(params):
         ratio = jnp.exp(logp(params) - old)
         surrogate = jnp.minimum(ratio * A, jnp.clip(ratio, 1 - EPS, 1 + EPS) * A)
-        out = jnp.where(A > 0, ratio > 1 + EPS, ratio < 1 - EPS)
+        out = jnp.where(A > 0, ratio > 1 + EPS, ratio < 1 - EPS) & (A != 0)  # of 0 there is nothing to clip
         return -(surrogate * real).sum() / (B * cfg.max_completion_length), (out * real).sum() / real.sum()
 
     optimizer, shares = optim.make_optimizer(cfg), []

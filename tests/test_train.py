@@ -373,9 +373,13 @@ def test_a_step_whose_prompts_do_not_divide_over_the_devices(make, monkeypatch, 
         assert len(tiny.lines(f"{c.run_dir}/metrics.jsonl")) == 1
 
 
-def test_zero_steps_evaluate_and_end(make, capsys):
-    c = make(num_steps=0, **{"eval.num_prompts": 8})
+def test_zero_steps_evaluate_and_end(make, models, tmp_path, capsys):
+    jinja = tmp_path / "student.jinja"
+    jinja.write_text(hf.load_tokenizer(models[0]).chat_template)
+    c = make(num_steps=0, **{"eval.num_prompts": 8, "student.template": str(jinja)})
     out = train.train(c)
+    kept = json.loads(pathlib.Path(c.run_dir, "config.json").read_text())
+    assert kept["student_template"] == jinja.read_text(), "an export needs it when the file has gone"
     said = "evaluated on 8 held-out prompts (eval.num_prompts = 8; 0 duplicates and 0 overlong left out)"
     assert said in capsys.readouterr().out
     assert (out["step"], out["accuracy_before"]) == (0, out["accuracy_after"])

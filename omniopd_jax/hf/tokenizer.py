@@ -47,7 +47,7 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
     """Every id that the tokenizer gives has a row in the embedding, and the longest text has a position.
 
     Args:
-      longest: tokens of a prompt and its completion at most.
+      longest: tokens of a row at most.
 
     Raises:
       UserError: one line on which of the two is not so.
@@ -62,7 +62,8 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
     if longest > (most := positions(model_cfg)):
         raise UserError(
             f"{setting}: the model has {most:,} positions (max_position_embeddings), max_prompt_length + "
-            f"max_completion_length = {longest:,}: lower one of them"
+            "max_completion_length, with what the objective adds (continuation.max_tokens, context.max_prompt_length), "
+            f"= {longest:,}: lower one of them"
         )
 
 

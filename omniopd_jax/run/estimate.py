@@ -165,9 +165,15 @@ class Preview:
         return self.estimate.usd[1] if self.state == KNOWN else 0.0
 
     def middle_unknown(self) -> float:
-        """The middle estimate in millions of tokens, in and out, where the price is unknown; else 0."""
-        e = self.estimate
-        return (e.tokens_in[1] + e.tokens_out[1]) / 1e6 if self.state == UNKNOWN else 0.0
+        """The middle estimate in millions of tokens, in and out, where the price is unknown; else 0. Without a key
+        nothing can be bought: the run's own checks then say so, with all else that is missing."""
+        if self.state != UNKNOWN:
+            return 0.0
+        try:
+            CLIENTS[self.cfg.teacher.provider](self.cfg).check_settings()
+        except UserError:
+            return 0.0
+        return (self.estimate.tokens_in[1] + self.estimate.tokens_out[1]) / 1e6
 
     def confirm(self, beside: "list[Preview] | None" = None) -> None:
         """Refuses a run that is likely to cost more than `budget.confirm_usd` and has no cap. For this question alone

@@ -92,10 +92,17 @@ def test_these_start_without_being_asked(tmp_path, provider, model, more):
         ("gpt-of-tomorrow", {}, "estimate, [0-9,]+ million tokens at an unknown price, is above"),
     ],
 )
-def test_these_are_asked_about_first(tmp_path, model, more, said):
+def test_these_are_asked_about_first(tmp_path, monkeypatch, model, more, said):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test-0123456789")
     with pytest.raises(UserError, match=said) as refused:
         preview(tmp_path, "openai", model, **more).confirm()
     assert "--yes" in str(refused.value) and "$0.00" not in str(refused.value)
+
+
+def test_an_unknown_price_is_not_asked_about_where_no_key_could_buy(tmp_path, monkeypatch):
+    """The run's own checks then name the key, and the model and the data that are missing too."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    preview(tmp_path, "openai", "gpt-of-tomorrow").confirm()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ CONTINUATION = {
     "objective.name": "continuation", "continuation.cut": "uniform", "continuation.cuts": 2,
     "continuation.max_tokens": 10, "anchor.kl_coef": 0.05,
 }  # fmt: skip
-CONTEXT = {"objective.name": "context", "anchor.kl_coef": 0.05, "context.template": "{solution} {prompt}"}
+CONTEXT = {
+    "objective.name": "context", "anchor.kl_coef": 0.05, "context.template": "{solution} {prompt}",
+    "context.max_prompt_length": 200,  # the tests' models have 256 positions
+}  # fmt: skip
 METHODS = {
     "continuation": CONTINUATION,
     "peak": CONTINUATION | {"continuation.cut": "peak", "objective.normalizer": "separate_means"},
