@@ -207,7 +207,7 @@ def _file(cfg, split, path, count, section):
 def _hub(cfg, split, path, count, section):
     if not cfg.data.name:
         raise UserError("data.source = 'hub' needs data.name, e.g. 'open-r1/DAPO-Math-17k-Processed'")
-    advice = "check the name and the network, or set data.source = 'jsonl', data.path, and data.name = ''"
+    advice = "check the name and the network, or set data.source = 'jsonl' and data.path"
     rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     for number, row in enumerate(rows):
         where = f"{cfg.data.name}, row {number}"

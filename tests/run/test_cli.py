@@ -58,7 +58,7 @@ def base(files, **more) -> list[str]:
 
 
 def jsonl(files, name, **more) -> list[str]:
-    return base(files, **{"data.source": "jsonl", "data.name": "", "data.path": str(files["folder"] / name)} | more)
+    return base(files, **{"data.source": "jsonl", "data.path": str(files["folder"] / name)} | more)
 
 
 CASES = {  # name -> (arguments, what the line must hold)
@@ -136,18 +136,6 @@ CASES = {  # name -> (arguments, what the line must hold)
     "a file beside the hub": (
         lambda f: base(f, **{"data.source": "hub", "data.name": "o/d", "data.path": "prompts.jsonl"}),
         ["data.path = 'prompts.jsonl'", "data.source = 'hub'", "set data.path = ''", "data.source = 'jsonl'"],
-    ),
-    "a name beside a file": (
-        lambda f: jsonl(f, "good.jsonl", **{"data.name": "forks"}),
-        ["data.name = 'forks'", "data.source = 'jsonl'", "set data.name = ''"],
-    ),
-    "a subset beside a file": (
-        lambda f: jsonl(f, "good.jsonl", **{"data.subset": "main"}),
-        ["data.subset = 'main'", "data.source = 'jsonl'", "data.source = 'hub'"],
-    ),
-    "a split of a file": (
-        lambda f: jsonl(f, "good.jsonl", **{"eval.split": "validation"}),
-        ["eval.split = 'validation'", "data.source = 'jsonl'"],
     ),
     "a slip in what may differ": (
         lambda f: base(f, **{"resume.allow": "('optimzer.learning_rate',)"}),
