@@ -8,7 +8,6 @@ import dataclasses
 
 import numpy as np
 
-from omniopd_jax.audit import trimmed
 from omniopd_jax.teachers.wire import instruct
 
 PREFIX_CHARACTERS = 600  # of a prefix's end: what comes right before a chunk
@@ -81,22 +80,21 @@ def choose(feedback, rows: int, audit_limit: int, completion_limit: int) -> tupl
     return first, shown, len(audits) - len(first), rows - len(shown)
 
 
-def chance(phi, audits, pairs: int, trims: list[bool] | None = None) -> dict[int, list[float]]:
+def chance(phi, audits, pairs: int, cut=lambda i, texts: texts) -> dict[int, list[float]]:
     """{index of an audit: similarities of its chunk with another prompt's continuations}: what agreement is by chance.
 
     Args:
       phi: similarity.make(cfg).
       audits: those that are logged, with results.
       pairs: about this many comparisons in all; 0 = none.
-      trims: of each audit, whether its continuations were cut to its chunk's length before they were compared.
+      cut: (index of an audit, texts) -> the texts as they are compared with its chunk.
     """
     if not pairs or not audits:
         return {}
     each = max(1, pairs // len(audits))
     where, own, others = [], [], []
     for i in even(len(audits), pairs):
-        texts = _of_another_prompt(audits, i)[:each]
-        texts = trimmed(audits[i].chunk, texts) if trims and trims[i] else texts
+        texts = cut(i, _of_another_prompt(audits, i)[:each])
         where += [i] * len(texts)
         own += [audits[i].chunk] * len(texts)
         others += texts

@@ -150,7 +150,11 @@ class Reports:
         shown, decoder = sorted({*rows, *(a.row for a in audits)}), run.student.decoder
         graded = records.grades(got.responses, got.rewards, grade_all, decoder, shown)
         trims = experience.trims(run.cfg, run.teacher, audits)
-        by_chance = records.chance(run.similarity, audits, log.chance_pairs // share, trims)
+
+        def cut(i, texts):
+            return audit.trimmed(audits[i].chunk, texts) if trims[i] else texts
+
+        by_chance = records.chance(run.similarity, audits, log.chance_pairs // share, cut)
         return (
             records.audit_records(step, audits, by_chance=by_chance, graded=graded),
             records.completion_records(step, rows, decoder, graded=graded),
