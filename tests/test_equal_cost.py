@@ -12,6 +12,7 @@ from benchmarks.grid.runs import Cell
 from benchmarks.real_model import cells as real
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import preflight
+from omniopd_jax.run.files import place
 from omniopd_jax.teachers import Continuation, probe
 from omniopd_jax.teachers.journal import Journal, Totals
 
@@ -125,7 +126,7 @@ def test_a_line_counts_what_was_bought_also_inside_a_step_that_was_cut_off(tmp_p
     assert g.bought([step] * 2, tmp_path) == {"tokens_in": 80, "tokens_out": 14, "calls": 6}
     with pytest.raises(UserError, match="was stopped inside a step, whose purchases"):
         g.bought(cut_off, tmp_path)
-    journal = Journal(tmp_path / "journal", "the run")
+    journal = Journal(tmp_path / "journal", str(place(tmp_path)))
     for number, who in enumerate((probe.WHO, *(f"sample {i}" for i in range(7)))):  # seven calls, of which six in steps
         key = bytes([number])
         call = journal.ask(key, 1, 100, 0.0, Totals())

@@ -6,12 +6,10 @@ prompts is chosen so), the learning rate is constant, and so a run that has reac
 its checkpoint, and a smaller budget's result is exactly that of a run that had been stopped there.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-import sqlite3
 import subprocess
 import time
 import zlib
@@ -20,7 +18,9 @@ from collections.abc import Callable
 from benchmarks import sides
 from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.run.files import place
 from omniopd_jax.teachers import probe
+from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.prices import Price
 
 VALIDATION, TEST = "validation", "test"
@@ -261,17 +261,15 @@ def bought(steps: list[dict], folder: pathlib.Path) -> dict[str, int]:
     """
     if not any(s.get("teacher/replayed_fraction") for s in steps):
         return {key: round(sum(s[f"teacher/{key}"] for s in steps)) for key in BOUGHT}
-    path = folder / "journal" / "journal.sqlite"
-    if not path.exists():
+    journal = Journal(folder / "journal", str(place(folder)))
+    found = journal.spent(without=probe.WHO)
+    journal.close()
+    if not found.calls:
         raise UserError(
             f"{folder} was stopped inside a step, whose purchases its journal had, and that is gone: delete the folder "
             "and run the cell again"
         )
-    sums = ("coalesce(sum(tokens_in), 0)", "coalesce(sum(tokens_out), 0)", "count(*)")
-    probes = "select key from continuations where sample_id = ?"
-    with contextlib.closing(sqlite3.connect(path)) as journal:
-        found = journal.execute(f"select {', '.join(sums)} from calls where key not in ({probes})", (probe.WHO,))
-        return dict(zip(BOUGHT, found.fetchone(), strict=True))
+    return {key: getattr(found, key) for key in BOUGHT}
 
 
 def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:

@@ -9,7 +9,6 @@ import base64
 import functools
 import importlib.util
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterable
@@ -67,17 +66,11 @@ class GymGrader:
     extract = staticmethod(last_boxed)
 
     def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
-        workers = min(4, os.cpu_count() or 1) if workers is None else workers
-        if seconds <= 0 or workers < 1 or memory_mb < 512:
-            raise UserError(
-                f"reasoning_gym grader: seconds = {seconds}, workers = {workers}, memory_mb = {memory_mb}: "
-                "need more than 0, at least 1 and at least 512"
-            )
-        self.workers = workers
         self._pool = Pool(
-            "gym_worker", seconds=seconds, workers=workers, memory_mb=memory_mb,
-            missing="the reasoning_gym grader's worker did not start: pip install reasoning-gym",
+            "gym_worker", "reasoning_gym grader", seconds=seconds, workers=workers, memory_mb=memory_mb,
+            missing="pip install reasoning-gym",
         )  # fmt: skip
+        self.workers = self._pool.workers
 
     def grade(self, text: str, reference: str) -> bool:
         """Whether `text` answers the problem that `reference` names. False for what could not be scored in time."""

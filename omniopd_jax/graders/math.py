@@ -6,7 +6,6 @@ ended, and an answer that could not be compared in that time is wrong. Works in 
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,17 +23,11 @@ class MathGrader:
     extract = staticmethod(last_boxed)
 
     def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
-        workers = min(4, os.cpu_count() or 1) if workers is None else workers
-        if seconds <= 0 or workers < 1 or memory_mb < 512:
-            raise UserError(
-                f"math grader: seconds = {seconds}, workers = {workers}, memory_mb = {memory_mb}: "
-                "need more than 0, at least 1 and at least 512"
-            )
-        self.workers, self.seconds = workers, seconds
         self._pool = Pool(
-            "math_worker", seconds=seconds, workers=workers, memory_mb=memory_mb,
-            missing="the math grader's worker did not start: is math-verify installed? pip install math-verify",
+            "math_worker", "math grader", seconds=seconds, workers=workers, memory_mb=memory_mb,
+            missing="is math-verify installed? pip install math-verify",
         )  # fmt: skip
+        self.workers, self.seconds = self._pool.workers, seconds
 
     def grade(self, text: str, answer: str) -> bool:
         """Whether `text`, a response or an answer alone, gives `answer`. False for what cannot be read or decided.

@@ -26,15 +26,25 @@ class Pool:
 
     Args:
       name: a module of this package whose `main` serves (worker.py).
+      what: whose they are, for the errors.
       seconds: for one question.
-      workers: processes.
+      workers: processes; None: one per core, at most 4.
       memory_mb: MiB of address space of each.
-      missing: what the user is told where they don't start.
+      missing: what the user does where they don't start.
+
+    Raises:
+      UserError: an impossible setting.
     """
 
-    def __init__(self, name: str, *, seconds: float, workers: int, memory_mb: int, missing: str):
+    def __init__(self, name: str, what: str, *, seconds: float, workers: int | None, memory_mb: int, missing: str):
+        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        if seconds <= 0 or workers < 1 or memory_mb < 512:
+            raise UserError(
+                f"{what}: seconds = {seconds}, workers = {workers}, memory_mb = {memory_mb}: "
+                "need more than 0, at least 1 and at least 512"
+            )
         self.seconds, self.workers = seconds, workers
-        self._server = _Server(name, seconds, memory_mb, missing)
+        self._server = _Server(name, seconds, memory_mb, f"the {what}'s worker did not start: {missing}")
         self.idle = queue.LifoQueue()
         for _ in range(workers):
             self.idle.put(_Worker(self._server))

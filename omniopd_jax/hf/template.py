@@ -79,12 +79,12 @@ class Template:
     def jinja(self) -> str:
         """The template for who serves the model: what it writes without being told the run's settings. A setting that
         is passed is taken."""
+        if self.source is None:
+            return ("{{- bos_token -}}" if self.start else "") + PLAIN
         given = "".join(
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
             for name, value in self.kwargs.items()
         )  # transformers drops the line end behind a block
-        if self.source is None:
-            return ("{{- bos_token -}}" if self.start else "") + PLAIN
         return given + self.source
 
     def cut(self, text: str) -> tuple[str, bool]:

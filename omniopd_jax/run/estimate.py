@@ -107,9 +107,9 @@ class Preview:
     ):  # fmt: skip
         self.cfg, self.state, self.name, self.part = cfg, price_state(cfg, asks_teacher), name, part
         self.steps = max(0, cfg.num_steps - steps_done(folder or cfg.run_dir))
-        self.estimate = None
+        self.estimate, self.client = None, None
         if self.state != FREE:
-            client = CLIENTS[cfg.teacher.provider](cfg)
+            self.client = client = CLIENTS[cfg.teacher.provider](cfg)
             price = budget.price(cfg, self_hosted=client.self_hosted, official=client.official)
             how = {"takes_n": bool(client.seen.takes_n), "latency_s": budget.LATENCY_S, "steps": self.steps * part}
             self.estimate = budget.estimate(cfg, price.on(prices.today()), **how, most=client.most_texts, asks=bought)
@@ -170,7 +170,7 @@ class Preview:
         if self.state != UNKNOWN:
             return 0.0
         try:
-            CLIENTS[self.cfg.teacher.provider](self.cfg).check_settings()
+            self.client.check_settings()
         except UserError:
             return 0.0
         return (self.estimate.tokens_in[1] + self.estimate.tokens_out[1]) / 1e6

@@ -88,10 +88,10 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
     old, now = known | config.flat(ConfigDict(saved)), config.flat(ConfigDict(json.loads(as_json(cfg))))
     names = [sorted(teachers) for teachers in (saved.get("teachers", {}), cfg.teachers)]
     old, now = by_row.whole(old, names[0]), by_row.whole(now, names[1])
-    unread = prompts.unread(old["data.source"])  # says nothing of the run, and is refused by now
+    for values in (old, now):  # what nothing reads says nothing of the run
+        values.update({k: known[k] for k in prompts.unread(values["data.source"])})
     if old["data.source"] == "hub" and "overlong" not in saved.get("eval", {}):
-        unread += ("eval.path",)  # a run from before that was read
-    old |= {k: known[k] for k in unread}
+        old["eval.path"] = known["eval.path"]  # a run from before that was read
     old = {k: "" if v == EARLIER.get(k) and now.get(k) == "" else v for k, v in old.items()}
     if removed := sorted(k for k in set(old) - set(now) if k not in REMOVED or old[k] != REMOVED[k]):
         logging.say(f"warning: {file} has keys that are no longer known: {', '.join(removed)}")

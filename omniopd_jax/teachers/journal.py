@@ -146,8 +146,9 @@ class Journal:
             rows = (c.execute("select calls, tokens, usd from totals").fetchone() for c in self._connections())
             return sum((Totals(*row) for row in rows), Totals())
 
-    def spent(self, run: str = "") -> Spent:
-        """What this run (or `run`) spent, calls of unknown outcome at their upper bound.
+    def spent(self, run: str = "", *, without: str = "") -> Spent:
+        """What this run (or `run`) spent, calls of unknown outcome at their upper bound; `without`: who asked calls
+        that do not count.
 
         Calls of journals from before runs were told apart count for every run.
         """
@@ -156,12 +157,15 @@ class Journal:
             "coalesce(sum(coalesce(usd, max_usd)), 0), coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) "
             "from calls where status != 'unsent'"
         )
+        if without:  # a look at all texts
+            sql += " and key not in (select key from continuations where sample_id = ?)"
+        others = (without,) if without else ()
         with self.mutex:
             self._look_again()
             rows = []
             for _, c in self._named():
                 mine = " and (run = ? or run is null)" if journal_file.schema_of(c) > 1 else ""
-                rows.append(c.execute(sql + mine, (run or self.run,) if mine else ()).fetchone())
+                rows.append(c.execute(sql + mine, (*others, run or self.run) if mine else others).fetchone())
             return sum((Spent(*row) for row in rows), Spent())
 
     def unknown(self) -> Totals:

@@ -113,6 +113,7 @@ def test_keys_that_nothing_read_do_not_keep_an_old_run_from_going_on(tmp_path):
     from_file = {"data.source": "jsonl", "data.path": "p.jsonl"}
     identity.write(recipe(**from_file), DIGESTS, file)  # its data.name is forks
     identity.check_same_run(recipe(**from_file, **{"data.name": ""}), DIGESTS, file)
+    identity.check_same_run(recipe(**from_file), DIGESTS, file)  # with the name that it had
     from_hub = {"data.source": "hub", "data.name": "o/d"}
     identity.write(recipe(**from_hub, **{"eval.path": "x"}), DIGESTS, file)
     with pytest.raises(UserError, match="eval.path was 'x', is ''"):
