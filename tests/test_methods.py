@@ -71,9 +71,7 @@ def whole(models, tmp_path_factory):
     return one
 
 
-@pytest.mark.parametrize(
-    "method", ["ema", "mix", *(pytest.param(m, marks=slow) for m in METHODS if m not in ("ema", "mix"))]
-)
+@pytest.mark.parametrize("method", of(["ema", *(m for m in METHODS if m != "ema")]))
 def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, whole, method):
     steps, folder = whole(method)
     assert len(run(models, tmp_path / "run", method, num_steps=1)) == 1

@@ -59,7 +59,7 @@ def assert_mark_is_nowhere(run):
     assert (run.folder / "run.out").stat().st_size and (run.folder / "run.err").exists()
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_thirty_percent_faults_then_a_replay_offline(steps, runner, tmp_path, capfd):
     """Faults, secrets and replay on one run: its key is marked, its journal alone must then give the same run again."""
     healthy = [None] * 12  # the probe's questions; the training calls draw a fault three times in ten

@@ -424,21 +424,22 @@ import asyncio, logging, sys
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 sys.path[:0] = [{tests!r}, {repo!r}]
 from teacher_kit import cfg_for, request, teacher_of
-async def run():
-    for provider, url in {urls!r}.items():
-        c = cfg_for(url, provider, {folder!r} + "/" + provider, **{{"teacher.max_retries": 2, "teacher.deadline_s": 6.0}})
-        async with teacher_of(c) as teacher:
-            for i in range(4):
-                try:
-                    print(await teacher.continue_text(request("s%d" % i)))
-                except Exception as e:
-                    print(repr(e), logging.exception("failed"))
+async def run(provider, url):
+    c = cfg_for(url, provider, {folder!r} + "/" + provider, **{{"teacher.max_retries": 2, "teacher.deadline_s": 6.0}})
+    async with teacher_of(c) as teacher:
+        for i in range(4):
             try:
-                print(await teacher.check())
+                print(await teacher.continue_text(request("s%d" % i)))
             except Exception as e:
                 print(repr(e), logging.exception("failed"))
-            teacher.journal.export_jsonl({folder!r} + "/" + provider + "/out.jsonl")
-asyncio.run(run())
+        try:
+            print(await teacher.check())
+        except Exception as e:
+            print(repr(e), logging.exception("failed"))
+        teacher.journal.export_jsonl({folder!r} + "/" + provider + "/out.jsonl")
+async def all_of_them():
+    await asyncio.gather(*(run(*who) for who in {urls!r}.items()))
+asyncio.run(all_of_them())
 """
 
 
