@@ -44,6 +44,7 @@ METHODS = {
                        buys=False, like="omni"),
 }  # fmt: skip
 LATER = "omni_m1_loose"  # added with `omni_m1` seen: one seed
+ADDED = ("omni_m1", LATER)  # to the plan's eight methods: their second halves and seeds come last
 FOREIGN = ("sft", "cont_peak", "omni_baseline")  # what is run with the foreign teacher
 LONG_UPDATES = 60
 LONG = {
@@ -140,11 +141,13 @@ def plan(grid: Grid, lines: list[dict]) -> list[Cell]:
         out += [] if METHODS[m].like else g.sweep(grid, m)
         out += [Cell("teacher", m, b, 0) for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in BY_INSTRUCTION]
-    out += [Cell("teacher", LATER, b, 0) for b in grid.budgets]
     out += [Cell("gemma3_tuned", m, b, 0) for m in FOREIGN for b in grid.budgets]
-    out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in budgets("gemma3")]
-    out += [Cell("teacher", m, b, 1) for m in METHODS if m != LATER for b in grid.budgets]
+    out += [Cell("teacher", m, b, 1) for m in order if m not in ADDED for b in grid.budgets]
     out += [Cell("teacher", m, 1.0, 0) for m in LONG]
+    # behind this line a cell may stay without a run
+    out += [Cell("teacher", LATER, b, 0) for b in grid.budgets]
+    out += [Cell("gemma3", m, b, 0) for m in FOREIGN for b in budgets("gemma3")]
+    out += [Cell("teacher", "omni_m1", b, 1) for b in grid.budgets]
     return out + [Cell("gemma3_tuned", m, b, 1) for m in FOREIGN for b in grid.budgets]
 
 
