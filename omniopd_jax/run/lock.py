@@ -24,8 +24,8 @@ SILENT_S = 300.0  # a holder on another host that has not written for so long is
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds the lock: a process is named by its host, the host's boot, its pid and when it started (clock
-    ticks)."""
+    """Who holds the lock: a process is named by its host, the host's boot, its pid, when it started (clock ticks) and
+    whose number that pid is: a container has its own. "" of a version that did not say."""
 
     host: str
     boot: str
@@ -33,21 +33,26 @@ class Holder:
     started: int
     token: str
 
+    namespace: str = ""
 
 def this_process() -> Holder:
     """This process, with a new token."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
     boot_id = boot.read_text().strip() if boot.is_file() else ""
-    return Holder(socket.gethostname(), boot_id, os.getpid(), start_time(os.getpid()) or 0, secrets.token_hex(8))
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else ""
+    started = start_time(os.getpid()) or 0
+    return Holder(socket.gethostname(), boot_id, os.getpid(), started, secrets.token_hex(8), namespace)
 
 
 def start_time(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since its boot; None where there is no such process."""
+    """When a process of this host started, in clock ticks since its boot; None where there is no such process, or where
+    it has ended and its parent has not asked for its exit code yet."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[19])  # the name, in parentheses, may hold anything
+    state, *rest = stat.rpartition(")")[2].split()  # the name, in parentheses, may hold anything
+    return None if state in "ZX" else int(rest[18])
 
 
 def gone(holder: Holder, here: Holder, silent_s: float) -> str:
@@ -57,6 +62,8 @@ def gone(holder: Holder, here: Holder, silent_s: float) -> str:
     if holder.boot != here.boot:
         return f"host {holder.host} has been restarted since"
     if start_time(holder.pid) != holder.started:
+    if holder.namespace and holder.namespace != here.namespace:  # its pid says nothing here
+        return f"its container on this host has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else ""
         return f"process {holder.pid} has ended"
     return ""
 

@@ -56,6 +56,16 @@ def test_a_killed_holder_is_taken_over_with_a_line(other, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+def test_a_holder_that_nobody_has_waited_for_has_ended(other, tmp_path, capsys):
+    """A parent that does not ask for the exit code leaves its child in the list of processes."""
+    other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    own = lock.Lock(tmp_path / "run")
+    own.acquire()
+    assert f"process {other.pid} has ended" in capsys.readouterr().out
+    own.release()
+
+
     ("changes", "silent_s", "free"),
     [
         ({}, 0, False),
@@ -64,6 +74,9 @@ def test_a_killed_holder_is_taken_over_with_a_line(other, tmp_path, capsys):
         ({"pid": 2**22 + 1}, 0, True),
         ({"boot": "an earlier boot"}, 0, True),
         ({"host": "elsewhere"}, 200, False),
+        ({"namespace": "pid:[1]", "started": 1}, 200, False),  # another container's process 1, with this host's name
+        ({"namespace": "pid:[1]", "started": 1}, 400, True),
+        ({"namespace": "", "started": 1}, 0, True),  # of a version that did not say
         ({"host": "elsewhere"}, 400, True),
         ({"host": "elsewhere", "boot": "its own", "pid": 2**22 + 1}, 10, False),
     ],
