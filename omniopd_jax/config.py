@@ -6,6 +6,7 @@ key is an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `b
 
 import difflib
 import inspect
+import os
 import pathlib
 import re
 
@@ -280,12 +281,17 @@ def is_bucket(run_dir) -> bool:
     return "://" in str(run_dir)
 
 
+def expanded(path) -> pathlib.Path:
+    """A path of this machine; `~` is the home folder: a shell leaves it as it is behind `--config.run_dir=`."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
 def local_folder(c: ConfigDict) -> pathlib.Path:
     """The folder of this host that a run writes to step by step: `run_dir`, or for a bucket's `local_dir`."""
     if not is_bucket(c.run_dir):
-        return pathlib.Path(c.run_dir)
+        return expanded(c.run_dir)
     default = pathlib.Path("~/.cache/omniopd_jax/runs") / c.run_dir.replace("://", "/")
-    return pathlib.Path(c.local_dir or default).expanduser()
+    return expanded(c.local_dir or default)
 
 
 def min_continuations(c: ConfigDict) -> int:

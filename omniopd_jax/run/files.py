@@ -8,7 +8,7 @@ import pathlib
 import fsspec
 from etils import epath
 
-from omniopd_jax.config import is_bucket
+from omniopd_jax.config import expanded, is_bucket
 from omniopd_jax.errors import UserError
 
 # buckets by gcsfs, whether TensorFlow happens to be there or not; etils asks once in a process, at its first path
@@ -19,7 +19,7 @@ MAX_STATE = 16 << 20  # bytes of a small file: a config, a summary, a report
 def place(run_dir) -> pathlib.Path | epath.Path:
     """A run's folder: an absolute path of this machine, or a bucket's, which has the same methods."""
     if not is_bucket(run_dir):
-        return pathlib.Path(run_dir).absolute()
+        return expanded(run_dir).absolute()
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)  # others write there too
     return epath.Path(run_dir)
 

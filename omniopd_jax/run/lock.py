@@ -13,6 +13,7 @@ import threading
 
 import jax
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import logging
@@ -32,8 +33,8 @@ class Holder:
     pid: int
     started: int
     token: str
-
     namespace: str = ""
+
 
 def this_process() -> Holder:
     """This process, with a new token."""
@@ -61,9 +62,9 @@ def gone(holder: Holder, here: Holder, silent_s: float) -> str:
         return f"host {holder.host} has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else ""
     if holder.boot != here.boot:
         return f"host {holder.host} has been restarted since"
-    if start_time(holder.pid) != holder.started:
     if holder.namespace and holder.namespace != here.namespace:  # its pid says nothing here
         return f"its container on this host has been silent for {silent_s:.0f} s" if silent_s > SILENT_S else ""
+    if start_time(holder.pid) != holder.started:
         return f"process {holder.pid} has ended"
     return ""
 
@@ -164,7 +165,7 @@ def held(folder, run_dir):
 
 def _checked(lock: Lock, folder, run_dir) -> None:
     """Locks; a folder that can't be written is one line, before anything loads."""
-    folder, name = pathlib.Path(folder), "run_dir" if str(folder) == str(run_dir) else "local_dir"
+    folder, name = pathlib.Path(folder), "local_dir" if config.is_bucket(run_dir) else "run_dir"
     try:
         lock.acquire()
         probe = folder / f".write-test-{os.getpid()}"

@@ -43,7 +43,7 @@ BELIEVED = 4  # times what a call could use by what was sent: a service may put 
 
 def folder_of(cfg) -> pathlib.Path:
     """Where a run's journal is: `teacher.journal`, or in the run's own folder of this host."""
-    return pathlib.Path(cfg.teacher.journal or config.local_folder(cfg) / "journal")
+    return config.expanded(cfg.teacher.journal or config.local_folder(cfg) / "journal")
 
 
 @dataclasses.dataclass(frozen=True)

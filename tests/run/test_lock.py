@@ -11,9 +11,10 @@ import time
 import pytest
 import tiny
 
-from omniopd_jax import train
+from omniopd_jax import config, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import lock
+from omniopd_jax.run import files, lock
+from omniopd_jax.teachers import journal
 
 HOLD = (
     "import sys, time; from omniopd_jax.run import lock\n"
@@ -55,7 +56,6 @@ def test_a_killed_holder_is_taken_over_with_a_line(other, tmp_path, capsys):
     assert not (tmp_path / "run" / "lock").exists()
 
 
-@pytest.mark.parametrize(
 def test_a_holder_that_nobody_has_waited_for_has_ended(other, tmp_path, capsys):
     """A parent that does not ask for the exit code leaves its child in the list of processes."""
     other.kill()
@@ -66,6 +66,7 @@ def test_a_holder_that_nobody_has_waited_for_has_ended(other, tmp_path, capsys):
     own.release()
 
 
+@pytest.mark.parametrize(
     ("changes", "silent_s", "free"),
     [
         ({}, 0, False),
@@ -73,10 +74,10 @@ def test_a_holder_that_nobody_has_waited_for_has_ended(other, tmp_path, capsys):
         ({"started": 1}, 0, True),  # the number was given to another process
         ({"pid": 2**22 + 1}, 0, True),
         ({"boot": "an earlier boot"}, 0, True),
-        ({"host": "elsewhere"}, 200, False),
         ({"namespace": "pid:[1]", "started": 1}, 200, False),  # another container's process 1, with this host's name
         ({"namespace": "pid:[1]", "started": 1}, 400, True),
         ({"namespace": "", "started": 1}, 0, True),  # of a version that did not say
+        ({"host": "elsewhere"}, 200, False),
         ({"host": "elsewhere"}, 400, True),
         ({"host": "elsewhere", "boot": "its own", "pid": 2**22 + 1}, 10, False),
     ],
@@ -128,6 +129,23 @@ def test_a_run_dir_that_can_not_be_written_is_one_line_before_anything_loads(tmp
     c = tiny.recipe(tmp_path / "no student", tmp_path / "no teacher", run_dir)
     with pytest.raises(UserError, match="run_dir = .*file.*: set another run_dir"):
         train.train(c)
+
+
+def test_the_key_that_is_wrong_is_named_however_it_is_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="^run_dir = "), lock.held(tmp_path / "file", f"{tmp_path}/file/"):
+        pass
+    with pytest.raises(UserError, match="^local_dir = "), lock.held(tmp_path / "file", "gs://bucket/run"):
+        pass
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves it as it is behind `--config.run_dir=`; else a folder of that name is made here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    c = config.default()
+    c.run_dir, c.teacher.journal = "~/runs/x", "~/journal"
+    assert config.local_folder(c) == files.place(c.run_dir) == tmp_path / "runs" / "x"
+    assert journal.folder_of(c) == tmp_path / "journal"
 
 
 def test_the_heartbeat_is_written(tmp_path, monkeypatch):
