@@ -50,7 +50,7 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
     due = evaluation_due(run.cfg, start, totals)
     again = not start or due or (start >= run.cfg.num_steps and totals.get(best.LAST) is None)  # and its answers
     opened = reporting.Reports(run, totals, start=start, evaluated=not again)
-    with opened as reports, best.watched(run.cfg, totals) as kept:
+    with opened as reports, best.watched(run.cfg, totals, start) as kept:
         if run.held_out and run.cfg.eval.before and start == 0:
             run.stop.doing = "evaluating before the first step"
             totals["accuracy_before"] = evaluate(run, state, reports, kept)

@@ -19,21 +19,39 @@ from omniopd_jax.run.state import TrainState
 
 FOLDER = "best"
 DEFAULT = "eval/accuracy"  # what patience and stop_below go by, where no best_metric is set
-# keys of the totals; LAST is the accuracy of the evaluation that ended the run
+# keys of the totals; LAST is the accuracy of the evaluation that ended the run, VALUE what that run went by
 BEST, STEP, WAITED, STOPPED, LAST = "best/value", "best/step", "best/waited", "stopped_early", "accuracy_at_stop"
+METRIC, VALUE = "best/metric", "value_at_stop"
 
 
 class Best:
-    """Takes a run's evaluations; `totals` are the run's, changed in place."""
+    """Takes a run's evaluations; `totals` are the run's, changed in place. `start`: the step that the run goes on from.
 
-    def __init__(self, cfg, totals: dict):
+    A run that had ended early goes on where `eval.patience` and `eval.stop_below` would not end it now.
+    """
+
+    def __init__(self, cfg, totals: dict, start: int = 0):
         self._cfg, self._totals = cfg, totals
-        if not (cfg.eval.patience or cfg.eval.stop_below):  # a run that had ended early goes on
-            for key in (STOPPED, LAST):
-                totals.pop(key, None)
         self._metric = cfg.checkpoint.best_metric or DEFAULT
         self._folder = files.place(cfg.run_dir) / FOLDER
         self._checkpoints = Checkpoints(self._folder, keep=1) if cfg.checkpoint.best_metric else None
+        if totals.get(METRIC, self._metric) != self._metric:  # values of two metrics are not compared
+            for key in (BEST, STEP, WAITED):
+                totals.pop(key, None)
+        self._take_up(start)
+        totals[METRIC] = self._metric
+        if totals.get(STOPPED) and not self._reason(totals.get(VALUE, totals.get(LAST, 0.0))):
+            for key in (STOPPED, LAST, VALUE):
+                totals.pop(key, None)
+
+    def _take_up(self, start: int) -> None:
+        """The evaluation at a run's end comes after its last checkpoint: what it found best is in RUN/best alone, and
+        would be forgotten where the run goes on."""
+        if self._checkpoints is None or not start or self._checkpoints.latest() != start:
+            return
+        kept = processes.first("best before", self._checkpoints.meta(start))
+        if kept.get(STEP) == start and kept.get(METRIC, self._metric) == self._metric and BEST in kept:
+            self._totals |= {BEST: kept[BEST], STEP: start, WAITED: 0}
 
     def take(self, state: TrainState, values: dict[str, float]) -> str:
         """Keeps the state where its evaluation is better than any before; returns why the run should end, or "".
@@ -56,15 +74,19 @@ class Best:
             self._save(state)
         else:
             totals[WAITED] = totals.get(WAITED, 0) + 1
-        patience, floor = self._cfg.eval.patience, self._cfg.eval.stop_below
-        why = ""
-        if value < floor:
-            why = f"{self._metric} = {value:.4g} is below eval.stop_below = {floor:g}"
-        elif patience and totals[WAITED] >= patience:
-            why = f"{self._metric} has not risen above {totals[BEST]:.4g} for {patience} evaluations (eval.patience)"
+        why = self._reason(value)
         if why and step:
-            totals |= {STOPPED: why, LAST: values[DEFAULT]}
+            totals |= {STOPPED: why, LAST: values[DEFAULT], VALUE: value}
         return why if step else ""
+
+    def _reason(self, value: float) -> str:
+        """Why a run whose newest evaluation is `value` should end, or ""."""
+        patience, floor, totals = self._cfg.eval.patience, self._cfg.eval.stop_below, self._totals
+        if value < floor:
+            return f"{self._metric} = {value:.4g} is below eval.stop_below = {floor:g}"
+        if patience and totals.get(WAITED, 0) >= patience:
+            return f"{self._metric} has not risen above {totals[BEST]:.4g} for {patience} evaluations (eval.patience)"
+        return ""
 
     def _save(self, state: TrainState) -> None:
         if self._checkpoints is None:
@@ -88,9 +110,9 @@ class Best:
 
 
 @contextlib.contextmanager
-def watched(cfg, totals: dict) -> Iterator[Best]:
+def watched(cfg, totals: dict, start: int) -> Iterator[Best]:
     """The run's `Best`, closed at the end."""
-    best = Best(cfg, totals)
+    best = Best(cfg, totals, start)
     try:
         yield best
     finally:

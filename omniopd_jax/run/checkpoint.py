@@ -189,6 +189,13 @@ class Checkpoints:
             )
         return state, meta
 
+    def meta(self, step: int) -> dict:
+        """What was saved beside the state of a step; {} where it can't be read."""
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        except Exception:  # files in any state: whatever Orbax makes of them
+            return {}
+
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The newest checkpoint that is whole; those after it are moved aside, loudly. None: there is none at all.
 

@@ -3,6 +3,8 @@
 import dataclasses
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from omniopd_jax import config, export, hf, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, sampling
 from omniopd_jax.run import best, checkpoint, preflight
+from omniopd_jax.run.state import TrainState
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,39 @@ def test_a_run_ends_where_it_falls_below_but_not_before_its_first_step():
     said, totals = watch([0.02, 0.3, 0.04, 0.9], **{"eval.stop_below": 0.05})
     assert said[:2] == ["", ""] and "eval/accuracy = 0.04 is below eval.stop_below = 0.05" in said[2]
     assert totals[best.BEST] == 0.3
+
+
+def test_a_run_that_had_ended_early_goes_on_where_it_would_not_end_now():
+    _, waited = watch([0.1, 0.3, 0.2, 0.2], **{"eval.patience": 2})
+    _, fell = watch([0.3, 0.04], **{"eval.stop_below": 0.05})
+    for totals, key, values in ((waited, "patience", {2: True, 3: False, 0: False}),
+                                (fell, "stop_below", {0.05: True, 0.03: False, 0.0: False})):  # fmt: skip
+        for value, ended in values.items():
+            c, own = config.default(), dict(totals)
+            c.eval[key] = value
+            best.Best(c, own)
+            assert [name in own for name in (best.STOPPED, best.LAST, best.VALUE)] == [ended] * 3, (key, value)
+
+
+def test_values_of_two_metrics_are_not_compared():
+    _, totals = watch([0.1, 0.9])
+    best.Best(config.default(), same := dict(totals))
+    assert same[best.BEST] == 0.9
+    best.Best(config.default(), other := totals | {best.METRIC: "eval/accuracy/world:slips:test"})
+    assert not {best.BEST, best.STEP, best.WAITED} & other.keys()
+
+
+def test_the_best_that_the_last_evaluation_found_is_known_where_the_run_goes_on(tmp_path):
+    """It comes after the last checkpoint, whose totals lack it."""
+    c = config.default()
+    c.run_dir, c.checkpoint.best_metric = str(tmp_path), "eval/accuracy"
+    (tmp_path / "config.json").write_text("{}")
+    ended = TrainState({"w": jnp.ones(2)}, {"m": jnp.ones(2)}, jnp.int32(2), jax.random.key(0))
+    with best.watched(c, {}, 2) as kept:
+        kept.take(ended, {"eval/accuracy": 0.7})
+    for start, found in ((2, 0.7), (1, None)):  # from step 1 on it is evaluated again
+        with best.watched(c, totals := {best.BEST: 0.1, best.STEP: 0} if start == 2 else {}, start):
+            assert (totals.get(best.BEST), totals.get(best.STEP)) == (found, found and 2)
 
 
 GREEDY = sampling.greedy
