@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 
-from omniopd_jax import graders, hf, model, rollout
+from omniopd_jax import config, graders, hf, model, rollout
 from omniopd_jax.data import benchmarks as suites
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
@@ -21,7 +21,7 @@ from omniopd_jax.hf.template import Template, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import logging
+from omniopd_jax.run import files, host, logging
 from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.teachers.protocol import stable_hash
@@ -29,7 +29,8 @@ from omniopd_jax.teachers.protocol import stable_hash
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP."""
+    """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP. `cache_gib`: the recipe's
+    `rollout.cache_gib`."""
 
     params: dict
     model_cfg: model.ModelConfig
@@ -37,6 +38,7 @@ class Student:
     template: Template
     end_ids: tuple[int, ...]
     source: str
+    cache_gib: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     scale = None if trained is None else lora.scale(trained.lora)
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     params = rollout.prepare(params, model_cfg, compute=compute)
-    return Student(params, model_cfg, compute, template, end_ids, source)
+    return Student(params, model_cfg, compute, template, end_ids, source, cfg.rollout.cache_gib)
 
 
 def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
@@ -143,7 +145,7 @@ def _sample_batch(student: Student, suite, how: How, prompts, grader: graders.Gr
     [rows] = rollout.stream(
         student.params, student.model_cfg, [p.token_ids for p in prompts], rollout.key_data(key, names),
         max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k,
-        num_samples=n, end_ids=student.end_ids, how=rollout.How(slots=how.slots), compute=student.compute,
+        num_samples=n, end_ids=student.end_ids, how=rollout.How(how.slots, student.cache_gib), compute=student.compute,
     )  # fmt: skip
     read = [student.template.read(row.tokens.tolist()) for row in rows]
     grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
@@ -204,36 +206,53 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
         loaded = [dataclasses.replace(s, grader="code_unsafe") if s.grader == "code" else s for s in loaded]
     for suite in loaded:
         graders.shared(suite.grader)
-    files = [re.sub(r"[^\w.-]+", "_", s.name) + ".jsonl" for s in loaded]
-    if len(set(files)) < len(files):
+    names = [re.sub(r"[^\w.-]+", "_", s.name) + ".jsonl" for s in loaded]
+    if len(set(names)) < len(names):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
+    out = _writable(out)
     student = load_student(cfg, checkpoint)
     # a benchmark with problems left out is another benchmark: no overlong one is dropped
     encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg, overlong="").prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
-    out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     _same_evaluation(out, student, how, loaded, cfg.compute_dtype)
     results = {}
-    for suite, file in zip(loaded, files, strict=True):
+    for suite, file in zip(loaded, names, strict=True):
         results[suite.name] = scores.of(answer(student, suite, how, out / file), vote=suite.extract is not None)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "table.md").write_text(scores.table(results) + "\n")
+    host.write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    host.write_whole(out / "table.md", scores.table(results) + "\n")
     return results
+
+
+def _writable(out) -> pathlib.Path:
+    """The folder of the results, which is there then.
+
+    Raises:
+      UserError: a file, or a place that can't be written.
+    """
+    out = config.expanded(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out = {out} can't be written ({error.strerror}): set another --out") from error
+    return out
 
 
 def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
     per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
+    now |= {"stop_strings": list(student.template.stop_strings), "end_ids": list(map(int, student.end_ids))}
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]
         now[f"prompts of {suite.name}"] = stable_hash(*parts)
     file = out / "settings.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = files.read_json(file, "set another --out") if file.exists() else {}
     if before:
         before.setdefault("top_k", 0)  # which earlier versions sampled without
     changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k in before and before[k] != now[k]]
     if changed:
         raise UserError(f"{out} holds another evaluation ({'; '.join(changed)}): set another --out")
-    file.write_text(json.dumps(before | now, indent=1) + "\n")
+    host.write_whole(file, json.dumps(before | now, indent=1) + "\n")

@@ -357,6 +357,42 @@ def test_the_command_takes_top_k_from_the_recipe_and_checks_it(whole, monkeypatc
     assert len(asked) == 2
 
 
+def small_student(**more) -> runner.Student:
+    template = types.SimpleNamespace(stop_strings=("\n\n",))
+    return runner.Student(**{"params": {}, "model_cfg": None, "compute": None, "template": template, "end_ids": (1,),
+                             "source": "x"} | more)  # fmt: skip
+
+
+def test_settings_that_were_cut_off_and_other_stop_strings_are_one_line(tmp_path):
+    runner._same_evaluation(tmp_path, small_student(), HOW, [], "float32")
+    runner._same_evaluation(tmp_path, small_student(), HOW, [], "float32")
+    other = types.SimpleNamespace(stop_strings=())
+    with pytest.raises(UserError, match=r"stop_strings was \['\\n\\n'\], is \[\].*set another --out"):
+        runner._same_evaluation(tmp_path, small_student(template=other), HOW, [], "float32")
+    (tmp_path / "settings.json").write_text('{"checkpoint": ')
+    with pytest.raises(UserError, match=r"settings\.json is cut off or no JSON: set another --out"):
+        runner._same_evaluation(tmp_path, small_student(), HOW, [], "float32")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_student", lambda *_: 1 / 0)
+    (tmp_path / "file").write_text("")
+    c = types.SimpleNamespace(eval=types.SimpleNamespace(suffix=""))
+    with pytest.raises(UserError, match=r"--out = .*file can't be written \("):
+        runner.run(c, HOW, checkpoint=None, benchmarks=["world:forks:test"], limit=1, out=tmp_path / "file")
+
+
+def test_the_sampler_has_the_memory_that_the_recipe_gives_it(monkeypatch):
+    def stream(*_, how, **__):
+        assert (how.slots, how.cache_gib) == (4, 7.0)
+        raise UserError("the sampler's turn")
+
+    monkeypatch.setattr(runner.rollout, "stream", stream)
+    with pytest.raises(UserError, match="the sampler's turn"):
+        suite = types.SimpleNamespace(name="x")
+        runner._sample_batch(small_student(cache_gib=7.0), suite, dataclasses.replace(HOW, slots=4), [], None)
+
+
 @pytest.mark.parametrize("unsafe", [False, True])
 def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, monkeypatch, unsafe):
     """Programs are refused, unless --unsafe: then the evaluation goes on to the student."""
