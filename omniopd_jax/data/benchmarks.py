@@ -76,19 +76,29 @@ class Source:
 
 
 def _field(row: dict, *names: str):
-    """The first of these fields that a row has; raises KeyError where it has none."""
-    found = next((row[name] for name in names if row.get(name) is not None), None)
+    """The first of these fields that a row has; raises KeyError where it has none. NaN is how tables write nothing."""
+    found = next((row[name] for name in names if row.get(name) is not None and row[name] == row[name]), None)
     if found is None:
         raise KeyError(" or ".join(map(repr, names)))
     return found
 
 
 def _problem(row: dict, *first: str) -> str:
-    """A row's problem, with its choices where it has any."""
-    text = str(_field(row, *first, *PROBLEM))
-    choices = _choices(row)
+    """A row's problem, with its choices where it has any that do not stand in it behind their letters."""
+    text, choices = _field(row, *first, *PROBLEM), _choices(row)
+    if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        raise ValueError(f"a problem is text, not {json.dumps(text, default=str):.60}")
+    text = str(text)
     lines = [c if _LETTERED.match(c) else f"({letter}) {c}" for letter, c in choices.items()]
-    return "\n".join([text.strip(), "", *lines]) if lines and not all(c in text for c in choices.values()) else text
+    shown = all(_shown(letter, c.strip(), text) for letter, c in choices.items())
+    return text if shown else "\n".join([text.strip(), "", *lines])
+
+
+def _shown(letter: str, choice: str, text: str) -> bool:
+    """Whether a choice stands in a text behind its letter: a number alone may be in the text for another reason."""
+    if _LETTERED.match(choice):
+        return choice in text
+    return re.search(rf"(?<!\w){re.escape(letter)}\W{{1,4}}{re.escape(choice)}", text) is not None
 
 
 def _choices(row: dict) -> dict[str, str]:
@@ -114,6 +124,8 @@ def _answer(row: dict, *first: str) -> str:
         if answer is None:
             raise
     if isinstance(answer, int) and not isinstance(answer, bool) and (choices := _choices(row)):
+        if not 0 <= answer < len(choices):  # -1 is how some sets say that they keep it to themselves
+            raise IndexError(f"answer {answer} is none of the choices 0 to {len(choices) - 1}")
         return list(choices)[answer]
     if isinstance(answer, list):
         return ", ".join(map(str, answer))
@@ -284,6 +296,8 @@ def _lines(path: pathlib.Path):
             whole = json.loads(text)
         except ValueError:
             whole = None  # JSON Lines by another name
+        except RecursionError as error:
+            raise UserError(f"{path}: JSON that is nested too deep to be read") from error
         if isinstance(whole, dict):
             whole = next(
                 (whole[k] for k in ("data", "rows", "examples", "test") if isinstance(whole.get(k), list)), [whole]
@@ -298,7 +312,7 @@ def _lines(path: pathlib.Path):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not a JSON object")
@@ -385,6 +399,13 @@ def _checked(suite: Suite) -> Suite:
     if not suite.prompts:
         raise UserError(f"benchmark {suite.name} is empty")
     ids = [p.id for p in suite.prompts]
+    for p in suite.prompts:
+        try:
+            f"{p.id}{p.messages[-1]['content']}{p.answer}".encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"benchmark {suite.name}, problem {p.id!r}: holds half a surrogate pair, which is no text"
+            ) from error
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise UserError(f"benchmark {suite.name}: id {twice!r} comes more than once")

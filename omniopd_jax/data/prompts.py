@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,8 @@ def _prompt(row: dict, fields, where: str, number: int) -> Prompt:
     messages = _messages(_field(row, fields.prompt), row, fields.prompt, where)
     # a worked solution only where that column is not said to be the answer
     solution = _field(row, fields.solution) if fields.solution != fields.answer else None
+    if isinstance(solution, str) and not solution.strip():  # an empty cell
+        solution = None
     if solution is not None and not isinstance(solution, str):
         raise UserError(f"{where}: `{fields.solution}` is no text; set data.fields.solution to another field, or to ''")
     answer, name = _answer(_field(row, fields.answer), fields.answer, where), _field(row, fields.id)
@@ -255,18 +258,18 @@ def _prompt(row: dict, fields, where: str, number: int) -> Prompt:
         raise UserError(f"{where}: `{fields.prompt}` holds what is no JSON, or is nested too deep") from error
     teacher = _field(row, fields.teacher)
     return Prompt(
-        f"{number:06d}" if name is None else str(name), messages, answer, solution,
+        f"{number:06d}" if name in (None, "") else str(name), messages, answer, solution,
         teacher="" if teacher is None else str(teacher),
     )  # fmt: skip
 
 
 def _field(row: dict, name: str):
-    """A field by its name, or by a path of names with dots between; None where there is none."""
-    if name in row or "." not in name:
-        return row.get(name) if name else None
-    for part in name.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
+    """A field by its name, or by a path of names with dots between; None where there is none, or NaN: how tables write
+    nothing."""
+    found = row
+    for part in [name] if name in row or "." not in name else name.split("."):
+        found = found.get(part) if isinstance(found, dict) and name else None
+    return None if isinstance(found, float) and math.isnan(found) else found
 
 
 def _messages(prompt, row: dict, field: str, where: str) -> tuple[dict, ...]:
@@ -338,7 +341,10 @@ def _answer(value, field: str, where: str) -> str | None:
         raise UserError(
             f"{where}: `{field}` is an object around the answer; set data.fields.answer = '{field}.ground_truth'"
         )
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
+    try:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
+    except (TypeError, RecursionError) as error:
+        raise UserError(f"{where}: `{field}` holds what is no JSON, or is nested too deep") from error
 
 
 def _where(cfg, source: str, split: str, path: str, section: str) -> str:

@@ -82,6 +82,11 @@ def test_endings(tmp_path, file, form):
         ({"problem": "P", "answer": None}, "row 0"),
         ({"answer": "1"}, "problem"),
         ({"problem": "P", "answer": True}, "row 0"),
+        ({"problem": "P", "answer": float("nan")}, "row 0"),
+        ({"problem": "P", "choices": ["a", "b"], "answer": -1}, "answer -1 is none of the choices 0 to 1"),
+        ({"problem": "P", "choices": ["a", "b"], "answer": 2}, "answer 2 is none of the choices 0 to 1"),
+        ({"prompt": [{"role": "user", "content": "P"}], "answer": "1"}, "a problem is text, not"),
+        ({"problem": "half a pair: \ud83d", "answer": "1"}, "half a surrogate pair"),
         ({"problem": "P", "answer": "x", "grader": "code"}, "no JSON"),
         ({"problem": "P", "answer": {"asserts": "f(1)"}, "grader": "code"}, "no assertion"),
     ],
@@ -95,3 +100,24 @@ def test_a_broken_archive_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="can't be read"):
         benchmarks.load(str(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize(
+    ("question", "added"),
+    [
+        ("Which is the largest of 3, 5 and 7?", True),  # the numbers are there, their letters are not
+        ("Which is the largest? A. 3 B. 5 C. 7", False),
+        ("Which is the largest?\n(A) 3\n(B) 5\n(C) 7", False),
+    ],
+)
+def test_choices_are_added_unless_they_stand_behind_their_letters(tmp_path, question, added):
+    (prompt,) = load(tmp_path, [{"question": question, "choices": ["3", "5", "7"], "answer": 2}]).prompts
+    assert prompt.messages[0]["content"] == question + ("\n\n(A) 3\n(B) 5\n(C) 7" if added else "")
+    assert prompt.answer == "C"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=name):
+        benchmarks.load(str(tmp_path / name))

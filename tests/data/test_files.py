@@ -66,6 +66,8 @@ def test_published_rows_are_taken_as_they_are_meant_or_one_line_says_what_to_set
         ({"prompt": "a", "answer": 7.5}, {}, ("a", "7.5", None)),
         ({"prompt": "a", "answer": ["1", "2"]}, {}, ("a", '["1", "2"]', None)),
         ({"prompt": "a", "answer": None, "solution": None}, {}, ("a", None, None)),
+        ({"prompt": "a", "answer": float("nan"), "solution": float("nan")}, {}, ("a", None, None)),  # of a table
+        ({"prompt": "a", "answer": "1", "solution": " "}, {}, ("a", "1", None)),
         ({"prompt": "a", "a.b": "x"}, {"answer": "a.b"}, ("a", "x", None)),
         ({"prompt": [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]}, {}, ("ab", None, None)),
     ],
@@ -118,6 +120,12 @@ def test_answers_are_checked_where_they_are_read(tmp_path):
     assert len(with_fields(path, check=graders.make("code").check_answer)) == 1
 
 
+def test_an_empty_cell_says_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer,solution,id\na,1,,\nb,2,,\n")
+    found = with_fields(str(tmp_path / "a.csv")).prompts
+    assert [(p.id, p.solution) for p in found] == [("000002", None), ("000003", None)]
+
+
 def rows_of(folder, name, content: bytes):
     (folder / name).write_bytes(content)
     return [(p.id, p.messages[0]["content"], p.answer) for p in load(str(folder / name)).prompts]
@@ -144,6 +152,15 @@ LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 )
 def test_the_forms_that_a_prompts_file_has(tmp_path, name, content):
     assert [row[1:] for row in rows_of(tmp_path, name, content)] == WANTED
+
+
+def test_bytes_within_an_answer_are_one_line(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [{"x": b"1"}]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 1: `answer` holds what is no JSON"):
+        with_fields(str(tmp_path / "a.parquet"))
 
 
 def test_a_parquet_file(tmp_path):
