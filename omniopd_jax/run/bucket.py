@@ -49,7 +49,8 @@ class Mirror:
         self.lock: Lock | None = None
 
     def fetch(self) -> None:
-        """Takes what the bucket holds of the run, over what is here: another host may have gone on since.
+        """Takes what the bucket holds of the run, over what is here: another host may have gone on since. Lines that
+        only this host has, of a send that failed before it was killed, stay where they go on from the bucket's.
 
         Raises:
           UserError: the bucket can't be read.
@@ -62,14 +63,18 @@ class Mirror:
                 f"local_dir = {self._folder} belongs to run_dir = {mark.read_text()}: set another local_dir"
             )
         mark.write_text(str(self._url))
+        fetched = set()
         with _one_line(self._url, "read"):
             for name, path in _tree(self._url):
-                target = self._folder / name
+                target, content = self._folder / name, path.read_bytes()
+                if _goes_on(target, content):
+                    continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary = target.with_name(f".{target.name}.tmp")
-                temporary.write_bytes(path.read_bytes())
+                temporary.write_bytes(content)
                 os.replace(temporary, target)
-        self._sent = self._here()
+                fetched.add(name)
+        self._sent = {name: seen for name, seen in self._here().items() if name in fetched}
 
     def send(self, *, last: bool = False) -> None:
         """Sends the files that have changed, and removes those that are gone.
@@ -110,6 +115,14 @@ class Mirror:
                 if path.is_file() and not path.name.startswith(".") and path.suffix != ".tmp":
                     found[str(path.relative_to(self._folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
         return found
+
+
+def _goes_on(here: pathlib.Path, content: bytes) -> bool:
+    """Whether a file of lines holds these and more."""
+    if here.suffix != ".jsonl" or not here.is_file() or here.stat().st_size <= len(content):
+        return False
+    with here.open("rb") as file:
+        return file.read(len(content)) == content
 
 
 def _is_sent(name: str) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import teacher_runs
 import tiny
+from etils import epath
 from wire_server import WireServer
 
 from omniopd_jax import config
@@ -131,6 +132,25 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_removed(gcs, tmp_path, ca
     gcs.refuse = ""
     mirror.send()
     assert gcs.text("runs/a/config.json") == "new"
+
+
+def test_what_a_killed_host_could_not_send_is_not_lost_on_it(tmp_path):
+    """Its bucket could not be written before the last checkpoint: lines that go on from the bucket's stay and are sent,
+    as is what the bucket never had; what another host has gone on with is taken."""
+    url, own = epath.Path(tmp_path / "bucket"), tmp_path / "own"
+    url.mkdir()
+    own.mkdir()
+    for name, there, here in (("metrics.jsonl", "1\n", "1\n2\n"), ("audits.jsonl", "1\n3\n", "1\n2\n2\n"),
+                              ("config.json", "new", "older"), ("summary.json", None, "mine")):  # fmt: skip
+        (own / name).write_text(here)
+        if there is not None:
+            (url / name).write_text(there)
+    mirror = bucket.Mirror(own, url, sends=True)
+    mirror.fetch()
+    wanted = {"metrics.jsonl": "1\n2\n", "audits.jsonl": "1\n3\n", "config.json": "new", "summary.json": "mine"}
+    assert {name: (own / name).read_text() for name in wanted} == wanted
+    mirror.send()
+    assert {name: (url / name).read_text() for name in wanted} == wanted
 
 
 def test_a_local_folder_is_of_one_run(gcs, tmp_path):
