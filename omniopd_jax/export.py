@@ -18,7 +18,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf import hub, placed
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
-from omniopd_jax.run import bucket, card, cli, files
+from omniopd_jax.run import bucket, card, checkpoint, cli, files
 from omniopd_jax.run.trained import locate, read
 
 
@@ -113,8 +113,11 @@ def main(argv) -> int:
     if name:
         card.check(name)
     cli.setup_jax()
-    folder = export(source, given["out"].value, dtype=given["dtype"].value, adapter=adapter)
     run, step = locate(source)
+    if step is None:  # named here, for a run that goes on saves newer ones meanwhile
+        step = checkpoint.saved_params(run).step
+    out = config.expanded(given["out"].value)
+    folder = export(f"{run}/checkpoints/{step}", out, dtype=given["dtype"].value, adapter=adapter)
     with tempfile.TemporaryDirectory() as copies:
         run = bucket.copied(run, copies)
         card.write(folder, run, name=name or folder.name, adapter=adapter, step=step)

@@ -87,8 +87,11 @@ def main(argv) -> int:
         return 0
     with tempfile.TemporaryDirectory() as copies:
         html = make([str(bucket.copied(run, pathlib.Path(copies) / str(i))) for i, run in enumerate(runs)])
-    out = pathlib.Path(given["out"].value or pathlib.Path(runs[0]) / "report.html").expanduser()
-    out.write_text(html, encoding="utf-8")
+    out = config.expanded(given["out"].value or pathlib.Path(runs[0]) / "report.html")
+    try:
+        out.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}): name another file by --out") from error
     print(f"wrote {terminal.printable(str(out))} ({len(html) / 1e6:.2f} MB); open it in a browser", flush=True)
     return 0
 

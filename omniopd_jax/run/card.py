@@ -26,9 +26,10 @@ def write(folder, run, *, name: str, adapter: bool, step: int | None = None) -> 
     """
     run = pathlib.Path(run)
     config, summary = _object(run / "config.json"), _object(run / "summary.json")
-    if step is not None and summary.get("step") != step:
-        summary = {}  # the summary's accuracy and cost are the last step's
     rows = _rows(run / "metrics.jsonl")
+    newest = rows[-1].get("step", -1) + 1 if rows else summary.get("step")
+    if summary.get("step") != (newest if step is None else step):
+        summary = {}  # its accuracy and cost are those of another step
     health.count_evaluated(rows, _rows(run / "evaluations.jsonl"))
     path = pathlib.Path(folder) / "README.md"
     path.write_text(

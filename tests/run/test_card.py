@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import report_runs as runs
 import tiny
 
-from omniopd_jax import objective
+from omniopd_jax import export, objective
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import card
 
@@ -226,3 +227,17 @@ def test_a_folder_s_files_can_be_read_by_others_whatever_the_umask(tmp_path):
     files = {p.name: p.stat().st_mode & 0o777 for p in student.iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= files.keys() and set(files.values()) == {0o644}
     assert student.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_export_of_a_run_that_goes_on_names_the_checkpoint_that_it_holds(run, tmp_path, monkeypatch):
+    """Not the steps that the run has written since."""
+    asked, given = [], {"checkpoint": str(run), "out": str(tmp_path / "out"), "push_to_hub": "", "adapter": False,
+                        "dtype": "bfloat16"}  # fmt: skip
+    (run / "summary.json").unlink()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(export.checkpoint, "saved_params", lambda _: types.SimpleNamespace(step=10))
+    monkeypatch.setattr(export, "export", lambda source, out, **_: asked.append(source) or out)
+    monkeypatch.setattr(export.cli, "setup_jax", lambda: None)
+    monkeypatch.setattr(export.flags, "FLAGS", {k: types.SimpleNamespace(value=v) for k, v in given.items()})
+    assert export.main(["export"]) == 0
+    assert asked == [f"{run}/checkpoints/10"] and "10 of 20" in (tmp_path / "out" / "README.md").read_text()

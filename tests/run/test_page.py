@@ -6,6 +6,7 @@ import pathlib
 import random
 import re
 import time
+import types
 import zlib
 
 import pytest
@@ -262,3 +263,37 @@ def test_long_texts_are_cut_and_counted(tmp_path):
 def test_the_library_is_one_small_file_with_its_licence():
     web = pathlib.Path(page.__file__).parent / "web"
     assert (web / "uplot.iife.min.js").stat().st_size < 300_000 and "MIT" in (web / "uplot.LICENSE").read_text()
+
+
+def test_what_a_run_came_to_at_an_earlier_end_is_not_what_it_has_come_to(tmp_path):
+    """It went on from step 10 with a larger num_steps: its summary is of then."""
+    folder = runs.write(tmp_path / "run", 15, cfg=runs.settings(num_steps=40), summary=False)
+    (folder / "summary.json").write_text(json.dumps({"step": 10, "accuracy_before": 24 / 64, "accuracy_after": 0.75}))
+    (run,) = made(folder)["runs"]
+    assert "accuracy after" not in facts(run) and run["state"] == "15 of 40 steps: still running, or stopped"
+    text = card.write(tmp_path, folder, name="a/b", adapter=False).read_text()
+    assert "15 of 40" in text and "75.0%" not in text
+    (folder / "summary.json").write_text(json.dumps({"step": 15, "accuracy_before": 24 / 64, "accuracy_after": 0.75}))
+    assert facts(made(folder)["runs"][0])["accuracy after"] == "75.0%"
+
+
+@pytest.mark.parametrize("place", ["nowhere/page.html", "."])
+def test_a_page_that_can_not_be_written_is_one_line(folder, tmp_path, monkeypatch, place):
+    given = {"out": str(tmp_path / place), "watch": False, "port": 0}
+    monkeypatch.setattr(report.flags, "FLAGS", {k: types.SimpleNamespace(value=v) for k, v in given.items()})
+    with pytest.raises(UserError, match="can't be written .*: name another file by --out"):
+        report.main(["report", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "summary", "state"),
+    [
+        (5, {}, "finished: 10 steps"),  # lowered after step 10
+        (20, {"stopped_early": "eval.patience"}, "ended early: 10 of 20 steps"),
+        (20, {}, "10 of 20 steps: still running, or stopped"),  # raised after step 10
+    ],
+)
+def test_how_a_run_ended_is_said_as_it_was(tmp_path, num_steps, summary, state):
+    folder = runs.write(tmp_path / "run", 10, 0, 0, cfg=runs.settings(num_steps=num_steps))
+    (folder / "summary.json").write_text(json.dumps({"step": 10} | summary))
+    assert page.Folder(folder).state() == state

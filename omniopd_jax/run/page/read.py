@@ -42,6 +42,9 @@ class Folder:
         self.summary = self._object(self.path / "summary.json", must=False)
         read = {kind: [r for file in files[kind] for r in self._lines(file)] for kind in KINDS}
         self.rows = sorted({r["step"]: r for r in read["metrics"]}.values(), key=lambda r: r["step"])
+        ended = self.summary.get("step")
+        if isinstance(ended, int) and ended < self.steps:  # of an end from which the run went on
+            self.summary = {}
         forms = {"audits": _is_audit, "completions": _is_completion, "evaluations": _is_answer}
         self.audits, self.completions, self.evaluations = (
             self._known(kind, read[kind], f) for kind, f in forms.items()
@@ -52,8 +55,11 @@ class Folder:
     def state(self) -> str:
         """In words, how far the run came."""
         total, done = self.config.get("num_steps"), self.steps
-        if self.summary and total and self.summary.get("step") == total:
-            return f"finished: {total} steps"
+        ended = self.summary.get("step")
+        if isinstance(ended, int) and total and ended >= total:  # more where num_steps was lowered
+            return f"finished: {ended} steps"
+        if ended and self.summary.get("stopped_early"):
+            return f"ended early: {ended} of {total or '?'} steps"
         if not done:
             return "no finished step yet"
         return f"{done} of {total or '?'} steps: still running, or stopped"
