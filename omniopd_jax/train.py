@@ -58,19 +58,27 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
         elif due and run.held_out:  # the run was stopped, or had its end, here
             run.stop.doing = f"evaluating after step {start}"
             evaluate(run, state, reports, kept)
-        run.timer.take()
+        count_evaluation(run, totals)
         with run.stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
             state = loop(run, state, checkpoints, reports, kept)
         if run.stop.agreed:
             return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
         run.stop.saved, run.stop.doing = True, "evaluating after the last step"
         after = totals.get(best.LAST)
+        if after is None and not int(jax.device_get(state.step)):  # num_steps = 0: evaluated just now
+            after = totals.get("accuracy_before")
         if run.held_out and after is None:
             after = evaluate(run, state, reports, kept)
+            count_evaluation(run, totals)
         reports.close()
         out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
         processes.barrier("end")
         return out
+
+
+def count_evaluation(run: Run, totals: dict) -> None:
+    """Adds the seconds of an evaluation outside of the steps to the run's, and starts the next step's."""
+    totals["time/eval"] = totals.get("time/eval", 0.0) + run.timer.take().get("time/eval", 0.0)
 
 
 def evaluation_due(cfg, start: int, totals: dict) -> bool:

@@ -1,11 +1,13 @@
 """The loop in process, on tiny random models: what a run writes, and what its settings change."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import signal
 import struct
+import types
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, cli, health, logging, preflight, terminal
+from omniopd_jax.run import checkpoint, cli, health, host, logging, preflight, reporting, terminal
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -510,3 +512,44 @@ def test_a_config_of_a_run_is_a_valid_recipe(run):
     c.update(saved)
     preflight.validate(c)
     assert config.flat(c) == config.flat(run[2])
+
+
+def test_a_run_without_steps_is_evaluated_once(monkeypatch):
+    c = config.default()
+    c.num_steps, asked, told = 0, [], []
+    run = types.SimpleNamespace(cfg=c, held_out=True, carried={}, stop=host.StopFlag(), timer=logging.PhaseTimer(),
+                                compiled=contextlib.nullcontext())  # fmt: skip
+    reports = types.SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(train.setup, "first_state", lambda *_: (types.SimpleNamespace(step=np.int32(0)), {}))
+    monkeypatch.setattr(train.reporting, "Reports", lambda *_, **__: contextlib.nullcontext(reports))
+    monkeypatch.setattr(train.best, "watched", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "loop", lambda run, state, *_: state)
+    monkeypatch.setattr(train, "evaluate", lambda *_: asked.append("evaluated") or 0.25)
+    monkeypatch.setattr(train.reporting, "summary", lambda run, step, totals, after: told.append(after) or {})
+    train.run_steps(run, None)
+    assert asked == ["evaluated"] and told == [0.25]
+
+
+def test_the_table_counts_evaluations_once_and_of_all_starts(tmp_path, monkeypatch):
+    c = config.default()
+    c.run_dir, said = str(tmp_path), []
+    run = types.SimpleNamespace(cfg=c, teacher=None, disks=[0], timer=logging.PhaseTimer())
+    totals = {"time/rollout": 2.0, "time/eval": 7.0, "time/step": 9.0}  # of the checkpoint
+    run.timer.add("eval", 3.0)
+    train.count_evaluation(run, totals)
+    monkeypatch.setattr(reporting.terminal, "say", said.append)
+    c.run_dir = str(tmp_path / "my runs")
+    (tmp_path / "my runs").mkdir()
+    reporting.summary(run, 1, totals, None)
+    assert [line.split() for line in said[0].splitlines() if line.startswith("time, e")] == [
+        ["time,", "evaluation", "10.0", "s"]
+    ]
+    assert said[1] == f"see it: python -m omniopd_jax.report '{c.run_dir}'"
+
+
+def test_solutions_that_never_came_do_not_dilute_what_repeats():
+    rows = types.SimpleNamespace(tokens=[[1] * 5, [], [], []])
+    assert (
+        reporting.repeated_fraction(rows) == 0.5
+        and reporting.repeated_fraction(types.SimpleNamespace(tokens=[[]])) == 0
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -166,7 +167,7 @@ class Reports:
         run, responses = self._run, got.responses
         here = {
             "completions/truncated_fraction": truncated_fraction(responses),
-            "completions/repeated_fraction": float(np.mean([repeated_ngrams(r) for r in responses.tokens])),
+            "completions/repeated_fraction": repeated_fraction(responses),
         }
         if (gap := experience.sampler_gap(responses, got.scores)) is not None:
             here["rollout/score_logp_gap"] = gap
@@ -201,6 +202,11 @@ def truncated_fraction(responses: experience.Responses) -> float:
     """Share of the responses that were cut at the cap; rows that never came (a solution that failed) do not count."""
     there_B = np.array([len(r) > 0 for r in responses.tokens])
     return float((there_B & ~responses.finished_B).sum() / max(1, there_B.sum()))
+
+
+def repeated_fraction(responses: experience.Responses) -> float:
+    """The mean share of repeated 4-grams of the responses; rows that never came do not count."""
+    return float(np.mean([repeated_ngrams(r) for r in responses.tokens if r] or [0.0]))
 
 
 def spent_by_all(run: Run) -> Spent | None:
@@ -242,11 +248,13 @@ def summary(run: Run, step: int, totals: dict, after: float | None) -> dict:
         ("teacher cost", cost(run.teacher, None if spent is None else out["teacher/cost_usd"])),
         ("student tokens", f"{totals.get('student_tokens', 0):,}"),
     ]
-    rows += [(f"time, {k[5:]}", f"{v:.1f} s") for k, v in totals.items() if k.startswith("time/") and k != "time/step"]
-    rows += [("time, evaluation", f"{run.timer.total.get('eval', 0):.1f} s")]
+    phases = {k[5:]: v for k, v in totals.items() if k.startswith("time/") and k != "time/step"}
+    evaluation = phases.pop("eval", 0.0)
+    rows += [(f"time, {name}", f"{v:.1f} s") for name, v in phases.items()]
+    rows += [("time, evaluation", f"{evaluation:.1f} s")]
     terminal.say(terminal.table(rows, f"{objective.title(run.cfg)} in {run.cfg.run_dir}"))
     to = " --out=report.html" if config.is_bucket(run.cfg.run_dir) else ""
-    terminal.say(f"see it: python -m omniopd_jax.report {run.cfg.run_dir}{to}")
+    terminal.say(f"see it: python -m omniopd_jax.report {shlex.quote(run.cfg.run_dir)}{to}")
     if jax.process_index() == 0:
         host.write_whole(config.local_folder(run.cfg) / "summary.json", json.dumps(out, indent=1) + "\n")
     return out
