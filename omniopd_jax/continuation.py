@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from omniopd_jax import cuts
+from omniopd_jax import cuts, scheduler
 from omniopd_jax.audit import Audit, Decoder
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.hf.template import Template
@@ -47,7 +47,12 @@ def plan(decoder: Decoder, rule: cuts.Cut, responses, entropy_BT, cfg) -> list[A
     Args:
       responses: with `prompts`, `tokens`, `sample_ids` and `finished_B`, one per row.
       entropy_BT: None where the rule does not read it.
+
+    Raises:
+      NumberError: an entropy is NaN; a search for the largest would find no place to cut.
     """
+    if entropy_BT is not None:
+        scheduler.check_entropy(entropy_BT, responses.tokens)
     out = []
     for b, tokens in enumerate(responses.tokens):
         entropy_T = np.zeros(0) if entropy_BT is None else entropy_BT[b, : len(tokens)]

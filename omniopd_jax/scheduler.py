@@ -70,11 +70,20 @@ def entropy_peaks(
 def check_peaks(peak_BM) -> None:
     """Raises NumberError where `entropy_peaks` met a NaN entropy: never fall back in silence."""
     if (peak_BM == -2).any():
-        rows = sorted({int(b) for b in np.argwhere(np.asarray(peak_BM) == -2)[:, 0]})
-        raise NumberError(
-            f"entropy is NaN in row(s) {rows} of the batch: the run has diverged (set a lower optimizer.learning_rate "
-            "and another run_dir), or student.path holds weights that are no numbers"
-        )
+        raise _no_entropy(sorted({int(b) for b in np.argwhere(np.asarray(peak_BM) == -2)[:, 0]}))
+
+
+def check_entropy(entropy_BT, tokens) -> None:
+    """Raises NumberError where the entropy of a row's own tokens is NaN; `tokens`: those of each row."""
+    if rows := [b for b, row in enumerate(tokens) if np.isnan(entropy_BT[b, : len(row)]).any()]:
+        raise _no_entropy(rows)
+
+
+def _no_entropy(rows: list[int]) -> NumberError:
+    return NumberError(
+        f"entropy is NaN in row(s) {rows} of the batch: the run has diverged (set a lower optimizer.learning_rate "
+        "and another run_dir), or student.path holds weights that are no numbers"
+    )
 
 
 def chunk_mask(peak_BM, keep_BM, chunk_tokens: int, T: int):

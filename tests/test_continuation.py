@@ -14,6 +14,7 @@ from tokenizers import models as models_
 
 from omniopd_jax import audit, config, continuation, cuts, experience, model, objective, step
 from omniopd_jax.data import prompts as data
+from omniopd_jax.errors import NumberError
 from omniopd_jax.hf import template
 from omniopd_jax.teachers import Continuation, ContinuationResult, Failure
 
@@ -77,6 +78,20 @@ def test_peak_cuts_are_those_of_a_plain_search(count):
             if free:
                 taken.append(max(free, key=lambda t: (entropy[t], t)))
         assert cuts.peak(open_T, entropy, 0, config_of(cuts=count)) == sorted(taken)
+
+
+def test_an_entropy_that_is_no_number_raises_and_cuts_nowhere_in_silence():
+    tok = tiny.tokenizer()
+    ids = tok("so 3 and 4 is 7")["input_ids"]
+    prompt = data.Prompt("p", ({"role": "user", "content": "3 + 4?"},), token_ids=tuple(tok("3 + 4?")["input_ids"]))
+    responses = experience.Responses([prompt] * 2, ["a", "b"], [ids, ids], np.array([True, True]))
+    entropy_BT = np.ones((2, len(ids) + 2))
+    entropy_BT[:, len(ids) :] = np.nan  # behind a row's end it means nothing
+    rule, c = cuts.CUTS["peak"], config_of(cuts=1)
+    assert len(continuation.plan(audit.Decoder(tok), rule, responses, entropy_BT, c)) == 2
+    entropy_BT[1, 1] = np.nan
+    with pytest.raises(NumberError, match=r"row\(s\) \[1\]"):
+        continuation.plan(audit.Decoder(tok), rule, responses, entropy_BT, c)
 
 
 def test_a_cut_is_never_inside_a_character_nor_behind_a_finished_answer():
