@@ -114,12 +114,15 @@ def _behind(tokenizer, mark: str, text: str) -> list[int] | None:
     return both[len(alone) :] if both[: len(alone)] == alone else None
 
 
-def metrics(taught: Taught, failed: int) -> dict[str, float]:
-    """What a step's cuts and texts looked like, of this process: sums and counts, for `rates`."""
+def metrics(taught: Taught, failed: int, closed: int = 0) -> dict[str, float]:
+    """What a step's cuts and texts looked like, of this process: sums and counts, for `rates`.
+
+    `closed`: rows that a gate has closed; they were not cut, whatever places they had.
+    """
     cut = np.array(taught.cut)
     return {
-        "rows": len(cut),
-        "uncut": int((cut < 0).sum()),
+        "rows": len(cut) - closed,
+        "uncut": int((cut < 0).sum()) - closed,
         "failed": failed,
         "cut": int(cut[cut >= 0].sum()),
         "texts": sum(map(bool, taught.tokens)),

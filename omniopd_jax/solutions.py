@@ -37,16 +37,22 @@ def gated(cfg) -> bool:
     return GATES[cfg.audit.gate]
 
 
-def closed(prompts: list[Prompt], found: list[dict[int, Continuation]], grade_all) -> tuple[frozenset, dict[str, int]]:
-    """(ids of the prompts that the teacher fails: none of its solutions is right, counts of prompts and grades).
+def closed(
+    prompts: list[Prompt], found: list[dict[int, Continuation]], attempts: int, grade_all
+) -> tuple[frozenset, dict[str, int]]:
+    """(ids of the prompts that the teacher fails: none of its attempts is right, counts of prompts and grades).
 
-    A prompt without an answer to grade by is open; one whose solutions all failed to come is closed.
+    A prompt without an answer to grade by is open; one whose attempts all failed to come is closed.
 
     Args:
+      attempts: so many solutions of a prompt are graded, the first ones; others may have asked for more of them.
       grade_all: (texts, answers) -> grades.
     """
     asked = [
-        (p, got[i].text) for p, got in zip(prompts, found, strict=True) for i in sorted(got) if p.answer is not None
+        (p, got[i].text)
+        for p, got in zip(prompts, found, strict=True)
+        for i in sorted(got)
+        if i < attempts and p.answer is not None
     ]
     grades = grade_all([text for _, text in asked], [p.answer for p, _ in asked])
     right = {p.id for (p, _), grade in zip(asked, grades, strict=True) if grade}

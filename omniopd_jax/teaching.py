@@ -32,7 +32,8 @@ def gate(solving: list[Asked], drawn: Drawn, stop: StopFlag, cfg) -> tuple[froze
         return frozenset(), {}
     wait([asked.future for asked in solving], stop)
     found = solutions.texts(drawn.prompts, audits_of(solving))
-    return solutions.closed(drawn.prompts, found, graders.shared(cfg.reward.grader).grade_all)
+    grade_all = graders.shared(cfg.reward.grader).grade_all
+    return solutions.closed(drawn.prompts, found, cfg.audit.gate_attempts, grade_all)
 
 
 def unless_closed(peak_BM: np.ndarray, responses: Responses, shut: frozenset[str]) -> np.ndarray:
@@ -84,7 +85,8 @@ def taught(group: Group, student: Student, cfg) -> tuple[Group, list[Responses],
             audits = audits_of(group.continued)
             texts = continuation.rows(audits, group.responses, template, cfg)
             failed = sum(not a.result.continuations for a in audits)
-            notes |= continuation.metrics(texts, failed)
+            closed = int(notes.get("gate_closed", 0)) * cfg.num_generations * cfg.continuation.cuts
+            notes |= continuation.metrics(texts, failed, closed)
             rows = Responses(texts.prompts, texts.sample_ids, texts.tokens, np.array(texts.finished))
         else:
             count = 1 if solutions.are_given(group.prompts) else cfg.num_generations

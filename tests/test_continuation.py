@@ -157,6 +157,9 @@ def test_rows_hold_the_students_ids_the_teachers_text_and_its_end():
     assert continuation.metrics(got, 1)["failed"] == 1
     no_cut = continuation.rows([], responses, made, c)
     assert no_cut.tokens == [[]] * 4 and no_cut.cut == [-1] * 4
+    assert continuation.metrics(no_cut, 0)["uncut"] == 4, "the answers ended before their cuts"
+    assert continuation.metrics(no_cut, 0, closed=3)["uncut"] == 1, "three rows are a gate's"
+    assert continuation.rates(continuation.metrics(no_cut, 0, closed=4))["continuation/cut_mean"] == 0
 
 
 def test_loss_and_gradient_are_cross_entropy_on_the_teachers_tokens_alone(params, ref_params, model_cfg, make_cfg):

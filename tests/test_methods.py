@@ -202,3 +202,6 @@ def test_prompts_that_the_gate_closes_are_not_bought_further(models, tmp_path, m
     assert further and further <= odd and 0 < len(odd) < 8
     assert step["gate/closed_fraction"] == 1 - len(odd) / 8 and step["gate/accuracy"] == len(odd) / 8
     assert step["grad_norm"] > 0
+    if name == "continuation":  # rows of closed prompts are not among those that had no place to cut
+        rows = len(odd) * 2 * METHODS[name]["continuation.cuts"]
+        assert step["continuation/uncut"] == rows - sum(r.peak >= 0 for r in asked)
