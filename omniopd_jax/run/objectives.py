@@ -20,6 +20,8 @@ def check(c) -> None:
     _check_reward(c)
     if any(o.cut is not None and o.samples for o in own):
         _check_continuation(c)
+    if any(o.cut is not None for o in own):
+        _check_packed(c)
     if any(o.scorer for o in own):
         _check_context(c)
     _check_saving(c)
@@ -53,12 +55,16 @@ def _check_mix(c) -> None:
 
 
 def _check_continuation(c) -> None:
-    k, longest = c.continuation.cut_tokens, longest_row(c)
+    k = c.continuation.cut_tokens
     if c.continuation.cut == "fixed" and k > c.max_completion_length:
         raise UserError(
             f"continuation.cut_tokens = {k} is more than max_completion_length = {c.max_completion_length}: no answer "
             "would reach it"
         )
+
+
+def _check_packed(c) -> None:
+    longest = longest_row(c)
     if 0 < c.packing.length < longest:
         raise UserError(
             f"packing.length = {c.packing.length} holds no prompt, prefix and continuation at their longest: at least "
@@ -84,8 +90,9 @@ def longest_row(c, *, teacher: bool = False) -> int:
         own = objective.of(part)
         if own.scorer and not teacher:
             longest = max(longest, context.most_tokens(c) + c.max_completion_length)
-        if own.cut is not None and own.samples:
-            longest = max(longest, c.max_prompt_length + c.max_completion_length + cuts.most_tokens(c))
+        if own.cut is not None and (own.samples or not teacher):  # a teacher writes a solution as long as an answer
+            prefix = c.max_completion_length if own.samples else 0
+            longest = max(longest, c.max_prompt_length + prefix + cuts.most_tokens(c))
     return longest
 
 

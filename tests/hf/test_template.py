@@ -297,6 +297,11 @@ def test_the_longest_row_counts_what_the_teacher_adds_and_what_a_scorer_is_shown
     assert of == {"omniopd": (192, 192), "sft": (192, 192), "continuation": (224, 224), "context": (shown, 192)}
     c.objective.mix = {"continuation": 1.0, "context": 1.0}
     assert objectives.longest_row(c) == shown
+    c.objective.mix, c.objective.name, c.continuation.max_tokens = {}, "sft", 300
+    assert objectives.longest_row(c) == 364, "solutions that a file brings may be longer than an answer"
+    c.packing.length = 363
+    with pytest.raises(UserError, match="packing.length = 363"):
+        objectives.check(c)
 
 
 @pytest.mark.parametrize(
