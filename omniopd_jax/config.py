@@ -75,7 +75,7 @@ def default() -> ConfigDict:
     c.micro_batches = 1  # gradient accumulation: sums and counts are accumulated, so the result does not depend on it
     c.max_prompt_length = 1024  # student tokens
     c.max_completion_length = 7168  # student tokens; longer responses are cut, kept and counted
-    c.temperature = 1.0  # of the student's sampling
+    c.temperature = 1.0  # of the student's sampling; scores and losses are the model's own, at 1
     c.top_p = 1.0  # of the student's sampling
     c.top_k = 0  # of the student's sampling; 0 = off
     c.compute_dtype = "float32"  # float32 | bfloat16; master weights stay float32
@@ -149,7 +149,7 @@ def default() -> ConfigDict:
     c.objective.name = "omniopd"  # a key of objective.OBJECTIVES
     c.objective.advantage = "none"  # none (published) | batch_mean | leave_one_out
     c.objective.constant = 1.0  # constant: the weight of every chunk; negative pushes down
-    c.objective.clip = 0.2  # grpo with several updates per batch: the ratio's clip range
+    c.objective.clip = 0.2  # the ratio's clip range, of grpo's later updates and of a reward with max_staleness = 1
     c.objective.normalizer = "constant"  # constant: rows x max_completion_length | separate_means
 
     c.objective.mix = ConfigDict()  # several at once: {name: weight}, in place of the one name; their gradients add up

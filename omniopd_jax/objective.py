@@ -47,8 +47,8 @@ class Batch:
       n_BM: int32, how many arrived.
       n_min_BM: int32, fewest continuations of an audit that is kept, where fewer than N were asked; None: the config's.
       advantage_B: float32, of a task reward (`group_advantage`); None: no reward.
-      old_logp_BT: float32, log-probs under the policy that sampled, where there are several updates a batch; None: the
-        policy is still that one.
+      old_logp_BT: float32, log-probs under the policy that sampled, where there are several updates a batch, or that
+        policy has been updated since (max_staleness = 1); None: the policy is still that one.
       ratio_BM: float32, `chunk_ratio`, where the policy has moved on since it sampled (max_staleness = 1); else None.
       teacher_logp_BT: float32, the teacher's log-probs of the response tokens (white-box `opd`); None elsewhere.
       packed: the tokens in packed rows (packing.py), where several responses share one; None: a row each.
@@ -367,7 +367,8 @@ def opd(logp_BT, batch: Batch, cfg):
     """White-box on-policy distillation, reverse KL by the sampled token: weight log q(y_t) - log pi(y_t), detached.
 
     Its gradient is an unbiased estimate of -grad KL(pi || q) at each position with the prefix held fixed: the score
-    function's term that is left out, E[grad log pi], is zero. `opd_exact` takes the whole vocabulary instead.
+    function's term that is left out, E[grad log pi], is zero. Both hold where the tokens are drawn from pi itself, at
+    temperature 1 and untruncated. `opd_exact` takes the whole vocabulary instead, whatever was drawn.
     """
     real_BT = response_mask(batch.length_B, logp_BT.shape[1])
     return jax.lax.stop_gradient(batch.teacher_logp_BT - logp_BT) * real_BT, real_BT
