@@ -109,6 +109,12 @@ def agreement(lines: list[dict], mode: str) -> np.ndarray:
     return np.array([np.mean([next(values) for _ in texts]) if texts else np.nan for texts in own])
 
 
+def ranked(values: np.ndarray) -> np.ndarray:
+    """The place of each value in their order; equal ones share the mean of theirs."""
+    order = np.sort(values)
+    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / 2
+
+
 def tables() -> str:
     """Labels by mode, and agreement by mode with its correlation."""
     every, rows, agreed = sides.read("real_modes"), [], []
@@ -126,7 +132,7 @@ def tables() -> str:
             values = agreement(lines, mode)
             both = ~np.isnan(by_completion + values)
             pair = np.stack([by_completion[both], values[both]])
-            ranks = pair.argsort(-1).argsort(-1)
+            ranks = [ranked(v) for v in pair]
             areas = [area(v[right[both]], v[~right[both]]) for v in pair]
             agreed.append((model, mode, int(both.sum()), *(f"{v.mean():.3f} +- {v.std():.3f}" for v in pair),
                            f"{np.corrcoef(pair)[0, 1]:.2f}", f"{np.corrcoef(ranks)[0, 1]:.2f}",
