@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import sides
 from configs import math
 from omniopd_jax import model, objective, rollout, step, vocab
-from omniopd_jax.hf import config as hf_config
+from omniopd_jax.hf.published import PUBLISHED
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import flops, setup
@@ -43,7 +43,7 @@ SAMPLES = 4  # completions of a prompt, which share its prefill
 ROUNDS = 5
 
 
-MODEL_CFG = hf_config.published(MODEL)
+MODEL_CFG = PUBLISHED[MODEL]
 
 
 def peaks(_: dict) -> dict:

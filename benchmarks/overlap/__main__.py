@@ -167,7 +167,7 @@ def measure(case: Case, steps: int, folder: str) -> None:
     patch = unittest.mock.patch.object
     with (
         patch(experience, "sample", sample), patch(experience, "score", score), patch(experience, "ask", ask),
-        patch(rollout, "prepare", lambda *_: None), patch(step, "policy", lambda *_: None),
+        patch(rollout, "prepare", lambda *_, **how: None), patch(step, "policy", lambda *_: None),
     ):  # fmt: skip
         warm(run)
         begun = time.perf_counter()

@@ -45,6 +45,11 @@ def batches(rows, prompt_B, length_B, most: int) -> tuple[int, dict[str, objecti
     return T, {"unpacked": plain, "packed": plain.replace(token_BL=None, packed=packed)}
 
 
+def positions(by_layout: dict[str, objective.Batch], T: int) -> dict[str, int]:
+    """Positions that each layout's pass over the vocabulary has."""
+    return {k: b.length_B.size * T if b.packed is None else b.packed.owner_ZX.size for k, b in by_layout.items()}
+
+
 def passes(cfg, T: int):
     """(score, update), jitted; the update returns its loss first."""
 
@@ -88,10 +93,9 @@ def measure(rows: int, cap: int, rounds: int) -> dict:
                 if i:
                     times[layout][name].append(round(wall, 4))
     grids = {k: (b.token_BL if b.packed is None else b.packed.token_RL).shape for k, b in by_layout.items()}
-    positions = {k: rows * T if b.packed is None else b.packed.owner_QX.size for k, b in by_layout.items()}
     return {
         "rows": rows, "cap": cap, "real": int((prompt_B + length_B).sum()), "tokens": int(length_B.sum()),
-        "median": int(np.median(length_B)), "grids": grids, "positions": positions, "times": times,
+        "median": int(np.median(length_B)), "grids": grids, "positions": positions(by_layout, T), "times": times,
         "gap": abs(loss["packed"] / loss["unpacked"] - 1), "parameters": model.num_params(MODEL),
     }  # fmt: skip
 

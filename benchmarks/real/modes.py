@@ -199,11 +199,8 @@ def main() -> int:
             server.vllm(prepare.ROOT / args.model, name=args.model) as served,
             concurrent.futures.ThreadPoolExecutor(16) as pool,
         ):
-            for answers in pool.map(
-                lambda i: asked(served.url, args.model, template, audits[i], i), range(len(audits))
-            ):
-                for line in answers:
-                    sides.append("real_modes", line)
+            for line in pool.map(lambda i: asked(served.url, args.model, template, audits[i], i), range(len(audits))):
+                sides.append("real_modes", line)
     sides.write_page("continuation_modes", tables(), "real.modes")
     return 0
 
