@@ -231,7 +231,8 @@ def _family(left: dict, where: str) -> str:
             f"{where}: architecture {said} is " + (f"not implemented: {reason}" if reason else f"unknown; {known}")
         )
     family = ARCHITECTURES[name]
-    if name == "MistralForCausalLM":  # transformers' defaults for a field that is left out are a window, and 8 heads
+    # transformers goes by model_type; Mistral's defaults for a field that is left out are a window, and 8 heads
+    if name == "MistralForCausalLM" or kind == "mistral":
         for key in ("sliding_window", "num_key_value_heads"):
             if key not in left:
                 raise UserError(

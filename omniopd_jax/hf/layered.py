@@ -5,6 +5,7 @@ text model is trained, and the rest is carried through to an export as it was (`
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,27 +63,41 @@ def gemma3(read: Read) -> dict:
     pattern = read.size("sliding_window_pattern", 6)
     left.pop("_sliding_window_pattern", None)
     kinds = _kinds(read, ("full", "sliding"), lambda i: "full" if (i + 1) % pattern == 0 else "sliding")
-    entries = left.get("rope_parameters")
-    if isinstance(entries, dict) and "full_attention" in entries:  # transformers 5
-        del left["rope_parameters"]
-        theta, scaling = read.rope(entries["full_attention"])
-        local, local_scaling = read.rope(entries.get("sliding_attention") or {})
-        if local_scaling:
-            raise UserError(f"{where}: rope_parameters.sliding_attention is scaled, which is not implemented")
-        for key in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
-            left.pop(key, None)
-    else:
-        theta, scaling = read.rope(read.entries("rope_scaling"), read.take("rope_theta", 1_000_000.0))
-        local = read.number("rope_local_base_freq", 10_000.0)
+    theta, scaling, local = _gemma_rope(read)
+    if "sliding" in kinds and left.get("sliding_window", 0) is None:
+        raise UserError(f"{where}: sliding_window = None is not implemented where layers have a window; write it out")
     query_scale = read.number("query_pre_attn_scalar", 256)
     if query_scale >= 1e9 or local >= 1e12:
         raise UserError(f"{where}: query_pre_attn_scalar or rope_local_base_freq is too large")
+    if query_scale % 1:
+        raise UserError(
+            f"{where}: query_pre_attn_scalar = {query_scale} is no whole number, and transformers asks for one"
+        )
     return {
         "head_dim": read.size("head_dim", 256), "rope_theta": theta, "rope_scaling": scaling, "layer_kinds": kinds,
         "window": read.size("sliding_window", 4096), "local_rope_theta": local, "query_scale": query_scale,
         "zero_centred_norms": True, "post_norms": True, "scaled_embeddings": True, "activation": "gelu_tanh",
         "qk_norm": True,
     }  # fmt: skip
+
+
+def _gemma_rope(read: Read) -> tuple[float, tuple, float]:
+    """(base, scaling, base of the sliding layers), as transformers finds them: in rope_parameters, an entry a kind of
+    layer, else in the older fields, else its defaults.
+    """
+    top, local = read.take("rope_theta", 1_000_000.0), read.number("rope_local_base_freq", 10_000.0)
+    nested, older = read.entries("rope_parameters"), read.entries("rope_scaling")
+    if other := sorted(nested.keys() - {"full_attention", "sliding_attention"}):
+        raise UserError(
+            f"{read.where}: unknown field {other[0][:60]} in rope_parameters, which has an entry a kind of layer"
+        )
+    theta, scaling = read.rope(nested.get("full_attention") or older, top)
+    if older and read.rope(older, theta) != (theta, scaling):
+        raise UserError(f"{read.where}: rope_parameters and rope_scaling disagree")
+    local, local_scaling = read.rope(nested.get("sliding_attention") or {}, local)
+    if local_scaling:
+        raise UserError(f"{read.where}: rope_parameters.sliding_attention is scaled, which is not implemented")
+    return theta, scaling, local
 
 
 def qwen3_5(read: Read) -> dict:
@@ -145,17 +160,20 @@ def config_json(cfg: ModelConfig) -> dict:
     if cfg.family == "gemma3":
         return out | {
             "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": int(cfg.query_scale),
-            "sliding_window": cfg.window, "rope_theta": None, "rope_local_base_freq": None, "rope_scaling": None,
+            "sliding_window": cfg.window, "rope_local_base_freq": cfg.local_rope_theta,
+            "rope_scaling": dict(cfg.rope_scaling) or None,
             "rope_parameters": {
                 "full_attention": {"rope_theta": cfg.rope_theta} | scaling,
                 "sliding_attention": {"rope_theta": cfg.local_rope_theta, "rope_type": "default"},
             },
             "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
         }  # fmt: skip
+    part = cfg.rotary_dim / cfg.head_dim
+    if int(cfg.head_dim * part) < cfg.rotary_dim:  # a reader rounds down
+        part = math.nextafter(part, 1)
     return out | {
         "rope_theta": None, "rope_scaling": None,
-        "rope_parameters": scaling
-        | {"rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rotary_dim / cfg.head_dim},
+        "rope_parameters": scaling | {"rope_theta": cfg.rope_theta, "partial_rotary_factor": part},
         "linear_num_key_heads": cfg.linear_key_heads, "linear_num_value_heads": cfg.linear_value_heads,
         "linear_key_head_dim": cfg.linear_key_dim, "linear_value_head_dim": cfg.linear_value_dim,
         "linear_conv_kernel_dim": cfg.conv_width,

@@ -89,6 +89,38 @@ def test_both_forms_of_rope_mean_the_same(name):
     assert hf.model_config(new, "new") == hf.model_config(old, "old")
 
 
+@pytest.mark.parametrize("older", [{}, {"rope_theta": 5e5, "rope_local_base_freq": 2e4}], ids=["defaults", "older"])
+@pytest.mark.parametrize("full", [{}, {"rope_type": "linear", "factor": 8.0}, {"rope_theta": 3e5}], ids=str)
+def test_gemma_s_rope_parameters_are_completed_as_transformers_does(full, older):
+    """What an entry leaves out is in the older fields, or a default that is not the other families'."""
+    transformers = pytest.importorskip("transformers")
+    gone = ("rope_theta", "rope_local_base_freq", "rope_scaling")
+    new = {k: v for k, v in GEMMA3.items() if k not in gone} | older
+    new["rope_parameters"] = {"full_attention": full, "sliding_attention": None}
+    theirs = transformers.Gemma3TextConfig.from_dict(json.loads(json.dumps(new))).rope_parameters
+    cfg = hf.model_config(new, "f")
+    assert cfg.rope_theta == theirs["full_attention"]["rope_theta"]
+    assert cfg.local_rope_theta == theirs["sliding_attention"]["rope_theta"]
+    assert dict(cfg.rope_scaling).get("factor") == theirs["full_attention"].get("factor")
+
+
+def test_an_export_of_gemma_has_its_rope_in_the_form_of_transformers_4_too():
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 20_000.0}
+    for base in (GEMMA3, GEMMA3 | scaled):
+        cfg = hf.model_config(base, "f")
+        written = hf_config.config_json(cfg, "bfloat16", {})
+        assert {k: written[k] for k in scaled} == {k: base[k] for k in scaled}
+        assert written["rope_theta"] == base["rope_theta"] and hf.model_config(written, "f") == cfg
+
+
+def test_a_part_of_a_head_that_is_read_can_be_written():
+    """52 x (30 / 52) is below 30, and readers round down."""
+    rope = QWEN35["rope_parameters"] | {"partial_rotary_factor": 0.58}
+    cfg = hf.model_config(QWEN35 | {"head_dim": 52, "rope_parameters": rope}, "f")
+    assert cfg.rotary_dim == 30
+    hf_config.config_json(cfg, "bfloat16", {})
+
+
 def test_shapes_known_by_name_are_those_of_the_published_files():
     files = {"Qwen/Qwen3-0.6B": REAL["Qwen3-0.6B"][0]} | {r["name"]: r["config"] for r in rows("published.jsonl")}
     compared = [name for name in PUBLISHED if name in files]
@@ -135,6 +167,16 @@ BASES["MISTRAL"] = next(r["config"] for r in rows("published.jsonl") if "Mistral
         (QWEN, {"hidden_size": None}, "hidden_size is missing"),
         (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not implemented; only null"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not implemented; only null"),
+        (OPEN, {"architectures": None}, "sliding_window is missing"),
+        (OPEN, {"architectures": ["LlamaForCausalLM"]}, "sliding_window is missing"),  # transformers goes by model_type
+        (GEMMA3, {"sliding_window": None}, "sliding_window = None is not implemented"),
+        (GEMMA3, {"query_pre_attn_scalar": 100.5}, "query_pre_attn_scalar = 100.5 is no whole number"),
+        (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, "unknown field rope_type in rope_parameters"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_parameters and rope_scaling disagree",
+        ),
         (QWEN35, {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16'"),
         (REAL["Qwen2.5-0.5B"][0], {"use_mrope": False, "attention_bias": False}, "attention_bias"),
     ],
