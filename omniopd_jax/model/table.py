@@ -156,9 +156,10 @@ def _attention(cfg: ModelConfig) -> dict:
     if cfg.qk_norm:
         out |= {n: _vector(H, f"self_attn.{n}.weight", axis=None, init=_norm_init(cfg)) for n in ("q_norm", "k_norm")}
     if cfg.qkv_bias:
-        for name, n, axis in (("q", Q, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+        for name in ("q", "k", "v"):
+            (_, n, width), axis = out[name].shape, out[name].axes[1]
             key = f"self_attn.{name}_proj.bias"
-            out[f"{name}_bias"] = Param((n, H), (axis, None), key, (n * H,), (n, H), (0, 1), "zeros")
+            out[f"{name}_bias"] = Param((n, width), (axis, None), key, (n * width,), (n, width), (0, 1), "zeros")
     if cfg.out_bias:
         out["o_bias"] = _vector(D, "self_attn.o_proj.bias", init="zeros")
     return out

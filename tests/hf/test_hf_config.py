@@ -133,6 +133,15 @@ GEMMA3 = next(r["config"] for r in rows("published.jsonl") if r["name"] == "goog
 QWEN35 = next(r["config"]["text_config"] for r in rows("published.jsonl") if r["name"] == "Qwen/Qwen3.5-0.8B")
 BASES = {"QWEN": QWEN, "LLAMA": LLAMA, "MOE": MOE, "QWEN25": REAL["Qwen2.5-0.5B"][0]}
 BASES["MISTRAL"] = next(r["config"] for r in rows("published.jsonl") if "Mistral" in r["name"])
+OPEN = {k: v for k, v in BASES["MISTRAL"].items() if k != "sliding_window"}  # the window is a default
+
+
+@pytest.mark.parametrize("base", [QWEN, GEMMA3, QWEN35], ids=["qwen3", "gemma3", "qwen3_5"])
+def test_a_bias_has_an_entry_for_each_row_of_its_projection(base):
+    """Of Qwen3.5's q_proj the gate's half too."""
+    layers = model.table(hf.model_config(base | {"attention_bias": True}, "f"))["layers"]
+    for name in "qkvo":
+        assert layers[f"{name}_bias"].hf_shape == layers[name].hf_shape[:1], name
 
 
 @pytest.mark.parametrize(
