@@ -115,8 +115,8 @@ def save(
       tokenizer: a transformers tokenizer; None: no tokenizer files and no token ids.
       dtype: of the tensors: bfloat16 | float16 | float32; those that `stays_float32` names are float32 in any case.
       shard_bytes: a larger model is split into files of at most this size (a single larger tensor excepted).
-      generation_config: of the model that this one was trained from: written as it is, but for its end tokens; None or
-        empty: none is written.
+      generation_config: of the model that this one was trained from: written as it is, but for its end tokens, which it
+        gets where it has none; None or empty: none is written.
       source: the folder that the model was loaded from: what it holds beside the text model (a tower of images, heads
         that predict further tokens) is taken over, tensors and config, as it is. None: the text model alone is written.
       end_ids: every token that ends an answer; empty: as generation_config or else the tokenizer says.
@@ -130,7 +130,7 @@ def save(
     generation = dict(generation_config or {})
     if end_ids:
         ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else sorted(end_ids)
-        generation |= {k: ids[k] for k in ("eos_token_id",) if k in generation}
+        generation |= {"eos_token_id": ids["eos_token_id"]} if generation else {}  # readers ask config.json no more
     config = hf_config.config_json(
         model_cfg, dtype, ids | {k: v for k, v in generation.items() if k in hf_config.TOKEN_IDS}
     )
@@ -147,9 +147,7 @@ def save(
             bounded.write_json(work / "config.json", config)
             if generation:
                 bounded.write_json(work / "generation_config.json", generation)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(work)
-                _for_older_readers(work / "tokenizer_config.json")
+            _write_tokenizer(tokenizer, work)
             if source is not None:
                 _copy_small_files(source, work, tokenizer, wrapped="text_config" in config)
 
@@ -173,8 +171,7 @@ def save_adapters(
         safetensors.write(work, adapters, table, np.dtype(jnp.dtype(dtype)), math.inf, single=ADAPTER)
         if work is not None:
             bounded.write_json(work / "adapter_config.json", config)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(work)
+            _write_tokenizer(tokenizer, work)
 
 
 def generation_config(folder, *, setting: str = "student.path") -> dict:
@@ -194,6 +191,13 @@ def _copy_small_files(source: Path, work: Path, tokenizer, *, wrapped: bool) -> 
     ours = getattr(tokenizer, "chat_template", None)
     if old.exists() and isinstance(ours, str) and ours != load_tokenizer(source).chat_template:
         bounded.write_json(old, {"chat_template": ours})
+
+
+def _write_tokenizer(tokenizer, work: Path) -> None:
+    """The tokenizer's files, where there is one."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+        _for_older_readers(work / "tokenizer_config.json")
 
 
 def _for_older_readers(path: Path) -> None:

@@ -192,4 +192,5 @@ def around(ours: dict, source: dict) -> dict:
     if not isinstance(text, dict):
         return source | ours
     named = {key: value for key, value in ours.items() if key not in ("architectures",)}
-    return source | {"text_config": text | named, "dtype": ours["dtype"]}
+    ends = {k: ours[k] for k in ("eos_token_id",) if source.get(k) is not None and ours.get(k) is not None}
+    return source | ends | {"text_config": text | named, "dtype": ours["dtype"]}

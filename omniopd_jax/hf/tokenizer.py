@@ -27,7 +27,8 @@ def load_tokenizer(folder, *, setting: str = "student.path"):
 
 
 def end_ids(folder, tokenizer=None, *, setting: str = "student.path") -> tuple[int, ...]:
-    """Tokens that end an answer: of generation_config.json, config.json and the tokenizer, ascending, each once.
+    """Tokens that end an answer: of generation_config.json, config.json (its text_config too) and the tokenizer,
+    ascending, each once.
 
     Raises:
       UserError: a file whose eos_token_id is no token id and no list of them.
@@ -35,11 +36,13 @@ def end_ids(folder, tokenizer=None, *, setting: str = "student.path") -> tuple[i
     folder = hub.resolve(folder, setting=setting)
     found = set() if tokenizer is None or tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
-        value = bounded.read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{folder / name}: eos_token_id = {str(value)[:60]} is no token id and no list of them")
-        found |= set(ids)
+        said = bounded.read_json(folder / name) if (folder / name).is_file() else {}
+        text = said.get("text_config")
+        for value in (part.get("eos_token_id") for part in (said, text) if isinstance(part, dict)):
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise UserError(f"{folder / name}: eos_token_id = {str(value)[:60]} is no token id and no list of them")
+            found |= set(ids)
     return tuple(sorted(found))
 
 
@@ -68,12 +71,12 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
 
 
 def positions(model_cfg: ModelConfig) -> int:
-    """The longest text of a model. Linear and YaRN scaling stretch the positions that it was trained with; Llama 3's
-    files count the stretched ones already.
+    """The longest text of a model. Linear and YaRN scaling stretch the positions that it was trained with; the files of
+    Llama 3 and Gemma 3 count the stretched ones already.
     """
     scaling = dict(model_cfg.rope_scaling)
     own = model_cfg.max_positions
-    if scaling.get("rope_type") == "linear":
+    if scaling.get("rope_type") == "linear" and model_cfg.family != "gemma3":
         return int(own * scaling["factor"])
     if scaling.get("rope_type") == "yarn":
         return max(own, int(scaling["original_max_position_embeddings"] * scaling["factor"]))

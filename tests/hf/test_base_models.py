@@ -6,8 +6,10 @@ import jax
 import pytest
 import tiny
 
-from omniopd_jax import export, hf, train
+from omniopd_jax import export, hf, model, train
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf.published import PUBLISHED
+from omniopd_jax.hf.tokenizer import positions
 from omniopd_jax.parallel import sharding
 from omniopd_jax.run import preflight
 from omniopd_jax.run.host import AsyncThread
@@ -40,6 +42,12 @@ def test_a_base_model_without_a_format_is_one_line_each(base_models, tmp_path):
         assert (
             line.startswith(f"the {who}'s tokenizer has no chat template") and f"set {who}.template = 'plain'" in line
         )
+
+
+def test_positions_that_a_file_counts_stretched_are_not_stretched_again():
+    llama = model.ModelConfig("llama", 8, 8, 8, 1, 1, 1, 8, rope_scaling=(("factor", 8.0), ("rope_type", "linear")))
+    assert positions(llama) == 8 * llama.max_positions
+    assert positions(PUBLISHED["google/gemma-3-4b-it"]) == 131_072
 
 
 def test_lengths_and_tokenizers_that_do_not_go_with_a_model_are_found_before_its_weights(base_models, tmp_path):

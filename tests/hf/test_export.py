@@ -19,7 +19,7 @@ from tokenizers import processors
 
 from omniopd_jax import config, export, hf, model, step
 from omniopd_jax.errors import UserError
-from omniopd_jax.hf import placed
+from omniopd_jax.hf import layered, placed
 from omniopd_jax.hf.template import of_student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
@@ -84,6 +84,23 @@ def test_generation_defaults_are_the_students_with_every_end_token(folder, tmp_p
     run = run_of(folder, random_params(BASE), tmp_path, template="plain")
     out = export.export(run, tmp_path / "out")
     assert hf.generation_config(out) == {"temperature": 0.6, "eos_token_id": [0, 2]}
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')  # whose reader would never stop
+    assert hf.generation_config(export.export(run, out)) == {"temperature": 0.6, "eos_token_id": [0, 2]}
+
+
+def test_end_tokens_of_a_wrapper_s_text_model_count_and_its_own_are_replaced(folder):
+    hf.save(folder, random_params(BASE), BASE)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1, "text_config": {"eos_token_id": [5, 7]}}))
+    assert hf.end_ids(folder) == (1, 5, 7)
+    source = json.loads((folder / "config.json").read_text())
+    around = layered.around({"eos_token_id": [1, 9], "dtype": "float32"}, source)
+    assert around["eos_token_id"] == around["text_config"]["eos_token_id"] == [1, 9]
+
+
+def test_an_adapter_s_tokenizer_opens_in_transformers_4_too(tmp_path):
+    hf.save_adapters(tmp_path / "out", {}, {}, {}, hf_fixtures.tokenizer())
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_reading_a_checkpoint_reads_its_parameters_alone(tmp_path):
