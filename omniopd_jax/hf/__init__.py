@@ -36,7 +36,6 @@ __all__ = [
 
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTER = "adapter_model.safetensors"
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 PROCESSORS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json",
 )  # fmt: skip
@@ -183,7 +182,7 @@ def generation_config(folder, *, setting: str = "student.path") -> dict:
 
 def _copy_small_files(source: Path, work: Path, tokenizer, *, wrapped: bool) -> None:
     """The source's licence; of a wrapper also what its other inputs are prepared by."""
-    names = LICENCES + (PROCESSORS if wrapped else ())
+    names = hub.LICENCES + (PROCESSORS if wrapped else ())
     for path in sorted(p for name in names for p in source.glob(name) if p.is_file()):
         if path.stat().st_size <= bounded.JSON_BYTES and not (work / path.name).exists():
             shutil.copyfile(path, work / path.name)

@@ -3,6 +3,7 @@ kept from retrying for a minute.
 """
 
 import contextlib
+import fnmatch
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded
 
 PACKAGE = Path(__file__).resolve().parents[1]
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+READ = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+HUB_FILES = (*READ, *LICENCES)
 
 
 @contextlib.contextmanager
@@ -43,6 +46,11 @@ def local(name: str) -> Path:
     """Where a folder of this name would be on this machine; a hub name has none there."""
     packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
     return packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
+
+
+def licence_alone(name: str) -> bool:
+    """Whether a file is there for an export to take along, and read for nothing else."""
+    return any(fnmatch.fnmatchcase(name, n) for n in LICENCES) and not any(fnmatch.fnmatchcase(name, n) for n in READ)
 
 
 def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:

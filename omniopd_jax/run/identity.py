@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config, hf
 from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import hub
 from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import stable_hash
@@ -197,7 +198,8 @@ def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> d
 
 
 def folder_digest(name: str) -> str:
-    """Of a model's folder, or of a hub name's cached one: names and contents of its files; '' where there is none.
+    """Of a model's folder, or of a hub name's cached one (without its licence, which may have come later): names and
+    contents of its files; '' where there is none.
 
     A file over 4 MB gives its size and evenly spaced samples: training changes every weight, so samples see it, and a
     file of weights is too large to be read at each start.
@@ -206,8 +208,10 @@ def folder_digest(name: str) -> str:
         folder = hf.resolve(name)
     except UserError:
         return ""
-    digest = hashlib.blake2b(digest_size=16)
+    digest, of_hub = hashlib.blake2b(digest_size=16), not hub.local(name).is_dir()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        if of_hub and hub.licence_alone(path.name):
+            continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -213,6 +213,21 @@ def test_an_export_has_the_licence_and_a_wrapper_what_its_images_need(folder, tm
     assert (out / "LICENSE.md").read_text() == "terms" and not (out / "preprocessor_config.json").exists()
 
 
+def test_a_hub_model_comes_with_its_licence_and_stays_the_same_without(folder, monkeypatch):
+    """Licences were not downloaded once: a run from then goes on."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(how) or str(folder))
+    hf.save(folder, random_params(BASE), BASE)
+    before = identity.folder_digest("Owner/Model")
+    (folder / "LICENSE").write_text("terms")
+    assert identity.folder_digest("Owner/Model") == before != ""
+    assert any(pathlib.PurePath("LICENSE").match(name) for name in asked[0]["allow_patterns"])
+    (folder / "config.json").write_text("{}")
+    assert identity.folder_digest("Owner/Model") != before
+
+
 # --- what an export may replace
 
 
