@@ -116,7 +116,8 @@ class Sampler:
             pools, slots, _ = self.state()  # a page of each slot and its states, read and written
             return 0.0, 2.0 * (local_bytes(pools) * self.slots / self.pages + local_bytes(slots.states))
         (layers, head), item = flops.matmul_params(self.model_cfg), np.dtype(self.compute.dtype).itemsize
-        read = item * (layers + head) / self.mesh.shape["tp"] + self.cache_bytes()
+        together = self.slots / self.shards  # rows of one device, or of its tp group
+        read = item * (flops.read_params(self.model_cfg, together) + head) / self.mesh.shape["tp"] + self.cache_bytes()
         return 2.0 * (layers + head) * self.slots / self.mesh.size, read
 
 

@@ -56,12 +56,25 @@ def chip_of(kind: str) -> Chip | None:
 
 def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:
     """(parameters of the layers' products that one token passes, parameters of the output projection)."""
-    layers = 0
+    experts, rest = _products(cfg)
+    return rest + experts * cfg.experts_per_token // max(1, cfg.num_experts), cfg.hidden_size * cfg.vocab_size
+
+
+def _products(cfg: model.ModelConfig) -> tuple[int, int]:
+    """(parameters of all experts, of the layers' other products)."""
+    out = [0, 0]
     for p in model.table(cfg)["layers"].values():
         if len(p.hf_shape) == 2:  # a projection; not a vector, nor a convolution
-            size = math.prod(p.shape)
-            layers += size * cfg.experts_per_token // cfg.num_experts if "experts" in p.axes else size
-    return layers, cfg.hidden_size * cfg.vocab_size
+            out["experts" not in p.axes] += math.prod(p.shape)
+    return out[0], out[1]
+
+
+def read_params(cfg: model.ModelConfig, tokens: float) -> float:
+    """Parameters of the layers' products that are read for so many tokens at a time: of the experts those that any of
+    them chooses, if all are chosen alike.
+    """
+    experts, rest = _products(cfg)
+    return rest + experts * (1 - (1 - cfg.experts_per_token / max(1, cfg.num_experts)) ** tokens)
 
 
 def mixing(cfg: model.ModelConfig, n: int) -> float:
@@ -110,30 +123,37 @@ def update(
     return out if teacher is None else out + forward(teacher, lengths, heads)
 
 
-def decode_bytes(cfg: model.ModelConfig, prompts, responses, *, rows_together: int, itemsize: int) -> float:
-    """Bytes that decoding must read: the parameters once a time step and batch, every row's own keys and values.
+def decode_bytes(
+    cfg: model.ModelConfig, prompts, responses, *, rows_together: int, itemsize: int, cache_dtype: str = ""
+) -> float:
+    """Bytes that decoding must read: parameters (`read_params`) once a time step and batch, every row's own keys and
+    values.
 
     Args:
       prompts, responses: real tokens of each row.
       rows_together: rows that one device decodes at a time; each time step reads the parameters once for all of them.
       itemsize: bytes of a parameter and of a cache entry.
+      cache_dtype: of the pages; int8 has a float32 scale for each head and position. Rings are not in pages.
     """
-    layers, head = matmul_params(cfg)
+    layers, head = read_params(cfg, rows_together), cfg.hidden_size * cfg.vocab_size
     batches = -(-len(responses) // rows_together)
     weights = (layers + head) * max(responses, default=0) * batches
     per_slot = 2 * cfg.num_kv_heads * cfg.head_dim
-    slots = {"full": 0.0, "sliding": 0.0, "linear": 0.0}
+    slots, page = {"full": 0.0, "sliding": 0.0, "linear": 0.0}, itemsize
+    if cache_dtype == "int8":
+        page = 1 + 4 / cfg.head_dim
     for p, n in zip(prompts, responses):
         slots["full"] += n * p + n * (n + 1) / 2
         slots["sliding"] += sum(min(cfg.window, p + t + 1) for t in range(n)) if cfg.window else 0
-    cache = per_slot * sum(slots[kind] for kind in cfg.kinds)
+    cache = per_slot * sum(slots[kind] * (page if kind == "full" else itemsize) for kind in cfg.kinds)
     state = 4.0 * cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim * cfg.kinds.count("linear")
-    return float(itemsize) * (weights + cache) + state * sum(responses)
+    return float(itemsize) * weights + cache + state * sum(responses)
 
 
 def metrics(
-    cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None, *, trained=None
-) -> dict:
+    cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None, *, trained=None,
+    scored: bool = True,
+) -> dict:  # fmt: skip
     """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is
     known.
 
@@ -141,16 +161,19 @@ def metrics(
       prompts, responses: real tokens of every row of the global batch.
       seconds: `time/*` of the step.
       trained: (prompts, responses) of the rows of the update, where they are others.
+      scored: whether the responses were scored. They were sampled where there is a time of it.
     """
     devices, tokens = mesh.size, sum(responses)
     lengths = [p + n for p, n in zip(prompts, responses)]
     before, taught = trained or (prompts, responses)
-    out = {}
+    out, scoring = {}, forward(model_cfg, lengths, responses)
+    decoding = sum(mixing(model_cfg, n) for n in lengths) - sum(mixing(model_cfg, p) for p in prompts)
+    # a prompt is prefilled once for all its generations
+    sampling = forward(model_cfg, prompts[:: cfg.num_generations], [0]) + decoding
+    sampling += 2.0 * sum(matmul_params(model_cfg)) * tokens
     work = {
-        # a prompt is prefilled once for all its generations
-        "rollout": forward(model_cfg, prompts[:: cfg.num_generations], [0])
-        + 2.0 * sum(matmul_params(model_cfg)) * tokens,
-        "score": forward(model_cfg, lengths, responses),
+        "rollout": sampling if seconds.get("time/rollout") else 0.0,
+        "score": scoring if scored else 0.0,
         "update": update(
             model_cfg,
             [p + n for p, n in zip(before, taught)],
@@ -161,14 +184,14 @@ def metrics(
         ),
     }
     for phase in work:
-        if spent := seconds.get(f"time/{phase}"):
+        if work[phase] and (spent := seconds.get(f"time/{phase}")):
             out[f"perf/{phase}_tokens_per_s"] = (sum(taught) if phase == "update" else tokens) / spent / devices
     if chip is None:
         return out
     again = cfg.num_iterations - 1  # each scores the batch anew
-    work["update"] += again * (work["update"] + work["score"])
+    work["update"] += again * (work["update"] + scoring)
     for phase in ("score", "update"):
-        if spent := seconds.get(f"time/{phase}"):
+        if work[phase] and (spent := seconds.get(f"time/{phase}")):
             out[f"perf/{phase}_mfu"] = work[phase] / spent / devices / chip.flops
     out["perf/step_mfu"] = sum(work.values()) / seconds["time/step"] / devices / chip.flops
     if spent := seconds.get("time/rollout"):
@@ -179,6 +202,7 @@ def metrics(
             responses,
             rows_together=max(1, min(cfg.rollout.slots or len(responses), len(responses)) * tp // devices),
             itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
+            cache_dtype=cfg.rollout.cache_dtype,
         )
         out["perf/decode_bandwidth"] = moved / spent / devices / chip.bandwidth
     return out

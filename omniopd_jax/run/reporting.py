@@ -190,7 +190,8 @@ class Reports:
         out["perf/padding_fraction"] = 1 - sum(map(sum, trained)) / computed
         mesh, chip = run.student.mesh, flops.chip()
         cfgs = (run.cfg, run.student.model_cfg, run.teacher_cfg)
-        return out | flops.metrics(*cfgs, *sampled, own, mesh, chip, trained=trained)
+        how = {"trained": trained, "scored": got.scores is not None}
+        return out | flops.metrics(*cfgs, *sampled, own, mesh, chip, **how)
 
 
 def lengths_of(rows: list[experience.Responses]) -> list[list[int]]:

@@ -45,6 +45,8 @@ def test_decoding_reads_parameters_a_step_and_keys_a_row():
     assert flops.decode_bytes(CFG, [4], [3], rows_together=1, itemsize=2) == one
     assert flops.decode_bytes(CFG, [4, 4], [3, 3], rows_together=1, itemsize=2) == 2 * one
     assert flops.decode_bytes(CFG, [4, 4], [3, 3], rows_together=2, itemsize=2) == 2 * one - 2 * (layers + head) * 3
+    int8 = flops.decode_bytes(CFG, [4], [3], rows_together=1, itemsize=2, cache_dtype="int8")
+    assert int8 == 2 * (layers + head) * 3 + 3 * 2 * 2 * (4 + 4) * (4 * 3 + 1 + 2 + 3)  # a scale a head and position
 
 
 def test_devices_are_found_by_their_kind():
@@ -87,6 +89,41 @@ def test_slots_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_cf
     assert (each - shared) * 1e6 == pytest.approx(
         flops.forward(CFG, prompts, [0]) - flops.forward(CFG, prompts[::2], [0])
     )
+
+
+def unanchored(*args):
+    return flops.update(*args, anchored=False)
+
+
+def test_what_a_step_did_not_do_is_not_counted(make_cfg):
+    """Texts of a teacher are neither sampled nor scored; of a GRPO step no one reads scores. What was sampled is counted
+    as one pass over whole rows."""
+    mesh, chip = types.SimpleNamespace(size=1, shape={"tp": 1}), flops.Chip(1e6, 1e9, 1e6, 1e6)
+    prompts, responses = [5] * 4, [6] * 4
+    rows = prompts, responses
+    update, once = (count(CFG, [11] * 4, responses) for count in (unanchored, flops.forward))
+    for seconds, scored, passes in (
+        ({}, False, 0),
+        ({"time/rollout": 1.0, "time/score": 1e-6}, False, 1),
+        ({"time/rollout": 1.0, "time/score": 1.0}, True, 2),
+    ):
+        seconds |= {"time/update": 1.0, "time/step": 1.0}
+        cfg = make_cfg(**{"num_generations": 1, "anchor.kl_coef": 0.0})
+        got = flops.metrics(cfg, CFG, None, *rows, seconds, mesh, chip, scored=scored)
+        assert got["perf/step_mfu"] * 1e6 == pytest.approx(update + passes * once)
+        assert ("perf/score_mfu" in got, "perf/score_tokens_per_s" in got) == (scored, scored)
+
+
+def test_decoding_reads_every_expert_that_some_row_chooses():
+    moe = dataclasses.replace(CFG, num_experts=8, experts_per_token=2, expert_size=6)
+    one = 3 * 3 * 8 * 6  # of an expert, in three layers
+    rest = flops.matmul_params(moe)[0] - 2 * one
+    assert flops.read_params(moe, 1) == pytest.approx(rest + 2 * one)
+    assert flops.read_params(moe, 2) == pytest.approx(rest + (2 + 6 / 4) * one)  # the second's two: a quarter are there
+    assert flops.read_params(moe, 64) == pytest.approx(rest + 8 * one)
+    assert flops.read_params(CFG, 64) == flops.matmul_params(CFG)[0]
+    read = flops.decode_bytes(moe, [1] * 64, [1] * 64, rows_together=64, itemsize=1)
+    assert read > rest + 7.9 * one
 
 
 def test_late_compilations_are_told_with_their_shapes():
