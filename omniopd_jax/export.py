@@ -50,6 +50,7 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
     if adapter:
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
+        got.tell_other_base()
         base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
         peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
         hf.save_adapters(out, got.params, got.table, peft, tokenizer, dtype=dtype, keep=inputs)

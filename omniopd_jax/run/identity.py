@@ -18,6 +18,7 @@ from omniopd_jax.teachers.protocol import stable_hash
 from omniopd_jax.teachers.wire import secrets
 
 DIGESTS = "digests"  # beside the settings, in config.json
+STUDENT = "the student's folder (student.path)"  # among them
 TEMPLATE = "student_template"  # there too: the text of the Jinja file that student.template names
 DIGESTED = (  # how the names of `digests_of` begin
     "the training prompts", "the held-out prompts", "the prompts of eval.sets ", "the student's ", "the teacher's ",
@@ -185,7 +186,7 @@ def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> d
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
     out |= {f"the prompts of eval.sets {s.name!r}": _prompts(s) for s in sets}
-    folders = {"the student's folder (student.path)": cfg.student.path}
+    folders = {STUDENT: cfg.student.path}
     named = {f"teachers.{name}": own.teacher for name, own in by_row.configs(cfg).items()}
     for key, teacher in (named or {"teacher": cfg.teacher}).items():
         if teacher.provider == "local" and teacher.model:

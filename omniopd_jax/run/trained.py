@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from omniopd_jax import config, hf, model
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import lora
-from omniopd_jax.run import checkpoint, files, identity
+from omniopd_jax.run import checkpoint, files, identity, logging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,18 @@ class Trained:
     def whole(self, mesh=None) -> dict:
         """The model's parameters, on the mesh that they were read to; with LoRA the float32 base with the adapters
         attached."""
-        return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params) if self.lora.rank else self.params
+        if not self.lora.rank:
+            return self.params
+        self.tell_other_base()
+        return lora.attach(hf.load(self.student, mesh=mesh)[0], self.params)
+
+    def tell_other_base(self) -> None:
+        """Says where the student's folder is no longer the one that adapters were trained beside."""
+        if _other_base(self.config, self.student):
+            logging.say(
+                f"warning: {self.student} (student.path) has changed since the run began, and its adapters belong to "
+                "what it was: give it back its files"
+            )
 
 
 def read(run_dir, step: int | None, mesh=None) -> Trained:
@@ -76,11 +87,18 @@ def locate(source) -> tuple[pathlib.Path | epath.Path, int | None]:
     return (path.parent if path.name == "checkpoints" else path), None
 
 
+def _other_base(run_config: dict, student: str) -> bool:
+    """Whether the folder `student` is surely not the one that a run began with; of older runs it is not known."""
+    before = (run_config.get(identity.DIGESTS) or {}).get(identity.STUDENT)
+    return bool(before) and before != identity.folder_digest(student)
+
+
 def check_start(cfg, model_cfg: model.ModelConfig) -> None:
     """`student.start` must hold what this run trains.
 
     Raises:
-      UserError: nothing there, another model, or adapters where whole weights are trained on, or the other way.
+      UserError: nothing there, another model, adapters where whole weights are trained on, or the other way, or
+        adapters that would mean something else here.
     """
     start = cfg.student.start
     if not start:
@@ -96,13 +114,21 @@ def check_start(cfg, model_cfg: model.ModelConfig) -> None:
         return
     saved = checkpoint.saved_params(run, at)
     old = lora.settings_of(saved.config)
-    if cfg.lora.rank and (old.rank, tuple(old.targets)) != (cfg.lora.rank, tuple(cfg.lora.targets)):
+    there, here = ([s.get("rank"), s.get("alpha"), tuple(s.get("targets") or ())] for s in (old, cfg.lora))
+    if cfg.lora.rank and there != here:
         raise UserError(
-            f"student.start = {start!r} has lora.rank = {old.rank}, lora.targets = {tuple(old.targets)}: adapters go "
-            "on with the same, or from an export as student.path"
+            f"student.start = {start!r} has lora.rank = {there[0]}, lora.alpha = {there[1]}, lora.targets = "
+            f"{there[2]}: adapters go on with the same, or from an export as student.path"
         )
-    if not model.fits(saved.shapes, lora.trained_table(model_cfg, old)):
+    base = hf.read_config(saved.config["student"]["path"], setting="student.start")
+    same = dataclasses.replace(base, prefix=model_cfg.prefix) == model_cfg
+    if not same or not model.fits(saved.shapes, lora.trained_table(model_cfg, old)):
         raise UserError(f"student.start = {start!r} was not trained from the model in {cfg.student.path}")
+    if cfg.lora.rank and _other_base(saved.config, cfg.student.path):
+        raise UserError(
+            f"student.start = {start!r}: its adapters were trained beside other files than those of student.path = "
+            f"{cfg.student.path!r}: export it, and set student.path to the export"
+        )
 
 
 def recipe(source) -> ConfigDict | None:
