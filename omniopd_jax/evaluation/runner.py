@@ -29,8 +29,8 @@ from omniopd_jax.teachers.protocol import stable_hash
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP. `cache_gib`: the recipe's
-    `rollout.cache_gib`."""
+    """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP. `cache`: the size and the
+    dtype of the sampler's cache, as the recipe has them."""
 
     params: dict
     model_cfg: model.ModelConfig
@@ -38,7 +38,7 @@ class Student:
     template: Template
     end_ids: tuple[int, ...]
     source: str
-    cache_gib: float = 0.0
+    cache: rollout.How = rollout.DEFAULT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,8 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     scale = None if trained is None else lora.scale(trained.lora)
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     params = rollout.prepare(params, model_cfg, compute=compute)
-    return Student(params, model_cfg, compute, template, end_ids, source, cfg.rollout.cache_gib)
+    cache = rollout.How(cache_gib=cfg.rollout.cache_gib, cache_dtype=cfg.rollout.cache_dtype)
+    return Student(params, model_cfg, compute, template, end_ids, source, cache)
 
 
 def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
@@ -145,7 +146,8 @@ def _sample_batch(student: Student, suite, how: How, prompts, grader: graders.Gr
     [rows] = rollout.stream(
         student.params, student.model_cfg, [p.token_ids for p in prompts], rollout.key_data(key, names),
         max_new_tokens=how.max_new_tokens, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k,
-        num_samples=n, end_ids=student.end_ids, how=rollout.How(how.slots, student.cache_gib), compute=student.compute,
+        num_samples=n, end_ids=student.end_ids, how=dataclasses.replace(student.cache, slots=how.slots),
+        compute=student.compute,
     )  # fmt: skip
     read = [student.template.read(row.tokens.tolist()) for row in rows]
     grades = grader.grade_all([text for text, _, _ in read], [p.answer for p in prompts for _ in range(n)])
@@ -245,6 +247,7 @@ def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtyp
     per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
     now |= {"stop_strings": list(student.template.stop_strings), "end_ids": list(map(int, student.end_ids))}
+    now["cache_dtype"] = student.cache.cache_dtype
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]
         now[f"prompts of {suite.name}"] = stable_hash(*parts)

@@ -93,6 +93,15 @@ def _other_base(run_config: dict, student: str) -> bool:
     return bool(before) and before != identity.folder_digest(student)
 
 
+def _is_another(student: str, model_cfg: model.ModelConfig) -> bool:
+    """Whether the folder that a run began with holds another model; where it is gone, shapes alone can tell."""
+    try:
+        found = hf.read_config(student, setting="student.start")
+    except UserError:
+        return False
+    return dataclasses.replace(found, prefix=model_cfg.prefix) != model_cfg
+
+
 def check_start(cfg, model_cfg: model.ModelConfig) -> None:
     """`student.start` must hold what this run trains.
 
@@ -120,9 +129,9 @@ def check_start(cfg, model_cfg: model.ModelConfig) -> None:
             f"student.start = {start!r} has lora.rank = {there[0]}, lora.alpha = {there[1]}, lora.targets = "
             f"{there[2]}: adapters go on with the same, or from an export as student.path"
         )
-    base = hf.read_config(saved.config["student"]["path"], setting="student.start")
-    same = dataclasses.replace(base, prefix=model_cfg.prefix) == model_cfg
-    if not same or not model.fits(saved.shapes, lora.trained_table(model_cfg, old)):
+    if _is_another(saved.config["student"]["path"], model_cfg) or not model.fits(
+        saved.shapes, lora.trained_table(model_cfg, old)
+    ):
         raise UserError(f"student.start = {start!r} was not trained from the model in {cfg.student.path}")
     if cfg.lora.rank and _other_base(saved.config, cfg.student.path):
         raise UserError(

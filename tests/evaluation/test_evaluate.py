@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from omniopd_jax import evaluate, graders
+from omniopd_jax import evaluate, graders, rollout
 from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
@@ -382,15 +382,16 @@ def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(tmp_path
         runner.run(c, HOW, checkpoint=None, benchmarks=["world:forks:test"], limit=1, out=tmp_path / "file")
 
 
-def test_the_sampler_has_the_memory_that_the_recipe_gives_it(monkeypatch):
+def test_the_sampler_has_the_cache_that_the_recipe_gives_it(monkeypatch):
     def stream(*_, how, **__):
-        assert (how.slots, how.cache_gib) == (4, 7.0)
+        assert how == rollout.How(slots=4, cache_gib=7.0, cache_dtype="int8")
         raise UserError("the sampler's turn")
 
     monkeypatch.setattr(runner.rollout, "stream", stream)
     with pytest.raises(UserError, match="the sampler's turn"):
         suite = types.SimpleNamespace(name="x")
-        runner._sample_batch(small_student(cache_gib=7.0), suite, dataclasses.replace(HOW, slots=4), [], None)
+        cache = rollout.How(cache_gib=7.0, cache_dtype="int8")
+        runner._sample_batch(small_student(cache=cache), suite, dataclasses.replace(HOW, slots=4), [], None)
 
 
 @pytest.mark.parametrize("unsafe", [False, True])

@@ -50,6 +50,9 @@ def test_adapters_go_on_only_where_they_mean_the_same(tmp_path, monkeypatch):
     cfg.lora.alpha, cfg.student.path = 4.0, str(other)
     with pytest.raises(UserError, match="other files than those of student.path"):
         trained.check_start(cfg, BASE)
+    cfg.student.path, run["student"]["path"] = str(folder), str(tmp_path / "gone")
+    trained.check_start(cfg, BASE)  # the base has moved: its files are the same
+    cfg.student.path, run["student"]["path"] = str(other), str(folder)
     longer = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (folder / "config.json").write_text(json.dumps(longer))
     with pytest.raises(UserError, match="was not trained from the model in"):
