@@ -15,8 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPO), str(REPO / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
 )
-# fusions by the older emitter: a third of the compile time (tiny.XLA_FLAGS, for child processes, has it too)
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"):
+# fusions by the older emitter: a third of the compile time; small programs in one piece: a tenth of what is left
+# (tiny.XLA_FLAGS, for child processes, has both too)
+for flag in (
+    "--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+):  # fmt: skip
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 

@@ -20,7 +20,8 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TRAINED = REPO / "omniopd_jax" / "world" / "checkpoints" / "forks"
 VOCAB = 320
-XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"  # of child processes: one device, and a third of the compile time
+# of child processes: one device, and a third of the compile time
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 init = jax.jit(model.init, static_argnums=1)  # one program; leaf by leaf it would be dozens
 
 
