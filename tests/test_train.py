@@ -254,7 +254,7 @@ def test_micro_batches_slots_and_parts_do_not_change_the_result(make):
     runs = [
         make("one", **more),
         make("two", micro_batches=2, **more),
-        make("pieces", **more, **{"rollout.slots": 5, "rollout.parts": 3}),
+        make("pieces", **more, **{"rollout.slots": 5, "rollout.parts": 4}),
     ]
     for c in runs:
         train.train(c)
