@@ -61,17 +61,18 @@ def run_steps(run: Run, checkpoints: checkpoint.Checkpoints) -> dict:
         count_evaluation(run, totals)
         with run.stop.deferred(), run.compiled, jax.transfer_guard("disallow"):
             state = loop(run, state, checkpoints, reports, kept)
+        done = int(jax.device_get(state.step))
         if run.stop.agreed:
-            return {"exit_code": host.RESUME_EXIT_CODE, "step": int(jax.device_get(state.step))}
+            return {"exit_code": host.RESUME_EXIT_CODE, "step": done}
         run.stop.saved, run.stop.doing = True, "evaluating after the last step"
         after = totals.get(best.LAST)
-        if after is None and not int(jax.device_get(state.step)):  # num_steps = 0: evaluated just now
+        if after is None and not done:  # num_steps = 0: evaluated just now
             after = totals.get("accuracy_before")
         if run.held_out and after is None:
             after = evaluate(run, state, reports, kept)
             count_evaluation(run, totals)
         reports.close()
-        out = reporting.summary(run, int(jax.device_get(state.step)), totals, after) | {"exit_code": 0}
+        out = reporting.summary(run, done, totals, after) | {"exit_code": 0}
         processes.barrier("end")
         return out
 

@@ -19,6 +19,7 @@ import re
 import sys
 
 import numpy as np
+from scipy import stats
 
 from benchmarks import sides
 from benchmarks.real import prepare, server
@@ -111,8 +112,7 @@ def agreement(lines: list[dict], mode: str) -> np.ndarray:
 
 def ranked(values: np.ndarray) -> np.ndarray:
     """The place of each value in their order; equal ones share the mean of theirs."""
-    order = np.sort(values)
-    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / 2
+    return stats.rankdata(values) - 0.5
 
 
 def tables() -> str:

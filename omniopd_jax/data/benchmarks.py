@@ -76,8 +76,8 @@ class Source:
 
 
 def _field(row: dict, *names: str):
-    """The first of these fields that a row has; raises KeyError where it has none. NaN is how tables write nothing."""
-    found = next((row[name] for name in names if row.get(name) is not None and row[name] == row[name]), None)
+    """The first of these fields that a row has; raises KeyError where it has none."""
+    found = next((value for name in names if (value := data.field(row, name)) is not None), None)
     if found is None:
         raise KeyError(" or ".join(map(repr, names)))
     return found
@@ -400,12 +400,7 @@ def _checked(suite: Suite) -> Suite:
         raise UserError(f"benchmark {suite.name} is empty")
     ids = [p.id for p in suite.prompts]
     for p in suite.prompts:
-        try:
-            f"{p.id}{p.messages[-1]['content']}{p.answer}".encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"benchmark {suite.name}, problem {p.id!r}: holds half a surrogate pair, which is no text"
-            ) from error
+        data.check_text([p.id, p.messages, p.answer], f"benchmark {suite.name}, problem {p.id!r}")
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise UserError(f"benchmark {suite.name}: id {twice!r} comes more than once")

@@ -202,7 +202,7 @@ def _file(cfg, split, path, count, section):
     if not path:
         raise UserError(f"data.source = 'jsonl' needs {section}.path, a file of rows ({', '.join(files.FORMS)})")
     for where, number, row in files.rows(path, f"{section}.path"):
-        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
+        yield where, _prompt(row, cfg.data.fields, where, number), field(row, cfg.data.fields.answer)
 
 
 def _hub(cfg, split, path, count, section):
@@ -212,7 +212,7 @@ def _hub(cfg, split, path, count, section):
     rows = load_hub(cfg.data.name, split, subset=cfg.data.subset or None, setting="data.name", advice=advice)
     for number, row in enumerate(rows):
         where = f"{cfg.data.name}, row {number}"
-        yield where, _prompt(row, cfg.data.fields, where, number), _field(row, cfg.data.fields.answer)
+        yield where, _prompt(row, cfg.data.fields, where, number), field(row, cfg.data.fields.answer)
 
 
 def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, advice: str):
@@ -242,33 +242,40 @@ def load_hub(name: str, split: str, *, subset: str | None = None, setting: str, 
 
 def _prompt(row: dict, fields, where: str, number: int) -> Prompt:
     """The prompt of a row; `fields` say which of the row's own fields are its prompt, answer, solution and id."""
-    messages = _messages(_field(row, fields.prompt), row, fields.prompt, where)
+    messages = _messages(field(row, fields.prompt), row, fields.prompt, where)
     # a worked solution only where that column is not said to be the answer
-    solution = _field(row, fields.solution) if fields.solution != fields.answer else None
+    solution = field(row, fields.solution) if fields.solution != fields.answer else None
     if isinstance(solution, str) and not solution.strip():  # an empty cell
         solution = None
     if solution is not None and not isinstance(solution, str):
         raise UserError(f"{where}: `{fields.solution}` is no text; set data.fields.solution to another field, or to ''")
-    answer, name = _answer(_field(row, fields.answer), fields.answer, where), _field(row, fields.id)
+    answer, name = _answer(field(row, fields.answer), fields.answer, where), field(row, fields.id)
     try:
-        json.dumps([messages, answer, solution, str(name)], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a surrogate pair, which is no text ({error.reason})") from error
+        check_text([messages, answer, solution, str(name)], where)
     except (TypeError, RecursionError) as error:
         raise UserError(f"{where}: `{fields.prompt}` holds what is no JSON, or is nested too deep") from error
-    teacher = _field(row, fields.teacher)
+    teacher = field(row, fields.teacher)
     return Prompt(
         f"{number:06d}" if name in (None, "") else str(name), messages, answer, solution,
         teacher="" if teacher is None else str(teacher),
     )  # fmt: skip
 
 
-def _field(row: dict, name: str):
+def check_text(value, where: str) -> None:
+    """Raises a UserError where a text within `value` cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a surrogate pair, which is no text ({error.reason})") from error
+
+
+def field(row: dict, name: str):
     """A field by its name, or by a path of names with dots between; None where there is none, or NaN: how tables write
     nothing."""
-    found = row
-    for part in [name] if name in row or "." not in name else name.split("."):
-        found = found.get(part) if isinstance(found, dict) and name else None
+    path = [name] if name in row or "." not in name else name.split(".")
+    found = row if name else None
+    for part in path:
+        found = found.get(part) if isinstance(found, dict) else None
     return None if isinstance(found, float) and math.isnan(found) else found
 
 

@@ -234,9 +234,7 @@ def _writable(out) -> pathlib.Path:
     out = config.expanded(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        files.try_writing(out)
     except OSError as error:
         raise UserError(f"--out = {out} can't be written ({error.strerror}): set another --out") from error
     return out
@@ -246,8 +244,8 @@ def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtyp
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
     per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
-    now |= {"stop_strings": list(student.template.stop_strings), "end_ids": list(map(int, student.end_ids))}
-    now["cache_dtype"] = student.cache.cache_dtype
+    now |= {"stop_strings": list(student.template.stop_strings), "end_ids": list(map(int, student.end_ids)),
+            "cache_dtype": student.cache.cache_dtype}  # fmt: skip
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]
         now[f"prompts of {suite.name}"] = stable_hash(*parts)

@@ -192,5 +192,7 @@ def around(ours: dict, source: dict) -> dict:
     if not isinstance(text, dict):
         return source | ours
     named = {key: value for key, value in ours.items() if key not in ("architectures",)}
-    ends = {k: ours[k] for k in ("eos_token_id",) if source.get(k) is not None and ours.get(k) is not None}
-    return source | ends | {"text_config": text | named, "dtype": ours["dtype"]}
+    out = source | {"text_config": text | named, "dtype": ours["dtype"]}
+    if source.get("eos_token_id") is not None and ours.get("eos_token_id") is not None:
+        out["eos_token_id"] = ours["eos_token_id"]  # which readers prefer to the text model's
+    return out

@@ -24,6 +24,13 @@ def place(run_dir) -> pathlib.Path | epath.Path:
     return epath.Path(run_dir)
 
 
+def try_writing(folder: pathlib.Path) -> None:
+    """Writes and removes a file of 64 KiB in a folder that is there; raises OSError where that fails."""
+    probe = folder / f".write-test-{os.getpid()}"
+    probe.write_bytes(b"\0" * 65_536)
+    probe.unlink()
+
+
 def read_json(path, advice: str) -> dict:
     """A small JSON object from a file.
 

@@ -16,7 +16,7 @@ import jax
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import logging
+from omniopd_jax.run import files, logging
 
 NAME = "lock"  # <run_dir>/lock
 BEAT_S = 30.0  # between heartbeats
@@ -168,9 +168,7 @@ def _checked(lock: Lock, folder, run_dir) -> None:
     folder, name = pathlib.Path(folder), "local_dir" if config.is_bucket(run_dir) else "run_dir"
     try:
         lock.acquire()
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"\0" * 65_536)
-        probe.unlink()
+        files.try_writing(folder)
     except FileExistsError as error:
         raise UserError(f"{name} = {folder} is a file, not a folder: set another {name}") from error
     except NotADirectoryError as error:
