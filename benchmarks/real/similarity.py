@@ -60,28 +60,31 @@ def measure(name: str, audits: list[dict], runs: list[str]) -> dict:
     chunks, texts = [a["chunk"] for a in audits], [a["continuations"] for a in audits]
     matched_A = mean_similarity(phi, chunks, texts)
     shuffled_A = mean_similarity(phi, chunks, [texts[j] for j in others(audits, 0)])
-    graded = [(v, a["grade"]) for v, a in zip(matched_A, audits, strict=True) if a.get("grade") is not None]
-    right, wrong = (np.array([v for v, g in graded if bool(g) is which]) for which in (True, False))
+    known_A = np.array([a.get("grade") is not None for a in audits])
+    right_A = known_A & np.array([bool(a.get("grade")) for a in audits])
+    wrong_A = known_A & ~right_A
+
+    def answers(value_A: np.ndarray) -> float | None:
+        return area(value_A[right_A], value_A[wrong_A]) if right_A.any() and wrong_A.any() else None
+
     return {
         "similarity": name, "runs": runs, "audits": len(audits),
         "matched": [float(matched_A.mean()), float(matched_A.std())],
         "shuffled": [float(shuffled_A.mean()), float(shuffled_A.std())],
-        "area_matched": area(matched_A, shuffled_A), "area_right": area(right, wrong), "right": len(right),
-        "area_right_above_floor": area(*(
-            np.array([v - s for (v, a), s in zip(graded, shuffled_A, strict=True) if bool(a) is which])
-            for which in (True, False))) if len(graded) == len(audits) else None,
+        "area_matched": area(matched_A, shuffled_A), "area_right": answers(matched_A), "right": int(right_A.sum()),
+        "area_right_above_floor": answers(matched_A - shuffled_A),
     }  # fmt: skip
 
 
 def page() -> None:
     """docs/results/real_similarity.md."""
     newest = {(" ".join(line["runs"]), line["similarity"]): line for line in sides.read("real_similarity")}
-    rows = []
+    rows, two = [], lambda v: "-" if v is None else f"{v:.2f}"
     for (runs, name), r in newest.items():
         (m, ms), (s, ss) = r["matched"], r["shuffled"]
         rows.append((runs, name, f"{r['audits']:,}", f"{m:.3f} +- {ms:.3f}", f"{s:.3f} +- {ss:.3f}", f"{s / m:.0%}",
-                     f"{r['area_matched']:.2f}", f"{r['area_right']:.2f} ({r['right']} right)",
-                     f"{r['area_right_above_floor']:.2f}"))  # fmt: skip
+                     two(r["area_matched"]), f"{two(r['area_right'])} ({r['right']} right)",
+                     two(r["area_right_above_floor"])))  # fmt: skip
     head = ["run", "similarity", "audits", "matched", "shuffled", "floor", "area, matched above shuffled",
             "area, right answers above wrong", "the same, less the shuffled pair's"]  # fmt: skip
     sides.write_page("real_similarity", sides.table(head, rows), "real.similarity")

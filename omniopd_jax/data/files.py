@@ -108,10 +108,15 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[str, int, dict]]:
     before = csv.field_size_limit(LINE_BYTES)
     try:
         reader = csv.DictReader(_text(line, f"{file}, line {number}") for number, line in _lines(file))
+        names = list(reader.fieldnames or ())
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise UserError(
+                f"{file}, line {reader.line_num}: the header names {', '.join(map(repr, twice))} more than once"
+            )
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: not as many fields as the header names ({len(reader.fieldnames or ())})")
+                raise UserError(f"{where}: not as many fields as the header names ({len(names)})")
             yield where, reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: not CSV ({bounded.line(error)})") from error

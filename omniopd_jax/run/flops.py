@@ -2,12 +2,12 @@
 
 XLA's own count takes a loop's body once, whatever its trip count, so it cannot be used. Multiplications and additions
 count as two; attention counts the causal half; norms, softmax and the optimizer are left out. Rematerialised work is
-not
-counted: this is model FLOPs utilisation.
+not counted: this is model FLOPs utilisation.
 """
 
 import dataclasses
 import math
+import re
 
 import jax
 
@@ -37,10 +37,12 @@ CHIPS = {
     "H100": Chip(989e12, 80e9, 3350e9, 450e9, room=0.92),
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, room=0.92),
     "A100": Chip(312e12, 80e9, 2039e9, 300e9, room=0.92),
+    "A100-40GB": Chip(312e12, 40e9, 1555e9, 300e9, room=0.92),
 }
-KINDS = {  # what `device_kind` may hold -> name
+KINDS = {  # a pattern of `device_kind` -> name; the first that is found
     "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "TPU v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "tpu7x": "tpu7x",
-    "TPU7x": "tpu7x", "TPU v7": "tpu7x", "H100": "H100", "H200": "H200", "A100": "A100",
+    "TPU7x": "tpu7x", "TPU v7": "tpu7x", r"\bH100": "H100", r"\bH200": "H200", r"\bA100.*40GB": "A100-40GB",
+    r"\bA100": "A100",
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def chip(device=None) -> Chip | None:
 
 def chip_of(kind: str) -> Chip | None:
     """The row of a `device_kind`, by its name alone; None where there is none."""
-    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+    return next((CHIPS[name] for part, name in KINDS.items() if re.search(part, kind)), None)
 
 
 def matmul_params(cfg: model.ModelConfig) -> tuple[int, int]:

@@ -193,6 +193,7 @@ def test_a_parquet_file(tmp_path):
         ("p.json", b'[{"prompt": "a"}, 3]', "row 2: expected an object"),
         ("p.csv", b"prompt,answer\na,1,2\n", "line 2: not as many fields"),
         ("p.csv", b"prompt,answer\na\n", "line 2: not as many fields"),
+        ("p.csv", b"prompt,answer,answer\na,1,2\n", "line 1: the header names 'answer' more than once"),
         ("p.csv", b"question\na\n", "line 2: no field `prompt`; the row's fields: question"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -80,7 +80,7 @@ def test_the_best_checkpoint_and_a_named_teachers_journal_know_the_bucket(gcs, t
         "run_dir": "gs://bucket/runs/a", "local_dir": str(tmp_path), "checkpoint.best_metric": "eval/accuracy",
     })  # fmt: skip
     (tmp_path / "config.json").write_text("{}")
-    with best.watched(c, {}) as kept:
+    with best.watched(c, {}, 0) as kept:
         kept.take(state(2), {"eval/accuracy": 0.5})
     assert gcs.text("runs/a/best/config.json") == "{}"
     with contextlib.closing(checkpoint.Checkpoints.reader("gs://bucket/runs/a/best")) as read:

@@ -181,7 +181,7 @@ def hub():
 
 def push(hub, folder, token=TOKEN):
     code = (
-        "import sys\nfrom omniopd_jax.errors import UserError\nfrom omniopd_jax.hf import card\n"
+        "import sys\nfrom omniopd_jax.errors import UserError\nfrom omniopd_jax.run import card\n"
         "try:\n    card.check('me/model')\n    print(card.push(sys.argv[1], 'me/model'))\n"
         "except UserError as error:\n    print('refused:', error)\n"
     )

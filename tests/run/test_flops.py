@@ -53,9 +53,11 @@ def test_devices_are_found_by_their_kind():
     for kind, name in (
         ("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
     ):  # fmt: skip
         assert flops.chip(types.SimpleNamespace(device_kind=kind)) == flops.CHIPS[name], kind
     assert flops.chip() is None, "a CPU has no peak"
+    assert flops.chip_of("NVIDIA GH200 480GB") is None, "another memory than an H200's"
 
 
 def test_metrics_have_shares_only_where_the_chip_is_known(make_cfg):
