@@ -197,6 +197,8 @@ def stream(
         spent.slot_steps += max(m.after - m.before for m in moved) * books.slots * shards
         spent.turns += 1
         own.add(moved, got)
+    if sum(books.ended) != len(books.prompt_length) * num_samples:
+        raise RuntimeError(f"{len(books.prompt_length) * num_samples} rows were asked for, {sum(books.ended)} ended")
     del pools, slots, kept, got  # the caller may want their memory before it asks for the last part
     spent.tokens, spent.gave_up = spent.tokens + books.tokens, spent.gave_up + books.gave_up
     while given < min(books.ended):
@@ -205,9 +207,11 @@ def stream(
 
 
 def _books(cfg, compute, prompts, num_samples: int, longest: int, how: How) -> Slots:
-    """The books that all processes keep: they tell each other the lengths of their prompts."""
+    """The books that all processes keep: they tell each other the lengths of their prompts and
+    how long a row may become."""
     own = [len(p) for p in prompts]
-    lengths = processes.gather("prompt lengths", own) if compute.mesh.is_multi_process else [own]
+    told = processes.gather("rows to sample", (own, longest)) if compute.mesh.is_multi_process else [(own, longest)]
+    lengths, longest = [n for n, _ in told], max(most for _, most in told)
     rows = sum(map(len, lengths)) * num_samples
     slots, pages = sizes(cfg, compute, how, rows, max(map(max, lengths)) + longest)
     by_shard = sharding.rows_map(compute.mesh, sharding.row_shards(compute.mesh))
@@ -226,7 +230,8 @@ def _least(books: Slots) -> int:
     """Live rows at which the next turn ends before."""
     if books.waits():
         return books.live() - max(1, books.slots * len(books.shards) // PATIENCE)
-    return books.half() * len(books.shards)
+    half = books.half()  # which one full shard keeps from being done, whatever the others have
+    return min(half * len(books.shards), books.live() - (books.fullest() - half)) if half else 0
 
 
 class _Own:

@@ -138,6 +138,10 @@ class Slots:
         """Rows in slots, over all shards."""
         return sum(len(s.live()) for s in self.shards)
 
+    def fullest(self) -> int:
+        """Rows in the slots of the shard that has most."""
+        return max(len(s.live()) for s in self.shards)
+
     def waits(self) -> bool:
         """Whether any row has not started."""
         return any(self.waiting) or any(s.open for s in self.shards)
@@ -296,14 +300,14 @@ class Slots:
     def shrink(self) -> list[list[int]] | None:
         """Half the slots, or fewer, where nothing waits and the rest have room: which of each shard go on, in order;
         None: as many as before."""
-        count, need = self.slots, max(len(s.live()) for s in self.shards)
-        while self.half() and count // 2 >= max(need, SMALLEST):
+        count = before = self.slots
+        while self.half() and count // 2 >= max(self.fullest(), SMALLEST):
             count //= 2
-        if count == self.slots:
+        if count == before:
             return None
         kept = []
         for shard in self.shards:
-            order = sorted(range(self.slots), key=lambda i: shard.slots[i] is None)[:count]
+            order = sorted(range(before), key=lambda i: shard.slots[i] is None)[:count]
             kept.append(order)
             shard.slots = [shard.slots[i] for i in order]
         return kept

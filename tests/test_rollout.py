@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from known import chi_square, sampler_distribution
 
 from omniopd_jax import decode, draw, model, rollout, step
+from omniopd_jax.parallel import sharding
+from omniopd_jax.slots import Slots
 
 
 def prompts(seed=0, count=4, width=8, least=1):
@@ -277,6 +279,63 @@ def test_any_slots_turn_and_part_give_the_rows_of_the_training_graph(
     assert [r.finished for r in got] == [row[-1] in END for row in want]
     assert [len(p) for p in parts[:-1]] == [part] * (len(parts) - 1) and 0 < len(parts[-1]) <= part
     assert all(p == sorted(p, key=lambda r: r.row) for p in parts)
+
+
+@pytest.mark.parametrize("long", [range(12), range(24, 32), [3, 20, 25, 29]])
+def test_shards_whose_rows_end_at_different_times(params, model_cfg, long, monkeypatch):
+    """Slots are halved for all shards alike: the fullest one decides, and no row of another is lost."""
+    turns, real = iter(range(50)), decode.turn
+    monkeypatch.setattr(decode, "turn", lambda *args, **how: (next(turns), real(*args, **how))[1])
+    keys, limit = rollout.key_data(jax.random.key(3), np.arange(32)), [20 if b in long else 2 for b in range(32)]
+    got = []
+    for shards in (1, 2):
+        mesh = sharding.make_mesh({"data": shards, "fsdp": 1, "tp": 1}, jax.devices()[:shards])
+        compute = model.Compute(mesh=mesh)
+        prepared = rollout.prepare(
+            jax.device_put(params, model.param_shardings(model_cfg, mesh)), model_cfg, compute=compute
+        )
+        rows, _, spent = streamed(prepared, model_cfg, [[2, 3]] * 32, keys, limit, compute=compute)
+        got.append([r.tokens.tolist() for r in rows])
+        assert [len(r.tokens) for r in rows] == limit and spent.tokens == sum(limit)
+    assert got[0] == got[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_books_of_any_shards_end_every_row(data):
+    """Turns are played without a model: each makes progress, rows reach their lengths, and all pages come back."""
+
+    def pick(*choices):
+        return data.draw(st.sampled_from(choices))
+
+    shards, ranks, slots, per_prompt = pick(1, 2, 3), pick(1, 2), pick(1, 3, 8, 16, 32), pick(1, 2, 8)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    prompts = [rng.integers(1, 200, pick(1, 4, 12)).tolist()]
+    lengths, longest = prompts * ranks, int(rng.integers(1, 300))
+    rows = ranks * len(prompts[0]) * per_prompt
+    limit = np.where(rng.random(rows) < 0.3, longest, rng.integers(1, min(longest, 5) + 1, rows))
+    full = -(-(max(prompts[0]) + longest) // 64) + 1
+    pages = 1 + int(rng.integers(full, slots * full + 1))
+    ranks = [rank for rank in range(ranks) for _ in range(shards)]
+    books = Slots(lengths, per_prompt, ranks=ranks, slots=slots, pages=pages, page=64, longest=longest)
+    done, how = {}, rollout.How(turn=pick(0, 1, 7))
+    while books.waits() or books.live():
+        while books.refill(decode.COLUMNS, pick(1, 1000)):
+            pass
+        books.shrink()
+        steps = rollout._steps(books, how)
+        for row in books.make_room(steps):
+            done.pop(row, None)
+        least, held = rollout._least(books), [h for s in books.shards for h in s.slots]
+        t, live = [h.t if h else 0 for h in held], [h is not None for h in held]
+        assert sum(live) > least, "a turn without a step"
+        for _ in range(steps):
+            if sum(live) > least:
+                t = [n + on for n, on in zip(t, live)]
+                live = [on and t[i] < limit[held[i].row] for i, on in enumerate(live)]
+        done |= {moved.row: moved.after for moved in books.turned(t, live)}
+    assert [done[row] for row in range(rows)] == limit.tolist()
+    assert all(len(s.free) == pages - 1 for s in books.shards) and sum(books.ended) == rows
 
 
 def test_rows_that_fill_pages_and_share_their_prompt(params, model_cfg, naive):
