@@ -240,6 +240,11 @@ def check_teacher(cfg) -> Template | None:
             "teacher.template, teacher.preamble and teacher.stop_strings are for teachers that continue raw text "
             f"(teacher.provider = 'local' or 'openai'), not for {c.provider!r}"
         )
+    if own_format and c.provider == "openai" and c.continuation not in ("auto", "completion"):
+        raise UserError(
+            "teacher.template, teacher.preamble and teacher.stop_strings are for raw text: set teacher.continuation = "
+            f"'completion' (or 'auto'), not {c.continuation!r}"
+        )
     if not folder:
         return of_teacher(cfg, None) if own_format and c.provider == "openai" else None
     return of_teacher(

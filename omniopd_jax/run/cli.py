@@ -14,6 +14,7 @@ from omniopd_jax import config
 from omniopd_jax.errors import UserError, one_of, printable
 from omniopd_jax.run import recipes
 from omniopd_jax.teachers import by_row
+from omniopd_jax.teachers.wire import secrets
 
 COMMANDS = ("main", "evaluate", "export", "aot", "report", "config")
 
@@ -162,12 +163,20 @@ def quiet_orbax() -> None:
     sys.unraisablehook = hook
 
 
+def hide_keys(record) -> bool:
+    """A filter of log records: what a library logs of an address may have a key in its path. Keeps every record."""
+    with contextlib.suppress(Exception):  # a record that can't be formatted is its handler's affair
+        record.msg, record.args = secrets.hide_keys(record.getMessage()), ()
+    return True
+
+
 def setup_jax(compute_dtype: str = "float32") -> None:
     """Process-wide settings, before the first computation: products as exact as `compute_dtype` says, and the
     persistent compilation cache, which is on unless it is set to ''.
 
     `JAX_COMPILATION_CACHE_DIR` names the folder (default ~/.cache/omniopd_jax/xla).
     """
+    logging.get_absl_handler().addFilter(hide_keys)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX write pages at INFO
         quiet_orbax()

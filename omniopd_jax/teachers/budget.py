@@ -206,21 +206,24 @@ class Budget:
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
 
-        With `budget.on_exhausted = "stop"` always what was asked for. Goes by the mean cost of a continuation so far;
-        until one has arrived in this process, nothing is lowered. At least 1 each: a budget that is used up stops the
-        run.
+        With `budget.on_exhausted = "stop"` always what was asked for. Goes by the mean cost of a continuation so far,
+        of this process or, until one has arrived in it, of the journal; without any, nothing is lowered. At least 1
+        each: a budget that is used up stops the run.
 
         Args:
           steps_left: optimizer steps still to come, this one included.
           rows: responses a step of the processes that share this disk's journal.
           num_chunks, num_continuations: what the config asks for.
         """
-        if self.on_exhausted == "stop" or not self.arrived:
+        if self.on_exhausted == "stop":
+            return num_chunks, num_continuations
+        spent, arrived = (self.spent_here, self.arrived) if self.arrived else self.journal.bought()
+        if not arrived:
             return num_chunks, num_continuations
         wanted = max(1, steps_left) * rows * num_chunks * num_continuations
         left, share = self.left(), 1.0
         for name in left:
-            mean = getattr(self.spent_here, name) / self.arrived
+            mean = getattr(spent, name) / arrived
             if mean > 0:
                 share = min(share, left[name] / (mean * wanted))
         if self.on_exhausted == "fewer_audits":

@@ -146,6 +146,19 @@ class Journal:
             rows = (c.execute("select calls, tokens, usd from totals").fetchone() for c in self._connections())
             return sum((Totals(*row) for row in rows), Totals())
 
+    def bought(self) -> tuple[Totals, int]:
+        """(what the answered calls cost, how many texts they brought), the probe's left out."""
+        calls = (
+            "select count(*), coalesce(sum(tokens_in + tokens_out), 0), coalesce(sum(usd), 0) from calls "
+            "where status = 'ok' and usd is not null and "
+            "key not in (select key from continuations where sample_id = 'probe')"
+        )
+        texts = "select count(*) from continuations where error is null and sample_id != 'probe'"
+        with self.mutex:
+            self._look_again()
+            rows = [(c.execute(calls).fetchone(), c.execute(texts).fetchone()[0]) for c in self._connections()]
+        return sum((Totals(*paid) for paid, _ in rows), Totals()), sum(count for _, count in rows)
+
     def spent(self, run: str = "", *, without: str = "") -> Spent:
         """What this run (or `run`) spent, calls of unknown outcome at their upper bound; `without`: who asked calls
         that do not count.

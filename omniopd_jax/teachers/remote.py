@@ -72,6 +72,7 @@ class RemoteTeacher(PaidTeacher):
         self.stood_in = None  # models that earlier versions kept this one's texts under; looked for when one is missed
         self.running = set()  # tasks that have calls out
         self.refused, self.refused_prompts = 0, set()  # in a row
+        self.doubtful = []  # failures by those refusals, for the journal: see `refuse`
         self.stopped = (
             None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
         )
@@ -156,6 +157,7 @@ class RemoteTeacher(PaidTeacher):
             task.cancel()
         await asyncio.gather(*mine, return_exceptions=True)
         await self.client.close()
+        self.believe_refusals()
         self.journal.close()
 
     # for the loop
@@ -258,26 +260,38 @@ class RemoteTeacher(PaidTeacher):
         finally:
             self.running.discard(task)
 
-    def refuse(self, error, prompt: str) -> None:
-        """Counts a request that the service refused. Raises `TeacherStopped` where they all are."""
-        if error.field == "withheld":
-            return  # this prompt's content, whose other prefixes are refused as well
+    def refuse(self, error, prompt: str) -> bool:
+        """Counts a request that the service refused. Returns whether the settings may be why, and not this prompt.
+
+        Raises:
+          TeacherStopped: they are.
+        """
+        answered = self.traffic.last_success > float("-inf")
+        # this prompt's content, whose other prefixes are refused as well; or a prefix too long for the teacher
+        if error.field == "withheld" or (error.field == "context" and answered):
+            return False
         self.refused += 1
         self.refused_prompts.add(prompt)
-        answered = self.traffic.last_success > float("-inf")
-        if error.field == "context" and answered:
-            return  # this prefix is longer than the teacher's context; shorter ones are not
-        few = self.refused < MAX_REFUSED or len(self.refused_prompts) < MANY_PROMPTS
-        if error.field == "firewall" and answered and few:
-            return  # what is in a few prompts may set one off
-        if error.status in (403, 404) or error.field == "temperature" or self.refused >= MAX_REFUSED:
+        many = self.refused >= MAX_REFUSED and not (answered and len(self.refused_prompts) < MANY_PROMPTS)
+        if error.field == "firewall" and answered and not many:
+            return True  # what is in a few prompts may set one off
+        if error.status in (403, 404) or error.field == "temperature" or many:
             advice = {
                 "temperature": "set teacher.temperature = 1.0",
                 "context": "its context is too short for the student's answers",
                 "firewall": "something before the service refuses it: a firewall, or a proxy",
             }.get(error.field, "check teacher.model and base_url")
             self.journal.forget(probe.WHO, 0)  # what it once could do is asked again at the next start
+            self.doubtful = []  # asked again once the settings are right
             raise TeacherStopped(f"the teacher {self.client.model!r} refuses what it is asked: {error}; {advice}")
+        return True
+
+    def believe_refusals(self) -> None:
+        """The settings are right: what was refused since the last answer was refused for what it held."""
+        self.refused, self.refused_prompts = 0, set()
+        doubtful, self.doubtful = self.doubtful, []
+        for row in doubtful:
+            self.journal.put_failure(*row)
 
     async def _bind(self):
         """Ties connections and queues to the running event loop; a loop of its own a step works too."""
@@ -424,6 +438,7 @@ class _Audit:
         self.teacher, self.request, self.mode, self.key = teacher, request, mode, key
         self.found, self.usage = {}, Usage()
         self.timed_out = False
+        self.doubtful = set()  # indices refused by what may be wrong with the settings
         # no real continuation of so many tokens is longer; a runaway body must not fill memory and journal
         self.max_chars = max(4000, 40 * request.max_tokens)
 
@@ -469,14 +484,14 @@ class _Audit:
                     continue
                 if e.kind == "refused" or e.late:  # the same for every index: ask no more
                     group = tuple(i for i in missing if i not in self.found)
-                if e.kind == "refused":
-                    t.refuse(e, json.dumps(list(r.messages), sort_keys=True))
+                if e.kind == "refused" and t.refuse(e, json.dumps(list(r.messages), sort_keys=True)):
+                    self.doubtful |= set(group)
                 self.timed_out |= e.late
                 said = f"withheld by the service ({e})" if e.field == "withheld" else str(e)
                 self.found |= {i: Failure(i, said) for i in group}
                 return
         reply = sent.reply
-        t.refused, t.refused_prompts = 0, set()
+        t.believe_refusals()
         self.usage += _usage(sent)
         self.found |= {row[3].index: row[3] for row in sent.rows}
         for index, item in zip(group, reply.texts):
@@ -508,13 +523,18 @@ class _Audit:
     def _finish(self, begun):
         """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume."""
         failures = [f for f in self.found.values() if isinstance(f, Failure)]
-        traffic = self.teacher.traffic
-        nothing_since = traffic.last_success < begun
-        if failures and nothing_since and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
+        t, traffic = self.teacher, self.teacher.traffic
+        silent = now() - max(begun, traffic.last_success)
+        gone = traffic.last_success < begun or (self.timed_out and silent >= traffic.patience_s / 2)
+        if failures and gone and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
             raise TeacherStopped(
-                f"the teacher {self.teacher.client.model!r} has not answered for {now() - begun:.0f} s "
+                f"the teacher {t.client.model!r} has not answered for {silent:.0f} s "
                 f"({traffic.failed_in_a_row} calls in a row; the last: {failures[-1].error}); "
                 "start again to go on from the checkpoint once it is back"
             )
         for failure in failures:
-            self.teacher.journal.put_failure(self.key, self.request.sample_id, self.request.peak, failure)
+            row = (self.key, self.request.sample_id, self.request.peak, failure)
+            if failure.index in self.doubtful and t.refused:
+                t.doubtful.append(row)
+            else:
+                t.journal.put_failure(*row)

@@ -233,6 +233,7 @@ class Traffic:
         self.requests, self.tokens = Bucket(self.requests_per_minute), Bucket(self.tokens_per_minute)
         self.not_before = 0.0  # a pause by the headers of an answer: one that has room ends it
         self.refused_until, self.refused_since = 0.0, None  # a pause by Retry-After, and the first since an answer
+        self.unsaid = 0  # pauses in a row whose length the service did not say
         self.window = float(self.max_concurrency)  # calls in flight that a service without limit headers bears
         self.room = asyncio.Event()  # a call has come back
         self.silence, self.queued = Silence(), set()
@@ -304,15 +305,19 @@ class Traffic:
     def _pause(self, error: CallError) -> bool:
         """Heeds what an error says of limits. Returns whether it asks for a pause, which then holds for every call."""
         self._heed(error.limits)
-        if error.retry_after is None or error.kind != "retry":
+        wait = error.retry_after
+        if error.kind != "retry" or (wait is None and error.status != 429):
             return False
+        if wait is None:  # slower, it says, and not how long
+            wait = min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self.unsaid, 10))
+            self.unsaid += now() >= self.refused_until  # once for those that went out together
         if self.refused_since is None:
             self.refused_since = now()
         if now() >= self.refused_until:  # the first of those that went out together
             self.window = max(1.0, self.window / 2)
         # where it asks for more than the run's patience, it is asked once more at the end of that
         last = max(self.refused_since + self.patience_s, now())
-        self.refused_until = max(self.refused_until, min(now() + error.retry_after, last))
+        self.refused_until = max(self.refused_until, min(now() + wait, last))
         return True
 
     async def _once(self, call, key, deadline, accept):
@@ -417,7 +422,7 @@ class Traffic:
             rows = accept(reply)
             settled = True
             usd = self.budget.settle(id_, "ok", reply.billed, price=price, latency=latency, results=rows, by=by)
-            self.last_success, self.failed_in_a_row, self.refused_since = now(), 0, None
+            self.last_success, self.failed_in_a_row, self.refused_since, self.unsaid = now(), 0, None, 0
             self.window = min(self.max_concurrency, self.window + 1 / self.window)
             self.silence.answered()
             self._heed(reply.limits)

@@ -266,7 +266,10 @@ def test_which_teachers_take_a_format_of_ours(tmp_path):
             template.check_teacher(c)
     c.teacher.provider = "openai"  # the server has the tokenizer
     assert template.check_teacher(c).render(USER) == "Question: 1 + 1?\nAnswer:"
-    c.teacher.template = "chat"
+    c.teacher.continuation = "continue_final_message"
+    with pytest.raises(UserError, match="are for raw text: set teacher.continuation"):
+        template.check_teacher(c)  # the server would write its own format
+    c.teacher.template, c.teacher.continuation = "chat", "auto"
     assert template.check_teacher(c) is None
     hf_fixtures.tokenizer().save_pretrained(tmp_path)
     c.teacher.tokenizer = str(tmp_path)

@@ -105,6 +105,7 @@ class WireServer:
         self.faults, self.share, self.kinds = [], 0.0, [f for f in FAULTS if f not in ("cut", "html_502")]
         self.rng = random.Random(0)
         self.listing_faults = []  # statuses of the next answers to a question about the models
+        self.may_list = True  # whether the key's scopes let it ask about the models
         self.retry_after_s, self.stall_s, self.delay_s = 0.2, 30.0, 0.0
         self.headers = {}  # sent with every answer
         # the body of a 200 answer -> what goes out in its place: an object, bytes, (status, headers, bytes)
@@ -222,6 +223,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(self.owner.listing_faults.pop(0), b"<html>a bad moment</html>")
         try:
             _check_key(self.owner, protocol, self.headers)
+            if not self.owner.may_list:
+                raise Refusal(403, "Missing scopes: api.model.read", "")
             status, body = protocol.describe(self.owner, self.path)
         except Refusal as e:
             status, body = e.args[0], protocol.error(*e.args)

@@ -71,6 +71,10 @@ MEANINGS = [
     (400, "Output blocked by content filtering policy (invalid_request_error)", "refused", "withheld"),
     (403, 'm requires moderation on P. Your input was flagged for "violence".', "refused", "withheld"),
     (403, "Your API key lacks the permission", "stop", ""),
+    (400, "Content Exists Risk (invalid_request_error)", "refused", "withheld"),
+    (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", "refused", "withheld"),
+    (400, "You have reached your specified API usage limits. You will regain access on 2026-12-01.", "stop", ""),
+    (400, "This model's maximum prompt length is 131072 but the request contains 140000 tokens.", "refused", "context"),
     (503, "the content filter is overloaded", "retry", ""),
     (407, "Proxy Authentication Required", "stop", ""),
 ]  # fmt: skip
@@ -156,6 +160,47 @@ def test_a_firewall_that_one_prompt_sets_off_costs_its_texts_and_not_the_run(tmp
         c = cfg_for(server.url("openai"), "openai", tmp_path, **UNHURRIED)
         results, _ = refused_while(server, c, page, [request(f"s{i}") for i in range(20)])
     assert all(len(r.failures) == 4 and "1020" in r.failures[0].error for r in results)
+
+
+def odd(answer):
+    return 400, {}, b'{"error": {"message": "that will not do"}}'
+
+
+def about(count, prompts):
+    """Requests of so many prompts."""
+    said = [({"role": "user", "content": f"Add {i % prompts}."},) for i in range(count)]
+    return [dataclasses.replace(request(f"s{i}"), messages=m) for i, m in enumerate(said)]
+
+
+def test_a_prompt_whose_every_prefix_is_refused_costs_its_texts_and_not_the_run(tmp_path):
+    """By words that nobody knew: its failures are final at the next answer, or at the end."""
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **UNHURRIED)
+        results, _ = refused_while(server, c, odd, about(20, 1))
+        assert all(len(r.failures) == 4 for r in results)
+        again, calls = refused_while(server, c, None, about(20, 1))
+        assert calls == 0 and all(r.replayed == 4 for r in again)
+
+
+def test_what_wrong_settings_refused_is_asked_again_once_they_are_right(tmp_path):
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **UNHURRIED)
+        results, _ = refused_while(server, c, odd, about(40, 8))
+        assert any(isinstance(r, TeacherStopped) for r in results)
+        again, _ = refused_while(server, c, None, about(40, 8))
+        assert all(len(r.continuations) == 4 for r in again)
+
+
+def too_long(answer):
+    return 400, {}, b'{"error": {"message": "maximum context length is 100 tokens"}}'
+
+
+def test_prefixes_that_are_too_long_do_not_count_as_refusals(tmp_path):
+    refusals = iter([too_long] * 17 + [odd])
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **UNHURRIED)
+        results, _ = refused_while(server, c, lambda answer: next(refusals, odd)(answer), about(18, 18))
+    assert all(len(r.failures) == 4 for r in results)
 
 
 def test_a_firewall_that_lets_nothing_through_ends_the_run(tmp_path):

@@ -5,6 +5,7 @@ import asyncio
 import base64
 import html
 import json
+import logging
 import pathlib
 import urllib.parse
 
@@ -14,7 +15,7 @@ from wire_server import WireServer
 
 from omniopd_jax import teachers
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import identity
+from omniopd_jax.run import cli, identity
 from omniopd_jax.teachers import TeacherStopped, wire
 from omniopd_jax.teachers.wire import secrets
 
@@ -52,6 +53,18 @@ def leaks(form: str) -> str:
 def key(monkeypatch):
     for name in sum(wire.KEYS.values(), ()):
         monkeypatch.setenv(name, KEY)
+
+
+def test_a_librarys_log_of_an_address_does_not_tell_the_key_in_its_path():
+    path = "sk-abcdef0123456789"
+    secrets.check_url(f"http://127.0.0.1:9/{path}/v1")
+    said = logging.LogRecord("httpx2", logging.INFO, "", 0, "POST %s: %d", (f"http://h/{path}/v1/chat", 200), None)
+    assert cli.hide_keys(said) and said.getMessage() == "POST http://h/***/v1/chat: 200"
+    assert cli.hide_keys(logging.LogRecord("x", logging.INFO, "", 0, "%d", ("no number",), None))
+
+
+def test_https_is_https_in_capitals_too():
+    assert secrets.check_url("HTTPS://h/v1/") == "https://h/v1"
 
 
 @pytest.mark.parametrize("form", FORMS)

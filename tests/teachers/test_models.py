@@ -248,6 +248,28 @@ def test_what_is_written_to_the_cache_is_paid_for_as_that(details, written, tmp_
     assert result.usage.cost_usd == pytest.approx(cost)
 
 
+@pytest.mark.parametrize("said", [{"prompt_cache_hit_tokens": 960}, {"cached_tokens": 960}])
+def test_cached_input_is_read_where_deepseek_and_moonshot_say_it(said, tmp_path):
+    used = {"prompt_tokens": 1000, "completion_tokens": 8, "total_tokens": 1008} | said
+    with WireServer(mangle=lambda answer: answer | {"usage": used}) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request(n=1))
+    assert result.usage.tokens_cached == 960
+
+
+def test_a_prompt_that_gemini_blocks_stays_spent_where_it_says_what_it_used(tmp_path):
+    def blocked(answer):
+        return {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 9}}
+
+    async def run():
+        async with teacher_of(c) as teacher:
+            await teacher.continue_text(request(n=1))
+            return teacher.journal.unknown().calls
+
+    with WireServer(extensions=EXTENSIONS["gemini"], mangle=blocked) as server:
+        c = cfg_for(server.url("gemini"), "gemini", tmp_path)
+        assert asyncio.run(run()) == 1
+
+
 @pytest.mark.parametrize("day,times,held", [("2026-12-30", 1, 1), ("2026-12-31", 1, 2), ("2027-01-01", 2, 2)])
 def test_a_price_that_changes_on_a_known_day_is_used_from_that_day(day, times, held, tmp_path, as_the_service):
     """What goes out on the eve may be answered on the day."""

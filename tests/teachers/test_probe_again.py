@@ -3,11 +3,12 @@
 import asyncio
 
 import pytest
-from teacher_kit import cfg_for, check, request, teacher_of
+from teacher_kit import EXTENSIONS, cfg_for, check, request, teacher_of
 from wire_server import WireServer, speak
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.teachers import TeacherStopped
+from omniopd_jax.teachers import TeacherStopped, wire
+from omniopd_jax.teachers.wire import openai
 
 
 def thinks(answer):
@@ -83,3 +84,24 @@ def test_a_mode_that_a_run_finds_refused_is_probed_again_at_the_next_start(tmp_p
             asyncio.run(run())
         server.mangle, server.extensions = None, set()
         assert "instruct" in check(c)[0]
+
+
+def test_a_model_that_a_router_does_not_list_may_still_be_served(tmp_path, monkeypatch):
+    """A router's variants and a cloud's deployments are in no list: the first question tells."""
+
+    async def listed(client):
+        return [{"id": "a"}]
+
+    monkeypatch.setattr(openai.OpenAIClient, "_models", listed)
+    with WireServer(models=["b:fast"]) as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.model": "b:fast"})
+        with pytest.raises(UserError, match="it serves: a"):
+            check(c)
+        monkeypatch.setattr(wire, "own_server", lambda url: False)
+        assert "does not list 'b:fast'" in check(c)[1].table()
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic", "gemini"])
+def test_a_key_that_may_not_list_models_is_taken(provider, tmp_path):
+    with WireServer(extensions=EXTENSIONS[provider], may_list=False) as server:
+        assert check(cfg_for(server.url(provider), provider, tmp_path))

@@ -239,6 +239,11 @@ def test_the_allowance(way, expect, tmp_path):
                     await teacher.continue_text(request(f"s{i}", n=2))
                 return before, teacher.allowance(2, 2, 10, 10)
 
+        async def started_again():
+            async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
+                return teacher.allowance(2, 2, 10, 10)
+
         before, after = asyncio.run(run())
+        assert asyncio.run(started_again()) == expect  # by what the journal knows
     assert before == (10, 10)  # nothing is known yet
     assert after == expect  # 83 calls left for 2 steps of 2 x 10 x 10

@@ -234,6 +234,42 @@ def test_after_a_stop_nothing_more_is_tried(tmp_path):
         assert len(server.calls()) <= 12
 
 
+def test_an_outage_in_the_middle_of_audits_writes_nothing_off(tmp_path):
+    """Each had its first text when the service went away: the others are asked for once it is back."""
+    answers = iter(range(8))
+
+    def mangle(answer):
+        return answer if next(answers, None) is not None else (503, {}, b'{"error": {"message": "down"}}')
+
+    async def run(c):
+        async with teacher_of(c) as teacher:
+            asked = (teacher.continue_text(request(f"s{i}", n=4)) for i in range(8))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    with WireServer(honours_n=False, mangle=mangle) as server:
+        settings = {"teacher.timeout_s": 10.0, "teacher.deadline_s": 4.0, "teacher.max_retries": 1000}
+        c = cfg_for(server.url("openai"), "openai", tmp_path, **settings)
+        assert all(isinstance(r, TeacherStopped) for r in asyncio.run(run(c)))
+        server.mangle = None
+        results = asyncio.run(run(c))
+    assert [len(r.continuations) for r in results] == [4] * 8 and sum(r.replayed for r in results) == 8
+
+
+@pytest.mark.parametrize("usage,texts", [({"completion_tokens": 4}, 4), ({"completion_tokens": 40}, 0), (None, 0)])
+def test_null_where_the_model_had_nothing_to_add_is_an_empty_text(usage, texts, tmp_path):
+    """SGLang's: an end token a choice, and nothing else, was written."""
+
+    def mangle(answer):
+        for choice in answer["choices"]:
+            choice["message"]["content"], choice["finish_reason"] = None, "stop"
+        return answer | {"usage": usage and usage | {"prompt_tokens": 9}}
+
+    with WireServer(mangle=mangle) as server:
+        [result] = ask(cfg_for(server.url("openai"), "openai", tmp_path), request(n=4))
+    assert [(c.text, c.finish) for c in result.continuations] == [("", "stop")] * texts
+    assert len(result.failures) == 4 - texts
+
+
 def test_settings_that_are_always_refused_stop_the_run(tmp_path):
     with WireServer(extensions=set()) as server:
         c = cfg_for(server.url("openai"), "openai", tmp_path)

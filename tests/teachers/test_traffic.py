@@ -226,8 +226,8 @@ class Limited:
     """A service that answers after a second, and refuses what is over `limit` in each minute of the clock, or over a
     rate that fills up all the time, saying when to come back; after `hangs` seconds it answers nothing."""
 
-    def __init__(self, limit=0, *, steady=False, hangs=1e9):
-        self.limit, self.steady, self.hangs = limit, steady, hangs
+    def __init__(self, limit=0, *, steady=False, hangs=1e9, says_when=True):
+        self.limit, self.steady, self.hangs, self.says_when = limit, steady, hangs, says_when
         self.answered = self.refused = self.minute = self.used = 0
         self.level, self.at = 5.0, 0.0
 
@@ -247,7 +247,7 @@ class Limited:
         await asyncio.sleep(0.2 if traffic.now() < self.hangs else 1e9)
         if self.limit and (wait := self.wait()):
             self.refused += 1
-            raise refusal(429, **{"retry-after": f"{wait:.2f}"})
+            raise refusal(429, **({"retry-after": f"{wait:.2f}"} if self.says_when else {}))
         await asyncio.sleep(0.8)
         self.answered += 1
         return REPLY
@@ -331,6 +331,12 @@ def test_a_limit_that_no_header_names_costs_no_text_and_few_refusals(steady, tmp
     results, end = audits(tmp_path, service)
     assert not short(results) and service.answered == 100 and 3 * 60.0 < end < 7 * 60.0
     assert service.refused < (60 if not steady else 150)  # about as many as were out when the limit was met, each time
+
+
+def test_a_limit_that_says_nothing_of_when_costs_no_text(tmp_path):
+    service = Limited(20, says_when=False)
+    results, end = audits(tmp_path, service)
+    assert not short(results) and service.answered == 100 and end < 10 * 60.0
 
 
 def test_one_refusal_with_a_wait_holds_for_every_call(tmp_path):

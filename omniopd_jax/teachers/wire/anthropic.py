@@ -92,7 +92,11 @@ class AnthropicClient:
             with wire.exchange():
                 raw = await self.connection.sdk.models.with_raw_response.retrieve(self.model)
         except wire.CallError as e:
-            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+            if (
+                e.kind == "refused"
+                or e.status == 403
+                or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e))
+            ):
                 return "does not describe the model"
             raise
         body = wire.read.json_object(raw.http_response.content)

@@ -90,7 +90,11 @@ class GeminiClient:
             with wire.exchange():
                 model = await self.connection.sdk.aio.models.get(model=self.model)
         except wire.CallError as e:
-            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+            if (
+                e.kind == "refused"
+                or e.status == 403
+                or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e))
+            ):
                 return "does not describe the model"
             raise
         own = ", ".join(f"{k} {v:g}" for k in ("top_k",) if (v := getattr(model, k, None)) is not None)
@@ -155,7 +159,10 @@ class GeminiClient:
             raise wire.malformed("candidates")
         blocked = wire.read.mapping(answer.get("promptFeedback")).get("blockReason")
         if not candidates and blocked:
-            raise wire.CallError(f"the prompt was blocked: {blocked}", "refused", status=200, field="withheld")
+            outcome = "unknown" if wire.read.states_usage(answer) else "rejected"
+            raise wire.CallError(
+                f"the prompt was blocked: {blocked}", "refused", outcome=outcome, status=200, field="withheld"
+            )
         if not candidates:
             raise wire.malformed("candidates")
         usage = wire.read.as_dict(answer.get("usageMetadata"))

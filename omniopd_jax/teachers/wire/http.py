@@ -27,14 +27,17 @@ MAX_ERROR = 1 << 16  # bytes of an error's page that are looked at
 TOO_LONG = re.compile(  # how OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic and Gemini say that a request does not fit
     r"context[ _-]?(?:length|size|window)|maximum context|(?:prompt|input|request)s? (?:is|are) too (?:long|large)|"
     r"longer than the model|exceeds? the maximum number of tokens|input token count|must have less than \d+ tokens|"
-    r"max_model_len|max_new_tokens`? must be <=",
+    r"max_model_len|max_new_tokens`? must be <=|maximum prompt length|context limit",
     re.IGNORECASE,
 )
 NO_CREDIT = re.compile(r"insufficient_quota|billing_(?:not_active|hard_limit)|credit balance is too low", re.IGNORECASE)
+SPENT = "reached your specified api usage limits"  # Anthropic, of a limit that its customer has set
 NO_KEY = re.compile(r"\W*(?:(?:your|the|an?|no|missing|invalid|incorrect) )*api[ _-]?key\b", re.IGNORECASE)
-WITHHELD = re.compile(  # how Azure, OpenAI, Anthropic, OpenRouter and DashScope say that they do not answer a content
+# how Azure, OpenAI, Anthropic, OpenRouter, DashScope, DeepSeek and xAI say that they do not answer a content
+WITHHELD = re.compile(
     r"content[ _](?:filter|policy|management)|responsible ?ai|requires moderation|data[ _]?inspection[ _]?failed|"
-    r"(?:prompt|input|request|output|response) (?:was|is|were|has been) (?:flagged|filtered|blocked by)",
+    r"(?:prompt|input|request|output|response) (?:was|is|were|has been) (?:flagged|filtered|blocked by)|"
+    r"content exists risk|violates? (?:\w+ )?usage guidelines|safety_check_type|(?:unsafe|sensitive) content",
     re.IGNORECASE,
 )
 FIELDS = (
@@ -219,7 +222,7 @@ def from_status(status: int, message: str, headers, *, field: str = "", details=
     if status in (401, 403, 407) or (status == 400 and NO_KEY.match(message)):
         return CallError(text, "stop", status=401 if status == 400 else status)
     no_credit = (status == 429 and NO_CREDIT.search(message)) or (
-        status == 400 and low.startswith("your credit balance")
+        status == 400 and (low.startswith("your credit balance") or SPENT in low)
     )
     if status == 402 or no_credit:
         return CallError(text, "stop", status=status)

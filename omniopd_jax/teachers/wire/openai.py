@@ -113,6 +113,8 @@ class OpenAIClient:
         names = [str(m.get("id")) for m in listed]
         if not self.official and names and self.model not in names and not any(self.model in n for n in names):
             served = wire.scrub(", ".join(name[:80] for name in names[:8]))
+            if not self.self_hosted:  # a router's variants and a cloud's deployments are in no list
+                return f"does not list {self.model!r} among its {len(names)} models: {served}"
             raise UserError(
                 f"teacher.model = {self.model!r} is not served at {wire.scrub(self.url)}; it serves: {served}"
             )
@@ -132,7 +134,11 @@ class OpenAIClient:
             with wire.exchange():
                 raw = await self.connection.sdk.models.with_raw_response.list()
         except wire.CallError as e:
-            if e.kind == "refused" or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e)):
+            if (
+                e.kind == "refused"
+                or e.status == 403
+                or (e.outcome == "unknown" and e.status is None and "HTTP 200" in str(e))
+            ):
                 return []  # not every server lists its models
             raise
         data = wire.read.json_object(raw.http_response.content).get("data")
@@ -225,7 +231,9 @@ class OpenAIClient:
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise wire.malformed("choices")
-        texts, hidden = [], 0
+        texts, hidden, billed = [], 0, _billed(answer, wrote=False)
+        # SGLang writes null where the model had nothing to add: an end token a choice, and no other
+        ended = billed is not None and 0 < billed.tokens_out <= len(choices)
         for choice in choices:
             message = choice.get("message") if chat else choice
             if not isinstance(message, dict):
@@ -238,6 +246,7 @@ class OpenAIClient:
                 refusal=message.get("refusal"),
                 reasoning=reasoning,
                 calls=message.get("tool_calls") or message.get("function_call"),
+                ended_empty=chat and ended,
             )
             if mode != "instruct" and text.text:
                 text = dataclasses.replace(text, text=wire.after_prefix(text.text, sent, space))
@@ -300,8 +309,10 @@ def _billed(answer, *, wrote: bool = True) -> wire.Billed | None:
     """What the answer says was billed."""
     usage = wire.read.as_dict(answer.get("usage"))
     inputs, outputs = (wire.read.as_dict(usage.get(f"{part}_tokens_details")) for part in ("prompt", "completion"))
+    told = (inputs.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
+    cached = next((value for value in told if value is not None), None)  # OpenAI; DeepSeek; Moonshot
     return wire.read.billed(
-        usage.get("prompt_tokens"), usage.get("completion_tokens"), cached=inputs.get("cached_tokens"),
+        usage.get("prompt_tokens"), usage.get("completion_tokens"), cached=cached,
         written=inputs.get("cache_write_tokens"), hidden=outputs.get("reasoning_tokens"),
         total=usage.get("total_tokens"), wrote=wrote,
     )  # fmt: skip

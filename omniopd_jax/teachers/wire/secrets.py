@@ -182,7 +182,7 @@ def check_url(url: str) -> str:
             "'#...'"
         )
     _found_in_urls.update(s for s in parts.path.split("/") if _like_a_key(s))
-    return url.rstrip("/")
+    return parts.geturl().rstrip("/")  # the scheme in lower case
 
 
 def public_url(url: str) -> str:
