@@ -127,6 +127,10 @@ def _answer(row: dict, *first: str) -> str:
         if not 0 <= answer < len(choices):  # -1 is how some sets say that they keep it to themselves
             raise IndexError(f"answer {answer} is none of the choices 0 to {len(choices) - 1}")
         return list(choices)[answer]
+    if isinstance(answer, str) and (choices := _choices(row)) and answer not in choices:
+        letters = [letter for letter, text in choices.items() if text.strip() == answer.strip()]
+        if len(letters) == 1 and letters[0] in string.ascii_uppercase:  # asked by its letter: either is right
+            return f"({letters[0]}) {answer.strip()}"
     if isinstance(answer, list):
         return ", ".join(map(str, answer))
     if isinstance(answer, (bool, dict)):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from omniopd_jax.errors import UserError
 from omniopd_jax.graders.processes import Pool
+from omniopd_jax.graders.program_text import after_thinking
 
 _BOX = re.compile(r"\\boxed\s*\{")
 LONGEST = 100_000  # characters of an answer
@@ -45,7 +46,9 @@ def check_name(name: str) -> None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{} of a text holds, its braces balanced; None where there is none or it isn't closed."""
+    r"""What the last \boxed{} behind a text's thoughts holds, its braces balanced; None where there is none or it isn't
+    closed."""
+    text = after_thinking(text)
     starts = [m.end() for m in _BOX.finditer(text)]
     if not starts:
         return None
@@ -76,6 +79,7 @@ class GymGrader:
         """Whether `text` answers the problem that `reference` names. False for what could not be scored in time."""
         name, seed, size, index = reference.split(":")
         entry = dataset(name, int(seed), int(size))[int(index)]
+        text = after_thinking(text)
         answer = last_boxed(text)
         answer = text.strip() if answer is None else answer
         if len(answer) > LONGEST:

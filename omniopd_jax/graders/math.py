@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from omniopd_jax.errors import UserError
 from omniopd_jax.graders.gym import last_boxed
 from omniopd_jax.graders.processes import Pool
+from omniopd_jax.graders.program_text import after_thinking
 
 LONGEST = 40_000  # characters of a response that go to the worker: its end, and its last box where that comes before
 LONGEST_ANSWER = 20_000  # characters of a reference answer
@@ -88,7 +89,8 @@ def make(*, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4
 
 
 def _end_of(text):
-    """The part of a long response that can hold its answer."""
+    """The part of a response, behind its thoughts, that can hold its answer."""
+    text = after_thinking(text)
     if len(text) <= LONGEST:
         return text
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))

@@ -25,10 +25,12 @@ from omniopd_jax.graders.math_reading import (
     bracketed,
     choice,
     in_base,
+    listed,
     number,
     parts_of,
     ratio,
     read,
+    which,
     without_units,
 )  # fmt: skip
 
@@ -51,7 +53,7 @@ def grade(text: str, answer: str) -> bool:
     if got is not None:
         return bool(got) and len(got) <= LONGEST and same_answer(got, gold)
     letter = choice(gold)
-    if letter and not letter[1] and (said := choice(got_text)) and said[1]:
+    if letter and not letter[1] and (said := choice(got_text)):
         return said[0] == letter[0]  # (A) Paris, which is no answer by itself
     if got_text and len(got_text) <= LONGEST and len(parts_of(gold)) > 1 and same_answer(got_text, gold):
         return True
@@ -66,6 +68,10 @@ def same_answer(got: str, gold: str) -> bool:
     told = same_names(got, gold)
     if told is not None:
         return told
+    if not (bracketed(got) or bracketed(gold)):
+        values = [[number(part) for part in listed(side)] for side in (got, gold)]
+        if len(values[0]) == len(values[1]) > 1 and all(map(all, values)):
+            return all(map(same_number, *map(sorted, values)))  # 1, 1, 2 is not 1, 2, 2
     if same_part(got, gold):
         return True
     mine, theirs = parts_of(got), parts_of(gold)
@@ -136,8 +142,11 @@ def same_part(got: str, gold: str) -> bool:
     letters = choice(got), choice(gold)
     if letters[1] and (not letters[1][1] or letters[0]):
         return bool(letters[0]) and letters[0][0] == letters[1][0]
-    if letters[0] and letters[0][1] and same_part(letters[0][1], gold):
+    if any(letter and letter[1] and same_part(letter[1], other) for letter, other in zip(letters, (gold, got))):
         return True
+    things = which(got), which(gold)
+    if all(things) and things[0].isdisjoint(things[1]):
+        return False  # 5 am and 5 pm
     got, gold = without_units(got), without_units(gold)
     values = number(got), number(gold)
     if all(values):

@@ -44,6 +44,7 @@ MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s|\\[ ,;]|~)+(\d+)\s*/\s*(\d+)")
 SCIENTIFIC = re.compile(
     r"([-+]?\s*(?:\d+(?:\.\d*)?|\.\d+))\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:(\d)|\{\s*([-+]?\d{1,3})\s*\})"
 )
+SPACED_THOUSANDS = re.compile(r"(?<![\d,.] )(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d ]*[/\d])")
 WITH_BASE = re.compile(r"\s*([-+]?)\(?([0-9A-Z]+)(?:\.([0-9A-Z]+))?\)?_(?:(\d)|\{\s*(\d+)\s*\})\s*")
 NUMBER = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?(?:\s*(?:/|\\div)\s*(\d+))?\s*(\\?%|percent)?")
 FRACTION = re.compile(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(\\?%)?")
@@ -67,9 +68,23 @@ SHORT_WORDS = frozenset((
     "it", "man", "men", "of", "off", "on", "out", "per", "pen", "the", "too", "was", "we",
 ))  # fmt: skip
 LETTER_UNITS = frozenset("msghlL")  # where a space parts them from the number: 10 m, 10 m/s
+LEADING_TEXT = re.compile(r"\s*\\text\s*\{([^{}\d()]*)\}\s*(?=[\d\\(-])")
+_THAN = "(?:more|less|fewer|greater|larger|smaller|higher|lower)"
+# words beside a number that make it another one, and words that say which of two things it is of
+TURNS_BEFORE = re.compile(rf"(?i)\b(?:not|minus|negative|{_THAN} than)\s*:?\s*\Z")
+TURNS_BEHIND = re.compile(
+    rf"(?i)[\s~{{]*(?:(?:or|,)\s*{_THAN}|squared|cubed|factorial|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|"
+    r"tenths|twelfths|sixteenths|hundredths|thousandths|millionths)\b"
+)
+WHICH = re.compile(
+    r"(?i)\b(?:(a|p)\.?m\b|(january|february|march|april|may|june|july|august|september|october|november|december|"
+    r"increase|decrease|gain|loss|profit|north|south|east|west)\b)"
+)
 TRAILING_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}\d]*\}(?:\s*\^\s*\{?\d\}?)?\Z")
 LETTERS = re.compile(r"[A-Za-z](?:\s*[A-Za-z])+")  # a word or several, an order of letters
 CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*(?:[).:]\s*(.*)|\)\s*(.*))?", re.DOTALL)
+# behind a letter: (A), (B) and A or B choose nothing
+ANOTHER = re.compile(r"(?:(?:[,;/&]|or\b|and\b)\s*(?:[A-J]\b|\([A-Ja-j]\))|\([A-Ja-j]\))")
 ASSIGNED = re.compile(
     r"\s*((?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*[a-z]\s*(?:,\s*[a-z]\s*)*\))?)\s*(?:=|\\in\b)\s*(.+)",
     re.DOTALL,
@@ -155,7 +170,11 @@ def read(text: str) -> tuple[str | None, str, str]:
 
     The answer is None, and only the prose is there to be searched, where nothing marks it.
     """
-    text = many(after_thinking(text).strip())
+    text = after_thinking(text)
+    _, mark, tagged = text.rpartition("<answer>")
+    if mark and not BOX.search(text):
+        text = tagged.partition("</answer>")[0]
+    text = many(text.strip())
     found = boxes(text)
     answer = ", ".join(found)
     last = text.rpartition("\n")[2].strip()
@@ -203,7 +222,8 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?", "", answer)
     answer = re.sub(r"\\(?:mathbf|textbf|boldsymbol|bf|mathrm|textrm)\s*\{(\s*\(?[-\d.,/\\%]+\)?\s*)\}", r"\1", answer)
     answer = re.sub(r"(?<!\d)(\d*+)\.(\d*+)\\(?:overline|bar|dot)\s*\{(\d+)\}", repeating, answer)
-    answer = re.sub(r"^\s*\\text\s*\{[^{}\d()]*\}\s*(?=[\d\\(-])", "", answer)
+    if (said := LEADING_TEXT.match(answer)) and not (TURNS_BEFORE.search(said[1]) or WHICH.search(said[1])):
+        answer = answer[said.end() :]
     answer = re.sub(r"(?<=\d)(?:\{,\}|\\,)\s*(?=\d{3})", "", answer)
     answer = re.sub(r"\\text\s*\{\s*(-?\d[\d.,/]*+)([^{}\d]*)\}", r"\1\\text{\2}", answer)
     answer = re.sub(r"\\degree(?![A-Za-z])", r"^{\\circ}", answer).replace("\\varnothing", "\\emptyset")
@@ -279,7 +299,13 @@ def bracketed(text: str) -> tuple[str, list[str]] | None:
 
 
 def parts_of(answer: str) -> list[str]:
-    """The answers that one answer holds: parted by commas, semicolons, "and", "or"; both signs of a plus-minus."""
+    """The answers that one answer holds: parted by commas, semicolons, "and", "or"; both signs of a plus-minus; each
+    once."""
+    return list(dict.fromkeys(listed(answer)))
+
+
+def listed(answer: str) -> list[str]:
+    """As `parts_of`, each as often as it stands there."""
     joined = re.sub(
         rf"\\(?:text|mbox|textrm|mathrm)\s*\{{[\s,;]*{JOIN}[\s,;]*\}}|(?<![A-Za-z\\]){JOIN}(?![A-Za-z])", ",", answer
     )
@@ -297,7 +323,7 @@ def parts_of(answer: str) -> list[str]:
                 out.append(re.sub(r"^\s*\+|(?<=[=(\[{,])\s*\+", "", one).strip())
         else:
             out.append(part)
-    return list(dict.fromkeys(out))
+    return out
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
@@ -335,19 +361,27 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if sign == "-" else value), bool(percent)
 
 
+def which(text: str) -> set[str]:
+    """The words of a text that say which of several things a number is of: am, pm, a month, an increase."""
+    return {(m[1] or m[2]).lower() for m in WHICH.finditer(text)}
+
+
 def without_units(text: str) -> str:
-    """`text` without the words after a number: 18 dollars, 5 \\text{cm}^2."""
+    """`text` without the words around a number: 18 dollars, 5 \\text{cm}^2, \\text{June } 5."""
     text = text.strip()
+    if (said := LEADING_TEXT.match(text)) and not TURNS_BEFORE.search(said[1]):
+        text = text[said.end() :]
     for found in TRAILING_TEXT.finditer(text):
-        if re.search(rf"(?i)\b(?:{'|'.join(MANY)}|percent)", found[0]):
+        said = found[0].partition("{")[2]
+        if re.search(rf"(?i)\b(?:{'|'.join(MANY)}|percent)", said) or TURNS_BEHIND.match(said):
             break
         head = text[: found.start()].rstrip().removesuffix("\\,").removesuffix("\\;").rstrip(" \\")
-        words = re.findall("[A-Za-z]+", found[0].partition("{")[2])
+        words = re.findall("[A-Za-z]+", said)
         if head[-1:].isdigit() or head[-1:] == "}" or (head and all(word.lower() in UNITS for word in words)):
             text = head
     amount = AMOUNT.match(text)[0]
     rest = text[len(amount) :]
-    if amount.rstrip()[-1:] not in tuple("0123456789}") or not WORDS.fullmatch(rest):
+    if amount.rstrip()[-1:] not in tuple("0123456789}") or not WORDS.fullmatch(rest) or TURNS_BEHIND.match(rest):
         return text
     words = re.findall("[A-Za-z]+", rest)
     if not words or (amount[-1] != " " and words[0].lower() not in UNITS):
@@ -368,7 +402,14 @@ def is_unit(word: str) -> bool:
 def as_string(answer: str) -> str:
     """`answer` as it is compared letter by letter."""
     answer = TEXT_COMMAND.sub(r"\1", answer)
-    answer = re.sub(r"\\(?:left|right|displaystyle|,|;|!|:| |quad|qquad)|[\s${}*]|\\[()\[\]]", "", answer)
+    answer = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\$|\\[()\[\]!]", "", answer)
+    answer = re.sub(r"\\(?:[,;: ]|q?quad(?![A-Za-z]))", " ", answer)
+    answer = SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), answer)
+    answer = re.sub(r"\{\s*([^{}\\\s])\s*\}", r"\1", answer).strip("* ")  # x^{2} is x^2, x^{2+1} is not x^2+1
+    while answer[:1] == "{" and answer[-1:] == "}" and "}" not in answer[1:-1]:
+        answer = answer[1:-1]
+    answer = re.sub(r"(?<=\d)\s+(?=\d)", "\0", answer)  # 1 1/2 is not 11/2
+    answer = re.sub(r"\s", "", answer)
     return answer.replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".").lower()
 
 
@@ -377,7 +418,8 @@ def choice(answer: str) -> tuple[str, str] | None:
     plain = re.sub(r"\\[ ,;:!]|~|\\q?quad", " ", TEXT_COMMAND.sub(r"\1", answer)).strip().strip("{}*").strip()
     plain = re.sub(r"(?i)^(?:option|choice)\s+", "", plain)
     found = CHOICE.fullmatch(plain)
-    return (found[1].upper(), (found[2] or found[3] or "").strip()) if found else None
+    rest = found and (found[2] or found[3] or "").strip()
+    return None if found is None or ANOTHER.match(rest) else (found[1].upper(), rest)
 
 
 def assignments(answer: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from omniopd_jax import graders
 from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
 
@@ -100,6 +101,17 @@ def test_a_broken_archive_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="can't be read"):
         benchmarks.load(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_an_answer_that_is_a_choice_may_be_given_by_its_letter(tmp_path):
+    rows = [{"problem": "Where?", "choices": ["Paris", "Rome"], "answer": "Paris"}]
+    (prompt,) = load(tmp_path, rows).prompts
+    assert prompt.answer == "(A) Paris"
+    said = {"\\boxed{A}": True, "\\boxed{Paris}": True, "\\boxed{\\text{(A) Paris}}": True, "\\boxed{B}": False}
+    with graders.make("math", workers=1) as grader:
+        assert {text: grader.grade(text, prompt.answer) for text in said} == said
+    (prompt,) = load(tmp_path, [{"problem": "Where?", "choices": ["Paris", "Rome"], "answer": "B"}]).prompts
+    assert prompt.answer == "B"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def test_own_answers_are_right_and_code_in_an_answer_does_not_run(grader, name, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_thoughts_are_no_answer(grader):
+    right = graders.gym.dataset("countdown", 0, 5)[0]["answer"]
+    assert grader.grade(f"<think>hm, \\boxed{{17}}</think>\n{right}", "countdown:0:5:0") is True
+    assert grader.grade(f"<think>maybe \\boxed{{{right}}}, no</think>\n17", "countdown:0:5:0") is False
+
+
 def test_an_answer_without_end_is_wrong_and_the_next_is_graded(grader):
     assert grader.grade("\\boxed{9**9**8}", "countdown:0:5:0") is False
     assert grader.grade(graders.gym.dataset("countdown", 0, 5)[0]["answer"], "countdown:0:5:0") is True

@@ -75,7 +75,7 @@ def test_pairs_are_judged_right(grader):
     got = grader.grade_all([pair["text"] for pair in PAIRS], [pair["answer"] for pair in PAIRS])
     wrong = [pair for pair, result in zip(PAIRS, got) if result != pair["equal"]]
     assert len(PAIRS) >= 200 and min(sum(p["equal"] is e for p in PAIRS) for e in (True, False)) >= 80
-    assert len(wrong) <= 0.01 * len(PAIRS), wrong
+    assert len(wrong) <= 0.01 * len(PAIRS) and not [p for p in wrong if p["kind"] in ("near", "form")], wrong
 
 
 def test_every_number_is_itself_and_no_other(grader):
@@ -114,6 +114,13 @@ def test_equal_towers_are_equal_by_their_letters(grader):
 def test_a_long_response_keeps_its_box(grader):
     assert grader.grade("We get \\boxed{42}. " + "And so on. " * 10000, "42")
     assert grader.grade("word " * 100000 + "The answer is 42.", "42")
+
+
+@pytest.mark.parametrize("words", [1, 20_000])
+def test_a_box_in_the_thoughts_is_no_answer(grader, words):
+    text = "<think>try \\boxed{4}, " + "wrong. " * words + "</think>\nThe answer is 5."
+    assert grader.grade(text, "5") and not grader.grade(text, "4")
+    assert grader.extract(text) is None
 
 
 def test_a_worker_that_dies_is_replaced(strict):
