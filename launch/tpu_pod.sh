@@ -86,26 +86,45 @@ to_all() { # a file to every host's home
   do_ "${tpus[@]}" tpu-vm scp "$1" "$name:$2" "${where[@]}" --worker=all
 }
 
-state() {
-  "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2> /dev/null || echo GONE
+state() { # GONE where gcloud says that there is none, UNKNOWN where it does not answer
+  local said
+  if said="$("${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>&1)"; then
+    echo "${said##*$'\n'}"
+  elif [[ "$said" =~ NOT_FOUND|"not found" ]]; then
+    echo GONE
+  else
+    echo UNKNOWN
+  fi
+}
+
+may_be_active() {
+  [[ "$(state)" =~ ^(ACTIVE|UNKNOWN)$ ]]
 }
 
 # Below, every step says `|| return`: where a function stands in a condition, bash does not stop at its errors.
 
-create() {
-  local kind=() now=""
+request() {
+  local kind=()
   if ((spot)); then kind+=(--spot); fi
-  if ((dry_run)) || [[ "$(state)" == GONE ]]; then
-    do_ "${tpus[@]}" queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
-      --runtime-version "$version" ${kind[@]+"${kind[@]}"} || return
-  fi
+  do_ "${tpus[@]}" queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
+    --runtime-version "$version" ${kind[@]+"${kind[@]}"}
+}
+
+create() {
+  local now="" asked=0
   if ((dry_run)); then
+    request
     echo "# until its state is ACTIVE:"
     show "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
     return
   fi
   while :; do
     now="$(state)"
+    if [[ "$now" == GONE ]] && ((!asked)); then
+      asked=1
+      request || return
+      now="$(state)"
+    fi
     echo "tpu_pod.sh: $name is $now"
     case "$now" in
       ACTIVE) return ;;
@@ -173,29 +192,47 @@ delete() {
   do_ "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-watch_job() { # `follow`, over connections that break: 255 is ssh's own code
+give_back() {
+  delete || echo "tpu_pod.sh: $name could not be deleted and may still cost money: launch/tpu_pod.sh delete ..." >&2
+}
+
+watch_job() { # `follow`, over connections that break: 255 is ssh's own code, 1 may be gcloud's
   local code=0
   follow || code=$?
-  while ((code == 255)) && sleep 60 && [[ "$(state)" == ACTIVE ]]; do
+  while { ((code == 255)) || { ((code)) && [[ "$(state)" == UNKNOWN ]]; }; } && sleep 60 && may_be_active; do
     code=0
     follow || code=$?
   done
   return "$code"
 }
 
+preempted() { # a job that ended by a notice (75): whether its slice is gone within five minutes
+  local i
+  for ((i = 0; i < 10; i++)); do
+    may_be_active || return 0
+    sleep 30
+  done
+  return 1
+}
+
 all() {
   local try code
-  trap 'rm -f "$key_file"; delete || true' EXIT # whatever happens, the slice is not left behind to be paid for
+  trap 'rm -f "$key_file"; give_back' EXIT # whatever happens, the slice is not left behind to be paid for
   for ((try = 0; try <= tries; try++)); do
     code=0
     { create && copy && setup && start "$@" && watch_job; } || code=$?
-    if ((dry_run || code == 0 || !spot)) || [[ "$(state)" == ACTIVE ]]; then break; fi # else it was taken away
+    if ((dry_run || code == 0 || !spot)); then break; fi
+    if ((code == 75)) && ! preempted; then
+      echo "tpu_pod.sh: $name is still there; starting the job again ($((try + 1)) of $tries)" >&2
+      continue
+    fi
+    if may_be_active; then break; fi # else it was taken away
     echo "tpu_pod.sh: $name was taken away; asking for it again ($((try + 1)) of $tries)" >&2
     delete || true
   done
   logs || true
   trap - EXIT
-  delete || true
+  give_back
   return "$code"
 }
 

@@ -43,7 +43,7 @@ settings=(
   LIBTPU_INIT_ARGS="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true --xla_tpu_overlap_compute_collective_tc=true"
 )
 if ((pod)); then settings+=(OMNIOPD_DISTRIBUTED=1); fi
-install=(bash -c "python3 -m pip install -q --user uv==0.13.9 && python3 -m uv venv -q --python 3.11 .venv && python3 -m uv pip install -q --python .venv/bin/python -r requirements-tpu.txt")
+install=(bash -c "python3 -m pip install -q --user uv==0.13.9 && python3 -m uv venv -q --allow-existing --python 3.11 .venv && python3 -m uv pip install -q --python .venv/bin/python -r requirements-tpu.txt")
 command=(env "${settings[@]}" .venv/bin/python -u -m omniopd_jax.main "$@")
 
 if ((dry_run)); then

@@ -3,6 +3,7 @@ again."""
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 
 import pytest
+
+from configs import math as math_recipe
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.name for p in (REPO / "launch").glob("*.sh") if p.name != "lib.sh")
@@ -85,8 +88,11 @@ GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >> "$POD/calls"
 case "$3 $4" in
   "queued-resources create") rm -rf "$POD"/home-*; mkdir "$POD/home-0" "$POD/home-1"; echo ACTIVE > "$POD/state" ;;
-  "queued-resources describe") cat "$POD/state" 2> /dev/null || exit 1 ;;
-  "queued-resources delete") rm -f "$POD/state" ;;
+  "queued-resources describe")
+    if [[ -s "$POD/silent" ]]; then sed -i 1d "$POD/silent"; echo "ERROR: the service is unavailable" >&2; exit 1; fi
+    cat "$POD/state" 2> /dev/null || { echo "ERROR: NOT_FOUND: Resource 'x' was not found" >&2; exit 1; }
+    ;;
+  "queued-resources delete") if [[ -e "$POD/stays" ]]; then exit 1; fi; rm -f "$POD/state" ;;
   "tpu-vm scp") for w in 0 1; do cp "$5" "$POD/home-$w/${6#*:}"; done ;;
   "tpu-vm ssh")
     while (($# > 0)); do
@@ -94,6 +100,9 @@ case "$3 $4" in
       if [[ "$1" == --output-directory ]]; then into="$2"; fi
       shift
     done
+    if [[ "$command" == *job.code\ \]* && -f "$POD/broken" ]]; then
+      rm "$POD/broken"; printf '\n\n' > "$POD/silent"; exit 255
+    fi
     if [[ "$command" == *job.code\ \]* && -f "$POD/preempt" ]]; then
       rm "$POD/preempt"; echo SUSPENDED > "$POD/state"; exit 255
     fi
@@ -113,7 +122,9 @@ esac
 HOST = """#!/usr/bin/env bash
 if [[ "$1" == --setup ]]; then exit 0; fi
 echo "host $WORKER, key $KEY: $*"
-exit "$(cat "$POD/code-$WORKER" 2> /dev/null || echo 0)"
+code="$(cat "$POD/code-$WORKER" 2> /dev/null || echo 0)"
+if [[ "$code" == 75 ]]; then rm "$POD/code-$WORKER"; fi
+exit "$code"
 """
 
 
@@ -163,12 +174,48 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(pod):
     assert not (folder / "state").exists()
 
 
+def test_a_job_that_a_notice_ended_is_started_again_on_the_slice_that_is_still_there(pod):
+    folder, act = pod
+    (folder / "code-0").write_text("75")
+    done = act("all", "--spot", "--", *MAIN)
+    assert done.returncode == 0 and "is still there; starting the job again (1 of 20)" in done.stderr, done.stderr
+    assert (folder / "calls").read_text().count("queued-resources create") == 1
+
+
+def test_a_service_that_does_not_answer_is_not_a_slice_that_is_gone(pod):
+    """While it is asked for, and after a connection has broken; a slice that can't be given back is told."""
+    folder, act = pod
+    (folder / "bin" / "gcloud").write_text(GCLOUD.replace("; echo ACTIVE", "; echo > $POD/silent; echo ACTIVE"))
+    (folder / "broken").touch()
+    done = act("all", "--", *MAIN)
+    assert done.returncode == 0 and "is UNKNOWN" in done.stdout, done.stderr + done.stdout
+    calls = (folder / "calls").read_text()
+    assert calls.count("queued-resources create") == calls.count("queued-resources delete") == 1
+    (folder / "stays").touch()
+    done = act("all", "--", *MAIN)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "could not be deleted and may still cost money" in done.stderr
+
+
 def test_a_slice_that_does_not_come_up_runs_nothing(pod):
     folder, act = pod
     (folder / "bin" / "gcloud").write_text(GCLOUD.replace("echo ACTIVE", "echo FAILED"))
     done = act("all", "--", *MAIN)
     assert done.returncode == 1 and "is FAILED" in done.stdout
     assert "launch/tpu_vm.sh" not in (folder / "calls").read_text() and not (folder / "state").exists()
+
+
+def test_the_teacher_of_the_thinking_recipe_holds_its_longest_row():
+    c = math_recipe.get_config("thinking")
+    (told,) = re.findall(r"--max-len (\d+)", math_recipe.__doc__)
+    assert int(told) >= c.max_prompt_length + c.max_completion_length + c.audit.chunk_tokens
+    assert f"needs {told}" in (REPO / "launch/teacher_vllm.sh").read_text()
+
+
+@pytest.mark.parametrize("args", [["--cpu", "--tp", "2"], ["--python", "x"]])
+def test_a_teachers_server_takes_no_setting_that_it_does_not_use(args):
+    done = run("launch/teacher_vllm.sh", *args, "--dry-run")
+    assert done.returncode == 2 and done.stderr.startswith("teacher_vllm.sh: --")
 
 
 def test_tpu_pod_with_a_bucket_and_a_project():
