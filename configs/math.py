@@ -11,8 +11,9 @@ comparisons and surely better in none, and 1,000 updates of it wear the small wo
 are public thinking-mode scores; docs/method.md, section 3): up to 31,744 tokens a response (prompt and response fill
 32,768 of the model's 40,960 positions), whole responses audited (`audit.span`). The teacher goes on inside the open
 <think> block, by raw completion, so its tokenizer is named; it thinks too, so that a chunk at the very start is
-compared with thoughts. Almost four times the input tokens of the plain recipe a step, at the same calls. For chips of
-80 GB (v5p, H100: 8 of them); not run, and not compiled for them.
+compared with thoughts, and its context must hold the longest row: launch/teacher_vllm.sh --max-len 33024. Almost four
+times the input tokens of the plain recipe a step, at the same calls. For chips of 80 GB (v5p, H100: 8 of them); not
+run, and not compiled for them.
 
 Hardware: a v5e-16 or v5p-8 slice (docs/results/aot.md), or 8 GPUs of 80 GB. On 64 chips: rollout.parts=2,
 micro_batches=2, mesh.data=4. Teacher: Qwen3-32B behind any OpenAI-compatible server.

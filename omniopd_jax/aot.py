@@ -1,6 +1,6 @@
 """Will it fit? Compiles a recipe's passes for a TPU slice, or for GPUs, that you do not have, on any CPU machine.
 
-    pip install -r requirements-tpu.txt          # the TPU compiler; for GPUs: pip install "jax[cuda13]==0.10.2"
+    pip install -r requirements-tpu.txt          # the TPU compiler; for GPUs: -r requirements-gpu.txt
     python -m omniopd_jax.aot --config=configs/math.py --topology=v5e:4x4 [--suggest] [--config.key=value ...]
 
 Score, decode and update are compiled as the run would compile them, at the recipe's longest lengths, and what the

@@ -24,7 +24,7 @@ from omniopd_jax.run import cli, logging, preflight, trained
 def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe: configs/tiny.py, configs/math.py ...")
     flags.DEFINE_string("checkpoint", None, "RUN, RUN/checkpoints/STEP or a Hugging Face folder; default: student.path")
-    flags.DEFINE_list("benchmarks", [], "names, files, world:NAME:SPLIT, rg:NAME (suites.py)")
+    flags.DEFINE_list("benchmarks", [], "names, files, world:NAME:SPLIT, rg:NAME (data/benchmarks.py)")
     flags.DEFINE_integer("samples", 16, "completions a problem")
     flags.DEFINE_float("temperature", None, "of the student's sampling; default: the recipe's")
     flags.DEFINE_float("top_p", None, "default: the recipe's")

@@ -79,6 +79,8 @@ def main(argv) -> int:
     buckets = [run for run in runs if config.is_bucket(run)]
     if buckets and (given["watch"].value or not given["out"].value):
         raise UserError(f"{buckets[0]} is in a bucket: name a file by --out, without --watch")
+    if given["watch"].value and given["out"].value:
+        raise UserError("--watch serves the page and writes none: leave out --out or --watch")
     if given["watch"].value:
         with server(runs, given["port"].value) as serving:
             print(f"serving on http://127.0.0.1:{serving.server_address[1]}/ (interrupt to end)", flush=True)

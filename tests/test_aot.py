@@ -143,7 +143,9 @@ def test_known_models_need_no_hub():
         topologies.model_config("nobody/nothing")
 
 
-@pytest.mark.parametrize(("topology", "install"), [("v5e:2x2", "requirements-tpu.txt"), ("H100:8", r"jax\[cuda13\]")])
+@pytest.mark.parametrize(
+    ("topology", "install"), [("v5e:2x2", "requirements-tpu.txt"), ("H100:8", "requirements-gpu.txt")]
+)
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, topology, install):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=install):
@@ -156,8 +158,15 @@ def test_gpus_are_counted_by_node(topology):
         topologies.devices(topology)
 
 
+def test_passes_that_the_recipe_lacks_are_one_line(student, monkeypatch):
+    """A text teacher has no pass of its own: what compiles nothing is no proof that all fits."""
+    monkeypatch.setattr(fit, "devices", lambda topology: jax.devices()[:1])
+    with pytest.raises(UserError, match="names none that this recipe has: prefill, start, decode"):
+        fit.check(recipe(student), "v5e:1x1", ["teacher"], say=lambda line: None)
+
+
 def test_an_unknown_chip_is_one_line(student):
-    with pytest.raises(UserError, match="B300.*A100, H100, H200"):
+    with pytest.raises(UserError, match="B300.*A100-40GB, H100, H200"):
         fit.check(recipe(student), "B300:8")
 
 

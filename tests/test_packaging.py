@@ -47,6 +47,7 @@ def test_extras_agree_with_the_requirements_files():
     assert ranges("teachers", "bucket", "eval", "dev") == pins("requirements.txt")
     on_hosts = {name: ranges("eval")[name] for name in ("datasets", "math-verify")}  # hub prompts, and their grader
     assert ranges("teachers", "tpu", "bucket") | on_hosts == pins("requirements-tpu.txt")
+    assert ranges("teachers", "gpu", "bucket") | on_hosts == pins("requirements-gpu.txt")
     (gpu,) = PROJECT["project"]["optional-dependencies"]["gpu"]
     assert gpu == f"jax[cuda13]~={pins('requirements.txt')['jax']}"
     assert {p.split("[")[0] for p in pins("requirements.txt")} >= set(LISTED)

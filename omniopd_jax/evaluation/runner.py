@@ -21,7 +21,7 @@ from omniopd_jax.hf.template import Template, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import files, host, logging
+from omniopd_jax.run import files, host, identity, logging
 from omniopd_jax.run import trained as trained_run
 from omniopd_jax.run.checkpoint import Checkpoints
 from omniopd_jax.teachers.protocol import stable_hash
@@ -30,7 +30,7 @@ from omniopd_jax.teachers.protocol import stable_hash
 @dataclasses.dataclass(frozen=True)
 class Student:
     """A model ready to answer; `source` names its weights: a folder, or RUN/checkpoints/STEP. `cache`: the size and the
-    dtype of the sampler's cache, as the recipe has them."""
+    dtype of the sampler's cache, as the recipe has them. `files`: of the folder that was read (`folder_digest`)."""
 
     params: dict
     model_cfg: model.ModelConfig
@@ -39,6 +39,7 @@ class Student:
     end_ids: tuple[int, ...]
     source: str
     cache: rollout.How = rollout.DEFAULT
+    files: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,11 @@ class How:
         return max(1, self.rows // self.samples)
 
 
-def load_student(cfg, checkpoint: str | None) -> Student:
+def load_student(cfg, checkpoint: str | None, *, max_new_tokens: int | None = None) -> Student:
     """The model of a run's checkpoint, of a Hugging Face folder, or of `cfg.student.path`, on the recipe's mesh.
+
+    Args:
+      max_new_tokens: of an answer; default: the recipe's `max_completion_length`.
 
     Raises:
       UserError: nothing there, or weights that do not fit their config.
@@ -98,7 +102,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     end_ids, note = template.end_ids(hf.end_ids(folder, tokenizer, setting=setting))
     if note:
         logging.say(note)
-    longest = cfg.max_prompt_length + cfg.max_completion_length
+    longest = cfg.max_prompt_length + (cfg.max_completion_length if max_new_tokens is None else max_new_tokens)
     check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
@@ -111,7 +115,7 @@ def load_student(cfg, checkpoint: str | None) -> Student:
     compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=mesh, lora_scale=scale)
     params = rollout.prepare(params, model_cfg, compute=compute)
     cache = rollout.How(cache_gib=cfg.rollout.cache_gib, cache_dtype=cfg.rollout.cache_dtype)
-    return Student(params, model_cfg, compute, template, end_ids, source, cache)
+    return Student(params, model_cfg, compute, template, end_ids, source, cache, identity.folder_digest(str(folder)))
 
 
 def answer(student: Student, suite, how: How, path: pathlib.Path) -> list[dict]:
@@ -212,7 +216,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     if len(set(names)) < len(names):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
     out = _writable(out)
-    student = load_student(cfg, checkpoint)
+    student = load_student(cfg, checkpoint, max_new_tokens=how.max_new_tokens)
     # a benchmark with problems left out is another benchmark: no overlong one is dropped
     encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg, overlong="").prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
@@ -245,7 +249,7 @@ def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtyp
     per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
     now |= {"stop_strings": list(student.template.stop_strings), "end_ids": list(map(int, student.end_ids)),
-            "cache_dtype": student.cache.cache_dtype}  # fmt: skip
+            "cache_dtype": student.cache.cache_dtype, "files": student.files}  # fmt: skip
     for suite in loaded:
         parts = [x for p in suite.prompts for x in (p.id, p.token_ids, p.answer)]
         now[f"prompts of {suite.name}"] = stable_hash(*parts)

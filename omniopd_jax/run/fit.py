@@ -297,8 +297,10 @@ def check(cfg, topology: str, names=PASSES, say=print) -> tuple[Plan, list[Pass]
     say(
         "a chip, MiB: " + ", ".join(f"{k} {v / MIB:,.0f}" for k, v in sizes.items()) + f"; HBM {chip.memory / MIB:,.0f}"
     )
-    done = []
-    for name in plan.passes(names):
+    done, chosen = [], plan.passes(names)
+    if not chosen:
+        raise UserError(f"--passes names none that this recipe has: {', '.join(plan.passes(PASSES))}")
+    for name in chosen:
         done.append(compile_pass(plan, name, chip))
         for line in lines(done[-1], chip, sizes["cache"]):
             say(line)

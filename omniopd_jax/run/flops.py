@@ -154,15 +154,16 @@ def decode_bytes(
 
 def metrics(
     cfg, model_cfg, teacher_cfg, prompts, responses, seconds: dict, mesh, chip: Chip | None, *, trained=None,
-    scored: bool = True,
+    behind=((), ()), scored: bool = True,
 ) -> dict:  # fmt: skip
     """`perf/*` of a step: tokens a second and device by phase, everywhere; shares of the chip's peaks where it is
     known.
 
     Args:
       prompts, responses: real tokens of every row of the global batch.
-      seconds: `time/*` of the step.
+      seconds: `time/*` of the step, that of an evaluation beside it included.
       trained: (prompts, responses) of the rows of the update, where they are others.
+      behind: the same, of rows that the update sees once more, behind a privileged prompt.
       scored: whether the responses were scored. They were sampled where there is a time of it.
     """
     devices, tokens = mesh.size, sum(responses)
@@ -190,12 +191,15 @@ def metrics(
             out[f"perf/{phase}_tokens_per_s"] = (sum(taught) if phase == "update" else tokens) / spent / devices
     if chip is None:
         return out
+    work["update"] += forward(model_cfg, [p + n for p, n in zip(*behind)], behind[1])
     again = cfg.num_iterations - 1  # each scores the batch anew
     work["update"] += again * (work["update"] + scoring)
     for phase in ("score", "update"):
         if work[phase] and (spent := seconds.get(f"time/{phase}")):
             out[f"perf/{phase}_mfu"] = work[phase] / spent / devices / chip.flops
-    out["perf/step_mfu"] = sum(work.values()) / seconds["time/step"] / devices / chip.flops
+    out["perf/step_mfu"] = (
+        sum(work.values()) / (seconds["time/step"] - seconds.get("time/eval", 0.0)) / devices / chip.flops
+    )
     if spent := seconds.get("time/rollout"):
         tp = mesh.shape["tp"]
         moved = decode_bytes(

@@ -176,27 +176,37 @@ class Reports:
             here["audit/span_fraction"] = sum(int(s.sum()) for s in in_span) / max(1, sum(map(len, in_span)))
         if got.rewards is not None:
             here["reward/mean"] = float(got.rewards.mean())
-        lengths = [lengths_of([responses]), lengths_of(got.trained)]
+        batches = [got.batch, *got.batch.more]
+        lengths = [lengths_of([responses]), lengths_of(got.trained), lengths_behind(batches, got.trained)]
         parts = processes.gather("host metrics", [here, left_out, *lengths])  # every process has as many rows
         out = {k: float(np.mean([part[0][k] for part in parts])) for k in here}
         out |= {key: sum(part[1][key] for part in parts) for key in left_out}
-        sampled, trained = ([sum((part[i][k] for part in parts), []) for k in (0, 1)] for i in (2, 3))
+        sampled, trained, behind = ([sum((part[i][k] for part in parts), []) for k in (0, 1)] for i in (2, 3, 4))
         tokens = sampled[1]
         written = sum(tokens) if objective.of(run.cfg).samples else 0
         self.totals["student_tokens"] = self.totals.get("student_tokens", 0) + written
         out |= {"completions/mean_length": float(np.mean(tokens)), "completions/max_length": max(tokens)}
-        batches = [got.batch, *got.batch.more]
         computed = sum(b.token_BL.size if b.packed is None else b.packed.token_RL.size for b in batches)
         out["perf/padding_fraction"] = 1 - sum(map(sum, trained)) / computed
         mesh, chip = run.student.mesh, flops.chip()
         cfgs = (run.cfg, run.student.model_cfg, run.teacher_cfg)
-        how = {"trained": trained, "scored": got.scores is not None}
+        how = {"trained": trained, "behind": behind, "scored": got.scores is not None}
         return out | flops.metrics(*cfgs, *sampled, own, mesh, chip, **how)
 
 
 def lengths_of(rows: list[experience.Responses]) -> list[list[int]]:
     """[tokens of what precedes each row, tokens of each row] of all of them."""
     return [[len(p.token_ids) for r in rows for p in r.prompts], [len(t) for r in rows for t in r.tokens]]
+
+
+def lengths_behind(batches, rows: list[experience.Responses]) -> list[list[int]]:
+    """As `lengths_of`, of the rows of each batch that the update sees once more behind a privileged prompt."""
+    pairs = [
+        (sharding.local_rows(b.context.prompt_length_B), r.tokens)
+        for b, r in zip(batches, rows, strict=True)
+        if b.context
+    ]
+    return [[int(n) for prompts, _ in pairs for n in prompts], [len(t) for _, tokens in pairs for t in tokens]]
 
 
 def truncated_fraction(responses: experience.Responses) -> float:

@@ -45,7 +45,7 @@ def devices(topology: str):
     if chip in CARDS:
         nodes = _nodes(topology, shape)
         how = {"platform": "cuda", "topology_name": nodes, "topology": nodes, "target_config": _card(chip)}
-        package, install = "jax_cuda13_plugin", 'pip install "jax[cuda13]==0.10.2"'
+        package, install = "jax_cuda13_plugin", "pip install -r requirements-gpu.txt"
     else:
         how = {"platform": "tpu", "topology_name": topology}
         package, install = "libtpu", "pip install -r requirements-tpu.txt"

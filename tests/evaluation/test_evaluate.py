@@ -307,6 +307,26 @@ def test_results_of_different_settings_are_not_mixed(whole):
             runner.How(**{"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0} | bad)
 
 
+def test_a_folder_whose_weights_were_replaced_is_another_model(whole, tmp_path):
+    cfg, path, *_ = whole
+    cfg, how = cfg.copy_and_resolve_references(), dataclasses.replace(HOW, samples=1, max_new_tokens=4)
+    cfg.student.path = str(shutil.copytree(cfg.student.path, tmp_path / "student"))
+    run(cfg, path, tmp_path / "out", how)
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-400] + bytes(400))
+    with pytest.raises(UserError, match="another evaluation .*files was"):
+        run(cfg, path, tmp_path / "out", how)
+
+
+def test_the_length_that_is_asked_for_is_the_one_that_must_fit(whole, tmp_path):
+    cfg, path, *_ = whole
+    cfg, how = cfg.copy_and_resolve_references(), dataclasses.replace(HOW, samples=1, max_new_tokens=4)
+    cfg.max_completion_length = 10_000
+    run(cfg, path, tmp_path / "out", how)
+    with pytest.raises(UserError, match="positions"):
+        run(cfg, path, tmp_path / "longer", dataclasses.replace(how, max_new_tokens=10_000))
+
+
 def test_top_k_is_sampled_with_and_part_of_the_settings(whole, tmp_path):
     """Of the one likeliest token all samples are equal; results from before there was top_k had it off."""
     cfg, path, first, _ = whole

@@ -93,6 +93,20 @@ def test_slots_read_the_weights_once_each_and_a_prompt_is_prefilled_once(make_cf
     )
 
 
+def test_rows_behind_a_privileged_prompt_count_and_an_evaluation_does_not(make_cfg):
+    mesh, chip = types.SimpleNamespace(size=1, shape={"tp": 1}), flops.Chip(1e6, 1e9, 1e6, 1e6)
+
+    def metrics(behind=((), ()), **seconds):
+        seconds = {"time/update": 2.0, "time/step": 4.0} | seconds
+        return flops.metrics(make_cfg(), CFG, None, [4, 4], [6, 2], seconds, mesh, chip, behind=behind)
+
+    once, again = metrics(), metrics(behind=([9, 7], [6, 2]))
+    more = flops.forward(CFG, [15, 9], [6, 2]) / 1e6
+    assert again["perf/update_mfu"] - once["perf/update_mfu"] == pytest.approx(more / 2.0)
+    assert again["perf/step_mfu"] - once["perf/step_mfu"] == pytest.approx(more / 4.0)
+    assert metrics(**{"time/step": 9.0, "time/eval": 5.0}) == once
+
+
 def unanchored(*args):
     return flops.update(*args, anchored=False)
 

@@ -285,6 +285,13 @@ def test_a_page_that_can_not_be_written_is_one_line(folder, tmp_path, monkeypatc
         report.main(["report", str(folder)])
 
 
+def test_a_page_is_served_or_written(folder, monkeypatch):
+    given = {"out": "page.html", "watch": True, "port": 0}
+    monkeypatch.setattr(report.flags, "FLAGS", {k: types.SimpleNamespace(value=v) for k, v in given.items()})
+    with pytest.raises(UserError, match="leave out --out or --watch"):
+        report.main(["report", str(folder)])
+
+
 @pytest.mark.parametrize(
     ("num_steps", "summary", "state"),
     [
