@@ -336,7 +336,8 @@ def wait(futures: list[concurrent.futures.Future], stop: StopFlag) -> None:
 
 
 def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseException | None:
-    """The future's error, if any; a signal ends the wait, which may be longer than the notice before a preemption.
+    """The future's error, if any; a signal to any process ends the wait, which may be longer than the notice before a
+    preemption.
 
     Raises:
       Stopped: the step is given up; what has been answered is in the journal, where the resumed run finds it.
@@ -346,7 +347,9 @@ def _error_of(future: concurrent.futures.Future, stop: StopFlag) -> BaseExceptio
             return future.exception(timeout=0.5)
         except TimeoutError:
             if stop.requested:
-                raise Stopped(stop.requested) from None
+                processes.tell("teacher", stop.requested)
+            if said := stop.requested or processes.told("teacher"):
+                raise Stopped(said) from None
 
 
 def compare(

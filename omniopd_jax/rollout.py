@@ -207,11 +207,13 @@ def stream(
 
 
 def _books(cfg, compute, prompts, num_samples: int, longest: int, how: How) -> Slots:
-    """The books that all processes keep: they tell each other the lengths of their prompts and
-    how long a row may become."""
+    """The books that all processes keep: they tell each other the lengths of their prompts, how long a
+    row may become, and the memory of their devices."""
     own = [len(p) for p in prompts]
-    told = processes.gather("rows to sample", (own, longest)) if compute.mesh.is_multi_process else [(own, longest)]
-    lengths, longest = [n for n, _ in told], max(most for _, most in told)
+    mine = (own, longest, how.cache_gib or default_cache_gib(compute.mesh))
+    told = processes.gather("rows to sample", mine) if compute.mesh.is_multi_process else [mine]
+    lengths, longest = [n for n, *_ in told], max(most for _, most, _ in told)
+    how = dataclasses.replace(how, cache_gib=min(gib for *_, gib in told))
     rows = sum(map(len, lengths)) * num_samples
     slots, pages = sizes(cfg, compute, how, rows, max(map(max, lengths)) + longest)
     by_shard = sharding.rows_map(compute.mesh, sharding.row_shards(compute.mesh))

@@ -41,11 +41,11 @@ class Ahead:
 
     def drain(self, seconds: float) -> bool:
         """Waits for the calls under way: they are paid for, and the resumed run finds them in the journal. Returns
-        whether there were any."""
+        whether there were any, in any process. All must call."""
         futures = [asked.future for group, _ in self._begun.values() for asked in group.asked]
         _, waited = concurrent.futures.wait(futures, timeout=0)
         concurrent.futures.wait(waited, timeout=seconds)
-        return bool(waited)
+        return any(processes.gather("calls at the end", bool(waited)))
 
     def save(self, run_dir, t: int, keep: int) -> None:
         """Writes step t's responses beside the checkpoint of step t; files of checkpoints that are gone are removed."""

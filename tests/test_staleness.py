@@ -1,5 +1,6 @@
 """max_staleness = 1: the importance ratio and what it drops against NumPy; without it nothing changes; exact resume."""
 
+import concurrent.futures
 import signal
 import time
 
@@ -12,8 +13,9 @@ import tiny
 from wire_server import WireServer
 
 from omniopd_jax import config, experience, measures, objective, staleness
-from omniopd_jax.errors import UserError
+from omniopd_jax.errors import Stopped, UserError
 from omniopd_jax.run import preflight
+from omniopd_jax.run.host import StopFlag
 
 B, T, M, C = 6, 20, 3, 4
 FULL = 4  # continuations of a full audit
@@ -140,6 +142,19 @@ def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_p
     alone = staleness.Ahead()
     alone.load(tmp_path, 5, drawn, ask)
     assert alone.take(5, 5, 1, lambda t: ("anew", 1)) == ("anew", 1)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_all_processes_save_again_where_any_waited_for_calls(elsewhere, monkeypatch):
+    """Saving is everyone's: one that does it alone waits for the others until it is given up."""
+    monkeypatch.setattr(staleness.processes, "gather", lambda name, value: [value, elsewhere])
+    assert staleness.Ahead().drain(0.0) is elsewhere
+
+
+def test_a_signal_to_another_process_ends_the_wait_here(monkeypatch):
+    monkeypatch.setattr(experience.processes, "told", lambda name: "SIGTERM")
+    with pytest.raises(Stopped, match="SIGTERM"):
+        experience.wait([concurrent.futures.Future()], StopFlag())
 
 
 def test_a_step_that_is_cut_off_is_saved_as_it_was_sampled(tmp_path):

@@ -92,9 +92,7 @@ def gather(name: str, value) -> list:
     count, rank = jax.process_count(), jax.process_index()
     if count == 1:
         return [value]
-    from orbax.checkpoint import multihost
-
-    client = multihost.get_jax_distributed_client()
+    client = _client()
     _calls[name] = _calls.get(name, 0) + 1
     key = f"omniopd/{name}/{_calls[name]}"
     if rank:
@@ -148,6 +146,29 @@ def raise_on_all(name: str, function):
             text = problem[1] if kind is Stopped else f"process {rank}: {problem[1]}"
             raise kind(text, exit_code=problem[2])
     return value
+
+
+def tell(name: str, text: str) -> None:
+    """A word to those who are about to `gather(name)`, who need not wait for it to hear it: see `told`."""
+    if jax.process_count() > 1:
+        _client().key_value_set_bytes(_word(name), _pack(text), allow_overwrite=True)
+
+
+def told(name: str) -> str:
+    """What a process has told before the next `gather(name)`; '' where none has."""
+    if jax.process_count() == 1 or not _there(_client(), _word(name)):
+        return ""
+    return _unpack(_client().key_value_try_get_bytes(_word(name)))
+
+
+def _word(name: str) -> str:
+    return f"omniopd/told/{name}/{_calls.get(name, 0)}"
+
+
+def _client():
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
 
 
 def disks(folder) -> list[int]:

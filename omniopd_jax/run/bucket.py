@@ -238,6 +238,11 @@ def held(cfg):
     folder = config.local_folder(cfg)
     with lock.held(folder, cfg.run_dir):
         if not config.is_bucket(cfg.run_dir):
+            if len(set(disks := processes.disks(folder))) > 1:
+                raise UserError(
+                    f"run_dir = {cfg.run_dir} is not one folder for all processes (the lowest that sees each one's: "
+                    f"{disks}): set one that all hosts share, or gs://BUCKET/PATH"
+                )
             yield Mirror(folder)
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from omniopd_jax import config, hf
 from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import hub
+from omniopd_jax.parallel import processes
 from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import stable_hash
@@ -196,6 +197,20 @@ def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> d
     if cfg.audit.similarity == "embedding":
         folders["the embedding model (audit.embedding_model)"] = cfg.audit.embedding_model
     return out | {name: folder_digest(path) for name, path in folders.items()}
+
+
+def check_same_inputs(digests: dict[str, str]) -> None:
+    """All processes must read the same: each takes its slice of one permutation, and its shards of one model.
+
+    Args:
+      digests: `digests_of` in this process.
+
+    Raises:
+      UserError: in every process, names what differs.
+    """
+    told = processes.gather("inputs", digests)
+    if wrong := sorted({name for d in told for name in d if any(e.get(name) != d[name] for e in told)}):
+        raise UserError(f"the processes read different inputs: {', '.join(wrong)}: give all hosts the same files")
 
 
 def folder_digest(name: str) -> str:

@@ -354,7 +354,6 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     try:
         found.raise_everywhere()
-        check_same_prompts(prompts)
     except UserError:
         if teacher is not None:
             thread.submit(teacher.close()).result(timeout=30)
@@ -484,17 +483,6 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
     return data.encode(prompts, template, cfg), held_out
 
 
-def check_same_prompts(prompts: data.Prompts) -> None:
-    """All processes must read the same prompts: each takes its slice of one permutation.
-
-    Raises:
-      UserError: they do not.
-    """
-    digests = processes.gather("prompts", [len(prompts), teachers.stable_hash(*(p.id for p in prompts.prompts))])
-    if any(d != digests[0] for d in digests):
-        raise UserError(f"the processes read different training prompts: {[d[0] for d in digests]} of them, by process")
-
-
 def check_rows(mesh, cfg) -> None:
     """A step's rows and prompts must divide over the mesh, and each process's rows must be its own alone.
 
@@ -511,6 +499,11 @@ def check_rows(mesh, cfg) -> None:
             f"{cfg.prompts_per_step * cfg.num_generations} rows must divide over rollout.parts = {cfg.rollout.parts}, "
             f"mesh.data x mesh.fsdp = {shards} and micro_batches = {cfg.micro_batches}, and the prompts over {count} "
             "process(es)"
+        )
+    if cfg.audit.shuffle_texts and own < 2:
+        raise UserError(
+            f"audit.shuffle_texts needs two prompts on each of {count} process(es): prompts_per_step = "
+            f"{cfg.prompts_per_step}"
         )
     owners: dict[int, set] = {}
     for device, index in sharding.rows_map(mesh, shards).items():

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from omniopd_jax import audit, config, hf, model, objective, step, teachers
 from omniopd_jax.data import benchmarks
 from omniopd_jax.data.prompts import Prompts
+from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
@@ -103,6 +104,13 @@ def say_teacher(cfg: ConfigDict, checked: preflight.Checked, disks: list[int]) -
     for own_cfg, own in by_row.each(cfg, teacher):
         for line in remarks(own_cfg, own) + thinking.remarks(own_cfg, checked.template, own):
             logging.say(line)
+    modes = [own.report.mode if own.report else "" for _, own in by_row.each(cfg, teacher)]
+    told = processes.gather("teacher's mode", modes)
+    if any(other != modes for other in told):
+        raise UserError(
+            f"the teacher was probed differently by each process ({', '.join(' and '.join(m) for m in told)}): set "
+            "teacher.continuation to one of them"
+        )
     if len(set(disks)) > 1:
         paid = processes.gather("spent before", [dataclasses.astuple(totals) for totals in teacher.paid()])
         teacher.divide_budget([[Totals(*t) for t in own] for own in processes.once_a_disk(paid, disks)])
@@ -137,6 +145,8 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
     model_cfg = checked.model_cfg
     compute = model.Compute(cfg.compute_dtype, cfg.model.remat, checked.attention, mesh, lora.scale(cfg.lora))
     preflight.check_rows(mesh, cfg)
+    digests = identity.digests_of(cfg, checked.prompts, checked.held_out, checked.template.identity, checked.sets)
+    identity.check_same_inputs(digests)
     reference = load_reference(cfg, model_cfg, mesh)
     teacher_params, teacher_cfg = None, None
     if "distribution" in objective.of(cfg).asks:
@@ -174,7 +184,7 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
         logging.PhaseTimer(),
         profiling.Profiler(cfg),
         profiling.Recompilations(logging.say),
-        identity.digests_of(cfg, prompts, checked.held_out, template.identity, checked.sets),
+        digests,
         checked.sets,
     )
 

@@ -286,8 +286,10 @@ def _as_one(parts: list[dict]) -> dict[str, float]:
     asked = [m for m in parts if m.get("teacher/calls") or m.get("teacher/replayed_fraction")] or parts
     out = {}
     for key in dict.fromkeys(k for m in parts for k in m):
-        values = [m[key] for m in (parts if key.removeprefix("teacher/") in ADDED_UP else asked) if key in m]
-        if key.removeprefix("teacher/") in ADDED_UP:
+        added = key.removeprefix("teacher/") in ADDED_UP
+        having = [m for m in parts if key in m]
+        values = [m[key] for m in having if added or m in asked] or [m[key] for m in having]
+        if added:
             out[key] = sum(values)
         elif key.endswith("_p95"):
             out[key] = max(values)

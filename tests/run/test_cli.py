@@ -331,6 +331,18 @@ def test_the_rows_of_every_recipe_and_variant_fit_its_hardware(path):
             preflight.check_rows(sharding.make_mesh({"data": 1, "fsdp": size, "tp": 1}, jax.devices()[:size]), c)
 
 
+def test_shuffled_texts_need_two_prompts_on_each_host(monkeypatch):
+    c, mesh = (
+        recipe(tiny.REPO / "configs" / "tiny.py").get_config(),
+        sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1]),
+    )
+    c.audit.shuffle_texts, c.prompts_per_step = True, 2
+    preflight.check_rows(mesh, c)
+    monkeypatch.setattr(preflight.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="two prompts on each of 2 process"):
+        preflight.check_rows(mesh, c)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_recipe_is_an_experiment_card(path):
     """Its docstring has the command, which names the recipe itself, and the hardware."""

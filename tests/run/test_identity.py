@@ -159,3 +159,12 @@ def test_digests_see_a_line_put_in_front_and_a_weight_that_changed(tmp_path):
     (folder / "model.safetensors").write_bytes(bytes(b + 1 for b in weights))
     retrained = identity.digests_of(c, Prompts([one, two]), None, "template")
     assert {k for k in first if first[k] != retrained[k]} == {"the student's folder (student.path)"}
+
+
+def test_processes_that_read_different_inputs_are_told_which(monkeypatch):
+    same = {"the training prompts": "1", identity.STUDENT: "2"}
+    monkeypatch.setattr(identity.processes, "gather", lambda name, value: [value, same])
+    identity.check_same_inputs(same)
+    for other in (same | {identity.STUDENT: "3"}, {"the training prompts": "1"}):
+        with pytest.raises(UserError, match=r"different inputs: the student's folder \(student.path\): give all hosts"):
+            identity.check_same_inputs(other)

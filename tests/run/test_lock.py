@@ -13,7 +13,7 @@ import tiny
 
 from omniopd_jax import config, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import files, lock
+from omniopd_jax.run import bucket, files, lock
 from omniopd_jax.teachers import journal
 
 HOLD = (
@@ -159,3 +159,15 @@ def test_the_heartbeat_is_written(tmp_path, monkeypatch):
     assert time.time() - (tmp_path / "lock").stat().st_mtime < 10
     own.release()
     assert not (tmp_path / "lock").exists()
+
+
+def test_a_run_dir_that_the_hosts_do_not_share_is_one_line(tmp_path, monkeypatch):
+    """Each would write its part of a checkpoint, and wait for the others' for ever."""
+    c = config.default()
+    c.run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(bucket.processes, "disks", lambda folder: [0, 0])
+    with bucket.held(c):
+        pass
+    monkeypatch.setattr(bucket.processes, "disks", lambda folder: [0, 1])
+    with pytest.raises(UserError, match=r"run_dir = .* is not one folder for all processes"), bucket.held(c):
+        pass

@@ -145,6 +145,15 @@ def test_each_teacher_has_its_own_probe(tmp_path):
             asyncio.run(check(c))
 
 
+def test_the_metrics_of_several_have_the_same_names_whoever_was_asked():
+    """A step whose rows name the local teacher alone has no price in its own metrics."""
+    local = {"teacher/calls": 3, "teacher/replayed_fraction": 0.0, "teacher/latency_p95": 0.1}
+    paid = dict.fromkeys(local, 0) | {"teacher/price_known": 1, "teacher/cost_usd_total": 0.5}
+    got = by_row._as_one([local, paid])
+    assert got["teacher/price_known"] == 1 and got["teacher/cost_usd_total"] == 0.5 and got["teacher/calls"] == 3
+    assert got.keys() == by_row._as_one([local | {"teacher/calls": 0}, paid | {"teacher/calls": 2}]).keys()
+
+
 def test_the_estimate_of_several_teachers_names_each(tmp_path):
     c = named(
         cfg_for("", "anthropic", tmp_path, num_steps=10),

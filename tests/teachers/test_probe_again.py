@@ -1,12 +1,14 @@
 """The probe after something was corrected: only answers of a probe that ended well are believed again."""
 
 import asyncio
+import types
 
 import pytest
 from teacher_kit import EXTENSIONS, cfg_for, check, request, teacher_of
 from wire_server import WireServer, speak
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.run import setup
 from omniopd_jax.teachers import TeacherStopped, wire
 from omniopd_jax.teachers.wire import openai
 
@@ -105,3 +107,25 @@ def test_a_model_that_a_router_does_not_list_may_still_be_served(tmp_path, monke
 def test_a_key_that_may_not_list_models_is_taken(provider, tmp_path):
     with WireServer(extensions=EXTENSIONS[provider], may_list=False) as server:
         assert check(cfg_for(server.url(provider), provider, tmp_path))
+
+
+def test_hosts_that_found_different_modes_are_told(tmp_path, monkeypatch):
+    """The mode is part of the journal's key, and what is compared must be continued in the same way."""
+
+    async def probed():
+        async with teacher_of(c) as teacher:
+            await teacher.check()
+            return teacher
+
+    with WireServer() as server:
+        c = cfg_for(server.url("openai"), "openai", tmp_path)
+        teacher = asyncio.run(probed())
+        checked = types.SimpleNamespace(teacher=teacher, teacher_said="", template=None)
+        monkeypatch.setattr(setup.logging, "say", lambda line: None)
+        monkeypatch.setattr(setup, "remarks", lambda *args: [])
+        monkeypatch.setattr(setup.thinking, "remarks", lambda *args: [])
+        monkeypatch.setattr(teacher, "forecast", lambda steps: "")
+        setup.say_teacher(c, checked, [0, 0])
+        monkeypatch.setattr(setup.processes, "gather", lambda name, value: [value, ["instruct"]])
+        with pytest.raises(UserError, match="continue_final_message, instruct.*set teacher.continuation"):
+            setup.say_teacher(c, checked, [0, 0])
