@@ -281,7 +281,9 @@ def test_any_slots_turn_and_part_give_the_rows_of_the_training_graph(
     assert all(p == sorted(p, key=lambda r: r.row) for p in parts)
 
 
-@pytest.mark.parametrize("long", [range(12), range(24, 32), [3, 20, 25, 29]])
+@pytest.mark.parametrize(
+    "long", [range(24, 32), *(pytest.param(rows, marks=pytest.mark.slow) for rows in (range(12), [3, 20, 25, 29]))]
+)
 def test_shards_whose_rows_end_at_different_times(params, model_cfg, long, monkeypatch):
     """Slots are halved for all shards alike: the fullest one decides, and no row of another is lost."""
     turns, real = iter(range(50)), decode.turn

@@ -395,7 +395,7 @@ def test_settings_that_were_cut_off_and_other_stop_strings_are_one_line(tmp_path
 
 
 def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "load_student", lambda *_: 1 / 0)
+    monkeypatch.setattr(runner, "load_student", lambda *_, **__: 1 / 0)
     (tmp_path / "file").write_text("")
     c = types.SimpleNamespace(eval=types.SimpleNamespace(suffix=""))
     with pytest.raises(UserError, match=r"--out = .*file can't be written \("):
@@ -423,7 +423,7 @@ def test_a_machine_without_a_sandbox_is_told_before_weights_are_read(tmp_path, m
             raise UserError("can't isolate programs")
         return [{"reason": "ok", "stdout": "", "detail": ""}]
 
-    def load(cfg, checkpoint):
+    def load(cfg, checkpoint, **how):
         raise UserError("the student's turn")
 
     monkeypatch.setattr(sandbox.Sandbox, "run", run)
