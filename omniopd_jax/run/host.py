@@ -85,7 +85,9 @@ class StopFlag:
 
     def __exit__(self, *_):
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            # the process is about to end with its own code, which a second notice must not take the place of
+            late = number == signal.SIGTERM and self.agreed == number.name
+            signal.signal(number, (lambda *_: None) if late else handler)
 
     @contextlib.contextmanager
     def deferred(self):
