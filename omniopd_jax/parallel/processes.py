@@ -156,9 +156,8 @@ def tell(name: str, text: str) -> None:
 
 def told(name: str) -> str:
     """What a process has told before the next `gather(name)`; '' where none has."""
-    if jax.process_count() == 1 or not _there(_client(), _word(name)):
-        return ""
-    return _unpack(_client().key_value_try_get_bytes(_word(name)))
+    data = _try_get(_client(), _word(name)) if jax.process_count() > 1 else None
+    return "" if data is None else _unpack(data)
 
 
 def _word(name: str) -> str:
@@ -225,19 +224,19 @@ def _get(client, key: str, name: str, missing, key_of=None) -> bytes:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         waited += _settings["barrier_s"]
-        absent = [r for r in missing if key_of is None or not _there(client, key_of(r))]
+        absent = [r for r in missing if key_of is None or _try_get(client, key_of(r)) is None]
         text = f"waited {waited:.0f} s at {name!r} for process(es) {', '.join(map(str, absent))}"
         if waited >= _settings["limit_s"]:
             raise TimeoutError(f"{text}: distributed.limit_s = {_settings['limit_s']:.0f} s is over")
         print(f"process {jax.process_index()} {text}", file=sys.stderr, flush=True)
 
 
-def _there(client, key: str) -> bool:
+def _try_get(client, key: str) -> bytes | None:
+    """One message, where it is there by now."""
     try:
-        client.key_value_try_get_bytes(key)
+        return client.key_value_try_get_bytes(key)
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
 def _pack(value) -> bytes:

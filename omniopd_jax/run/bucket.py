@@ -237,8 +237,9 @@ def held(cfg):
     """
     folder = config.local_folder(cfg)
     with lock.held(folder, cfg.run_dir):
+        disks = processes.disks(folder)
         if not config.is_bucket(cfg.run_dir):
-            if len(set(disks := processes.disks(folder))) > 1:
+            if len(set(disks)) > 1:
                 raise UserError(
                     f"run_dir = {cfg.run_dir} is not one folder for all processes (the lowest that sees each one's: "
                     f"{disks}): set one that all hosts share, or gs://BUCKET/PATH"
@@ -246,7 +247,6 @@ def held(cfg):
             yield Mirror(folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        disks = processes.disks(folder)
         mirror = Mirror(folder, files.place(cfg.run_dir), sends=disks[jax.process_index()] == jax.process_index())
         if jax.process_index() == 0:
             mirror.lock = Lock(files.place(cfg.run_dir))

@@ -354,6 +354,8 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
         found.of(check_same_vocabulary, cfg, model_cfg, teacher.model_cfg)
     try:
         found.raise_everywhere()
+        if teacher is not None:
+            check_same_modes(cfg, teacher)
     except UserError:
         if teacher is not None:
             thread.submit(teacher.close()).result(timeout=30)
@@ -481,6 +483,21 @@ def load_prompts(cfg, template) -> tuple[data.Prompts, data.Prompts | None]:
         return prompts, held_out
     held_out = held_out and data.encode(held_out, template, cfg, overlong="eval.overlong")
     return data.encode(prompts, template, cfg), held_out
+
+
+def check_same_modes(cfg, teacher: teachers.Teacher) -> None:
+    """All processes must have found the same way of continuing: it is part of the journal's key.
+
+    Raises:
+      UserError: in every process.
+    """
+    modes = [own.report.mode if own.report else "" for _, own in by_row.each(cfg, teacher)]
+    told = processes.gather("teacher's mode", modes)
+    if any(other != modes for other in told):
+        raise UserError(
+            f"the teacher was probed differently by each process ({', '.join(' and '.join(m) for m in told)}): set "
+            "teacher.continuation to one of them"
+        )
 
 
 def check_rows(mesh, cfg) -> None:

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from omniopd_jax import audit, config, hf, model, objective, step, teachers
 from omniopd_jax.data import benchmarks
 from omniopd_jax.data.prompts import Prompts
-from omniopd_jax.errors import UserError
 from omniopd_jax.experience import Student
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import processes, sharding
@@ -104,13 +103,6 @@ def say_teacher(cfg: ConfigDict, checked: preflight.Checked, disks: list[int]) -
     for own_cfg, own in by_row.each(cfg, teacher):
         for line in remarks(own_cfg, own) + thinking.remarks(own_cfg, checked.template, own):
             logging.say(line)
-    modes = [own.report.mode if own.report else "" for _, own in by_row.each(cfg, teacher)]
-    told = processes.gather("teacher's mode", modes)
-    if any(other != modes for other in told):
-        raise UserError(
-            f"the teacher was probed differently by each process ({', '.join(' and '.join(m) for m in told)}): set "
-            "teacher.continuation to one of them"
-        )
     if len(set(disks)) > 1:
         paid = processes.gather("spent before", [dataclasses.astuple(totals) for totals in teacher.paid()])
         teacher.divide_budget([[Totals(*t) for t in own] for own in processes.once_a_disk(paid, disks)])

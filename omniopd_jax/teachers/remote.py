@@ -73,9 +73,8 @@ class RemoteTeacher(PaidTeacher):
         self.running = set()  # tasks that have calls out
         self.refused, self.refused_prompts = 0, set()  # in a row
         self.doubtful = []  # failures by those refusals, for the journal: see `refuse`
-        self.stopped = (
-            None  # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
-        )
+        # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
+        self.stopped = None
         self.counts = Counts()
 
     # the protocol
@@ -157,7 +156,8 @@ class RemoteTeacher(PaidTeacher):
             task.cancel()
         await asyncio.gather(*mine, return_exceptions=True)
         await self.client.close()
-        self.believe_refusals()
+        if not self.stopped:  # else what was refused may have been the settings' fault
+            self.believe_refusals()
         self.journal.close()
 
     # for the loop

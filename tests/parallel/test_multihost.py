@@ -402,6 +402,7 @@ def test_a_tree_of_processes_waits_and_says_for_whom(monkeypatch, capsys):
         def key_value_try_get_bytes(self, key):
             if key != "k/2":
                 raise RuntimeError("NOT_FOUND")
+            return b"there"
 
     monkeypatch.setattr(processes, "_settings", {"barrier_s": 10.0, "limit_s": 30.0})
     with pytest.raises(TimeoutError, match=r"waited 30 s at 'shapes' for process\(es\) 1, 3: distributed.limit_s"):

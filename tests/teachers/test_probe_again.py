@@ -1,14 +1,13 @@
 """The probe after something was corrected: only answers of a probe that ended well are believed again."""
 
 import asyncio
-import types
 
 import pytest
 from teacher_kit import EXTENSIONS, cfg_for, check, request, teacher_of
 from wire_server import WireServer, speak
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import setup
+from omniopd_jax.run import preflight
 from omniopd_jax.teachers import TeacherStopped, wire
 from omniopd_jax.teachers.wire import openai
 
@@ -120,12 +119,7 @@ def test_hosts_that_found_different_modes_are_told(tmp_path, monkeypatch):
     with WireServer() as server:
         c = cfg_for(server.url("openai"), "openai", tmp_path)
         teacher = asyncio.run(probed())
-        checked = types.SimpleNamespace(teacher=teacher, teacher_said="", template=None)
-        monkeypatch.setattr(setup.logging, "say", lambda line: None)
-        monkeypatch.setattr(setup, "remarks", lambda *args: [])
-        monkeypatch.setattr(setup.thinking, "remarks", lambda *args: [])
-        monkeypatch.setattr(teacher, "forecast", lambda steps: "")
-        setup.say_teacher(c, checked, [0, 0])
-        monkeypatch.setattr(setup.processes, "gather", lambda name, value: [value, ["instruct"]])
+        preflight.check_same_modes(c, teacher)
+        monkeypatch.setattr(preflight.processes, "gather", lambda name, value: [value, ["instruct"]])
         with pytest.raises(UserError, match="continue_final_message, instruct.*set teacher.continuation"):
-            setup.say_teacher(c, checked, [0, 0])
+            preflight.check_same_modes(c, teacher)
