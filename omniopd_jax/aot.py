@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from omniopd_jax.errors import UserError, one_of
-from omniopd_jax.run import cli, fit, logging, preflight, topologies
+from omniopd_jax.run import cli, fit, logging, topologies, validation
 
 
 def main(argv) -> int:
@@ -25,7 +25,7 @@ def main(argv) -> int:
     cfg, names = flags.FLAGS.config, [n for n in flags.FLAGS.passes.split(",") if n]
     for name in names:
         one_of(name, fit.PASSES, "--passes")
-    preflight.validate(cfg)
+    validation.validate(cfg)
     topologies.compile_only()
     cli.setup_jax(cfg.compute_dtype)
     whole = True

@@ -4,6 +4,8 @@ A recipe in `configs/` starts from `default()` and sets what differs. The Config
 key is an error. Names follow the field (TRL, Tunix); `kl_coef`, never a bare `beta`.
 """
 
+import ast
+import contextlib
 import difflib
 import inspect
 import os
@@ -115,6 +117,7 @@ def default() -> ConfigDict:
     c.data.fields.id = "id"  # column; may be missing
     c.data.fields.teacher = "teacher"  # column with the name of the prompt's teacher; read where `teachers` has any
     c.data.num_prompts = 0  # take the first N; 0 = all (world: 4,096)
+    c.data.date = ""  # YYYY-MM-DD: today, for chat templates that write it; "" = the day on which the run began
     c.data.overlong = "drop"  # error | drop: prompts over max_prompt_length
 
     c.audit = ConfigDict()
@@ -286,6 +289,12 @@ def expanded(path) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path))
 
 
+def existing(text) -> pathlib.Path | None:
+    """The file or folder of this machine that a text names; None where it names none, as any text may."""
+    path = expanded(text)
+    return path if str(text) and os.path.exists(path) else None  # False for a text that can be no path
+
+
 def local_folder(c: ConfigDict) -> pathlib.Path:
     """The folder of this host that a run writes to step by step: `run_dir`, or for a bucket's `local_dir`."""
     if not is_bucket(c.run_dir):
@@ -331,6 +340,27 @@ def flat(c: ConfigDict, prefix: str = "") -> dict:
         else:
             out[prefix + key] = value
     return out
+
+
+def open_keys() -> tuple[str, ...]:
+    """Dotted keys of the dicts that take any key."""
+
+    def of(section: ConfigDict, start: str):
+        for key, value in section.items():
+            if isinstance(value, ConfigDict):
+                yield from (f"{start}{key}",) if key in OPEN else of(value, f"{start}{key}.")
+
+    return tuple(of(default(), ""))
+
+
+def set_open(c: ConfigDict, path: str, text: str) -> None:
+    """Sets a key of a dict that takes any from the command line: a number, true or false, or a text as it is."""
+    section, _, key = path.rpartition(".")
+    value: object = text
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    with c.unlocked():
+        get(c, section)[key] = value if isinstance(value, (bool, int, float, str)) else text
 
 
 def get(c: ConfigDict, path: str):

@@ -15,8 +15,6 @@ from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.hf.template import Template
 from omniopd_jax.teachers.protocol import ContinuationRequest, stable_hash
 
-NEAR = 8  # prefix tokens that are decoded to see whether a joint keeps its text
-
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
@@ -83,35 +81,11 @@ def rows(audits: list[Audit], responses, template: Template, cfg) -> Taught:
                 cut = a.request.peak
                 prefix = tuple(tokens[:cut])
                 for text in a.result.continuations:
-                    ids = joined(template.tokenizer, [*prompt.token_ids, *prefix], text.text)
+                    ids = template.follow([*prompt.token_ids, *prefix], text.text, begins=not prefix)
                     row, whole = template.answer_ids(ids, text.finish == "stop", most)
                 prompt = dataclasses.replace(prompt, token_ids=prompt.token_ids + prefix)
             out.append((prompt, responses.sample_ids[b], row, whole, cut))
     return Taught(*map(list, zip(*out, strict=True)))
-
-
-def joined(tokenizer, prefix_ids: list[int], text: str) -> list[int]:
-    """The ids of a text that follows `prefix_ids`, which stay as they are: a joint that would merge stays two tokens.
-
-    Some tokenizers write a space in front of a text that begins one. Then the text is tokenized behind a mark, whose
-    ids are taken off; whichever way reads back as prefix and text, the first that does is taken.
-    """
-    near = list(prefix_ids[-NEAR:])
-    before = tokenizer.decode(near, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for ids in (plain, *(_behind(tokenizer, mark, text) for mark in ("\n", ".", "a"))):
-        if ids is None:
-            continue
-        got = tokenizer.decode(near + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if got == before + text:
-            return ids
-    return plain
-
-
-def _behind(tokenizer, mark: str, text: str) -> list[int] | None:
-    """The text's ids behind a mark; None where the two share a token."""
-    alone, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (mark, mark + text))
-    return both[len(alone) :] if both[: len(alone)] == alone else None
 
 
 def metrics(taught: Taught, failed: int, closed: int = 0) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
-from omniopd_jax.run import cli, logging, preflight, trained
+from omniopd_jax.run import cli, logging, trained, validation
 
 
 def _define_flags() -> None:
@@ -50,7 +50,7 @@ def main(argv) -> int:
             "--benchmarks=math500,aime24"
         )
 
-    preflight.check_values(cfg, preflight.EVALUATED)
+    validation.check_values(cfg, validation.EVALUATED)
     if given["limit"] < 0:
         raise UserError(f"--limit = {given['limit']} must be at least 0")
 

@@ -51,8 +51,8 @@ def export(source, out, *, dtype: str = "bfloat16", adapter: bool = False) -> pa
         if not got.lora.rank:
             raise UserError(f"--adapter: {source} was trained without LoRA (lora.rank = 0): it has no adapters")
         got.tell_other_base()
-        base = pathlib.Path(got.student).expanduser()  # or a hub name, which stays as it is
-        peft = lora.peft_config(got.lora, base.absolute() if base.is_dir() else got.student)
+        base = hub.local(got.student)  # a hub name stays as it is
+        peft = lora.peft_config(got.lora, got.student if base is None else base.absolute(), got.model_cfg.prefix)
         hf.save_adapters(out, got.params, got.table, peft, tokenizer, dtype=dtype, keep=inputs)
         return pathlib.Path(out)
     with jax.default_device(_host()):
@@ -78,9 +78,10 @@ def _inputs(run) -> list[pathlib.Path]:
     saved = files.read_json(run / "config.json", "export another run") if (run / "config.json").is_file() else {}
     student, teacher = (saved.get(section) or {} for section in ("student", "teacher"))
     teachers = [teacher, *(saved.get("teachers") or {}).values()]
-    named = [student.get("path"), student.get("start"), *(t.get("model") for t in teachers)]
+    named = [student.get("path"), student.get("start"), *(t.get(k) for t in teachers for k in ("model", "tokenizer"))]
+    named.append((saved.get("audit") or {}).get("embedding_model"))
     places = [run] if isinstance(run, pathlib.Path) else []  # a bucket is no folder here
-    return places + [place for place in map(hub.local, filter(None, named)) if place.is_dir()]
+    return places + [place for place in map(hub.local, filter(None, named)) if place is not None and place.is_dir()]
 
 
 def _host() -> jax.Device:

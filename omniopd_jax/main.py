@@ -8,9 +8,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from omniopd_jax import solutions, train
+from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import cli, estimate, preflight
+from omniopd_jax.run import cli, estimate, validation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: configs/tiny.py, configs/math.py:no_anchor ...")
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "print calls, tokens, dollars and hours of the teacher, and end")
@@ -25,8 +26,10 @@ def main(argv) -> int:
         raise UserError("--config is missing, e.g. --config=configs/tiny.py")
     cfg = _CONFIG.value
     cli.setup_jax(cfg.compute_dtype)
-    preflight.validate(cfg)
+    validation.validate(cfg)
     bought = solutions.bought(cfg)
+    if prompts.first_has_solution(cfg):
+        bought.pop("solutions", None)
     if _ESTIMATE.value:
         print("\n\n".join(p.text() for p in estimate.previews(cfg, bool(bought), bought)), flush=True)
         return 0

@@ -113,7 +113,7 @@ def rows(
     for prompt, got in zip(prompts, found, strict=True):
         for i in range(count):
             text = thoughts.after_mark(got[i].text, opened=bool(opened(prompt))) if i in got else ""
-            ids = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = template.follow(prompt.token_ids, text, begins=True)
             row, whole = template.answer_ids(ids, i in got and got[i].finish == "stop", most)
             tokens.append(row)
             finished.append(whole)

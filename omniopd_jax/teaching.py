@@ -112,7 +112,7 @@ def with_context(got: Experience, group: Group, student: Student, cfg) -> Experi
         shown, ids = texts.get(0), ()
         if shown is not None:
             told = context.messages(tuple(prompt.messages), shown.text, cfg.context.template)
-            ids = tuple(template.tokenizer(template.render(told), add_special_tokens=False)["input_ids"])
+            ids = tuple(template.ids([template.render(told)])[0])
         fits = 0 < len(ids) <= context.most_tokens(cfg)
         prompts += [dataclasses.replace(prompt, token_ids=ids if fits else prompt.token_ids)] * cfg.num_generations
         given += [fits] * cfg.num_generations

@@ -14,7 +14,7 @@ from omniopd_jax.errors import Stopped, TeacherStopped
 from omniopd_jax.evaluation import sampling as evaluation
 from omniopd_jax.experience import Group
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import best, bucket, checkpoint, estimate, host, logging, preflight, reporting, setup
+from omniopd_jax.run import best, bucket, checkpoint, estimate, host, identity, logging, reporting, setup, validation
 from omniopd_jax.run.setup import Run
 from omniopd_jax.run.state import TrainState
 
@@ -32,9 +32,10 @@ def train(cfg: ConfigDict) -> dict:
       UserError: before anything is loaded or compiled, where a setting, the data or the teacher is wrong.
       TeacherStopped: after a checkpoint, when the teacher can give no more.
     """
-    preflight.validate(cfg)
+    validation.validate(cfg)
     with host.StopFlag() as stop, bucket.held(cfg) as mirror:
         stop.saved = estimate.steps_done(cfg.run_dir) > 0  # a signal from here on: starting again goes on
+        identity.settle_date(cfg, config.local_folder(cfg) / "config.json")
         disks = checkpoint.restore_journal(cfg)
         with setup.prepared(cfg, stop, disks) as run, checkpoint.opened(cfg, disks, mirror) as checkpoints:
             return run_steps(run, checkpoints)

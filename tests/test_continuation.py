@@ -112,7 +112,7 @@ def test_a_joint_that_would_merge_stays_two_tokens():
     whole = next(w for w in ("apples", "The answer is", " answer") if len(tok(w)["input_ids"]) == 1)
     for at in range(1, len(whole)):
         before, after = tok(whole[:at])["input_ids"], whole[at:]
-        ids = continuation.joined(tok, before, after)
+        ids = template.Template(tok, None).follow(before, after, begins=False)
         assert ids == tok(after)["input_ids"] and tok.decode(before + ids) == whole
         assert before + ids != tok(whole)["input_ids"]
 
@@ -126,9 +126,14 @@ def test_a_tokenizer_that_begins_a_text_with_a_space_writes_none_at_the_joint():
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
     before = tok("the answ")["input_ids"]
     for text in ("er is 12", " is 12"):
-        ids = continuation.joined(tok, before, text)
+        ids = template.Template(tok, None).follow(before, text, begins=False)
         assert tok.decode(before + ids) == "the answ" + text
     assert tok.decode(before + tok("er is 12")["input_ids"]) != "the answer is 12", "the case must tell them apart"
+    plain = template.Template(
+        tok, None, lead=" "
+    )  # an answer begins as the student samples one: with the space in its piece
+    assert plain.follow(before, "the apples", begins=True) == tok("the apples")["input_ids"]
+    assert tok.decode(before + plain.follow(before, "\nare", begins=True)) == "the answ\nare"
 
 
 def test_rows_hold_the_students_ids_the_teachers_text_and_its_end():

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from omniopd_jax import config
-from omniopd_jax.run import estimate, preflight, recipes
+from omniopd_jax.run import estimate, recipes, validation
 from omniopd_jax.teachers import by_row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
     for path, variants in (("mine.py", None), ("configs/math.py", None), ("configs/math.py", "thinking")):
         c = load(path, variants)
         c.teacher.base_url = "http://HOST:8000/v1"
-        preflight.validate(c)
+        validation.validate(c)
         text = estimate.Preview(c, asks_teacher=True).text()
         assert "steps to come" in text and "tokens out" in text and "hours of the teacher" in text
 
@@ -161,7 +161,7 @@ def test_the_lines_that_make_the_copied_recipe_a_baseline_are_those_of_its_recip
         c = load("mine.py")
         c.teacher.base_url = "http://HOST:8000/v1"
         exec(textwrap.dedent(lines).replace('name = "continuation"', f'name = "{name}"'), {"c": c})
-        preflight.validate(c)
+        validation.validate(c)
         own, base = (config.flat(load(f"configs/{recipe}.py")) for recipe in (name, "math"))
         apart = [k for k in own if own[k] != base[k] and k.startswith(("objective.", "anchor.", "optimizer.learn"))]
         assert len(apart) == 4 and [config.flat(c)[k] for k in apart] == [own[k] for k in apart], name

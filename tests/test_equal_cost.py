@@ -11,7 +11,7 @@ from benchmarks.grid import runs as g
 from benchmarks.grid.runs import Cell
 from benchmarks.real_model import cells as real
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import preflight
+from omniopd_jax.run import validation
 from omniopd_jax.run.files import place
 from omniopd_jax.teachers import Continuation, probe
 from omniopd_jax.teachers.journal import Journal, Totals
@@ -140,7 +140,7 @@ def test_the_real_models_recipes_are_valid_and_buy_their_budget():
     for name, method in real.GRID.methods.items():
         for world in real.WORLDS:
             cfg = real.recipe(world, method, 0)
-            preflight.validate(cfg)
+            validation.validate(cfg)
             assert not cfg.data.fields.solution  # the prompts' own would be free
         updates = {b: real.GRID.updates(Cell("teacher", name, b, 0)) for b in real.GRID.budgets}
         assert method.updates or abs(updates[1.0] - 30) <= 2

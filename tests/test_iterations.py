@@ -14,7 +14,7 @@ from omniopd_jax import config, graders, model, objective, optim, step, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.graders import small_world
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, preflight
+from omniopd_jax.run import checkpoint, validation
 
 B, P, T = 8, 5, 7
 LENGTH = np.array([7, 5, 1, 7, 6, 0, 3, 4])
@@ -121,7 +121,7 @@ def test_several_updates_are_for_grpo(make_cfg):
     c = config.default()
     c.num_iterations = 2
     with pytest.raises(UserError, match="num_iterations = 2 is for objective.name = 'grpo'"):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 class EvenGrader(small_world.WorldGrader):

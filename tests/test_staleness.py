@@ -14,7 +14,7 @@ from wire_server import WireServer
 
 from omniopd_jax import config, experience, measures, objective, staleness
 from omniopd_jax.errors import Stopped, UserError
-from omniopd_jax.run import preflight
+from omniopd_jax.run import validation
 from omniopd_jax.run.host import StopFlag
 
 B, T, M, C = 6, 20, 3, 4
@@ -105,7 +105,7 @@ def test_staleness_needs_a_text_teacher_and_is_0_or_1():
         c = config.default()
         c.update_from_flattened_dict(settings)
         with pytest.raises(UserError, match="max_staleness"):
-            preflight.validate(c)
+            validation.validate(c)
 
 
 def test_what_was_sampled_ahead_is_taken_up_by_another_number_of_processes(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from omniopd_jax import config, hf, rollout, train, world
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import sampling
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, cli, health, host, logging, preflight, reporting, terminal
+from omniopd_jax.run import checkpoint, cli, health, host, logging, reporting, terminal, validation
 
 METRICS = {
     "step", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length", "completions/max_length",
@@ -510,7 +510,7 @@ def test_a_config_of_a_run_is_a_valid_recipe(run):
     assert saved.pop("digests")
     c = config.default()
     c.update(saved)
-    preflight.validate(c)
+    validation.validate(c)
     assert config.flat(c) == config.flat(run[2])
 
 

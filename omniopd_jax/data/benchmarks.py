@@ -21,7 +21,7 @@ import string
 import zlib
 from collections.abc import Callable
 
-from omniopd_jax import graders, world
+from omniopd_jax import config, graders, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.errors import UserError, one_of
@@ -205,6 +205,10 @@ class _StringOnly(pickle.Unpickler):
         raise UserError(f"the pickled tests name {module}.{name}: refused")
 
 
+BROKEN = (  # what a row that is none raises where it is read
+    KeyError, IndexError, TypeError, ValueError, AttributeError, EOFError, RecursionError, zlib.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 SUITES = {
     "math500": Source("HuggingFaceH4/MATH-500", id="unique_id"),
     "aime24": Source("HuggingFaceH4/aime_2024", "train"),
@@ -237,7 +241,7 @@ def load(name: str, limit: int = 0, suffix: str = "") -> Suite:
         return _world(name, *rest.partition(":")[::2], limit, suffix)
     if kind == "rg":
         return _gym(name, *rest.partition(":")[::2], limit, suffix)
-    known, _, path = name.rpartition("=")
+    known, _, path = ("", "", name) if config.existing(name) else name.rpartition("=")
     if path.endswith(ENDINGS):
         rows = _lines(pathlib.Path(path))
         if known:
@@ -259,7 +263,8 @@ def load_sets(cfg, template) -> tuple[Suite, ...]:
     sets = [load(name, cfg.eval.num_prompts, cfg.eval.suffix) for name in cfg.eval.sets]
     names = [s.name for s in sets]
     if len(set(names)) < len(names):
-        raise UserError(f"eval.sets = {tuple(cfg.eval.sets)}: the same set twice")
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"eval.sets = {tuple(cfg.eval.sets)}: two sets are called {twice!r}, as its metrics would be")
     if template is None:
         return tuple(sets)
     encoded = [data.encode(data.Prompts(s.prompts), template, cfg, overlong="eval.overlong").prompts for s in sets]
@@ -283,7 +288,11 @@ def _hub_files(name, source):
             f"check the network, or give its rows: --benchmarks={name}=FILE.jsonl"
         ) from error
     for file in source.files:
-        yield from _lines(pathlib.Path(huggingface_hub.hf_hub_download(source.hub, file, repo_type="dataset")))
+        try:
+            path = huggingface_hub.hf_hub_download(source.hub, file, repo_type="dataset")
+        except Exception as error:
+            raise UserError(f"benchmark {name}: {file} can't be had from the hub: {bounded.line(error)}") from error
+        yield from _lines(pathlib.Path(path))
 
 
 def _lines(path: pathlib.Path):
@@ -333,7 +342,7 @@ def _suite(name, source: Source, rows, limit, suffix) -> Suite:
             text, answer = (
                 source.read(row) if source.read else (_problem(row, source.problem), _answer(row, source.answer))
             )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except BROKEN as error:
             raise UserError(
                 f"benchmark {name}, row {number}: {type(error).__name__} {error}; it has {sorted(row)}"
             ) from error
@@ -351,7 +360,7 @@ def _plain(name, rows, limit, suffix) -> Suite:
             break
         try:
             text, answer = _problem(row), _own_answer(row)
-        except (KeyError, IndexError, ValueError) as error:
+        except BROKEN as error:
             raise UserError(
                 f"{name}, row {number}: {error}: needs `problem` ({', '.join(PROBLEM[1:])}) and `answer` "
                 f"({', '.join(ANSWER[1:])}); it has {sorted(row)}"

@@ -8,6 +8,7 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded
 
@@ -30,9 +31,9 @@ def rows(path: str, setting: str) -> Iterator[tuple[str, int, dict]]:
     Raises:
       UserError: one line: no such file, or a row that is none.
     """
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"{setting} = {path!r} is not a file")
+    file = config.existing(path)
+    if file is None or not file.is_file():
+        raise UserError(f"{setting} = {path[:300]!r} is not a file")
     name = file.name.lower().removesuffix(".gz")
     try:
         if name.endswith(".parquet"):
@@ -105,21 +106,27 @@ def _array(file: pathlib.Path) -> Iterator[tuple[str, int, dict]]:
 
 
 def _csv(file: pathlib.Path) -> Iterator[tuple[str, int, dict]]:
-    before = csv.field_size_limit(LINE_BYTES)
+    before, last = csv.field_size_limit(LINE_BYTES), 0  # the line on which the last good row ended
     try:
-        reader = csv.DictReader(_text(line, f"{file}, line {number}") for number, line in _lines(file))
+        lines = (_text(line, f"{file}, line {number}") for number, line in _lines(file))
+        reader = csv.DictReader(lines, strict=True)  # else a quote that is not closed takes in all rows behind it
         names = list(reader.fieldnames or ())
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(
                 f"{file}, line {reader.line_num}: the header names {', '.join(map(repr, twice))} more than once"
             )
+        last = reader.line_num
         for row in reader:
+            last = reader.line_num
             where = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise UserError(f"{where}: not as many fields as the header names ({len(names)})")
             yield where, reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: not CSV ({bounded.line(error)})") from error
+        raise UserError(
+            f"{file}: the row that begins in line {last + 1} is not CSV ({bounded.line(error)}): a text with a quote "
+            'is written in quotes, each of its own doubled: "is ""x""?"'
+        ) from error
     finally:
         csv.field_size_limit(before)
 

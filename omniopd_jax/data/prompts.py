@@ -20,7 +20,8 @@ READ = {  # data.source -> the keys below that name its prompts
     "hub": ("data.name", "data.subset", "data.split", "eval.split", "eval.path"),  # held-out prompts may be a file
 }
 PLACES = tuple(dict.fromkeys(key for keys in READ.values() for key in keys))
-# ShareGPT's
+WORLD = 4096  # prompts of the small world where data.num_prompts is 0
+# names that ShareGPT and others give them, in small letters
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}
 
 
@@ -55,6 +56,22 @@ class Prompts:
 def unread(source: str) -> tuple[str, ...]:
     """The keys of `PLACES` that nothing reads under a `data.source`."""
     return tuple(key for key in PLACES if key not in READ.get(source, PLACES))
+
+
+def count_known(cfg) -> int:
+    """How many training prompts there are at the most, before any is read; 0: not known."""
+    return cfg.data.num_prompts or (WORLD if cfg.data.source == "world" else 0)
+
+
+def first_has_solution(cfg) -> bool:
+    """Whether the first row of a file of training prompts brings a solution; a file that can't be read does not."""
+    if cfg.data.source != "jsonl":
+        return False
+    try:
+        _, prompt, _ = next(iter(_file(cfg, "", cfg.data.path, 1, "data")))
+    except (UserError, StopIteration):
+        return False
+    return prompt.solution is not None
 
 
 def load(
@@ -138,8 +155,9 @@ def encode(data: Prompts, template: Template, cfg, *, overlong: str = "data.over
         none left.
     """
     drop = bool(overlong) and config.get(cfg, overlong) == "drop"
+    check_rendering(template, data)
     texts = [render(template, prompt) for prompt in data.prompts]
-    ids = template.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = template.ids(texts)
     kept = []
     for prompt, token_ids in zip(data.prompts, ids, strict=True):
         if len(token_ids) <= cfg.max_prompt_length:
@@ -166,11 +184,17 @@ def check_rendering(template: Template | None, data: Prompts) -> None:
     """Renders one prompt of each sequence of roles, before a model is loaded for it. None: messages go out as they are.
 
     Raises:
-      UserError: the template refuses one of them.
+      UserError: the template refuses one of them, or leaves a message out.
     """
     kinds = {tuple(m["role"] for m in p.messages): p for p in data.prompts} if template is not None else {}
     for prompt in kinds.values():
-        render(template, prompt)
+        text = "".join(render(template, prompt).split())
+        for m in prompt.messages:  # of earlier answers a template may leave the thoughts out
+            if m["role"] != "assistant" and "".join(m["content"].split()) not in text:
+                raise UserError(
+                    f"prompt {prompt.id!r}: {template.what} leaves the message of role {m['role']!r} out: give it a "
+                    "role that the template writes (user, mostly system), or put its text into the user's message"
+                )
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
@@ -193,7 +217,7 @@ def _world(cfg, split, path, count, section):
         raise UserError(f"{section}.path = {path!r} is not read under data.source = 'world': set data.source = 'jsonl'")
     name = one_of(cfg.data.name or "forks", world.WORLDS, "data.name")
     one_of(split, world.SPLITS, f"{section}.split")
-    problems = world.problems(name, split, count or 4096)
+    problems = world.problems(name, split, count or WORLD)
     for p in problems:
         yield p.id, Prompt(p.id, ({"role": "user", "content": p.prompt},), p.answer), p.answer
 
@@ -307,11 +331,15 @@ def _messages(prompt, row: dict, field: str, where: str) -> tuple[dict, ...]:
 
 
 def _message(m) -> dict | None:
-    """One message with its content as text: parts that are all text are joined; ShareGPT's names are translated."""
+    """One message with its content as text: parts that are all text are joined; other names of the roles are
+    translated."""
     if not isinstance(m, dict):
         return None
     if "from" in m and "role" not in m:
-        m = {"role": ROLES.get(m["from"], m["from"]) if isinstance(m["from"], str) else None, "content": m.get("value")}
+        m = {"role": m["from"], "content": m.get("value")}
+    if isinstance(m.get("role"), str):  # a template writes the roles that it knows, and leaves others out
+        role = m["role"].strip().lower()
+        m = m | {"role": ROLES.get(role, role)}
     content = m.get("content")
     if isinstance(content, list) and content:
         parts = [
@@ -348,6 +376,8 @@ def _answer(value, field: str, where: str) -> str | None:
         raise UserError(
             f"{where}: `{field}` is an object around the answer; set data.fields.answer = '{field}.ground_truth'"
         )
+    if isinstance(value, bytes):  # a parquet file's
+        raise UserError(f"{where}: `{field}` is binary; write it as a text")
     try:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, (int, float, dict, list)) else str(value)
     except (TypeError, RecursionError) as error:

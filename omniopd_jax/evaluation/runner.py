@@ -103,7 +103,9 @@ def load_student(cfg, checkpoint: str | None, *, max_new_tokens: int | None = No
     if note:
         logging.say(note)
     longest = cfg.max_prompt_length + (cfg.max_completion_length if max_new_tokens is None else max_new_tokens)
-    check_fits(tokenizer, hf.read_config(folder, setting=setting), longest, setting=setting)
+    own = hf.read_config(folder, setting=setting)
+    check_fits(tokenizer, own, longest, setting=setting)
+    template = dataclasses.replace(template, rows=own.vocab_size)
     if trained is None:
         params, model_cfg = hf.load(folder, mesh=mesh, setting=setting)
     else:

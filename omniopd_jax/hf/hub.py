@@ -7,6 +7,7 @@ import fnmatch
 import sys
 from pathlib import Path
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded
 
@@ -42,10 +43,10 @@ def offline_unless_reachable(name: str, repo_type: str):
             m.HF_HUB_OFFLINE = value
 
 
-def local(name: str) -> Path:
-    """Where a folder of this name would be on this machine; a hub name has none there."""
-    packaged = PACKAGE.parent / name  # omniopd_jax/world/checkpoints/...: found from any folder
-    return packaged if name.startswith(f"{PACKAGE.name}/") and packaged.is_dir() else Path(name).expanduser()
+def local(name) -> Path | None:
+    """The file or folder of this machine that has this name; None where there is none, as for a hub name."""
+    packaged = config.existing(PACKAGE.parent / name)  # omniopd_jax/world/checkpoints/...: found from any folder
+    return packaged if packaged and str(name).startswith(f"{PACKAGE.name}/") else config.existing(name)
 
 
 def licence_alone(name: str) -> bool:
@@ -63,12 +64,12 @@ def resolve(folder, *, setting: str = "student.path", files=HUB_FILES) -> Path:
     if not name:
         raise UserError(f"{setting} is empty: set it to a Hugging Face folder")
     path = local(name)
-    if path.is_dir():
+    if path is not None and path.is_dir():
         return path
-    if path.exists():
+    if path is not None:
         raise UserError(f"{setting} = {name!r} is a file; give the folder that holds config.json and model.safetensors")
     if name.count("/") > 1 or name[0] in "/.~" or name.endswith("/"):
-        raise UserError(f"{setting} = {name!r}: no such folder")
+        raise UserError(f"{setting} = {name[:300]!r}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:

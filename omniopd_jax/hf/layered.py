@@ -24,6 +24,7 @@ DEFAULTS = {  # what a config.json may leave out, as Gemma-3-4B's does, and mean
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208, "max_position_embeddings": 131_072,
     },
 }  # fmt: skip
+FOLDER = "_name_or_path"  # where the source was read from, on the machine that wrote it
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
@@ -190,9 +191,11 @@ def around(ours: dict, source: dict) -> dict:
     """The config.json `ours` with what the source's says beside the text model; in a wrapper, in place of its text."""
     text = source.get("text_config")
     if not isinstance(text, dict):
-        return source | ours
+        return {key: value for key, value in (source | ours).items() if key != FOLDER}
     named = {key: value for key, value in ours.items() if key not in ("architectures",)}
     out = source | {"text_config": text | named, "dtype": ours["dtype"]}
+    out.pop(FOLDER, None)
+    out["text_config"].pop(FOLDER, None)
     if source.get("eos_token_id") is not None and ours.get("eos_token_id") is not None:
         out["eos_token_id"] = ours["eos_token_id"]  # which readers prefer to the text model's
     return out

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded
 
@@ -37,12 +38,14 @@ def check(folder, keep: Iterable = ()) -> Path:
       UserError: the folder holds something else.
     """
     folder = Path(os.path.abspath(folder))
-    real = folder.resolve()
-    for path in (Path(p).expanduser().resolve() for p in keep):
+    real = folder.resolve()  # a link stays one: what it leads to is replaced
+    if os.path.ismount(real):
+        raise UserError(f"{folder} is the root of a file system, which can't be replaced; give a folder below it")
+    for path in (config.expanded(p).resolve() for p in keep):
         if real == path or real in path.parents:
             raise UserError(f"{folder} is or holds {path}, which the export is made from; give an empty or a new one")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
+        return real
     found = [name for name in OF_A_RUN if (folder / name).exists()]
     if found:
         raise UserError(f"{folder} holds a run ({', '.join(found)}); give an empty or a new folder")
@@ -51,7 +54,7 @@ def check(folder, keep: Iterable = ()) -> Path:
             f"{folder} exists and is no Hugging Face folder that omniopd_jax exported; give an empty or a new one, or "
             "remove it"
         )
-    return folder
+    return real
 
 
 @contextlib.contextmanager
@@ -66,7 +69,7 @@ def placed(folder, keep: Iterable = ()):
     work = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         if writer:
-            work.mkdir(parents=True)
+            _make(work, folder)
         yield work if writer else None
         if writer:
             (work / MARK).write_text(MARK_TEXT)
@@ -80,6 +83,13 @@ def placed(folder, keep: Iterable = ()):
         multihost_utils.sync_global_devices("hf.save")
 
 
+def _make(work: Path, folder: Path) -> None:
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {bounded.line(error)}; give another folder") from error
+
+
 def _unmarked_export(folder: Path) -> bool:
     """Whether an export from before there was a mark wrote all of this: by its files, and by its config, which has the
     dtype under both of its names, as no version of transformers writes it; adapters by their keys.
@@ -88,11 +98,11 @@ def _unmarked_export(folder: Path) -> bool:
     known = all(p.is_file() and any(fnmatch.fnmatchcase(p.name, n) for n in UNMARKED) for p in entries)
     if not known or not any(p.suffix == ".safetensors" for p in entries):
         return False
-    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    own, adapter = folder / "config.json", folder / "adapter_config.json"
     try:
         if adapter.is_file():
-            return not config.exists() and bounded.read_json(adapter).keys() == ADAPTER_KEYS
-        found = bounded.read_json(config) if config.is_file() else {}
+            return not own.exists() and bounded.read_json(adapter).keys() == ADAPTER_KEYS
+        found = bounded.read_json(own) if own.is_file() else {}
     except UserError:
         return False
     inner = found.get("text_config")

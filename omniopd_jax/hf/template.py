@@ -21,13 +21,14 @@ sampler's.
 """
 
 import dataclasses
-import pathlib
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded, renderer, thoughts
-from omniopd_jax.hf.tokenizer import load_tokenizer
+from omniopd_jax.hf.tokenizer import ids_of, load_tokenizer
 
 PLAIN_STOPS = ("\nQuestion:",)
+NEAR = 8  # tokens before a joint that are decoded with the text behind it
 FILE_BYTES = 1_000_000  # of a template or a preamble
 PLAIN = """\
 {%- for m in messages -%}
@@ -54,6 +55,9 @@ class Template:
     turn_end_ids: tuple[int, ...] = ()
     start: str = ""  # the plain format's first text
     what: str = "the chat template"  # for the errors
+    lead: str = ""  # what is written between a prompt and an answer: nothing, or a space
+    rows: int = 0  # of the model's embedding, which bounds the ids; 0: not known
+    date: str = ""  # YYYY-MM-DD: what the template takes for today; "": today
 
     def render(self, messages) -> str:
         """The prompt as text, up to where the answer begins.
@@ -62,6 +66,35 @@ class Template:
           UserError: the template refuses the conversation, or does not keep within its bounds.
         """
         return self._render(tuple(messages), True)
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of rendered texts (`tokenizer.ids_of`)."""
+        return ids_of(self.tokenizer, texts, self.rows)
+
+    def follow(self, before: list[int], text: str, *, begins: bool) -> list[int]:
+        """The tokens of a text that follows the ids `before`, which stay as they are: a joint that would merge stays
+        two tokens.
+
+        Some tokenizers write a space in front of a text that begins one. Then the text is tokenized behind a mark,
+        whose ids are taken off; whichever way reads back as both, the first that does is taken.
+
+        Args:
+          begins: whether it begins the answer, which gets the space that the format writes there (`lead`).
+        """
+        if begins and text and not text[0].isspace():
+            text = self.lead + text
+        near = list(before[-NEAR:])
+        plain = self.ids([text])[0]
+        read = self._text(near) + text
+        for ids in (plain, *(self._behind(mark, text) for mark in ("\n", ".", "a"))):
+            if ids is not None and self._text(near + ids) == read:
+                return ids
+        return plain
+
+    def _behind(self, mark: str, text: str) -> list[int] | None:
+        """The text's ids behind a mark; None where the two share a token."""
+        alone, both = self.ids([mark, mark + text])
+        return both[len(alone) :] if both[: len(alone)] == alone else None
 
     def continued(self, messages, prefix: str) -> str:
         """The prompt and an unfinished answer behind it, as raw text (`thoughts.joined`). Raises `UserError` as
@@ -141,7 +174,7 @@ class Template:
         if self.preamble:
             variables["preamble"] = self.preamble
         try:
-            return renderer.shared.render(self.source, variables)
+            return renderer.shared.render(self.source, variables, date=self.date)
         except renderer.RenderError as error:
             roles = ", ".join(m["role"] for m in messages)
             raise UserError(f"{self.what} gives no prompt for messages of {roles}: {error}") from None
@@ -156,7 +189,7 @@ class Template:
 
 def make(
     tokenizer, *, template: str = "chat", kwargs=None, preamble: str = "", stop_strings=(), setting: str = "student",
-    kept: str | None = None,
+    kept: str | None = None, date: str = "",
 ) -> Template:  # fmt: skip
     """The template of a model, tried out: what it can't do is an error here, before weights load.
 
@@ -164,6 +197,7 @@ def make(
       tokenizer: a transformers tokenizer; None: a server's model whose tokenizer is not here (not with `chat`).
       template: chat | plain | the path of a Jinja file.
       kwargs: passed to a Jinja template, such as `enable_thinking`.
+      date: of the texts that write today's (Template).
       preamble: worked examples, or the path of a file that holds them; a Jinja file sees it as `preamble`.
       stop_strings: beside the format's own.
       setting: `student` or `teacher`, whose keys the errors name.
@@ -190,14 +224,14 @@ def make(
                 f"{setting}.chat_template_kwargs = {kwargs} is for a Jinja template, not for {key} = 'plain'"
             )
     else:
-        source = bounded.read_text(_file(template, key), FILE_BYTES) if kept is None else kept
+        source = read_template(template, key) if kept is None else kept
         if preamble and "preamble" not in source:
             raise UserError(f"{what} does not use the variable `preamble`, but {setting}.preamble is set")
     made = Template(
-        tokenizer, source, kwargs, preamble, tuple(dict.fromkeys(stop_strings)), (), _start(tokenizer), what
+        tokenizer, source, kwargs, preamble, tuple(dict.fromkeys(stop_strings)), (), _start(tokenizer), what, date=date
     )
     _try_out(made)
-    return dataclasses.replace(made, turn_end_ids=_turn_end(made))
+    return dataclasses.replace(made, turn_end_ids=_turn_end(made), lead=_lead(made))
 
 
 def of_student(cfg, tokenizer, kept: str | None = None) -> Template:
@@ -209,6 +243,7 @@ def of_student(cfg, tokenizer, kept: str | None = None) -> Template:
         kwargs=c.chat_template_kwargs.to_dict(),
         stop_strings=c.stop_strings,
         kept=kept,
+        date=cfg.data.date,
     )
 
 
@@ -223,6 +258,7 @@ def of_teacher(cfg, tokenizer) -> Template:
         preamble=c.preamble,
         stop_strings=c.stop_strings,
         setting="teacher",
+        date=cfg.data.date,
     )
 
 
@@ -270,20 +306,21 @@ def _own(tokenizer, setting: str) -> str:
     return source
 
 
-def _file(template: str, key: str) -> pathlib.Path:
-    path = pathlib.Path(template).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key} = {template!r} is neither 'chat' nor 'plain' nor a file")
-    return path
+def read_template(template: str, key: str) -> str:
+    """The text of the Jinja file that a setting names. Raises `UserError` where it is no file that can be read."""
+    path = config.existing(template)
+    if path is None or not path.is_file():
+        raise UserError(f"{key} = {template[:200]!r} is neither 'chat' nor 'plain' nor a file")
+    return bounded.read_text(path, FILE_BYTES)
 
 
 def read_preamble(text: str, key: str) -> str:
     """The text itself, or that of the file it names. Raises `UserError` where it is no file that can be read."""
-    path = pathlib.Path(text).expanduser() if 0 < len(text) < 1000 and "\n" not in text else None
+    path = config.existing(text)
     if path is not None and path.is_file():
         text = bounded.read_text(path, FILE_BYTES)
-    elif path is not None and path.suffix in (".txt", ".md"):
-        raise UserError(f"{key} = {text!r}: no such file")
+    elif "\n" not in text and text.endswith((".txt", ".md")):
+        raise UserError(f"{key} = {text[:200]!r}: no such file")
     return text.strip("\n")
 
 
@@ -302,9 +339,20 @@ def _turn_end(template: Template) -> tuple[int, ...]:
     except UserError:  # some templates take no answer
         return end
     after = whole[whole.rfind(ANSWER) + len(ANSWER) :] if ANSWER in whole else ""
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    ids = ids_of(tokenizer, [after])[0] if after else []
     marks = {int(i) for i in tokenizer.added_tokens_decoder}
     return next(((int(i),) for i in ids if int(i) in marks), end)
+
+
+def _lead(template: Template) -> str:
+    """ " " where the template writes one between a generation prompt and the answer behind it; else ""."""
+    question = {"role": "user", "content": QUESTION}
+    try:
+        prompt = template._render((question,), True)
+        whole = template._render((question, {"role": "assistant", "content": ANSWER}), False)
+    except UserError:
+        return ""
+    return " " * whole.startswith(f"{prompt} {ANSWER}")
 
 
 def _try_out(template: Template) -> None:

@@ -12,6 +12,8 @@ import json
 import resource
 import sys
 
+sys.path += sys.argv[1:]  # where the process that starts this one has jinja2 from: isolated mode looks elsewhere
+
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
@@ -50,14 +52,14 @@ def compiled(source: str):
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
 
 
-def render(source: str, variables: dict) -> dict:
-    """{"text": ...} or {"error": one line}."""
+def render(source: str, variables: dict, date: str = "") -> dict:
+    """{"text": ...} or {"error": one line}. `date`: YYYY-MM-DD, what `strftime_now` takes for today; "": today."""
     try:
-        text = compiled(source).render(variables)
+        now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+        text = compiled(source).render({"strftime_now": now.strftime} | variables)
     except MemoryError:
         compiled.cache_clear()
         return {"error": f"it needs more than {MEMORY >> 20} MiB of memory"}
@@ -74,10 +76,12 @@ def main():
     """Answers until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    sys.stdout.write("\n")  # ready
+    sys.stdout.flush()
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         try:
-            answer = json.dumps(render(asked["source"], asked["variables"]))
+            answer = json.dumps(render(asked["source"], asked["variables"], asked.get("date", "")))
         except MemoryError:
             answer = json.dumps({"error": f"it needs more than {MEMORY >> 20} MiB of memory"})
         sys.stdout.write(answer + "\n")

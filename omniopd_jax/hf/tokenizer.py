@@ -49,14 +49,22 @@ def end_ids(folder, tokenizer=None, *, setting: str = "student.path") -> tuple[i
 def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str = "student.path") -> None:
     """Every id that the tokenizer gives has a row in the embedding, and the longest text has a position.
 
+    A special token that no template writes may be without a row: all Gemma 3 share the tokenizer of those that see, and
+    a text that spells the mark of an image is read as letters (`ids_of`).
+
     Args:
       longest: tokens of a row at most.
 
     Raises:
       UserError: one line on which of the two is not so.
     """
-    token, top = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if top >= model_cfg.vocab_size:
+    special = {int(i): t.special for i, t in tokenizer.added_tokens_decoder.items()}
+    written = str(tokenizer.chat_template or "")
+    beyond = [(t, i) for t, i in tokenizer.get_vocab().items() if i >= model_cfg.vocab_size]
+    ends = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+    wanted = [(t, i) for t, i in beyond if not special.get(i) or t in written or t in ends]
+    if wanted:
+        token, top = max(wanted, key=lambda item: item[1])
         raise UserError(
             f"{setting}: the tokenizer's token {token!r} has the id {top}, the model's embedding has "
             f"{model_cfg.vocab_size} "
@@ -68,6 +76,24 @@ def check_fits(tokenizer, model_cfg: ModelConfig, longest: int, *, setting: str 
             "max_completion_length, with what the objective adds (continuation.max_tokens, context.max_prompt_length), "
             f"= {longest:,}: lower one of them"
         )
+
+
+def ids_of(tokenizer, texts: list[str], rows: int = 0) -> list[list[int]]:
+    """The tokens of texts that have their special tokens already.
+
+    Args:
+      rows: of the model's embedding; a text with a special token beyond them is read as its letters. 0: not known.
+
+    Raises:
+      UserError: a token beyond them that is no special one.
+    """
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for k, own in enumerate(ids):
+        if rows and max(own, default=0) >= rows:
+            ids[k] = tokenizer(texts[k], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if max(ids[k]) >= rows:
+                raise UserError(f"the tokenizer gives the id {max(ids[k])}, the model's embedding has {rows} rows")
+    return ids
 
 
 def positions(model_cfg: ModelConfig) -> int:

@@ -6,6 +6,7 @@ held.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,15 +99,24 @@ def scale(settings) -> float | None:
     return settings.alpha / settings.rank if settings.rank else None
 
 
-def peft_config(settings, base) -> dict:
-    """PEFT's adapter_config.json for adapters beside the model `base`, a folder or a hub name."""
+def peft_config(settings, base, prefix: str = "model.") -> dict:
+    """PEFT's adapter_config.json for adapters beside the model `base`, a folder or a hub name.
+
+    Args:
+      prefix: of the text model's modules. In a model of images and text the names alone would also be found in its
+        eye, and a reader that takes the text model alone would find no adapter of it, with a warning at most: a pattern
+        that holds the prefix makes PEFT refuse that.
+    """
+    targets = list(settings.targets)
+    if prefix != "model.":
+        targets = rf"{re.escape(prefix)}layers\.\d+\..*\b({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": settings.rank,
         "lora_alpha": settings.alpha,
-        "target_modules": list(settings.targets),
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

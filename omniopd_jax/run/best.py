@@ -14,7 +14,7 @@ from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import files
-from omniopd_jax.run.checkpoint import Checkpoints
+from omniopd_jax.run.checkpoint import Checkpoints, fingerprint
 from omniopd_jax.run.state import TrainState
 
 FOLDER = "best"
@@ -95,7 +95,10 @@ class Best:
             own = config.local_folder(self._cfg) / "config.json"
             (self._folder / "config.json").write_bytes(own.read_bytes())
         processes.barrier("best config copied")
-        self._checkpoints.drop_after(self._totals[STEP])  # of a run that was cut off and has gone another way
+        step = self._totals[STEP]
+        if self._checkpoints.latest() == step and self._checkpoints.meta(step).get("fingerprint") == fingerprint(state):
+            return
+        self._checkpoints.drop_after(step - 1)  # of a run that was cut off and has gone another way
         self._checkpoints.save(state, dict(self._totals))
 
     def wait(self) -> None:

@@ -46,7 +46,7 @@ class Mirror:
     def __init__(self, folder: pathlib.Path, url: epath.Path | None = None, sends: bool = False):
         self._folder, self._url, self._sends = folder, url, sends
         self._sent: dict[str, tuple[int, int]] = {}  # name -> size and time of what the bucket has
-        self.lock: Lock | None = None
+        self.lock: Lock | lock.Lock | None = None
 
     def fetch(self) -> None:
         """Takes what the bucket holds of the run, over what is here: another host may have gone on since. Lines that
@@ -85,13 +85,14 @@ class Mirror:
           UserError: another run has taken `run_dir` over, or the bucket can't be written at the end.
         """
         if self.lock is not None and self.lock.lost:
-            raise UserError(f"run_dir = {self._url} was taken over by another run ({self.lock.lost}): this one ends")
+            where = self._url or self._folder
+            raise UserError(f"run_dir = {where} was taken over by another run ({self.lock.lost}): this one ends")
         if not self._sends:
             return
         try:
             with _one_line(self._url, "written"):
                 here = self._here()
-                for name in sorted(here):
+                for name in sorted(here, key=_order):
                     if here[name] != self._sent.get(name):
                         self._send_one(name)
                         self._sent[name] = here[name]
@@ -123,6 +124,11 @@ def _goes_on(here: pathlib.Path, content: bytes) -> bool:
         return False
     with here.open("rb") as file:
         return file.read(len(content)) == content
+
+
+def _order(name: str) -> tuple[bool, str]:
+    """What says that other files are there is sent behind them."""
+    return name.endswith("/disks"), name
 
 
 def _is_sent(name: str) -> bool:
@@ -236,7 +242,7 @@ def held(cfg):
       UserError: in every process, where another run holds it or it can't be written.
     """
     folder = config.local_folder(cfg)
-    with lock.held(folder, cfg.run_dir):
+    with lock.held(folder, cfg.run_dir) as local:
         disks = processes.disks(folder)
         if not config.is_bucket(cfg.run_dir):
             if len(set(disks)) > 1:
@@ -244,14 +250,16 @@ def held(cfg):
                     f"run_dir = {cfg.run_dir} is not one folder for all processes (the lowest that sees each one's: "
                     f"{disks}): set one that all hosts share, or gs://BUCKET/PATH"
                 )
-            yield Mirror(folder)
+            mirror = Mirror(folder)
+            mirror.lock = local if jax.process_index() == 0 else None
+            yield mirror
             return
         folder.mkdir(parents=True, exist_ok=True)
         mirror = Mirror(folder, files.place(cfg.run_dir), sends=disks[jax.process_index()] == jax.process_index())
-        if jax.process_index() == 0:
-            mirror.lock = Lock(files.place(cfg.run_dir))
+        own = Lock(files.place(cfg.run_dir)) if jax.process_index() == 0 else None
+        mirror.lock = own
         try:
-            processes.raise_on_all("bucket's lock", mirror.lock.acquire if mirror.lock else lambda: None)
+            processes.raise_on_all("bucket's lock", own.acquire if own else lambda: None)
             processes.raise_on_all("bucket's files", mirror.fetch)
             try:
                 yield mirror
@@ -261,8 +269,8 @@ def held(cfg):
                 raise
             mirror.send(last=True)
         finally:
-            if mirror.lock is not None:
-                mirror.lock.release()
+            if own is not None:
+                own.release()
 
 
 def copied(run_dir, to) -> pathlib.Path:

@@ -5,10 +5,15 @@ import os
 import pathlib
 import re
 
+import yaml
+
 from omniopd_jax.errors import UserError
+from omniopd_jax.hf import hub
 from omniopd_jax.objective import OBJECTIVES
 from omniopd_jax.run import estimate, health
 
+ADAPTER = "adapter_config.json"
+REPLACED = ("*.safetensors", "*.bin", "*.index.json", "adapter_*")  # of an earlier export: readers would take them
 SETTINGS = (  # of the run's config, in the card's table
     "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
     "max_completion_length", "audit.num_chunks", "audit.chunk_tokens", "audit.num_continuations", "audit.similarity",
@@ -105,33 +110,48 @@ def _results(config: dict, summary: dict, rows: list[dict], asked: bool) -> list
 
 def _licence(base: str) -> dict:
     """The hub's licence fields: the base model's own, where its folder has a card that says so."""
-    found = _base_licence(base)
-    return {"license": found} if found else {"license": "other", "license_name": "see-base-model"}
+    return _base_licence(base) or {"license": "other", "license_name": "see-base-model"}
 
 
-def _base_licence(base: str) -> str | None:
-    card = pathlib.Path(base).expanduser() / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+def _base_licence(base: str) -> dict:
+    """`license`, with `license_name` and `license_link` where there are, of the base's card; {} where it names none."""
+    folder = hub.local(base)
+    card = None if folder is None else folder / "README.md"
+    if card is None or not card.is_file():
+        return {}
+    front = re.match(r"\s*---\r?\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        said = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    named = said.get("license")
+    if isinstance(named, list) and named:
+        named = named[0]
+    if not isinstance(named, str) or not named:
+        return {}
+    more = {key: said[key] for key in ("license_name", "license_link") if isinstance(said.get(key), str)}
+    return {"license": named} | more
 
 
 def _licence_words(base: str, asked: bool) -> str:
     own = _base_licence(base)
+    named = own.get("license_name", own.get("license"))
     words = (
-        f"The base model's licence is `{own}`." if own else "The base model's licence applies; its folder names none."
+        f"The base model's licence is `{_line(named)}`."
+        if named
+        else "The base model's licence applies; its folder names none."
     )
     return words + (" The teacher's terms may limit what models trained on its output are used for." if asked else "")
 
 
 def _hub_name(base: str) -> str | None:
     """A name on the hub; None for a folder of this machine, whose path says nothing to others."""
-    folder = pathlib.Path(base).expanduser()
-    if folder.exists() or folder.is_absolute():
-        return None if not folder.is_dir() else _object(folder / "config.json").get("_name_or_path") or None
-    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None
+    folder = hub.local(base)
+    if folder is not None:  # transformers writes there where it read it from: a folder of another machine, perhaps
+        base = str(_object(folder / "config.json").get("_name_or_path") or "")
+    return base if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and hub.local(base) is None else None
 
 
 def _shown(base: str) -> str:
@@ -150,12 +170,27 @@ def push(folder, name: str) -> str:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of omniopd_jax")
+        mine = _without_path(pathlib.Path(folder) / ADAPTER)
+        api.upload_folder(
+            repo_id=name, folder_path=str(folder), commit_message="Export of omniopd_jax",
+            delete_patterns=list(REPLACED), ignore_patterns=[] if mine is None else [ADAPTER],
+        )  # fmt: skip
+        if mine is not None:
+            api.upload_file(path_or_fileobj=mine, path_in_repo=ADAPTER, repo_id=name)
     except Exception as error:  # the transports' errors share no base class
         raise UserError(
             f"--push_to_hub={name}: the upload failed: {_reason(error)}; the export is in {folder}"
         ) from error
     return f"{api.endpoint}/{name}"
+
+
+def _without_path(file: pathlib.Path) -> bytes | None:
+    """An adapter's config for others, where it names a folder of this machine as its base: by its name alone."""
+    said = _object(file)
+    base = str(said.get("base_model_name_or_path") or "")
+    if not base or hub.local(base) is None:
+        return None
+    return json.dumps(said | {"base_model_name_or_path": _hub_name(base) or pathlib.Path(base).name}, indent=2).encode()
 
 
 def check(name: str) -> None:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import processes
-from omniopd_jax.run import files
+from omniopd_jax.run import files, host
 from omniopd_jax.run.bucket import Mirror
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.teachers import journal as journals
@@ -35,7 +35,7 @@ def restore_journal(cfg) -> list[int]:
     """Puts back what the journal's folder lacks of the newest snapshot, before a resume on another machine.
 
     Processes whose folder is on disks of their own take a part of the snapshot each, whatever their number was, but for
-    what one of these disks still has.
+    what one of these disks still has: that one takes what its journal got since, on another machine.
 
     Returns:
       For each process the lowest rank that shares its journal's disk.
@@ -50,10 +50,12 @@ def restore_journal(cfg) -> list[int]:
     if rank in owners and imported_elsewhere & set(held[rank][0]):
         journals.renew(folder, imported_elsewhere)
     if newest is not None:
-        anywhere = {name for names in held for kind in names for name in kind}
-        for i, part in enumerate(parts_of(snapshots / str(newest))):
-            if owners[i % len(owners)] == rank:
-                journals.restore(part, folder, anywhere)
+        holds = {owner: set(sum(held[owner], [])) for owner in owners}
+        elsewhere = {
+            n for other in owners if other != rank for n in holds[other] if other < rank or n not in holds[rank]
+        }
+        for i, part in enumerate(parts_of(snapshots / str(newest)) if rank in owners else ()):
+            journals.restore(part, folder, elsewhere, takes=owners[i % len(owners)] == rank)
         processes.barrier("journal restored")
     return disks
 
@@ -69,12 +71,23 @@ def newest_snapshot(snapshots: pathlib.Path) -> int | None:
     Copies of versions that did not write `WHOLE` are taken for complete where no other step is.
     """
     found = {int(f.name): parts_of(f) for f in snapshots.glob("*") if f.name.isdigit() and f.is_dir()}
-    marks = {
-        step: [int((part / WHOLE).read_text()) for part in parts if (part / WHOLE).is_file()]
-        for step, parts in found.items()
-    }
+    marks = {step: [mark for part in parts if (mark := _mark(part))] for step, parts in found.items()}
     whole = [step for step, counts in marks.items() if counts and len(counts) >= max(counts)]
     return max(whole or found, default=None)
+
+
+def _mark(part: pathlib.Path) -> int:
+    """How many parts the step has, by a part's own mark; 0: there is none, or none that can be read."""
+    try:
+        return int((part / WHOLE).read_text())
+    except (OSError, ValueError):  # a disk that was full, a power cut
+        return 0
+
+
+def begun(run_dir) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    folder = files.place(run_dir) / "checkpoints"
+    return folder.is_dir() and any(step.name.isdecimal() for step in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -240,7 +253,7 @@ class Checkpoints:
         if self.disks[rank] == rank:
             part = self._journals / str(step) / str(rank)
             journal.copy_to(part)
-            (part / WHOLE).write_text(f"{len(set(self.disks))}\n")
+            host.write_whole(part / WHOLE, f"{len(set(self.disks))}\n")
         processes.barrier("journal copied")  # before any process answers the next step's calls
         if self.disks[rank] == rank:
             kept = {str(s) for s in self._manager.all_steps()} | {str(step)}

@@ -16,6 +16,7 @@ from omniopd_jax.run import recipes
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.wire import secrets
 
+TEACHERS = "teachers."
 COMMANDS = ("main", "evaluate", "export", "aot", "report", "config")
 
 
@@ -76,15 +77,18 @@ def _tell(error: UserError) -> int:
 def _parse(argv):
     """absl's parser, with ml_collections' tracebacks turned into one line that names the key or the recipe."""
     argv, recipe = _with_recipe_found(argv)
-    argv, named = _named_teachers(argv)
-    sys.argv = _named_teachers(sys.argv)[0]  # config_flags looks for keys there, too
+    argv, named = _set_here(argv)
+    sys.argv = _set_here(sys.argv)[0]  # config_flags looks for keys there, too
     try:
         with recipes.importable(recipe) if recipe else contextlib.nullcontext():
             rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             _ = flags.FLAGS["config"].value.keys()  # a recipe that failed to load says so only when it is touched
             for path, text in named:
-                by_row.set_by_flag(flags.FLAGS["config"].value, path, text)
+                if path.startswith(TEACHERS):
+                    by_row.set_by_flag(flags.FLAGS["config"].value, path.removeprefix(TEACHERS), text)
+                else:
+                    config.set_open(flags.FLAGS["config"].value, path, text)
         return rest
     except UserError as error:
         sys.exit(_tell(error))
@@ -113,12 +117,13 @@ def _with_recipe_found(argv) -> tuple[list[str], str]:
     return argv, ""
 
 
-def _named_teachers(argv) -> tuple[list[str], list[tuple[str, str]]]:
-    """(argv without --config.teachers.NAME.KEY=VALUE, [(NAME.KEY, VALUE), ...]): a name need not be in the recipe."""
-    start = "config.teachers."
-    named = [a.lstrip("-").removeprefix(start).partition("=") for a in argv[1:] if a.lstrip("-").startswith(start)]
-    rest = [a for i, a in enumerate(argv) if not i or not a.lstrip("-").startswith(start)]
-    return rest, [(path, text) for path, _, text in named]
+def _set_here(argv) -> tuple[list[str], list[tuple[str, str]]]:
+    """(argv without flags whose key need not be in the recipe, [(dotted key, text), ...]): --config.teachers.NAME.KEY,
+    and the keys of dicts that take any (`config.OPEN`)."""
+    starts = tuple(f"config.{start}" for start in (TEACHERS, *(f"{key}." for key in config.open_keys())))
+    here = {i: a.lstrip("-") for i, a in enumerate(argv) if i and a.lstrip("-").startswith(starts) and "=" in a}
+    pairs = (a.removeprefix("config.").partition("=") for a in here.values())
+    return [a for i, a in enumerate(argv) if i not in here], [(path, text) for path, _, text in pairs]
 
 
 def _recipe(argv) -> str:

@@ -5,7 +5,9 @@ python -m omniopd_jax.main --config=RECIPE --yes           starts a run above bu
 """
 
 import contextlib
+import math
 
+from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import files
 from omniopd_jax.teachers import budget, by_row, prices
@@ -112,7 +114,8 @@ class Preview:
             self.client = client = CLIENTS[cfg.teacher.provider](cfg)
             price = budget.price(cfg, self_hosted=client.self_hosted, official=client.official)
             how = {"takes_n": bool(client.seen.takes_n), "latency_s": budget.LATENCY_S, "steps": self.steps * part}
-            self.estimate = budget.estimate(cfg, price.on(prices.today()), **how, most=client.most_texts, asks=bought)
+            how |= {"most": client.most_texts, "asks": bought, "prompts": (data.count_known(cfg) or math.inf) * part}
+            self.estimate = budget.estimate(cfg, price.on(prices.today()), **how)
 
     def text(self) -> str:
         """The table, where each cap would stop the run, and what was assumed."""

@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from omniopd_jax import context, cuts, model, objective, rollout, step, vocab
+from omniopd_jax import context, cuts, model, objective, rollout, solutions, step, vocab
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import attention, lora
 from omniopd_jax.parallel import packing, sharding
@@ -96,21 +96,31 @@ class Plan:
         if (
             cfg.teacher.provider == "local"
             and cfg.teacher.model
-            and objective.of(cfg).asks & {"continuations", "solutions", "prefixes"}
+            and solutions.bought(cfg).keys() & {"continuations", "solutions", "prefixes"}
         ):
             device = sharding.make_mesh({"data": 1, "fsdp": 1, "tp": 1}, devices=self.mesh.devices.flatten()[:1])
             teacher_cfg = model_config(cfg.teacher.model)
             where = {"on": sharding.platform(device), "head_dim": teacher_cfg.head_dim}
             kernel = attention.resolve(cfg.model.attention, cfg.compute_dtype, **where)
             compute = model.Compute(cfg.compute_dtype, attention=kernel, mesh=device)
-            asked = self.scored * cfg.audit.num_chunks  # prefixes of a part, at the longest
-            most = max(
-                cfg.audit.chunk_tokens, cfg.max_completion_length if "solutions" in objective.of(cfg).asks else 0
-            )
             how = rollout.How(cache_gib=room_gib(device))
-            rows = asked * cfg.audit.num_continuations
+            asked, rows, most = self._asked(cfg)
             out["teacher"] = Sampler(teacher_cfg, compute, how, rows, asked, sum(longest), most)
         return out
+
+    def _asked(self, cfg) -> tuple[int, int, int]:
+        """(prefixes, texts, tokens of one at most) that a teacher in process is asked for at a time: the kind of
+        question that takes most."""
+        kinds, wants = [], solutions.bought(cfg)
+        if "continuations" in wants:
+            prefixes = self.scored * cfg.audit.num_chunks  # of a part
+            kinds.append((prefixes, prefixes * cfg.audit.num_continuations, cfg.audit.chunk_tokens))
+        if "prefixes" in wants:
+            kinds.append((*(self.scored * cfg.continuation.cuts,) * 2, cuts.most_tokens(cfg)))
+        if "solutions" in wants:
+            each = cfg.prompts_per_step
+            kinds.append((each, each * wants["solutions"], cfg.max_completion_length))
+        return max(kinds, key=lambda kind: kind[1] * (cfg.max_prompt_length + cfg.max_completion_length + kind[2]))
 
     def passes(self, names) -> list[str]:
         """Those of `names` that this recipe has."""
@@ -130,10 +140,10 @@ class Plan:
         }  # fmt: skip
 
     def teacher_bytes(self) -> float:
-        """Of a white-box teacher in process, on the device that holds most of it: float32, whole where it gives
-        log-probs."""
+        """Of a teacher in process, on the device that holds most of it: in the dtype that it samples in, a white-box
+        one in float32, whole where it gives log-probs."""
         if self.teacher_cfg is None:
-            return 0.0
+            return local_bytes(self.samplers["teacher"].params()) if "teacher" in self.samplers else 0.0
         return 4.0 * model.num_params(self.teacher_cfg) if self.teacher is None else local_bytes(self.teacher)
 
     def row(self, *shape, dtype=jnp.float32, rows: int = 0):
@@ -206,10 +216,10 @@ class Plan:
             scored = scored and objective.of(self.cfg).cut is None
             stats = vocab.TokenStats(self.row(self.T), self.row(self.T)) if scored else None
             lowered = self.steps.train_step.lower(s, self.reference, self.batch(), stats, self.teacher)
-            return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0
+            return lowered, state, self.teacher_bytes() if self.teacher is None else 0.0  # else among the arguments
         sampler = self.samplers.get(name, self.sampler)
         lowered, donated = sampler.lower(name if name in ("prefill", "start") else "decode")
-        beside = state + reference + self.teacher_bytes()
+        beside = state + reference + (0.0 if name == "teacher" else self.teacher_bytes())
         if name in ("start", "teacher"):  # the one takes no parameters, the other its own
             beside += local_bytes(self.sampler.params())
         return lowered, donated, beside + (self.sampler.cache_bytes() if name == "teacher" else 0.0)

@@ -174,9 +174,10 @@ def metrics(
     # a prompt is prefilled once for all its generations
     sampling = forward(model_cfg, prompts[:: cfg.num_generations], [0]) + decoding
     sampling += 2.0 * sum(matmul_params(model_cfg)) * tokens
+    passes = 1 + bool(cfg.max_staleness)  # under the policy that sampled, and under the one that is trained
     work = {
         "rollout": sampling if seconds.get("time/rollout") else 0.0,
-        "score": scoring if scored else 0.0,
+        "score": scoring * passes if scored else 0.0,
         "update": update(
             model_cfg,
             [p + n for p, n in zip(before, taught)],
@@ -188,7 +189,8 @@ def metrics(
     }
     for phase in work:
         if work[phase] and (spent := seconds.get(f"time/{phase}")):
-            out[f"perf/{phase}_tokens_per_s"] = (sum(taught) if phase == "update" else tokens) / spent / devices
+            count = passes if phase == "score" else 1
+            out[f"perf/{phase}_tokens_per_s"] = (sum(taught) if phase == "update" else tokens * count) / spent / devices
     if chip is None:
         return out
     work["update"] += forward(model_cfg, [p + n for p, n in zip(*behind)], behind[1])

@@ -1,6 +1,7 @@
 """What makes two starts the same run: its settings, and what it reads under their names (digests of files and
 texts)."""
 
+import datetime
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from omniopd_jax import config, hf
 from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import hub
+from omniopd_jax.hf.template import read_preamble, read_template
 from omniopd_jax.parallel import processes
 from omniopd_jax.run import files, host, logging
 from omniopd_jax.teachers import by_row
@@ -30,9 +32,11 @@ HARMLESS = (  # keys, or beginnings of keys, that change no result: how long, ho
     "local_dir",
     "checkpoint.",
     "log.",
+    "audit.log_per_step",
     "eval.before",
     "eval.every",
-    "eval.overlong",  # the prompts that are left have a digest
+    "data.overlong",  # the prompts that are left have a digest
+    "eval.overlong",
     "eval.patience",
     "eval.stop_below",
     "budget.",
@@ -122,6 +126,18 @@ def check_same_run(cfg: ConfigDict, digests: dict[str, str], file: pathlib.Path)
         )
 
 
+def settle_date(cfg: ConfigDict, file: pathlib.Path) -> None:
+    """Sets `data.date` where it is empty: a resumed run's is that of its config.json, a new one's is today, the same
+    for all processes. A run of a version that had no such key goes on without one: its templates see the day.
+
+    Raises:
+      UserError: the run's config.json is damaged.
+    """
+    saved = read(file)
+    date = datetime.date.today().isoformat() if saved is None else saved.get("data", {}).get("date", "")
+    cfg.data.date = processes.first("date", cfg.data.date or date)
+
+
 def check_allowed(cfg: ConfigDict) -> None:
     """Each name in `resume.allow` must be of something that is compared: else a slip of the pen allows nothing.
 
@@ -184,6 +200,8 @@ def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> d
       sets: data.benchmarks.Suites of `eval.sets`.
     """
     out = {"the training prompts": _prompts(training), "the student's chat template": f"{stable_hash(template):x}"}
+    if any(p.solution for p in training.prompts):
+        out["the training prompts' solutions"] = f"{stable_hash(*(p.solution or '' for p in training.prompts)):016x}"
     if held_out is not None:
         out["the held-out prompts"] = _prompts(held_out)
     out |= {f"the prompts of eval.sets {s.name!r}": _prompts(s) for s in sets}
@@ -194,6 +212,13 @@ def digests_of(cfg: ConfigDict, training, held_out, template: str, sets=()) -> d
             folders[f"the teacher's folder ({key}.model)"] = teacher.model
         if teacher.tokenizer:
             folders[f"the teacher's tokenizer ({key}.tokenizer)"] = teacher.tokenizer
+        if teacher.preamble:
+            text = read_preamble(teacher.preamble, f"{key}.preamble")
+            out[f"the teacher's preamble ({key}.preamble)"] = f"{stable_hash(text):016x}"
+        if teacher.template not in ("chat", "plain"):
+            out[f"the teacher's template ({key}.template)"] = (
+                f"{stable_hash(read_template(teacher.template, f'{key}.template')):016x}"
+            )
     if cfg.audit.similarity == "embedding":
         folders["the embedding model (audit.embedding_model)"] = cfg.audit.embedding_model
     return out | {name: folder_digest(path) for name, path in folders.items()}
@@ -224,7 +249,7 @@ def folder_digest(name: str) -> str:
         folder = hf.resolve(name)
     except UserError:
         return ""
-    digest, of_hub = hashlib.blake2b(digest_size=16), not hub.local(name).is_dir()
+    digest, of_hub = hashlib.blake2b(digest_size=16), hub.local(name) is None
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         if of_hub and hub.licence_alone(path.name):
             continue

@@ -85,12 +85,16 @@ def check_gone(run_dir, holder: Holder, silent_s: float, here: Holder) -> None:
 
 
 class Lock:
-    """The lock of a run directory, once acquired: writes a heartbeat until `release`."""
+    """The lock of a run directory, once acquired: writes a heartbeat until `release`.
+
+    Where this process was silent for so long that it was taken over and lives all the same, its next heartbeat finds
+    that out: `lost` then says who has the lock, and `Mirror.send` ends the run before its next checkpoint.
+    """
 
     def __init__(self, run_dir):
         self._folder = pathlib.Path(run_dir)
         self._path = self._folder / NAME
-        self.holder = this_process()
+        self.holder, self.lost = this_process(), ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
@@ -131,8 +135,17 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a full disk or a folder moved away: the run itself will say so
-                os.utime(self._path)
+            with contextlib.suppress(OSError, UserError):  # a full disk, a folder moved away: the run will say so
+                self.beat()
+
+    def beat(self) -> None:
+        """One heartbeat."""
+        holder, _ = self._read()
+        if holder.token != self.holder.token:
+            self.lost = f"process {holder.pid} on {holder.host}"
+            self._stop.set()
+        else:
+            os.utime(self._path)
 
     def release(self) -> None:
         """Gives the lock back, if it is still this process's."""
@@ -146,7 +159,7 @@ class Lock:
 
 @contextlib.contextmanager
 def held(folder, run_dir):
-    """A folder, locked by process 0 for all processes of the run; `run_dir`: what the config calls it.
+    """A folder, locked by process 0 for all processes of the run: yields its lock; `run_dir`: what the config calls it.
 
     Raises:
       UserError: in every process, where another run holds it or the folder can't be written.
@@ -157,7 +170,7 @@ def held(folder, run_dir):
     else:
         processes.raise_on_all("lock", lambda: None)
     try:
-        yield
+        yield lock
     finally:
         if jax.process_index() == 0:
             lock.release()

@@ -107,7 +107,7 @@ def check_privileged(cfg, prompts, template) -> None:
     texts = [
         template.render(context.messages(tuple(p.messages), "", cfg.context.template)) for p in prompts.prompts[:64]
     ]
-    least = min(map(len, template.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    least = min(map(len, template.ids(texts)))
     if least >= (most := context.most_tokens(cfg)):
         raise UserError(
             f"a privileged prompt takes at least {least} tokens without any solution, and at most {most} are allowed: "

@@ -156,6 +156,8 @@ def load(cfg: ConfigDict, checked: preflight.Checked, thread: AsyncThread, stop:
             f"evaluated on {len(held):,} held-out prompts (eval.num_prompts = {cfg.eval.num_prompts:,}; "
             f"{held.duplicates} duplicates and {held.overlong} overlong left out)"
         )
+    elif idle := [f"{key} = {config.get(cfg, key)!r}" for key in ("eval.every", "eval.path") if config.get(cfg, key)]:
+        logging.say(f"warning: {' and '.join(idle)}, but eval.num_prompts = 0: nothing is evaluated")
     decoder = audit.Decoder(template.tokenizer, template.stop_strings)
     student = Student(model_cfg, compute, template, decoder, checked.end_ids)
     return Run(

@@ -69,7 +69,7 @@ class Budget:
         b = cfg.budget
         self.caps = Totals(b.calls, b.tokens, b.usd)
         self.hosts = 1  # disks among which the caps are divided
-        self.on_exhausted = b.on_exhausted
+        self.on_exhausted, self.seed, self.num_steps = b.on_exhausted, cfg.seed, cfg.num_steps
         self.journal = journal
         self.price = price  # of a reply that nobody says more of
         self.prices = [price]  # of every model that may answer: calls are held at the dearest
@@ -203,6 +203,21 @@ class Budget:
             k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names
         }
 
+    def given(self, replay: str, *asked: int) -> tuple[int, int]:
+        """`allowance` of a step. One that is repeated, after a kill or from a journal, is given what it was given: the
+        ledger has gone on since."""
+        if self.on_exhausted == "stop":
+            return self.allowance(*asked)
+        steps_left, rows, num_chunks, num_continuations = asked
+        step = f"seed {self.seed} step {self.num_steps - steps_left}"
+        name = f"{step}: {rows} rows, M = {num_chunks}, N = {num_continuations}"
+        found = self.journal.allowance(name) if replay != "off" else None
+        if found is None:
+            found = self.allowance(*asked)
+            if replay != "only":
+                self.journal.put_allowance(name, found)
+        return found
+
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.
 
@@ -260,7 +275,7 @@ class Estimate:
 
 def estimate(
     cfg, price: Price, *, takes_n: bool, latency_s: tuple[float, float], steps: int | None = None, most: int = 128,
-    asks: dict[str, int] | None = None,
+    asks: dict[str, int] | None = None, prompts: float = math.inf,
 ) -> Estimate:  # fmt: skip
     """What the run will ask of the teacher, before the first call.
 
@@ -276,6 +291,7 @@ def estimate(
       latency_s: (median, slow) seconds a call of PROBE_TOKENS, measured by the probe; a longer text may take as much
         longer.
       steps: optimizer steps still to come; `cfg.num_steps` by default.
+      prompts: how many different ones there are: a whole solution is bought once for each.
       asks: {what the objective asks for: how many of it (BOUGHT)}; None: continuations at the peaks.
     """
     t = cfg.teacher
@@ -288,11 +304,14 @@ def estimate(
             continue
         one = BOUGHT[what](cfg, most if takes_n else 1, count)
         in_front = [examples / each if what != "logp" else 0.0 for each in BYTES]
+        asked = steps * cfg.prompts_per_step
+        if what == "solutions":
+            asked = min(asked, prompts)
         slowest = latency_s[1] * max(1.0, one.longest / PROBE_TOKENS)
         slow = (latency_s[0], (latency_s[0] + slowest) / 2, slowest)
         cached = (one.again, one.again / 2, 0.0) if price.cached < price.input else (0.0,) * 3
         for i, repeats in enumerate((1.0, 1.02, 1.1)):
-            n = steps * cfg.prompts_per_step * one.calls[i] * repeats
+            n = asked * one.calls[i] * repeats
             sent, written = n * (one.sent[i] + in_front[i]), n * one.written[i]
             again = sent * cached[i]
             usd[i] += price.cost(sent, again, written, (sent - again) if price.written > price.input else 0)
@@ -360,7 +379,7 @@ def _audits(cfg, most, _) -> Asked:
 
 
 def _solutions(cfg, most, count) -> Asked:
-    """`count` whole answers per prompt. Bought once a prompt: epochs after the first are not taken off."""
+    """`count` whole answers per prompt."""
     per_prompt = -(-count // most)
     written = [count / per_prompt * cfg.max_completion_length * share for share in SHARES]
     sent = [share * cfg.max_prompt_length for share in SHARES]

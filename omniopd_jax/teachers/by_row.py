@@ -184,6 +184,8 @@ class RowTeachers(PaidTeacher):
         """Learns which teacher each training prompt names: what estimates and allowances go by."""
         count = Counter(names)
         self._parts = {name: count[name] / max(1, len(names)) for name in self._teachers}
+        for name, teacher in self._teachers.items():
+            teacher.take_rows([name] * count[name])
 
     async def check(self) -> str:
         """Each one's line. Raises `UserError` with what is wrong with any of them."""

@@ -220,6 +220,17 @@ class Journal:
             rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
         return max(rows, key=lambda row: row[1])[0] if rows else None
 
+    def allowance(self, step: str) -> tuple[int, int] | None:
+        """The (M, N) that a step was given; None: it was not begun."""
+        sql = "select chunks, continuations from allowances where step = ?"
+        with self.mutex:
+            found = [
+                c.execute(sql, (step,)).fetchone()
+                for c in self._connections()
+                if journal_file.has_table(c, "allowances")
+            ]
+        return next(filter(None, found), None)
+
     def report(self, provider: str, model: str, asked: str) -> dict:
         """The last probe's report on this teacher; {} where there is none."""
         sql = "select report, time from modes where provider = ? and model = ? and asked = ?"
@@ -248,6 +259,11 @@ class Journal:
         with self._write() as c:
             row = (provider, model, asked, mode, json.dumps(report), time.time())
             c.execute("insert or replace into modes values (?, ?, ?, ?, ?, ?)", row)
+
+    def put_allowance(self, step: str, given: tuple[int, int]) -> None:
+        """Records what a step was given, once."""
+        with self._write() as c:
+            c.execute("insert or ignore into allowances values (?, ?, ?)", (step, *given))
 
     def describe(self, key: bytes, about: dict, messages, prefix: str) -> None:
         """Records what a key stands for, once: what `export` writes beside each continuation."""
@@ -463,7 +479,7 @@ class Journal:
                     "pragma synchronous = normal"
                 )  # a killed process loses nothing; a power cut may lose the last calls
                 own.execute("begin immediate")
-                own.execute(journal_file.ANSWERED)
+                journal_file.later_tables(own)
                 for path, other in list(self.others.items()):
                     journal_file.import_into(own, other, journal_file.identity(path, other))
                 me = (os.getpid(), journal_file.process_started(os.getpid()))

@@ -39,6 +39,8 @@ ANSWERED = """
 create table if not exists answered (key blob not null, sample_id text not null, peak integer not null,
   idx integer not null, model text not null, primary key (key, sample_id, peak, idx)) without rowid
 """
+# (M, N) that a step was given where the budget spreads what is left: a step that is repeated asks for the same
+ALLOWANCES = "create table if not exists allowances (step text primary key, chunks integer, continuations integer)"
 
 
 def create(path: pathlib.Path) -> None:
@@ -47,7 +49,7 @@ def create(path: pathlib.Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(part)) as new:
             new.executescript(
-                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}{ANSWERED}"
+                f"pragma application_id = {APPLICATION_ID}; pragma user_version = {SCHEMA_VERSION}; {SCHEMA}{ANSWERED};{ALLOWANCES}"
             )
             new.execute("insert into meta values (?)", (secrets.token_hex(8),))
             new.commit()
@@ -68,9 +70,20 @@ def insert_text(c, key, sample_id, peak, index, text, finish, error, raw, call, 
         c.execute("delete from answered where key = ? and sample_id = ? and peak = ? and idx = ?", row[:4])
 
 
+def later_tables(c) -> None:
+    """Makes the tables that journals of earlier versions lack."""
+    c.execute(ANSWERED)
+    c.execute(ALLOWANCES)
+
+
+def has_table(c, name: str) -> bool:
+    """Whether a journal has a table of a later version."""
+    return bool(c.execute("select 1 from sqlite_master where name = ?", (name,)).fetchone())
+
+
 def tells_who(c) -> bool:
     """Whether a journal has the table of those who answered in the place of others."""
-    return bool(c.execute("select 1 from sqlite_master where name = 'answered'").fetchone())
+    return has_table(c, "answered")
 
 
 def checksum(*parts) -> bytes:
@@ -79,14 +92,24 @@ def checksum(*parts) -> bytes:
 
 
 def import_into(own, other, name: str) -> None:
-    """Takes over everything that another journal holds, once; where both have a text, the newer one is kept.
+    """Takes over what another journal holds, once, as `take_from` does.
+
+    Raises:
+      UserError: a text of the other journal is not the one that was written.
+    """
+    if not own.execute("select 1 from imported where name = ?", (name,)).fetchone():
+        take_from(own, other, name)
+        own.execute("insert into imported values (?, ?)", (name, time.time()))
+
+
+def take_from(own, other, name: str) -> None:
+    """Takes over what another journal holds and this one does not: a call that is in both, as one was copied from the
+    other once, counts once. Where both have a text, the newer one is kept.
 
     Raises:
       UserError: a text of the other journal is not the one that was written.
     """
     new = schema_of(other) > 1
-    if own.execute("select 1 from imported where name = ?", (name,)).fetchone():
-        return
     own.executemany("insert or ignore into requests values (?, ?, ?, ?)", other.execute("select * from requests"))
     texts = f"select key, sample_id, peak, idx, text, finish, error, raw, time, {'sum' if new else 'null'} from continuations"
     rows = other.execute("select * from answered") if tells_who(other) else ()
@@ -103,17 +126,51 @@ def import_into(own, other, name: str) -> None:
         here = own.execute(sql, where).fetchone()
         if here is None or here[0] < when:
             insert_text(own, *where, text, finish, error, raw, None, when, others.get(where, ""))
+    if has_table(other, "allowances"):
+        own.executemany("insert or ignore into allowances values (?, ?, ?)", other.execute("select * from allowances"))
     columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
     columns += ", run" if new else ""
-    marks = ", ".join("?" for _ in columns.split(","))
-    own.executemany(f"insert into calls ({columns}) values ({marks})", other.execute(f"select {columns} from calls"))
+    calls = other.execute(f"select {columns} from calls").fetchall()
     spent = other.execute("select calls, tokens, usd from totals").fetchone()
+    if new:
+        here = set(own.execute("select key, n, time, run from calls"))
+        lacking = [row for row in calls if (*row[:2], row[3], row[-1]) not in here]
+        if len(lacking) < len(calls):
+            calls = lacking
+            spent = [sum(of) for of in zip(*map(_counts_as, calls))] or (0, 0, 0.0)
+    marks = ", ".join("?" for _ in columns.split(","))
+    own.executemany(f"insert into calls ({columns}) values ({marks})", calls)
     own.execute("update totals set calls = calls + ?, tokens = tokens + ?, usd = usd + ?", spent)
     for row in other.execute("select provider, model, asked, mode, report, time from modes").fetchall():
         here = own.execute("select time from modes where provider = ? and model = ? and asked = ?", row[:3]).fetchone()
         if here is None or here[0] < row[5]:
             own.execute("insert or replace into modes values (?, ?, ?, ?, ?, ?)", row)
-    own.execute("insert into imported values (?, ?)", (name, time.time()))
+
+
+def _counts_as(call) -> tuple[int, int, float]:
+    """(calls, tokens, dollars) of a row of `calls`: what is not known at its upper bound, as in `totals`."""
+    _, _, status, _, _, tokens_in, _, tokens_out, usd, max_tokens, max_usd, *_ = call
+    if status == "unsent":
+        return 0, 0, 0.0
+    return 1, max_tokens if tokens_in is None else tokens_in + tokens_out, max_usd if usd is None else usd
+
+
+def catch_up(snapshot: pathlib.Path, target: pathlib.Path) -> None:
+    """Takes from a later copy of a journal what was written on another machine, where it went on."""
+    newest = "select id, key, n, time from calls order by id desc limit 1"
+    same = "select 1 from calls where id = ? and key = ? and n = ? and time = ?"
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(contextlib.closing(open_checked(snapshot)))
+        own = stack.enter_context(contextlib.closing(sqlite3.connect(target, isolation_level=None, timeout=60.0)))
+        last, name = other.execute(newest).fetchone(), identity(snapshot, other)
+        if last is None or own.execute(same, last).fetchone():
+            return  # the copy is a beginning of what is here
+        own.execute("begin immediate")
+        later_tables(own)
+        if (waits := target.with_name(f"{name}.sqlite")).is_file():
+            import_into(own, stack.enter_context(contextlib.closing(open_checked(waits))), name)
+        take_from(own, other, name)
+        own.execute("commit")
 
 
 def schema_of(connection) -> int:
@@ -184,8 +241,8 @@ def known(folder) -> tuple[list[str], list[str]]:
 
 def renew(folder, retired) -> None:
     """Gives each journal of a folder whose identity is in `retired` a new one: another disk has imported what it held,
-    and will import what it is to hold. What both hold counts twice until then, so that a cap is reached early, never
-    late."""
+    and will import what it is to hold. What both disks hold counts twice while both are of the run, so that a cap is
+    reached early, never late."""
     folder = pathlib.Path(folder)
     for path in sorted([folder / NAME, *folder.glob(f"*/{NAME}")]):
         if not path.is_file():
@@ -198,32 +255,39 @@ def renew(folder, retired) -> None:
             c.execute("commit")
 
 
-def restore(snapshot, folder, elsewhere=()) -> int:
-    """Copies the files of a checkpoint's snapshot that `folder` lacks, before a resume on another machine.
+def restore(snapshot, folder, elsewhere=(), takes: bool = True) -> int:
+    """Takes what a checkpoint's snapshot holds and `folder` lacks, before a resume: the files of another machine, and
+    what a journal of this folder got where the run went on elsewhere.
 
     Args:
-      elsewhere: identities that another disk of the run still has.
+      elsewhere: identities that another disk of the run answers for.
+      takes: whether files that no disk knows come here.
 
     Returns:
-      How many were copied.
+      How many files were copied.
 
     Raises:
       UserError: a file of the snapshot is no sound journal.
     """
     snapshot, folder, copied = pathlib.Path(snapshot), pathlib.Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
-    held = {*elsewhere, *sum(known(folder), [])}
+    held, target = set(sum(known(folder), [])), folder / NAME
     for path in sorted(p for p in snapshot.glob("*") if p.is_dir()):  # of a named teacher
-        copied += restore(path, folder / path.name, elsewhere)
+        copied += restore(path, folder / path.name, elsewhere, takes)
     for path in sorted(snapshot.glob("*.sqlite")):
         with contextlib.closing(open_checked(path)) as there:
-            name = identity(path, there)
-        target = folder / path.name
-        if target.exists() and path.name == NAME:  # of another host: imported beside the one that is there
-            target = folder / f"{name}.sqlite"
-        if name not in held and not target.exists():
-            part = folder / f".{target.name}.part"
+            name, current = identity(path, there), schema_of(there) == SCHEMA_VERSION
+        if name in elsewhere:
+            continue
+        if name in held:
+            if current and target.is_file():
+                catch_up(path, target)
+            continue
+        # of another host: imported beside the one that is there
+        place = folder / (f"{name}.sqlite" if target.exists() and path.name == NAME else path.name)
+        if takes and not place.exists():
+            part = folder / f".{place.name}.part"
             shutil.copyfile(path, part)
-            os.replace(part, target)
+            os.replace(part, place)
             copied += 1
     return copied

@@ -6,6 +6,7 @@ not depend on who else is in the batch.
 """
 
 import asyncio
+import dataclasses
 import functools
 import time
 
@@ -142,7 +143,7 @@ class LocalTeacher(Teacher):
             groups.setdefault((len(r.indices), r.temperature, r.top_p), []).append(item)
         for (n, temperature, top_p), items in groups.items():
             texts = [self._template.continued(r.messages, r.prefix) for r, _, _ in items]
-            ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = self._template.ids(texts)
             order = sorted(range(len(items)), key=lambda i: (len(ids[i]), i))
             rows = self._sample([ids[i] for i in order], [items[i][0] for i in order], n, temperature, top_p)
             for k, i in enumerate(order):
@@ -201,6 +202,7 @@ def make(cfg, needs: str = TEXT) -> LocalTeacher:
     where = {"on": jax.default_backend(), "head_dim": model_cfg.head_dim}
     backend = attention.resolve(cfg.model.attention, cfg.compute_dtype, **where)
     return LocalTeacher(
-        params, model_cfg, template, end_ids=end_ids, foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
+        params, model_cfg, dataclasses.replace(template, rows=model_cfg.vocab_size), end_ids=end_ids,
+        foreign_tokenizer=tokenizer.get_vocab() != student.get_vocab(),
         compute=model.Compute(cfg.compute_dtype, attention=backend),
     )  # fmt: skip

@@ -5,11 +5,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import weakref
 
 import numpy as np
 
+from omniopd_jax import config
 from omniopd_jax.errors import TeacherStopped, UserError
 from omniopd_jax.hf import hub
 from omniopd_jax.run.files import place
@@ -49,7 +49,7 @@ class RemoteTeacher(PaidTeacher):
         t = cfg.teacher
         if not t.model:
             raise UserError(f"teacher.model is empty: name the model of teacher.provider = {t.provider!r}")
-        self.cfg, self.client, self.replay = cfg, client, t.replay
+        self.cfg, self.client, self.replay, self.prompts = cfg, client, t.replay, np.inf
         if self.replay != "only":
             client.check_settings()
         self.answering = ""  # the model that wrote the last reply, where it is another than the one asked for
@@ -66,12 +66,10 @@ class RemoteTeacher(PaidTeacher):
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
         self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring
         self.mode = None if t.continuation == "auto" or self.scores else t.continuation
-        self.loop = None
-        self.resolving = None
+        self.loop = self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
         self.stood_in = None  # models that earlier versions kept this one's texts under; looked for when one is missed
-        self.running = set()  # tasks that have calls out
-        self.refused, self.refused_prompts = 0, set()  # in a row
+        self.running, self.refused, self.refused_prompts = set(), 0, set()  # tasks with calls out; refusals in a row
         self.doubtful = []  # failures by those refusals, for the journal: see `refuse`
         # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
         self.stopped = None
@@ -193,15 +191,17 @@ class RemoteTeacher(PaidTeacher):
         `part`: of the prompts, where they have several teachers.
         """
         steps = (self.cfg.num_steps if steps is None else steps) * part
-        latency = self.report.latency_s if self.report else money.LATENCY_S
-        takes_n = bool(self.client.seen.takes_n)
-        most = self.client.most_texts
-        how = {"takes_n": takes_n, "latency_s": latency, "steps": steps, "most": most, "asks": self.asks}
-        return money.estimate(self.cfg, self.price.on(self.budget.today()), **how)
+        how = {"takes_n": bool(self.client.seen.takes_n), "most": self.client.most_texts, "asks": self.asks}
+        how |= {"latency_s": self.report.latency_s if self.report else money.LATENCY_S, "prompts": self.prompts}
+        return money.estimate(self.cfg, self.price.on(self.budget.today()), steps=steps, **how)
+
+    def take_rows(self, names: list[str]) -> None:
+        """Counts the training prompts that are its own."""
+        self.prompts = len(names)
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
-        """(M, N) for the next step: see `Budget.allowance`."""
-        return self.budget.allowance(steps_left, rows, num_chunks, num_continuations)
+        """(M, N) for the next step: see `Budget.given`."""
+        return self.budget.given(self.replay, steps_left, rows, num_chunks, num_continuations)
 
     def paid(self) -> list:
         """See `Teacher.paid`."""
@@ -407,7 +407,7 @@ def _own_format(t) -> dict:
     out = {k: v for k, v in given.items() if v != default[k]}
     for key in out.keys() & {"template", "preamble"}:  # a file's content, not its name
         with contextlib.suppress(OSError, ValueError):
-            out[key] = pathlib.Path(out[key]).expanduser().read_text()
+            out[key] = config.expanded(out[key]).read_text()
     return out
 
 

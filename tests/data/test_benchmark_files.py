@@ -81,6 +81,7 @@ def test_endings(tmp_path, file, form):
     "row, says",
     [
         ({"problem": "P", "answer": None}, "row 0"),
+        ({"problem": "P", "choices": {"label": 5, "text": ["a"]}, "answer": "A"}, "row 0"),
         ({"answer": "1"}, "problem"),
         ({"problem": "P", "answer": True}, "row 0"),
         ({"problem": "P", "answer": float("nan")}, "row 0"),

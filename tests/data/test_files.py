@@ -70,6 +70,7 @@ def test_published_rows_are_taken_as_they_are_meant_or_one_line_says_what_to_set
         ({"prompt": "a", "answer": "1", "solution": " "}, {}, ("a", "1", None)),
         ({"prompt": "a", "a.b": "x"}, {"answer": "a.b"}, ("a", "x", None)),
         ({"prompt": [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]}, {}, ("ab", None, None)),
+        ({"prompt": [{"role": "Human", "content": "1+1?"}]}, {}, ("1+1?", None, None)),
     ],
 )  # fmt: skip
 def test_rows_of_other_forms(tmp_path, row, fields, wanted):
@@ -91,6 +92,11 @@ def test_rows_of_other_forms(tmp_path, row, fields, wanted):
             {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             {},
             "and `content`, a text",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "GPT", "content": "b"}]},
+            {},
+            "`prompt` ends in the assistant's answer",
         ),
         ({"prompt": [{"from": 3, "value": "a"}]}, {}, "`role` and `content`, a text"),
         (
@@ -158,6 +164,9 @@ def test_bytes_within_an_answer_are_one_line(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [b"1"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="row 1: `answer` is binary; write it as a text"):
+        with_fields(str(tmp_path / "b.parquet"))
     parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [{"x": b"1"}]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="row 1: `answer` holds what is no JSON"):
         with_fields(str(tmp_path / "a.parquet"))
@@ -193,6 +202,8 @@ def test_a_parquet_file(tmp_path):
         ("p.json", b'[{"prompt": "a"}, 3]', "row 2: expected an object"),
         ("p.csv", b"prompt,answer\na,1,2\n", "line 2: not as many fields"),
         ("p.csv", b"prompt,answer\na\n", "line 2: not as many fields"),
+        ("p.csv", b'prompt,answer\na,1\nb,"4\nc,6\nd,8\n', "begins in line 3 is not CSV .unexpected end of data"),
+        ("p.csv", b'prompt,answer\n"is "x"?",2\n', "begins in line 2 is not CSV"),
         ("p.csv", b"prompt,answer,answer\na,1,2\n", "line 1: the header names 'answer' more than once"),
         ("p.csv", b"question\na\n", "line 2: no field `prompt`; the row's fields: question"),
     ],

@@ -21,8 +21,8 @@ from omniopd_jax.data import benchmarks
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, scores
 from omniopd_jax.graders import sandbox, small_world
-from omniopd_jax.run import preflight
 from omniopd_jax.run import trained as trained_run
+from omniopd_jax.run import validation
 
 HOW = runner.How(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5, rows=6)  # two problems a batch
 
@@ -353,10 +353,10 @@ def test_top_k_is_sampled_with_and_part_of_the_settings(whole, tmp_path):
 def test_what_is_read_of_a_recipe_is_checked_and_nothing_else(whole, change, said):
     cfg = whole[0].copy_and_resolve_references()
     cfg.optimizer.b1 = 1.5  # of a run from before it was refused
-    preflight.check_values(cfg, preflight.EVALUATED)
+    validation.check_values(cfg, validation.EVALUATED)
     cfg.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=f"^{said}"):
-        preflight.check_values(cfg, preflight.EVALUATED)
+        validation.check_values(cfg, validation.EVALUATED)
 
 
 def test_the_command_takes_top_k_from_the_recipe_and_checks_it(whole, monkeypatch):

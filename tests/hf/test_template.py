@@ -17,7 +17,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.hf import renderer, template
 from omniopd_jax.hf import tokenizer as tokens
 from omniopd_jax.run import host, objectives
-from omniopd_jax.teachers import ContinuationRequest
+from omniopd_jax.teachers import Continuation, ContinuationRequest
 from omniopd_jax.teachers.local import LocalTeacher
 from omniopd_jax.teachers.simulated import SimulatedTeacher
 from omniopd_jax.teachers.wire.openai import OpenAIClient
@@ -288,6 +288,40 @@ def test_a_tokenizer_past_the_embedding_and_positions_too_few():
         tokens.check_fits(tok, cfg, 10)
 
 
+def test_a_special_token_past_the_embedding_is_read_as_its_letters():
+    """Every Gemma 3 has the tokenizer of those that see: the mark of an image has no row in a model of text alone."""
+    tok, (_, cfg) = tiny.tokenizer(), tiny.random_model(tiny.VOCAB, 0)
+    tok.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokens.check_fits(tok, cfg, 10)
+    text = "is <image_soft_token> 4"
+    with_row, without = (
+        template.Template(tok, None, rows=rows).ids([text, "4"]) for rows in (tiny.VOCAB + 1, tiny.VOCAB)
+    )
+    assert max(with_row[0]) == tiny.VOCAB and max(without[0]) < tiny.VOCAB and tok.decode(without[0]) == text
+    assert with_row[1] == without[1]
+    tok.chat_template = "{{ messages[0].content }}<image_soft_token>"  # one that prompts are written with is refused
+    with pytest.raises(UserError, match="token '<image_soft_token>' has the id"):
+        tokens.check_fits(tok, cfg, 10)
+
+
+def test_an_answer_begins_as_the_format_writes_one():
+    tok = tiny.tokenizer()
+    before = tok("Question: 1 + 3?\nAnswer:")["input_ids"]
+    plain, chat = template.make(tok, template="plain"), template.make(hf_fixtures.tokenizer())
+    assert (plain.lead, chat.lead) == (" ", "")
+    for text, written in (
+        ("It is 4.", " It is 4."),
+        (" It is 4.", " It is 4."),
+        ("\nIt is 4.", "\nIt is 4."),
+        ("", ""),
+    ):
+        assert tok.decode(plain.follow(before, text, begins=True)) == written
+        assert tok.decode(plain.follow(before, text, begins=False)) == text
+    prompt = data.Prompt("a", ({"role": "user", "content": "1 + 3?"},), "4", "It is 4.", token_ids=tuple(before))
+    [row], _ = solutions.rows([prompt], [{0: Continuation(0, "It is 4.", "length")}], 1, plain, 99)
+    assert tok.decode(row) == " It is 4."
+
+
 def test_the_longest_row_counts_what_the_teacher_adds_and_what_a_scorer_is_shown():
     c = config.default()
     c.update_from_flattened_dict({"max_prompt_length": 64, "max_completion_length": 128, "continuation.max_tokens": 32})
@@ -364,6 +398,52 @@ def test_a_template_is_rendered_within_bounds(source, said, monkeypatch):
     monkeypatch.setattr(renderer, "SECONDS", 30.0)
     assert template.make(tokenizer()).render(USER).endswith("assistant\n")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_500_000  # kB, of any child so far
+
+
+def test_a_date_is_the_run_s_and_the_worker_has_the_packages_of_whoever_starts_it(monkeypatch):
+    own, asked = renderer.Renderer(), "{{ strftime_now('%d %b %Y') }}"
+    assert own.render(asked, {}, date="2026-02-03") == "03 Feb 2026"
+    assert own.render(asked, {}) == time.strftime("%d %b %Y")
+    own.close()
+    monkeypatch.setattr(renderer, "_places", list)
+    monkeypatch.setattr(renderer.sys, "executable", "/usr/bin/env")  # a Python that can't be: what it said is told
+    with pytest.raises(renderer.RenderError, match="ended: .*env"):
+        own.render(asked, {})
+    own.close()
+    c = config.default()
+    c.data.date = "2026-02-03"
+    tok = hf_fixtures.tokenizer()
+    tok.chat_template = "{{ strftime_now('%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    assert template.of_student(c, tok).render(USER) == "2026 1 + 1?:"
+
+
+@pytest.mark.parametrize("role", ["critic", "developer"])
+def test_a_message_that_the_template_leaves_out_is_named(role):
+    made = template.make(hf_fixtures.tokenizer())
+    c = config.default()
+    known = data.Prompt("a", ({"role": "user", "content": "1 +\n 1?"},))
+    assert data.encode(data.Prompts([known]), made, c).prompts[0].token_ids
+    tok = hf_fixtures.tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    lost = data.Prompt("b", ({"role": role, "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}))
+    with pytest.raises(UserError, match=rf"prompt 'b': .* leaves the message of role '{role}' out"):
+        data.encode(data.Prompts([known, lost]), template.make(tok), c)
+
+
+def test_a_text_that_can_be_no_path_is_a_text():
+    tok, long = hf_fixtures.tokenizer(), "1 + 1 = 2. " * 60
+    assert template.make(tok, template="plain", preamble=long).render(USER).startswith("1 + 1 = 2. ")
+    for name in ("{{ messages[0].content }}" * 30, "~nobody/x.jinja", "\0"):
+        with pytest.raises(UserError, match="neither 'chat' nor 'plain' nor a file"):
+            template.make(tok, template=name)
+    for name in ("a" * 300, "~nobody/model"):
+        with pytest.raises(UserError):
+            hf.resolve(name)
 
 
 def test_one_worker_renders_for_all_and_is_ended(monkeypatch):

@@ -408,6 +408,27 @@ def test_a_bfloat16_export_keeps_decays_gated_norms_and_what_is_carried_in_float
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
+def test_peft_opens_the_adapters_of_a_wrapper_s_text_model_and_nothing_else_takes_them(family, tmp_path):
+    """What takes the text model alone finds no such modules, and says so: it would be the base model in silence."""
+    peft = pytest.importorskip("peft")
+    reference, folder, out = wrapped(family, tmp_path / "in"), tmp_path / "in", tmp_path / "adapter"
+    cfg = hf.read_config(folder)
+    settings = ConfigDict({"rank": 2, "alpha": 3.0, "targets": config.TARGETS})
+    adapters, table = lora.init(jax.random.key(0), cfg, settings), lora.table(cfg, settings)
+    hf.save_adapters(out, adapters, table, lora.peft_config(settings, folder, cfg.prefix), dtype="float32")
+    theirs = peft.PeftModel.from_pretrained(type(reference).from_pretrained(folder, dtype=torch.float32), out)
+    read = {n.replace(".default", "") for n, _ in theirs.named_parameters() if "lora_" in n}
+    assert read == set(tensors_of(out)) and all("language_model" in n for n in read)
+    if family == "gemma3":  # whose class for text is the wrapper's
+        auto = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+        assert {n.replace(".default", "") for n, _ in auto.named_parameters() if "lora_" in n} == read
+    else:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.AutoPeftModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.slow
 def test_peft_opens_the_adapters_of_every_layer(loaded, tmp_path):
     """Of a Qwen3.5, linear layers and full ones: the adapter folder on transformers' model gives our logits."""
     peft = pytest.importorskip("peft")

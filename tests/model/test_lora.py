@@ -18,7 +18,7 @@ from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner
 from omniopd_jax.model import lora
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import checkpoint, preflight, trained
+from omniopd_jax.run import checkpoint, trained, validation
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -204,7 +204,7 @@ def test_wrong_settings_are_one_line(values, message):
     c = config.default()
     c.update_from_flattened_dict({"lora.rank": 2} | values)
     with pytest.raises(UserError, match=message):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 def test_experts_take_no_adapter(model_cfg, make_cfg):

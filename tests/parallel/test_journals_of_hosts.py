@@ -142,10 +142,60 @@ def test_a_host_that_is_away_and_comes_back_loses_nothing_that_it_buys(pod, buys
     pod.buy("b", 100.0)
     pod.save(15)
     pod.start("a")
-    assert pod.counted() == truth + 110.0 and pod.has("b", 100.0) and pod.has("b", 10.0)
+    pod.buy("a", 0.0)  # the first write takes b's over: what a has of it already counts once
+    assert pod.counted() == truth + 100.0 and pod.has("b", 100.0) and pod.has("b", 10.0)
     pod.start("a", "b")
     pod.start("b", "a")
     assert pod.counted() >= truth + 100.0
+
+
+def test_a_run_that_goes_from_host_to_host_and_back_forgets_nothing(pod):
+    """A requeue does this: each host keeps its disk, and the run's journal goes on from wherever it was last."""
+    pod.start("a")
+    pod.buy("a", 0.0)
+    truth = 11.0
+    for turn, disk in enumerate(("c", "a", "c", "d", "a", "c")):
+        pod.save(10 + turn)
+        pod.start(disk)
+        assert pod.counted() == truth
+        pod.buy(disk, 100.0 * 2**turn)
+        truth += 100.0 * 2**turn
+        assert pod.counted() == truth and pod.has("a", 1.0) and pod.has("b", 10.0)
+    for disk, usd in (("c", 100.0), ("a", 200.0), ("c", 400.0), ("d", 800.0), ("a", 1600.0), ("c", 3200.0)):
+        assert pod.has(disk, usd)
+
+
+def test_of_two_hosts_one_goes_on_with_what_its_copy_got_elsewhere(pod):
+    pod.start("c", "b")  # c takes what a had
+    pod.buy("c", 100.0)
+    pod.save(10)
+    pod.start("a", "b")
+    assert pod.counted() == 111.0 and pod.has("c", 100.0)
+    pod.start("b", "a")
+    assert pod.counted() == 111.0
+
+
+def test_what_was_bought_after_the_last_copy_stays_where_the_run_comes_back(pod):
+    pod.start("a")
+    pod.save(10)
+    pod.buy("a", 3.0)  # and killed before the next checkpoint
+    pod.start("c")
+    assert pod.counted() == 11.0
+    pod.buy("c", 100.0)
+    pod.save(15)
+    pod.start("a")
+    assert pod.counted() == 114.0 and pod.has("a", 3.0) and pod.has("c", 100.0)
+
+
+@pytest.mark.parametrize("damage", ["", "2\n9", "two"])
+def test_a_copy_whose_mark_is_damaged_is_no_whole_one(pod, damage):
+    pod.buy("a", 3.0)
+    pod.save(10)
+    (pod.folder / "run" / checkpoint.JOURNALS / "10" / "0" / checkpoint.WHOLE).write_text(damage)
+    pod.lose("a")
+    pod.lose("b")
+    pod.start("c", "d")
+    assert pod.counted() == 11.0
 
 
 def test_a_run_killed_between_two_hosts_copies_goes_back_to_the_copies_that_are_whole(pod):

@@ -16,7 +16,7 @@ from omniopd_jax import config, hf, model, objective, step, teachers, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import packing, sharding
-from omniopd_jax.run import preflight
+from omniopd_jax.run import validation
 
 B, P, T, M = 32, 6, 10, 3
 MOST = 2 * (P + T)
@@ -342,7 +342,7 @@ def test_a_row_too_short_for_the_longest_response_is_refused():
     c = config.default()
     c.packing.length = c.max_prompt_length + c.max_completion_length - 1
     with pytest.raises(UserError, match=r"packing\.length = 8191.*at least.*8192, or 0"):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import tiny
 from omniopd_jax import config, export, hf, train
 from omniopd_jax.errors import UserError
 from omniopd_jax.evaluation import runner, sampling
-from omniopd_jax.run import best, checkpoint, preflight
+from omniopd_jax.run import best, checkpoint, validation
 from omniopd_jax.run.state import TrainState
 
 
@@ -79,6 +79,20 @@ def test_the_best_that_the_last_evaluation_found_is_known_where_the_run_goes_on(
     for start, found in ((2, 0.7), (1, None)):  # from step 1 on it is evaluated again
         with best.watched(c, totals := {best.BEST: 0.1, best.STEP: 0} if start == 2 else {}, start):
             assert (totals.get(best.BEST), totals.get(best.STEP)) == (found, found and 2)
+
+
+def test_the_best_of_another_way_that_the_run_took_is_replaced(tmp_path):
+    """Killed behind step 3 and gone on from step 2 with something changed: what RUN/best has of step 3 is not its."""
+    c = config.default()
+    c.run_dir, c.checkpoint.best_metric = str(tmp_path), "eval/accuracy"
+    (tmp_path / "config.json").write_text("{}")
+    for weight, value in ((1.0, 0.9), (2.0, 0.6), (2.0, 0.6)):
+        at_3 = TrainState({"w": jnp.ones(2) * weight}, {"m": jnp.ones(2)}, jnp.int32(3), jax.random.key(0))
+        with best.watched(c, totals := {best.BEST: 0.1, best.STEP: 1}, 2) as kept:
+            kept.take(at_3, {"eval/accuracy": value})
+        saved = checkpoint.saved_params(tmp_path / best.FOLDER)
+        assert saved.step == 3 and totals[best.BEST] == value
+        assert checkpoint.read_params(saved)["w"].tolist() == [weight] * 2
 
 
 GREEDY = sampling.greedy
@@ -211,6 +225,14 @@ REFUSED = {
     "best of nothing": ({"eval.num_prompts": 0, "eval.every": 0, "eval.patience": 0}, "set eval.num_prompts"),
     "patience without evaluations": ({"eval.every": 0}, "eval.patience = 3 needs evaluations during the run"),
     "no such run": ({"student.start": "/nowhere"}, "/nowhere"),
+    "a metric of no evaluation": (
+        {"checkpoint.best_metric": "eval/acuracy"},
+        "must be eval/accuracy, or eval/accuracy/",
+    ),
+    "a set that is not evaluated": (
+        {"checkpoint.best_metric": "eval/accuracy/gsm", "eval.sets": ("world:slips:test",)},
+        "choose one of: eval/accuracy, eval/accuracy/world:slips:test",
+    ),
     "a floor above the rate": ({"optimizer.min_learning_rate": 1.0}, "min_learning_rate = 1 is above"),
 }
 
@@ -227,6 +249,6 @@ def test_adapters_go_on_with_the_same_alone(models, tmp_path):
     plain = {"eval.num_prompts": 0, "eval.every": 0, "checkpoint.best_metric": "", "eval.patience": 0, "num_steps": 1}
     train.train(recipe(models, tmp_path / "first", **plain | {"lora.rank": 2}))
     c = recipe(models, tmp_path / "run", **plain | {"lora.rank": 3, "student.start": str(tmp_path / "first")})
-    preflight.validate(c)
+    validation.validate(c)
     with pytest.raises(UserError, match="has lora.rank = 2.*adapters go on with the same"):
         train.train(c)

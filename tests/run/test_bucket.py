@@ -24,8 +24,8 @@ from wire_server import WireServer
 from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import best, bucket, checkpoint, files, lock
-from omniopd_jax.run.preflight import validate
 from omniopd_jax.run.state import TrainState
+from omniopd_jax.run.validation import validate
 from omniopd_jax.teachers import by_row
 
 
@@ -132,6 +132,17 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_removed(gcs, tmp_path, ca
     gcs.refuse = ""
     mirror.send()
     assert gcs.text("runs/a/config.json") == "new"
+
+
+def test_a_copy_of_the_journal_is_called_whole_when_it_is_there(tmp_path, monkeypatch):
+    part, order = tmp_path / "own" / "journal_snapshots" / "10" / "0", []
+    part.mkdir(parents=True)
+    for name in ("disks", "journal.sqlite"):
+        (part / name).write_text(name)
+    mirror = bucket.Mirror(tmp_path / "own", epath.Path(tmp_path / "bucket"), sends=True)
+    monkeypatch.setattr(mirror, "_send_one", order.append)
+    mirror.send()
+    assert order == ["journal_snapshots/10/0/journal.sqlite", "journal_snapshots/10/0/disks"]
 
 
 def test_what_a_killed_host_could_not_send_is_not_lost_on_it(tmp_path):

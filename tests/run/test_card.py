@@ -81,6 +81,35 @@ def test_a_base_folder_gives_its_licence_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in text and "`base`" in text and "prompts.jsonl" in text
 
 
+@pytest.mark.parametrize(
+    "said, wanted",
+    [
+        ("license:\n- apache-2.0", {"license": "apache-2.0"}),
+        ("license:\nlibrary_name: x", {"license": "other", "license_name": "see-base-model"}),
+        ("license: other\nlicense_name: gemma\nlicense_link: https://a.b/c",
+         {"license": "other", "license_name": "gemma", "license_link": "https://a.b/c"}),
+        ("license: [", {"license": "other", "license_name": "see-base-model"}),
+    ],
+)  # fmt: skip
+def test_a_licence_is_read_as_the_hub_reads_it(tmp_path, said, wanted):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{said}\n---\n# base\n")
+    cfg = runs.settings(**{"student.path": str(tmp_path / "base")})
+    text = card.write(tmp_path, runs.write(tmp_path / "run", cfg=cfg), name="me/model", adapter=False).read_text()
+    assert {key: value for key, value in front(text).items() if key.startswith("license")} == wanted
+
+
+@pytest.mark.parametrize(
+    "written, shown", [("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"), ("/home/alice/secret/ck-500", None)]
+)
+def test_where_a_base_was_read_from_is_its_hub_name_or_nothing(tmp_path, written, shown):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"_name_or_path": written}))
+    cfg = runs.settings(**{"student.path": str(tmp_path / "base")})
+    text = card.write(tmp_path, runs.write(tmp_path / "run", cfg=cfg), name="me/model", adapter=False).read_text()
+    assert front(text).get("base_model") == shown and "alice" not in text
+
+
 def test_a_local_teacher_costs_nothing(tmp_path):
     rows = [runs.row(t, **{"teacher/cost_usd": 0}) for t in range(20)]
     folder = runs.write(tmp_path / "run", cfg=runs.settings(), rows=rows)
@@ -152,6 +181,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer({"error": f"bad token {self.headers.get('Authorization')}"}, 401)
+        if "/tree/" in self.path:
+            old = (
+                "model-00001-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "adapter_config.json",
+                "notes.md",
+            )
+            return self.answer([{"type": "file", "path": p, "oid": "1" * 40, "size": 1} for p in old])
         about = (
             {"name": "me", "type": "user", "auth": {}} if "whoami" in self.path else {"id": "me/model", "siblings": []}
         )
@@ -208,6 +245,22 @@ def test_a_folder_is_uploaded_to_a_private_repository(hub, run, tmp_path):
     sent = [x["value"] for x in map(json.loads, commit.splitlines()) if x["key"] == "file"]
     files = {x["path"]: base64.b64decode(x["content"]) for x in sent}
     assert files["model.safetensors"] == b"weights" and files["README.md"].startswith(b"---\nlibrary_name")
+    gone = {x["value"]["path"] for x in map(json.loads, commit.splitlines()) if x["key"] == "deletedFile"}
+    assert gone == {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json"}
+
+
+@pytest.mark.slow
+def test_an_adapter_is_uploaded_without_the_way_to_its_base(hub, run, tmp_path):
+    folder, base = tmp_path / "out", tmp_path / "secret" / "base"
+    folder.mkdir()
+    base.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": str(base)}))
+    push(hub, folder)
+    commits = [body for path, body in hub.seen if "/commit/" in path]
+    sent = [x["value"] for body in commits for x in map(json.loads, body.splitlines()) if x["key"] == "file"]
+    [config] = [base64.b64decode(x["content"]) for x in sent if x["path"] == "adapter_config.json"]
+    assert json.loads(config) == {"r": 2, "base_model_name_or_path": "base"}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
 @pytest.mark.slow

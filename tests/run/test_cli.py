@@ -16,7 +16,7 @@ import tiny
 from omniopd_jax import config, objective, similarity, teachers
 from omniopd_jax.errors import UserError
 from omniopd_jax.parallel import sharding
-from omniopd_jax.run import preflight, setup
+from omniopd_jax.run import cli, preflight, setup, validation
 from omniopd_jax.teachers import simulated
 
 CONFIGS = sorted((tiny.REPO / "configs").glob("*.py"))
@@ -310,7 +310,7 @@ def variants():
 @pytest.mark.parametrize(("path", "variant"), list(variants()), ids=lambda x: getattr(x, "stem", x) or "")
 def test_every_recipe_and_variant_loads_and_is_valid(path, variant):
     c = recipe(path).get_config(variant)
-    preflight.validate(c)
+    validation.validate(c)
     assert config.flat(c).keys() == config.flat(config.default()).keys()
     if variant:
         assert c.run_dir == f"{recipe(path).get_config().run_dir}-{variant}", "another run has a folder of its own"
@@ -410,10 +410,32 @@ def test_every_key_says_what_it_is():
 
 def test_defaults_are_valid_and_locked():
     c = config.default()
-    preflight.validate(c)
+    validation.validate(c)
     with pytest.raises(KeyError):
         c.update_from_flattened_dict({"audit.nothing": 1})
     c.student.chat_template_kwargs.enable_thinking = False  # the one place where keys may be added
+
+
+def test_flags_set_keys_that_the_recipe_does_not_have_where_any_may_be():
+    own = ["main", "--config.student.chat_template_kwargs.enable_thinking=False", "--config.objective.mix.omniopd=1",
+           "--config.teacher.chat_template_kwargs.effort=low", "--config.num_steps=3"]  # fmt: skip
+    rest, pairs = cli._set_here(own)
+    assert rest == ["main", "--config.num_steps=3"]
+    c = config.default()
+    for path, text in pairs:
+        config.set_open(c, path, text)
+    assert c.student.chat_template_kwargs.to_dict() == {"enable_thinking": False}
+    assert c.objective.mix.to_dict() == {"omniopd": 1} and c.teacher.chat_template_kwargs.effort == "low"
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 1}])
+def test_responses_that_are_all_the_same_are_not_compared(how):
+    c = config.default()
+    c.update_from_flattened_dict({"objective.name": "grpo", "num_generations": 4, "reward.grader": "math"} | how)
+    with pytest.raises(UserError, match="samples the same response 4 times.*nothing would be learned"):
+        validation.validate(c)
+    c.objective.name = "omniopd"
+    validation.validate(c)
 
 
 @pytest.mark.parametrize("value", [-1, 0])
@@ -422,7 +444,7 @@ def test_least_values(value):
         c = config.default()
         c.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match=rf"{key} = {value} must be at least 1"):
-            preflight.validate(c)
+            validation.validate(c)
 
 
 @pytest.mark.parametrize("key", ["prior.alpha", "anchor.kl_coef", "optimizer.learning_rate", "temperature"])
@@ -430,7 +452,7 @@ def test_a_value_that_is_no_number_is_refused(key):
     c = config.default()
     c.update_from_flattened_dict({key: float("nan")})
     with pytest.raises(UserError, match=key):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 IMPOSSIBLE = {
@@ -448,7 +470,7 @@ def test_impossible_values_are_refused(key, value):
     c = config.default()
     c.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=rf"^{key} = {value} must be "):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 def test_values_at_the_bounds_are_taken():
@@ -458,14 +480,14 @@ def test_values_at_the_bounds_are_taken():
         "objective.constant": -1.0, "optimizer.weight_decay": 0.1, "eval.num_prompts": 4, "eval.every": 1,
         "eval.stop_below": 1.0, "teacher.budget_share": 1.0, "optimizer.learning_rate": 0.0,
     })  # fmt: skip
-    preflight.validate(c)
+    validation.validate(c)
 
 
 def test_a_named_teacher_s_number_must_be_finite_too():
     c = config.default()
     c.teachers.update({"a": {"model": "m", "temperature": math.inf}})
     with pytest.raises(UserError, match=r"teachers\.a\.temperature = inf must be a finite number"):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 def test_n_min_is_half_of_n_rounded_up():

@@ -1,8 +1,11 @@
 """What a run will cost, before anything is bought: prices that are known, unknown and none; caps; the refusal."""
 
+import json
+
 import pytest
 
-from omniopd_jax import config, teachers
+from omniopd_jax import config, solutions, teachers
+from omniopd_jax.data import prompts
 from omniopd_jax.errors import UserError
 from omniopd_jax.run import estimate
 from omniopd_jax.teachers import wire
@@ -97,6 +100,28 @@ def test_these_are_asked_about_first(tmp_path, monkeypatch, model, more, said):
     with pytest.raises(UserError, match=said) as refused:
         preview(tmp_path, "openai", model, **more).confirm()
     assert "--yes" in str(refused.value) and "$0.00" not in str(refused.value)
+
+
+def test_whole_solutions_are_counted_once_a_prompt(tmp_path):
+    def calls(**more):
+        c = recipe(tmp_path, "anthropic", "claude-haiku-4-5", **{"objective.name": "sft", "num_generations": 1} | more)
+        return estimate.previews(c, True, solutions.bought(c))[0].estimate.calls
+
+    assert calls(prompts_per_step=8, num_steps=10)[0] == 80
+    few = {"prompts_per_step": 8, "num_steps": 10, "data.num_prompts": 20}
+    assert calls(**few) == pytest.approx((20, 20 * 1.02, 20 * 1.1))
+
+
+def test_prompts_with_solutions_of_their_own_are_seen_before_anything_is_asked(tmp_path):
+    c = recipe(tmp_path, "anthropic", "claude-haiku-4-5")
+    for row, has in (({"prompt": "a", "solution": "b"}, True), ({"prompt": "a"}, False), ({"x": 1}, False)):
+        (tmp_path / "p.jsonl").write_text(json.dumps(row))
+        c.data.source, c.data.path = "jsonl", str(tmp_path / "p.jsonl")
+        assert prompts.first_has_solution(c) == has
+    c.data.path = str(tmp_path / "nothing")
+    assert not prompts.first_has_solution(c)
+    c.data.source = "world"
+    assert not prompts.first_has_solution(c) and prompts.count_known(c) == 4096
 
 
 def test_an_unknown_price_is_not_asked_about_where_no_key_could_buy(tmp_path, monkeypatch):

@@ -26,4 +26,9 @@ def test_the_update_is_lowered_with_the_rows_of_the_method(tmp_path, method, pac
     assert rows == {"continuation": [32], "peak": [32], "mix": [16, 32]}.get(method, [16])
     assert (plan.sizes()["average"] > 0) == (method == "ema")
     assert (plan.reference is None) == (method == "self"), "who scores itself takes no second copy of the weights"
+    if method in ("peak", "continuation") and "teacher" in plan.samplers:
+        asked = plan._asked(cfg)
+        assert asked[0] == asked[1] == 16 * cfg.continuation.cuts, "one text behind each cut"
+    held = plan.teacher_bytes()
+    assert (held > 0) == ("teacher" in plan.samplers), "weights of a teacher in process are there all the time"
     assert (batch.context is not None) == (method in ("context", "self", "ema"))

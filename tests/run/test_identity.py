@@ -1,5 +1,6 @@
 """What makes a resumed run the same run: settings, and what is read under the same names."""
 
+import datetime
 import json
 
 import pytest
@@ -63,6 +64,8 @@ def test_a_setting_that_changes_results_is_named(written, change):
         {"checkpoint.every": 7},
         {"log.tensorboard": True},
         {"eval.every": 1},
+        {"audit.log_per_step": 8},
+        {"data.overlong": "error"},
         {"budget.usd": 5.0},
         {"teacher.max_concurrency": 2},
         {"teacher.timeout_s": 9.0},
@@ -159,6 +162,51 @@ def test_digests_see_a_line_put_in_front_and_a_weight_that_changed(tmp_path):
     (folder / "model.safetensors").write_bytes(bytes(b + 1 for b in weights))
     retrained = identity.digests_of(c, Prompts([one, two]), None, "template")
     assert {k for k in first if first[k] != retrained[k]} == {"the student's folder (student.path)"}
+
+
+def test_digests_see_solutions_and_the_files_of_a_teacher_s_prompt(tmp_path):
+    for name in ("examples.txt", "teacher.jinja"):
+        (tmp_path / name).write_text("one")
+    c = config.default()
+    c.student.path, c.teacher.provider, c.teacher.template = str(tmp_path), "openai", str(tmp_path / "teacher.jinja")
+    c.teacher.preamble = str(tmp_path / "examples.txt")
+
+    def digests(solution):
+        prompt = Prompt("1", ({"role": "user", "content": "a"},), solution=solution)
+        found = identity.digests_of(c, Prompts([prompt]), None, "template")
+        return {k: v for k, v in found.items() if not k.startswith("the student's folder")}
+
+    first = digests("It is 2.")
+    assert first == digests("It is 2.") and not digests(None).keys() & {"the training prompts' solutions"}
+    (tmp_path / "examples.txt").write_text("two")
+    (tmp_path / "teacher.jinja").write_text("two")
+    then = digests("It is 3.")
+    assert {k for k in first if first[k] != then[k]} == {
+        "the training prompts' solutions", "the teacher's preamble (teacher.preamble)",
+        "the teacher's template (teacher.template)",
+    }  # fmt: skip
+    for name in first:
+        identity.check_allowed(recipe(**{"resume.allow": (name,)}))
+
+
+def test_today_is_the_day_on_which_the_run_began(tmp_path):
+    """A template that writes the date would give a run that goes on tomorrow other prompts."""
+    file, c = tmp_path / "config.json", recipe()
+    identity.settle_date(c, file)
+    assert c.data.date == datetime.date.today().isoformat()
+    identity.write(recipe(**{"data.date": "2026-01-02"}), DIGESTS, file)
+    identity.settle_date(later := recipe(), file)
+    assert later.data.date == "2026-01-02"
+    identity.check_same_run(later, DIGESTS, file)
+    identity.settle_date(told := recipe(**{"data.date": "2026-01-03"}), file)
+    with pytest.raises(UserError, match="data.date was '2026-01-02', is '2026-01-03'"):
+        identity.check_same_run(told, DIGESTS, file)
+    old = json.loads(file.read_text())
+    del old["data"]["date"]
+    file.write_text(json.dumps(old))
+    identity.settle_date(c := recipe(), file)
+    assert c.data.date == ""
+    identity.check_same_run(c, DIGESTS, file)
 
 
 def test_processes_that_read_different_inputs_are_told_which(monkeypatch):

@@ -161,6 +161,28 @@ def test_the_heartbeat_is_written(tmp_path, monkeypatch):
     assert not (tmp_path / "lock").exists()
 
 
+def test_a_run_that_was_taken_over_while_it_was_away_writes_no_more(tmp_path):
+    """A host that is suspended for longer than others wait: whoever took the folder over must not be disturbed."""
+    c = config.default()
+    c.run_dir = str(tmp_path / "run")
+    with bucket.held(c) as mirror:
+        mirror.lock.beat()
+        mirror.send()
+        (tmp_path / "run" / "lock").unlink()  # by hand: nobody else has it
+        with pytest.raises(FileNotFoundError):
+            mirror.lock.beat()
+        mirror.send()
+        holder_file(tmp_path / "run", host="elsewhere", token="theirs")
+        os.utime(tmp_path / "run" / "lock", (1, 1))
+        mirror.lock.beat()
+        assert (tmp_path / "run" / "lock").stat().st_mtime == 1, "no heartbeat in another's name"
+        with pytest.raises(
+            UserError, match=r"run was taken over by another run \(process 1 on elsewhere\): this one ends"
+        ):
+            mirror.send()
+    assert (tmp_path / "run" / "lock").exists()
+
+
 def test_a_run_dir_that_the_hosts_do_not_share_is_one_line(tmp_path, monkeypatch):
     """Each would write its part of a checkpoint, and wait for the others' for ever."""
     c = config.default()

@@ -13,7 +13,7 @@ from wire_server import WireServer
 from omniopd_jax import config, world
 from omniopd_jax.data import prompts as data
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import estimate, identity, preflight
+from omniopd_jax.run import estimate, identity, validation
 from omniopd_jax.teachers import TeacherStopped, budget, by_row
 from omniopd_jax.teachers.journal import Journal
 
@@ -30,7 +30,7 @@ def test_a_named_teacher_is_the_teacher_with_what_differs():
     assert (a.teacher.model, a.teacher.temperature, b.teacher.model, b.teacher.provider) == ("x", 0.5, "y", "openai")
     assert (a.budget.calls, b.budget.calls, a.budget.usd, b.budget.usd) == (25, 75, 0.25, 0.75)
     assert a.teacher.journal == "runs/default/journal/a" and not a.teachers
-    preflight.validate(c)
+    validation.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_wrong_section_is_one_line(sections, said):
     c = named(config.default(), **sections)
     c.budget.calls = 9
     with pytest.raises(UserError, match=said):
-        preflight.validate(c)
+        validation.validate(c)
 
 
 def test_flags_name_teachers_that_the_recipe_does_not_have():

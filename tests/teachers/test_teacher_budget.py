@@ -234,16 +234,20 @@ def test_the_allowance(way, expect, tmp_path):
 
         async def run():
             async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
-                before = teacher.allowance(2, 2, 10, 10)
+                before = teacher.allowance(3, 2, 10, 10)
                 for i in range(10):
                     await teacher.continue_text(request(f"s{i}", n=2))
                 return before, teacher.allowance(2, 2, 10, 10)
 
-        async def started_again():
-            async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
-                return teacher.allowance(2, 2, 10, 10)
+        async def started_again(**more):
+            own = cfg_for(server.url("openai"), "openai", tmp_path, **settings, **more)
+            async with teacher_of(own) as teacher:
+                return [teacher.allowance(left, 2, 10, 10) for left in (3, 2, 1)]
 
         before, after = asyncio.run(run())
-        assert asyncio.run(started_again()) == expect  # by what the journal knows
+        again = asyncio.run(started_again())  # the steps that were begun have what they had
+        assert again[:2] == [before, after]
+        assert again[2] == {"stop": (10, 10), "fewer_audits": (4, 10), "fewer_continuations": (10, 4)}[way]
+        assert asyncio.run(started_again(**{"teacher.replay": "only"})) == again
     assert before == (10, 10)  # nothing is known yet
     assert after == expect  # 83 calls left for 2 steps of 2 x 10 x 10

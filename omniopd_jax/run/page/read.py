@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+from omniopd_jax import config
 from omniopd_jax.errors import UserError
 from omniopd_jax.objective import OBJECTIVES, Objective
 from omniopd_jax.run import health
@@ -26,7 +27,7 @@ class Folder:
     """
 
     def __init__(self, path):
-        self.path = pathlib.Path(path).expanduser()
+        self.path = config.expanded(path)
         self.name, self.notes = self.path.name or str(path), []
         if not self.path.is_dir():
             raise UserError(f"{str(path)!r}: no such run folder")
@@ -133,7 +134,7 @@ class Folder:
 
 def stamp(path) -> float:
     """Changes whenever the run in this folder writes."""
-    folder = pathlib.Path(path).expanduser()
+    folder = config.expanded(path)
     files = [folder / "summary.json", *folder.glob("*.jsonl")]
     return sum(f.stat().st_mtime + f.stat().st_size for f in files if f.is_file())
 
