@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from omniopd_jax import cuts, scheduler
+from omniopd_jax import cuts, objective, scheduler
 from omniopd_jax.audit import Audit, Decoder
 from omniopd_jax.data.prompts import Prompt
 from omniopd_jax.hf.template import Template
@@ -51,15 +51,18 @@ def plan(decoder: Decoder, rule: cuts.Cut, responses, entropy_BT, cfg) -> list[A
     """
     if entropy_BT is not None:
         scheduler.check_entropy(entropy_BT, responses.tokens)
-    out = []
+    out, audited = [], objective.of(cfg).audited
     for b, tokens in enumerate(responses.tokens):
+        asks = responses.sample_ids[b]
+        if audited:  # of a mix: an audit of the same place would draw the same numbers
+            asks = f"{stable_hash(asks, 'continuation'):016x}"
         entropy_T = np.zeros(0) if entropy_BT is None else entropy_BT[b, : len(tokens)]
         open_T = open_places(decoder, tokens, bool(responses.finished_B[b]))
         seed, prompt = stable_hash(responses.sample_ids[b], "cut"), responses.prompts[b]
         for m, t in enumerate(rule.places(open_T, entropy_T, seed, cfg)):
             prefix, _ = decoder.chunk(tokens, t, 1)
             request = ContinuationRequest(
-                responses.sample_ids[b], t, tuple(prompt.messages), decoder.opened(prompt) + prefix, (0,),
+                asks, t, tuple(prompt.messages), decoder.opened(prompt) + prefix, (0,),
                 cuts.most_tokens(cfg), cfg.teacher.temperature, cfg.teacher.top_p, prompt.teacher,
             )  # fmt: skip
             out.append(Audit(b, m, request, "", similarity=np.zeros(0)))

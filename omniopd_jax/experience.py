@@ -23,6 +23,7 @@ from omniopd_jax.run import batching
 from omniopd_jax.run.host import AsyncThread, StopFlag
 from omniopd_jax.run.state import TrainState
 from omniopd_jax.similarity import Similarity
+from omniopd_jax.solutions import Gate
 from omniopd_jax.teachers.protocol import Teacher, gather_all, sample_id, stable_hash
 
 
@@ -121,7 +122,7 @@ class Group:
     Attributes:
       responses: None where the student does not answer: they are then the teacher's, once `taught` has them.
       prompts: those of the group. solving: their whole solutions. continued: texts behind the student's prefixes.
-      notes: counts of the gate.
+      notes: counts of the gate. right: by prompt id its first solution that the gate found right.
     """
 
     responses: Responses | None
@@ -132,6 +133,7 @@ class Group:
     solving: list[Asked] = dataclasses.field(default_factory=list)
     continued: list[Asked] = dataclasses.field(default_factory=list)
     notes: dict[str, float] = dataclasses.field(default_factory=dict)
+    right: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +285,11 @@ def ask(
     return [Asked(thread.submit(audit.ask(teacher, audits)), audits)]
 
 
-def merge(groups: list[Group], prompts: list[Prompt], solving: list[Asked], notes: dict[str, float]) -> Group:
-    """The parts of a step as one, each row in its place, with the step's prompts, solutions and counts."""
+def merge(groups: list[Group], prompts: list[Prompt], solving: list[Asked], gate: Gate) -> Group:
+    """The parts of a step as one, each row in its place, with the step's prompts, solutions and what the gate found."""
+    whole = {"prompts": prompts, "solving": solving, "notes": dict(gate.counts), "right": gate.right}
     if len(groups) == 1:
-        return dataclasses.replace(groups[0], prompts=prompts, solving=solving, notes=notes)
+        return dataclasses.replace(groups[0], **whole)
     parts = [g.responses for g in groups]
     order = np.argsort(np.concatenate([p.place_B for p in parts]))
 
@@ -305,7 +308,7 @@ def merge(groups: list[Group], prompts: list[Prompt], solving: list[Asked], note
         scores = Scores(logp_BT, entropy_BT, None, None)
     peak_BM = np.concatenate([g.peak_BM for g in groups])[order]
     asked, behind = (sum((getattr(g, n) for g in groups), []) for n in ("asked", "continued"))
-    return Group(responses, scores, peak_BM, asked, prompts, solving, behind, notes)
+    return Group(responses, scores, peak_BM, asked, continued=behind, **whole)
 
 
 def answers(group: Group, stop: StopFlag) -> list[audit.Audit]:

@@ -343,9 +343,14 @@ def normalize(weight_BT, mask_BT, weighted_BT, cfg):
 def constant(logp_BT, batch: Batch, cfg):
     """The control without a teacher: the chunks that an audit would have had, one constant weight (arXiv
     2608.31046)."""
-    chunk_BT = chunk_mask(batch.peak_BM, batch.peak_BM >= 0, cfg.audit.chunk_tokens, logp_BT.shape[1])
-    weight_BT = jnp.where(chunk_BT >= 0, jnp.float32(cfg.objective.constant), 0.0)
-    return weight_BT, anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
+    keep_BM = batch.peak_BM >= 0
+    weight_BM = jnp.full(keep_BM.shape, cfg.objective.constant, jnp.float32)
+    if batch.ratio_BM is not None:  # in a mix with audits, of a step that an older policy sampled
+        keep_BM = keep_BM & in_band(batch.ratio_BM)
+        weight_BM = jnp.where(keep_BM, weight_BM * batch.ratio_BM, 0.0)
+    chunk_BT = chunk_mask(batch.peak_BM, keep_BM, cfg.audit.chunk_tokens, logp_BT.shape[1])
+    weight_BT = jnp.where(chunk_BT >= 0, jnp.take_along_axis(weight_BM, jnp.maximum(chunk_BT, 0), axis=1), 0.0)
+    return jax.lax.stop_gradient(weight_BT), anchor_mask(chunk_BT, batch.length_B, cfg.anchor.scope)
 
 
 def cross_entropy(logp_BT, batch: Batch, cfg):

@@ -5,6 +5,8 @@ before anything more is bought for their prompt. A solution is identified by its
 index and the teacher's settings alone, so that epochs and methods share what was bought.
 """
 
+import dataclasses
+
 import numpy as np
 
 from omniopd_jax import objective
@@ -37,10 +39,23 @@ def gated(cfg) -> bool:
     return GATES[cfg.audit.gate]
 
 
-def closed(
-    prompts: list[Prompt], found: list[dict[int, Continuation]], attempts: int, grade_all
-) -> tuple[frozenset, dict[str, int]]:
-    """(ids of the prompts that the teacher fails: none of its attempts is right, counts of prompts and grades).
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What the gate found: `shut` are ids of the prompts that are not bought further, `right` the first right attempt
+    by prompt id, `counts` those of prompts and grades."""
+
+    shut: frozenset[str] = frozenset()
+    right: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def shown(attempts: dict[int, Continuation], right: int | None) -> Continuation | None:
+    """The solution that a privileged prompt shows: the first that the gate found right, else the first that came."""
+    return attempts.get(min(attempts, default=-1) if right is None else right)
+
+
+def closed(prompts: list[Prompt], found: list[dict[int, Continuation]], attempts: int, grade_all) -> Gate:
+    """Shuts the prompts that the teacher fails: none of its attempts is right.
 
     A prompt without an answer to grade by is open; one whose attempts all failed to come is closed.
 
@@ -49,16 +64,19 @@ def closed(
       grade_all: (texts, answers) -> grades.
     """
     asked = [
-        (p, got[i].text)
+        (p, i, got[i].text)
         for p, got in zip(prompts, found, strict=True)
         for i in sorted(got)
         if i < attempts and p.answer is not None
     ]
-    grades = grade_all([text for _, text in asked], [p.answer for p, _ in asked])
-    right = {p.id for (p, _), grade in zip(asked, grades, strict=True) if grade}
+    grades = grade_all([text for *_, text in asked], [p.answer for p, *_ in asked])
+    right: dict[str, int] = {}
+    for (p, i, _), grade in zip(asked, grades, strict=True):
+        if grade:
+            right.setdefault(p.id, i)
     shut = frozenset(p.id for p in prompts if p.answer is not None and p.id not in right)
     counts = {"gate_prompts": len(prompts), "gate_closed": sum(p.id in shut for p in prompts)}
-    return shut, counts | {"gate_graded": len(asked), "gate_right": int(sum(map(bool, grades)))}
+    return Gate(shut, right, counts | {"gate_graded": len(asked), "gate_right": int(sum(map(bool, grades)))})
 
 
 def bought(cfg) -> dict[str, int]:

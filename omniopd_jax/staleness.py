@@ -47,7 +47,7 @@ class Ahead:
         concurrent.futures.wait(waited, timeout=seconds)
         return any(processes.gather("calls at the end", bool(waited)))
 
-    def save(self, run_dir, t: int, keep: int) -> None:
+    def save(self, run_dir, t: int, keep: int, chunk_tokens: int = 0) -> None:
         """Writes step t's responses beside the checkpoint of step t; files of checkpoints that are gone are removed."""
         if t not in self._begun:
             return
@@ -60,7 +60,7 @@ class Ahead:
                 file, token_X=np.concatenate([np.array(row, np.int32) for row in r.tokens]),
                 length_B=list(map(len, r.tokens)), finished_B=r.finished_B, logp_BT=scores.logp_BT,
                 entropy_BT=scores.entropy_BT, peak_BM=group.peak_BM, sampled_logp_BT=r.sampled_logp_BT, N=N,
-                id_B=np.array(r.sample_ids), saved_ns=time.time_ns(),
+                id_B=np.array(r.sample_ids), saved_ns=time.time_ns(), chunk_tokens=chunk_tokens,
             )  # fmt: skip
         os.replace(path.with_suffix(".tmp"), path)
         own = [f for f in folder.glob(f"*.{jax.process_index()}.npz") if f.name.split(".")[0].isdigit()]
@@ -68,17 +68,19 @@ class Ahead:
         for old in own[: -keep - 1]:  # one more: the newest checkpoint may not be whole yet
             old.unlink()
 
-    def load(self, run_dir, t: int, drawn: experience.Drawn, ask) -> None:
+    def load(self, run_dir, t: int, drawn: experience.Drawn, ask, sizes: tuple[int, int] | None = None) -> None:
         """Takes up step t as it was sampled before a resume and asks again, which the journal answers.
 
-        Without the files (the run had another staleness, other hosts' disks are gone) the step is sampled anew, by the
-        policy at hand.
+        Without the files (the run had another staleness, other hosts' disks are gone), or where chunks have another
+        size now, the step is sampled anew, by the policy at hand.
 
         Args:
-          drawn: step t's prompts. ask: (responses, peak_BM, N) -> list[Asked].
+          drawn: step t's prompts. ask: (responses, peak_BM, N) -> list[Asked]. sizes: (C, most M) of the run now.
         """
         ids = sum(drawn.sample_ids, [])
         saved = Saved.of(pathlib.Path(run_dir) / FOLDER, t, ids)
+        if saved is not None and sizes is not None and not saved.fits(*sizes):
+            saved = None
         here = processes.gather("ahead", saved is not None)
         if saved is None or not all(here):
             if any(here) and jax.process_index() == 0:
@@ -102,6 +104,11 @@ class Saved:
     peak_BM: np.ndarray
     sampled_logp_BT: np.ndarray | None
     N: int
+    chunk_tokens: frozenset[int]
+
+    def fits(self, chunk_tokens: int, num_chunks: int) -> bool:
+        """Whether its chunks are of the size that the run has now; older versions did not say."""
+        return self.chunk_tokens <= {0, chunk_tokens} and self.peak_BM.shape[1] <= num_chunks
 
     @classmethod
     def of(cls, folder: pathlib.Path, t: int, ids: list[str]) -> "Saved | None":
@@ -130,6 +137,7 @@ class Saved:
             rows("logp_BT"), rows("entropy_BT"), np.stack([got["peak_BM"][row] for got, row in picked]),
             rows("sampled_logp_BT") if all("sampled_logp_BT" in got for got, _ in picked) else None,
             min(int(got["N"]) for got, _ in picked),
+            frozenset(int(got.get("chunk_tokens", 0)) for got, _ in picked),
         )  # fmt: skip
 
 

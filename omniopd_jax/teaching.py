@@ -25,11 +25,10 @@ def solve(teacher: Teacher | None, thread: AsyncThread, drawn: Drawn, cfg) -> li
     return [Asked(thread.submit(audit.ask(teacher, audits)), audits)]
 
 
-def gate(solving: list[Asked], drawn: Drawn, stop: StopFlag, cfg) -> tuple[frozenset[str], dict[str, float]]:
-    """(ids of prompts that are not bought further, counts), once the teacher's solutions are there; nothing without a
-    gate."""
+def gate(solving: list[Asked], drawn: Drawn, stop: StopFlag, cfg) -> solutions.Gate:
+    """What the gate found, once the teacher's solutions are there; nothing without one."""
     if not solutions.gated(cfg):
-        return frozenset(), {}
+        return solutions.Gate()
     wait([asked.future for asked in solving], stop)
     found = solutions.texts(drawn.prompts, audits_of(solving))
     grade_all = graders.shared(cfg.reward.grader).grade_all
@@ -109,7 +108,7 @@ def with_context(got: Experience, group: Group, student: Student, cfg) -> Experi
     found = solutions.texts(group.prompts, audits_of(group.solving))
     prompts, given, template = [], [], student.template
     for prompt, texts in zip(group.prompts, found, strict=True):
-        shown, ids = texts.get(0), ()
+        shown, ids = solutions.shown(texts, group.right.get(prompt.id)), ()
         if shown is not None:
             told = context.messages(tuple(prompt.messages), shown.text, cfg.context.template)
             ids = tuple(template.ids([template.render(told)])[0])

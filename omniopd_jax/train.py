@@ -110,13 +110,13 @@ def begin(run: Run, state: TrainState, t: int) -> tuple[Group, int]:
             peak_BM = experience.peaks(scores, responses, student, cfg, M)
         with phase("teacher_wait"):
             if not groups:
-                shut, notes = teaching.gate(solving, drawn, run.stop, cfg)
-            peak_BM = teaching.unless_closed(peak_BM, responses, shut)
+                gate = teaching.gate(solving, drawn, run.stop, cfg)
+            peak_BM = teaching.unless_closed(peak_BM, responses, gate.shut)
             where = (responses, peak_BM, student.decoder, cfg, N)
             asked = experience.ask(run.teacher, run.thread, *where, rounds=rounds)
-            behind = teaching.go_on(run.teacher, run.thread, responses, scores, student, cfg, shut=shut)
+            behind = teaching.go_on(run.teacher, run.thread, responses, scores, student, cfg, shut=gate.shut)
         groups.append(Group(responses, scores, peak_BM, asked, continued=behind))
-    return experience.merge(groups, drawn.prompts, solving, notes), N
+    return experience.merge(groups, drawn.prompts, solving, gate), N
 
 
 def finish(run: Run, state: TrainState, group: Group, N: int) -> experience.Experience:
@@ -155,12 +155,14 @@ def loop(
     if cfg.max_staleness and start < end:
         ask = functools.partial(ask_again, run)
         drawn = experience.draw(run.prompts, cfg, start)
-        run.ahead.load(config.local_folder(cfg), start, drawn, ask)
+        sizes = (cfg.audit.chunk_tokens, cfg.audit.num_chunks)
+        run.ahead.load(config.local_folder(cfg), start, drawn, ask, sizes)
 
     def save():
         reports.flush()
         reports.totals |= {CARRIED: dict(run.carried)} if run.carried else {}
-        run.ahead.save(config.local_folder(cfg), int(jax.device_get(state.step)), cfg.checkpoint.keep)
+        step, keep = int(jax.device_get(state.step)), cfg.checkpoint.keep
+        run.ahead.save(config.local_folder(cfg), step, keep, cfg.audit.chunk_tokens)
         kept.wait()  # what the totals call the best must be there
         with run.compiled.expected():
             checkpoints.save(state, reports.totals, journal=run.teacher.journal if run.teacher else None)

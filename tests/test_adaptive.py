@@ -122,8 +122,10 @@ def test_the_gate_closes_prompts_whose_solutions_are_all_wrong():
         graded.extend(zip(texts, answers))
         return [t == a for t, a in graded]
 
-    shut, counts = solutions.closed(prompts, found, 4, grade_all)
-    assert shut == {"b", "d"}, "without an answer a prompt is open; without a text nothing is known to be right"
+    found[0] = dict(reversed(found[0].items()))
+    gate = solutions.closed(prompts, found, 4, grade_all)
+    counts = gate.counts
+    assert gate.shut == {"b", "d"}, "without an answer a prompt is open; without a text nothing is known to be right"
     assert graded == [("1", "1"), ("9", "1"), ("1", "2")]
     assert counts == {"gate_prompts": 4, "gate_closed": 2, "gate_graded": 3, "gate_right": 1}
 
@@ -131,10 +133,14 @@ def test_the_gate_closes_prompts_whose_solutions_are_all_wrong():
 def test_the_gate_grades_its_own_attempts_alone_where_others_ask_for_more_solutions():
     found = [{i: Continuation(i, text, "stop") for i, text in enumerate("9919")}]
     for attempts, shut in ((1, {"a"}), (2, {"a"}), (3, set()), (9, set())):
-        got, counts = solutions.closed(
+        gate = solutions.closed(
             [Prompt("a", (), "1")], found, attempts, lambda texts, answers: [t == a for t, a in zip(texts, answers)]
         )
-        assert got == shut and counts["gate_graded"] == min(attempts, 4)
+        assert gate.shut == shut and gate.counts["gate_graded"] == min(attempts, 4)
+        right = None if shut else 2
+        assert gate.right.get("a") == right, "which is the one that a privileged prompt shows"
+        assert solutions.shown(found[0], right).text == ("9" if shut else "1")
+    assert solutions.shown({1: found[0][1]}, None) is found[0][1] and solutions.shown({}, None) is None
 
 
 @pytest.mark.parametrize("name,want", [("omniopd", 4), ("sft", 4), ("context", 4)])

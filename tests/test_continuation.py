@@ -103,6 +103,21 @@ def test_a_cut_is_never_inside_a_character_nor_behind_a_finished_answer():
     assert continuation.open_places(decoder, ids, False).tolist() == [*finished.tolist(), True]
 
 
+def test_in_a_mix_a_text_is_not_drawn_with_the_numbers_of_an_audit_of_the_same_place():
+    tok = tiny.tokenizer()
+    ids = tok("so 3 and 4 is 7")["input_ids"]
+    prompt = data.Prompt("p", ({"role": "user", "content": "3 + 4?"},), token_ids=tuple(tok("3 + 4?")["input_ids"]))
+    responses = experience.Responses([prompt], ["a"], [ids], np.array([True]))
+    entropy_BT = np.arange(len(ids), dtype=float)[None]
+    c = config_of(cuts=1)
+    c.objective.name = "continuation"
+    [alone] = continuation.plan(audit.Decoder(tok), cuts.CUTS["peak"], responses, entropy_BT, c)
+    c.objective.mix = {"omniopd": 1.0, "continuation": 1.0}
+    [mixed] = continuation.plan(audit.Decoder(tok), cuts.CUTS["peak"], responses, entropy_BT, c)
+    assert alone.request.sample_id == "a" != mixed.request.sample_id and alone.request.peak == mixed.request.peak
+    assert alone.request.seed(0) != mixed.request.seed(0)
+
+
 # --- the joint --------------------------------------------------------------------------------------------------------
 
 

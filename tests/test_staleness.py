@@ -88,6 +88,21 @@ def test_the_ratio_carries_no_gradient_and_the_band_holds_at_its_ends(make_cfg):
     assert objective.in_band(ends).tolist() == [True, True, False, False, False, False, False]
 
 
+def test_in_a_mix_the_control_s_chunks_are_corrected_and_dropped_as_the_audited_ones_are(make_cfg):
+    cfg = make_cfg(**{"audit.chunk_tokens": C, "objective.name": "constant", "objective.constant": 0.7})
+    now, old, batch = case(3, 0.5)
+    ratio_BM = objective.chunk_ratio(now, old, batch.peak_BM, chunk_tokens=C)
+    weight_BT, mask_BT = objective.constant(now, batch.replace(ratio_BM=ratio_BM), cfg)
+    weight, mask = np.zeros((B, T)), np.ones((B, T))
+    for b, row in enumerate(np.asarray(batch.peak_BM)):
+        for m, t in enumerate(row):
+            if t >= 0 and 0.5 <= ratio_BM[b, m] <= 2.0:
+                weight[b, t : t + C], mask[b, t : t + C] = 0.7 * ratio_BM[b, m], 0
+    assert len(set(np.asarray(ratio_BM).ravel())) > 3 and (weight == 0).sum() > (np.asarray(batch.peak_BM) < 0).sum()
+    np.testing.assert_allclose(weight_BT, weight, rtol=1e-6)
+    np.testing.assert_array_equal(mask_BT, mask)
+
+
 def test_a_policy_that_has_not_moved_weighs_bit_for_bit_as_on_policy(make_cfg):
     cfg = make_cfg(**{"objective.advantage": "batch_mean", "audit.chunk_tokens": C})
     now, _, batch = case(2, 0.0)
@@ -169,8 +184,14 @@ def test_a_step_that_is_cut_off_is_saved_as_it_was_sampled(tmp_path):
     for t in (0, 1, 2):
         begun.take(t, 9, 1, group)
     begun.save(tmp_path, 2, 2)  # step 2 did not end
+    begun.save(tmp_path, 2, 2, C)
+    drawn = experience.Drawn(["q"], [["id2"]])
+    for sizes, fits in (((C, 1), True), ((C, 4), True), ((C + 1, 1), False), ((C, 0), False)):
+        other = staleness.Ahead()
+        other.load(tmp_path, 2, drawn, lambda *asked: [], sizes)  # chunks of another size: what was chosen does not fit
+        assert (other.take(2, 2, 1, lambda t: ("anew", 1)) != ("anew", 1)) == fits
     again = staleness.Ahead()
-    again.load(tmp_path, 2, experience.Drawn(["q"], [["id2"]]), lambda *asked: [])
+    again.load(tmp_path, 2, drawn, lambda *asked: [])
     assert again.take(2, 2, 1, None)[0].responses.tokens == [[2, 2]]
     assert not begun.drain(0.0)
     fresh = staleness.Ahead()

@@ -26,6 +26,7 @@ from omniopd_jax.teachers.protocol import (
     ContinuationRequest,
     ContinuationResult,
     Counts,
+    Failure,
     Teacher,
     Usage,
     whole_characters,
@@ -148,9 +149,12 @@ class LocalTeacher(Teacher):
             rows = self._sample([ids[i] for i in order], [items[i][0] for i in order], n, temperature, top_p)
             for k, i in enumerate(order):
                 (request, future, since), own = items[i], rows[k * n : (k + 1) * n]
-                continuations = tuple(self._read(ids[i], k, row) for k, row in zip(request.indices, own, strict=True))
+                read = [self._read(ids[i], k, row) for k, row in zip(request.indices, own, strict=True)]
+                lost = [c for c in read if not c.text and c.finish == "length"]  # half a character, thoughts alone
+                continuations = tuple(c for c in read if c not in lost)
                 usage = Usage(calls=1, tokens_in=len(ids[i]), tokens_out=sum(len(row.tokens) for row in own))
-                result = ContinuationResult(continuations, (), usage, time.perf_counter() - since)
+                failures = tuple(Failure(c.index, "no continuation: empty at the length limit") for c in lost)
+                result = ContinuationResult(continuations, failures, usage, time.perf_counter() - since)
                 if not future.done():
                     future.set_result(self._counts.add(result))
 

@@ -66,13 +66,12 @@ class RemoteTeacher(PaidTeacher):
         self.foreign_tokenizer = not _same_tokenizer(t.tokenizer, cfg.student.path)
         self.scores = needs == LOGP  # asked for log-probs in the place of text: the mode is a way of scoring
         self.mode = None if t.continuation == "auto" or self.scores else t.continuation
-        self.loop = self.resolving = None
         self.asking = weakref.WeakValueDictionary()  # key of a score -> the lock of those who want it
+        self.loop = self.resolving = None
         self.stood_in = None  # models that earlier versions kept this one's texts under; looked for when one is missed
         self.running, self.refused, self.refused_prompts = set(), 0, set()  # tasks with calls out; refusals in a row
         self.doubtful = []  # failures by those refusals, for the journal: see `refuse`
-        # the first TeacherStopped: what still waits for its turn is not tried, each to its own deadline
-        self.stopped = None
+        self.stopped = None  # the first TeacherStopped: what still waits for its turn is not tried
         self.counts = Counts()
 
     # the protocol
@@ -499,15 +498,16 @@ class _Audit:
 
     def _rows(self, reply, group):
         """Journal rows of the texts that are continuations."""
-        rows, r = [], self.request
+        rows, r, asked = [], self.request, self.mode == "instruct" and self.request.prefix
         for index, item in zip(group, reply.texts):
             if item.finish in ("withheld", "failed"):
                 continue
             text = whole_characters(wire.hide_keys(wire.clean(item.text[: self.max_chars])), item.finish)
-            kept = instruct.cut(r.prefix, text) if self.mode == "instruct" and r.prefix else text
+            kept = instruct.cut(r.prefix, text) if asked else text
             if kept is None or (not kept and item.finish == "length"):
                 continue
-            continuation = Continuation(index, kept, item.finish)
+            # asked for so many words, a model that stops has not ended the answer; one that writes nothing has
+            continuation = Continuation(index, kept, "length" if asked and kept else item.finish)
             rows.append((self.key, r.sample_id, r.peak, continuation, text if kept != text else None))
         return rows
 

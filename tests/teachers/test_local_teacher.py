@@ -159,6 +159,14 @@ def test_the_text_is_exactly_the_tail(text):
     assert [c.finish for c in got.continuations] == ["length", "length"]
 
 
+def test_half_a_character_at_the_limit_is_no_continuation():
+    """As of a service, which lowers n; an empty text would count as one that does not agree."""
+    teacher, length = script(tiny.tokenizer(), "日", end=False)
+    assert length > 1
+    (got,) = ask(teacher, request(prefix="", n=2, max_tokens=1))
+    assert got.continuations == () and [f.index for f in got.failures] == [0, 1]
+
+
 def test_an_end_token_stops_and_is_no_text():
     teacher, length = script(tiny.tokenizer(), " so7", end=True)
     (got,) = ask(teacher, request(prefix="", n=1, max_tokens=length + 6))

@@ -141,7 +141,7 @@ def test_a_cap_that_is_less_than_one_a_host_is_refused(tmp_path):
     class Caps:
         usd, tokens, calls, on_exhausted = 1.0, 0, 3, "stop"
 
-    money = budget.Budget(type("C", (), {"budget": Caps}), Journal(tmp_path), budget.Price())
+    money = budget.Budget(type("C", (), {"budget": Caps, "seed": 0, "num_steps": 1}), Journal(tmp_path), budget.Price())
     with pytest.raises(UserError, match="budget.calls = 3 is less than 1 for each of the run's 4 hosts"):
         money.divide([Totals()] * 4)
     money.divide([Totals()] * 3)

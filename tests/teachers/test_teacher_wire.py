@@ -179,10 +179,18 @@ def test_a_base_teacher_behind_a_server_is_asked_in_the_plain_format(server_of, 
 
 
 def test_instruct_asks_for_the_next_words_and_cuts_what_is_repeated(server_of, tmp_path):
-    server = server_of(speak=lambda *a: 'Sure! Here is the continuation: "sum of 3 and 4 is seven."')
+    def ended(answer):
+        for choice in answer["choices"]:
+            choice["finish_reason"] = "stop"
+        return answer
+
+    server = server_of(speak=lambda *a: 'Sure! Here is the continuation: "sum of 3 and 4 is seven."', mangle=ended)
     c = cfg_for(server.url("openai"), "openai", tmp_path, **{"teacher.continuation": "instruct"})
-    [result] = ask(c, request(prefix="The sum of 3 and 4", n=1))
+    [result] = ask(c, request(prefix="The sum of 3 and 4", n=1, max_tokens=100))
     assert texts(result) == [" is seven."]
+    assert [c.finish for c in result.continuations] == ["length"], "told to write so many words, it has not ended"
+    [whole] = ask(c, request(prefix="", n=1, max_tokens=100))
+    assert [c.finish for c in whole.continuations] == ["stop"]
     assert "cut off by accident" in server.calls()[0]["body"]["messages"][-1]["content"]
 
 

@@ -6,8 +6,9 @@ says what it is about to do. Each of these has a rule in `cut`, tested on its ow
 """
 
 import re
+import unicodedata
 
-VERSION = 2  # of the prompt and the rules: part of the journal key
+VERSION = 3  # of the prompt and the rules: part of the journal key
 
 INSTRUCTION = (
     "Your answer above was cut off by accident. Write only what comes next, from the exact character where it stops: "
@@ -17,10 +18,20 @@ INSTRUCTION = (
     "a word, begin with the rest of that word. If the answer is already complete, write nothing."
 )
 QUOTES = {'"': '"', "“": "”", "«": "»", "‘": "’", "`": "`", "'": "'"}
+_YES = r"(?:sure|certainly|of course|okay|ok|absolutely|understood|got it)\b[^\n]{0,80}?[!.:,]\s*"
+# what names the text that was asked for; "Here are the factors of 12: 1, 2" may be that text itself
+_NAMED = (
+    r"(?:continuation|remainder|rest of|remaining (?:text|words|part)|what (?:comes|follows)|"
+    r"next (?:words?|part|portion|section|characters?|text)|"
+    r"(?:full|completed?|whole) (?:answer|text|response|solution))\b"
+)
+_HERE = r"here(?:'s| is| are)\b"
+_GO_ON = r"(?:continuing|i(?:'ll| will) continue|let me continue)\b"
+_FROM = r"(?=\s*[:.…]|[^\n]{0,40}\b(?:from|where|on|answer|text)\b)"
+_COLON = r"[^\n]{0,120}?(?::|\.\.\.|…)"
 PREAMBLE = re.compile(
-    r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely|understood|got it)\b[^\n]{0,80}?[!.:,]\s*)?"
-    r"(?:(?:here(?:'s| is| are)|continuing|i(?:'ll| will) continue|let me continue|the (?:next words|continuation)|"
-    r"continuation|my continuation)\b[^\n]{0,120}?(?::|\.\.\.|…)\s*)",
+    rf"^\s*(?:{_YES})?(?:{_HERE}[^\n]{{0,60}}?\b{_NAMED}|{_GO_ON}{_FROM}|(?:(?:the|my) )?{_NAMED}){_COLON}\s*"
+    rf"|^\s*{_YES}(?:{_HERE}|{_GO_ON}){_COLON}(?=[ \t]*(?:[\n\"“`]|$))\s*",  # behind a "Sure!", up to a line's end
     re.IGNORECASE,
 )
 ASSENT = re.compile(
@@ -32,6 +43,10 @@ ABOUT_ITSELF = re.compile(  # the instruction said again, an apology, an offer t
     r"|i(?:['’]m| am|['’]d be) (?:ready|happy|glad) to\b|as an? (?:ai|language model)\b|you are an? (?:helpful|ai)\b)",
     re.IGNORECASE,
 )
+WHOLE = {  # words that others begin with: behind "the", "then" is a new one
+    "the", "for", "and", "are", "not", "all", "but", "can", "you", "her", "one", "any", "out", "per", "was", "has",
+    "had", "may", "who", "its", "let", "new", "two", "our", "now", "see", "use", "sum", "add",
+}  # fmt: skip
 MIN_OVERLAP = 12  # characters that a repeated tail must have: shorter ones occur by themselves ("1 + 1 + 1")
 MIN_RESTART = 24  # characters from the answer's start that count as starting over
 
@@ -81,7 +96,7 @@ def _unwrap(prefix: str, text: str) -> str:
     """Takes off a code fence or quotation marks around the whole text, where the prefix has none open."""
     stripped = text.strip()
     fence = re.fullmatch(r"```[\w-]*\n(.*?)\n?```", stripped, re.DOTALL)
-    if fence and prefix.count("```") % 2 == 0:
+    if fence and prefix.count("```") % 2 == 0 and not prefix.endswith("\n"):  # where a line begins it may be meant
         return fence.group(1)
     if len(stripped) >= 2 and (close := QUOTES.get(stripped[0])) and stripped[-1] == close:
         inner = stripped[1:-1]
@@ -136,7 +151,8 @@ def _no_overlap(prefix: str, text: str) -> str | None:
             return _after_space(prefix, text[where[size - 1] + 1 :])
     part = re.search(r"[^\W\d_]{3,}$", prefix)
     word = re.match(r"[^\W\d_]+", text)
-    if part and word and len(word.group()) > len(part.group()) and word.group().startswith(part.group()):
+    whole = part is not None and part.group().lower() in WHOLE
+    if part and word and not whole and len(word.group()) > len(part.group()) and word.group().startswith(part.group()):
         return text[len(part.group()) :]
     return None
 
@@ -147,9 +163,25 @@ def _after_space(prefix: str, rest: str) -> str:
 
 
 def _joined(prefix: str, text: str) -> str:
-    """Mends the seam: no whitespace twice, and a space between two words that would run together."""
+    """Mends the seam: no whitespace twice, and a space between two words that would run together.
+
+    Digits are left as they are: of "1" and "2 apples" nobody knows that they were two numbers, and the instruction asks
+    for the exact character.
+    """
     if prefix[-1:].isspace():
         return text.lstrip()
-    if text[:1].isalnum() and (prefix[-1:].isalnum() or prefix[-1:] in ".,;:!?)"):
-        return " " + text
-    return text
+    last, first = prefix[-1:], text[:1]
+    if not first.isalnum() or not _has_spaces(first) or (last.isalnum() and not _has_spaces(last)):
+        return text
+    if first.isdigit() and (last.isdigit() or re.search(r"\d[.,:]$", prefix)):
+        return text
+    return f" {text}" if last.isalnum() or last in ".,;:!?)" else text
+
+
+def _has_spaces(char: str) -> bool:
+    """Whether a character is of a script that writes spaces between words: not Chinese, Japanese, Thai, Lao, Khmer or
+    Burmese; Korean does."""
+    if 0xAC00 <= ord(char) <= 0xD7A3:
+        return True
+    apart = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF))
+    return unicodedata.east_asian_width(char) not in "WF" and not any(low <= ord(char) <= high for low, high in apart)
