@@ -287,7 +287,7 @@ def curve_of(steps: list[dict], texts: list[dict]) -> list[dict]:
 
 def read(path: pathlib.Path) -> list[dict]:
     """A file of JSON lines."""
-    return [json.loads(s) for s in path.read_text().splitlines()]
+    return [json.loads(s) for s in path.read_text(encoding="utf-8").split("\n") if s]
 
 
 def micro_batches(rows: int) -> int:

@@ -60,7 +60,7 @@ def measure_bias(temperature: float) -> dict:
     cfg.num_steps, cfg.eval.num_prompts, cfg.audit.log_per_step = 10, 0, 128
     try:
         train.train(cfg)
-        lines = (pathlib.Path(cfg.run_dir) / "audits.jsonl").read_text().splitlines()
+        lines = (pathlib.Path(cfg.run_dir) / "audits.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     finally:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
     audits = [a for a in map(json.loads, lines) if len(a["similarity"]) == cfg.audit.num_continuations]

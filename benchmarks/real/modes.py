@@ -190,7 +190,8 @@ def main() -> int:
         blind(args.blind, args.seed)
         return 0
     if args.run:
-        audits = [json.loads(s) for s in (pathlib.Path(args.run) / "audits.jsonl").read_text().splitlines()]
+        text = (pathlib.Path(args.run) / "audits.jsonl").read_text(encoding="utf-8")
+        audits = [json.loads(s) for s in text.split("\n") if s]
         audits = [a for a in audits if a["prefix_end"] and a["prefix_characters"] == len(a["prefix_end"])]
         audits = [audits[i] for i in records.even(len(audits), args.audits)]
         template = make_template(hf.load_tokenizer(prepare.student()))

@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     files = [pathlib.Path(run) / "audits.jsonl" for run in args.runs]
-    audits = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    audits = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
     audits = [a for a in audits if a["kept"] and a["continuations"]]
     if audits:
         for name in NAMES:

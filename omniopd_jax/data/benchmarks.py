@@ -400,7 +400,7 @@ def _gym(name, which, seed, limit, suffix) -> Suite:
     entries = gym.dataset(which, seed, size)
     ids = [f"{which}:{seed}:{size}:{i}" for i in range(size)]
     prompts = [_prompt(i, entries[n]["question"], suffix, i) for n, i in enumerate(ids)]
-    return Suite(name, prompts, "reasoning_gym", gym.last_boxed)
+    return Suite(name, prompts, "reasoning_gym", gym.GymGrader.extract)
 
 
 def _prompt(own: str, text: str, suffix: str, answer: str) -> Prompt:

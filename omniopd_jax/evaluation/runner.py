@@ -226,8 +226,10 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     results = {}
     for suite, file in zip(loaded, names, strict=True):
         results[suite.name] = scores.of(answer(student, suite, how, out / file), vote=suite.extract is not None)
-    host.write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    host.write_whole(out / "table.md", scores.table(results) + "\n")
+    kept = out / "results.json"  # of other benchmarks under the same settings, too
+    every = (files.read_json(kept, "remove it") if kept.exists() else {}) | results
+    host.write_whole(kept, json.dumps(every, indent=1) + "\n")
+    host.write_whole(out / "table.md", scores.table(every) + "\n")
     return results
 
 

@@ -66,7 +66,11 @@ class GymGrader:
     Scores in up to `workers` processes, started when needed. Safe to share between threads.
     """
 
-    extract = staticmethod(last_boxed)
+    @staticmethod
+    def extract(text: str) -> str | None:
+        """What is scored of a response, and voted by."""
+        boxed = last_boxed(text)
+        return (after_thinking(text).strip() or None) if boxed is None else boxed
 
     def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
         self._pool = Pool(

@@ -6,14 +6,17 @@ ended, and an answer that could not be compared in that time is wrong. Works in 
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from omniopd_jax.errors import UserError
+from omniopd_jax.graders import math_reading
 from omniopd_jax.graders.gym import last_boxed
 from omniopd_jax.graders.processes import Pool
 from omniopd_jax.graders.program_text import after_thinking
 
+NUMBER = re.compile(r"-?\d[\d,]{0,30}(?:\.\d{1,30})?(?:/\d{1,30})?")
 LONGEST = 40_000  # characters of a response that go to the worker: its end, and its last box where that comes before
 LONGEST_ANSWER = 20_000  # characters of a reference answer
 
@@ -21,7 +24,14 @@ LONGEST_ANSWER = 20_000  # characters of a reference answer
 class MathGrader:
     """Compares answers in up to `workers` processes, started when needed. Safe to share between threads."""
 
-    extract = staticmethod(last_boxed)
+    @staticmethod
+    def extract(text: str) -> str | None:
+        """The answer that a response gives, as it is voted by: its box's, what else marks one, else its last number."""
+        if (boxed := last_boxed(text)) is not None:
+            return boxed
+        answer, _, prose = math_reading.read(_end_of(text))
+        numbers = NUMBER.findall(prose) if answer is None else []
+        return numbers[-1] if numbers else answer
 
     def __init__(self, *, seconds: float = 5.0, workers: int | None = None, memory_mb: int = 4096):
         self._pool = Pool(

@@ -5,6 +5,7 @@ recipes trip none of them. A check that lacks its metric says nothing: a missing
 """
 
 import dataclasses
+import itertools
 import math
 import zlib
 
@@ -29,6 +30,7 @@ MIN_ZLIB_BYTES = 200  # shorter texts are not compressed: the ratio says nothing
 MAX_TRUNCATED = 0.3  # share of responses cut at the cap
 MAX_DRIFT = 1.5  # mean length against the start, either way
 MAX_GAP = 0.05  # nats per token between the sampler's log-probs and the training graph's
+SPENT = ("teacher/cost_usd", "teacher/tokens_in", "teacher/tokens_out", "teacher/calls")
 MIN_STEPS = 10  # steps before entropy and length are compared with the start
 PROGRESS_STEPS = 20  # steps before a reward that does not rise is a finding
 MAX_LONE_RISE = 0.05  # of pi_hat between two evaluations of which the later is no better
@@ -48,6 +50,42 @@ class Finding:
         return f"health: {self.check}: {self.saw}. {self.turn}"
 
 
+class History:
+    """What the checks would read all rows for, kept as the rows come."""
+
+    def __init__(self, rows=()):
+        self.evaluations: dict[int, float] = {}  # updates before it -> accuracy
+        self.prompts: int | None = None  # of the newest evaluation
+        self.spent = dict.fromkeys(SPENT, 0.0)
+        self.rewards: list[float] = []
+        self.agreed: list[float | None] = []  # pi_hat, one a row
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict) -> None:
+        """The next row."""
+        self.evaluated(row)
+        for key in SPENT:
+            self.spent[key] += float(row.get(key) or 0)
+        reward, agreed = row.get("reward/mean"), row.get("audit/pi_hat_mean")
+        self.rewards += [reward] if _number(reward) else []
+        self.agreed.append(agreed if _number(agreed) else None)
+
+    def evaluated(self, row: dict) -> None:
+        """What a row says of evaluations: the last one's may get more of it."""
+        if _number(row.get("eval/accuracy_before")):
+            self.evaluations[0] = row["eval/accuracy_before"]
+        if _number(row.get("eval/accuracy")):
+            self.evaluations[int(row.get("eval/updates", row["step"] + 1))] = row["eval/accuracy"]
+        if _number(row.get("eval/num_prompts")) and row["eval/num_prompts"]:
+            self.prompts = int(row["eval/num_prompts"])
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """[(updates before it, accuracy), ...], the one before training included."""
+        return sorted(self.evaluations.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """What the checks look at.
@@ -57,13 +95,20 @@ class View:
       audits, completions: records of the last WINDOW steps (records.py).
       cfg: {dotted key: value}.
       processes: of the run; the records are one process's.
+      history: of the rows.
     """
 
     rows: list[dict]
     audits: list[dict]
     completions: list[dict]
     cfg: dict
-    processes: int = 1
+    processes: int
+    history: History
+
+    @property
+    def audited(self) -> bool:
+        """Whether a teacher has been compared with of late: by the metrics, for records may be left out."""
+        return bool(self.audits or (self.mean("audit/k_sem_mean") is not None and self.mean("audit/chunks")))
 
     @property
     def enough(self) -> int:
@@ -81,13 +126,14 @@ class View:
 
 
 def check(
-    rows: list[dict], audits: list[dict], completions: list[dict], cfg: dict, processes: int = 1
-) -> list[Finding]:
+    rows: list[dict], audits: list[dict], completions: list[dict], cfg: dict, processes: int = 1,
+    history: History | None = None,
+) -> list[Finding]:  # fmt: skip
     """The findings at the last of `rows`; `audits` and `completions`, of one process, may hold older steps, which are
-    left out."""
+    left out. `history`: of these rows, where somebody keeps it."""
     last = rows[-1]["step"] if rows else 0
     recent = [[r for r in records if last - WINDOW < r.get("step", 0) <= last] for records in (audits, completions)]
-    view = View(rows, *recent, cfg, processes)
+    view = View(rows, *recent, cfg, processes, History(rows) if history is None else history)
     found = ((name, function(view)) for name, function in CHECKS.items())
     return [Finding(name, *parts) for name, parts in found if parts]
 
@@ -109,14 +155,27 @@ class Watch:
 
     def __init__(self, cfg: dict, rows: list[dict], audits: list[dict], completions: list[dict], processes: int = 1):
         self._cfg, self._rows, self._said, self._processes = cfg, list(rows), {}, processes
-        self._recent = [(audits, completions)]
+        self._recent, self._history = [(audits, completions)], History(self._rows)
 
     def step(self, row: dict, audits: list[dict], completions: list[dict]) -> tuple[list[Finding], list[Finding]]:
         """(all findings, those that were not said within the last WINDOW steps)."""
         self._rows.append(row)
+        self._history.add(row)
         self._recent = [*self._recent, (audits, completions)][-WINDOW - 1 :]  # `check` leaves out what is older
+        return self._check(row)
+
+    def amended(self, step: int, values: dict) -> tuple[list[Finding] | None, list[Finding]]:
+        """The same where the last row got more values, of an evaluation behind it; (None, []) where it is not
+        `step`'s."""
+        if not self._rows or self._rows[-1]["step"] != step:
+            return None, []
+        self._rows[-1] = self._rows[-1] | values
+        self._history.evaluated(self._rows[-1])
+        return self._check(self._rows[-1])
+
+    def _check(self, row: dict) -> tuple[list[Finding], list[Finding]]:
         records = ([r for step in self._recent for r in step[i]] for i in (0, 1))
-        found = check(self._rows, *records, self._cfg, self._processes)
+        found = check(self._rows, *records, self._cfg, self._processes, self._history)
         new = [f for f in found if row["step"] - self._said.get(f.check, -WINDOW) >= WINDOW]
         self._said |= {f.check: row["step"] for f in found}
         return found, new
@@ -124,12 +183,14 @@ class Watch:
 
 def teacher_not_sampling(v: View):
     """A greedy teacher makes all continuations of a chunk equal."""
-    if not v.audits:
+    if not v.audited:
         return None
     turn = "Set teacher.temperature = 1, and look whether the server ignores it (some answer all n from one sample)"
     why = "k_sem is an estimate only if the continuations are independent samples; equal ones count one opinion n times"
-    if v.cfg.get("teacher.temperature") == 0:
-        return "teacher.temperature = 0", why, turn
+    names = sorted({k.split(".")[1] for k in v.cfg if k.startswith("teachers.")})
+    keys = [f"teachers.{name}.temperature" for name in names] or ["teacher.temperature"]
+    if greedy := [k for k in keys if v.cfg.get(k, v.cfg.get("teacher.temperature")) == 0]:
+        return f"{greedy[0]} = 0", why, turn
     several = [a for a in v.audits if len(a["continuations"]) > 1]
     equal = sum(len(set(a["continuations"])) == 1 for a in several)
     if len(several) >= v.enough and equal == len(several):
@@ -188,7 +249,7 @@ def entropy_collapse(v: View):
     turn = "Lower optimizer.learning_rate, raise anchor.kl_coef, and check that temperature is 1"
     if first and now is not None and now < ENTROPY_LEFT * first:
         return f"entropy fell from {first:.3g} to {now:.3g} nats per token", why, turn
-    if v.audits and peak is not None and peak < MIN_PEAK_ENTROPY:
+    if v.audited and peak is not None and peak < MIN_PEAK_ENTROPY:
         return f"even at the peaks the entropy is only {peak:.3g} nats", why, turn
     return None
 
@@ -282,7 +343,7 @@ def few_chunks(v: View):
             "Raise max_completion_length (thoughts that were cut have no answer), lower audit.chunk_tokens, or set "
             "audit.span = all",
         )
-    if not (v.audits and rows and C and chunks and length) or chunks / rows >= M / 2:
+    if not (v.audited and rows and C and chunks and length) or chunks / rows >= M / 2:
         return None
     room = int(length // C)
     if room >= M:  # a budget that asks for fewer
@@ -314,7 +375,7 @@ def no_progress(v: View):
         "Look at weights_without_signal and the audits first; then optimizer.learning_rate; then the "
         "teacher's own accuracy"
     )
-    points, steps = evaluations(v.rows), v.cfg.get("num_steps", 0)
+    points, steps = v.history.points, v.cfg.get("num_steps", 0)
     noise = _noise(v, points)
     if noise is not None and points[-1][0] - points[0][0] >= max(MIN_STEPS, steps / 2):
         (_, before), (step, after) = points[0], points[-1]
@@ -325,7 +386,7 @@ def no_progress(v: View):
                 turn,
             )
         return None
-    rewards = [r["reward/mean"] for r in v.rows if _number(r.get("reward/mean"))]
+    rewards = v.history.rewards
     if len(rewards) < max(PROGRESS_STEPS, steps / 2):
         return None
     part = len(rewards) // 4
@@ -338,7 +399,7 @@ def no_progress(v: View):
 
 def _noise(v: View, points: list[tuple[int, float]]) -> float | None:
     """Two standard errors of the newest evaluation less the first; None where there are not two."""
-    n = evaluated(v.rows)
+    n = v.history.prompts
     if len(points) < 2 or not n:
         return None
     before, after = points[0][1], points[-1][1]
@@ -347,21 +408,22 @@ def _noise(v: View, points: list[tuple[int, float]]) -> float | None:
 
 def _has_risen(v: View) -> bool:
     """Whether accuracy is above the first evaluation's beyond noise."""
-    points = evaluations(v.rows)
+    points = v.history.points
     noise = _noise(v, points)
     return noise is not None and points[-1][1] - points[0][1] > noise
 
 
 def agreement_alone(v: View):
     """pi_hat rises and accuracy does not: the student has found what the teacher says whatever was written before."""
-    points, n = evaluations(v.rows), evaluated(v.rows)
+    points, n = v.history.points, v.history.prompts
     if len(points) < 2 or not n or points[-1][0] - points[0][0] < FIRST:
         return None
     (_, before), (step, after) = points[0], points[-1]
-    agreed = [r["audit/pi_hat_mean"] for r in v.rows[:step] if _number(r.get("audit/pi_hat_mean"))]
-    if not agreed or after > before:
+    agreed = v.history.agreed[:step]
+    first = next((a for a in agreed if a is not None), None)
+    if first is None or after > before:
         return None
-    first, last = agreed[0], float(np.mean(agreed[-FIRST:]))
+    last = float(np.mean(list(itertools.islice((a for a in reversed(agreed) if a is not None), FIRST))))
     if last - first <= MAX_LONE_RISE:
         return None
     chunks = [(a["chunk"].strip(), a["question"]) for a in v.audits if a.get("question") and a.get("chunk", "").strip()]
@@ -379,20 +441,13 @@ def agreement_alone(v: View):
 
 def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
     """[(updates before it, accuracy), ...] of a run's evaluations, the one before training included."""
-    out = {}
-    for r in rows:
-        if _number(r.get("eval/accuracy_before")):
-            out[0] = r["eval/accuracy_before"]
-        if _number(r.get("eval/accuracy")):
-            out[int(r.get("eval/updates", r["step"] + 1))] = r["eval/accuracy"]
-    return sorted(out.items())
+    return History(rows).points
 
 
 def evaluated(rows: list[dict]) -> int | None:
     """How many held-out prompts the newest evaluation answered, often fewer than `eval.num_prompts`; None: no row says
     it."""
-    counts = (r["eval/num_prompts"] for r in reversed(rows) if _number(r.get("eval/num_prompts")))
-    return next(map(int, counts), None)
+    return History(rows).prompts
 
 
 def count_evaluated(rows: list[dict], answers: list[dict]) -> None:
@@ -418,7 +473,7 @@ def budget_pace(v: View):
         cap, steps = v.cfg.get(f"budget.{name}", 0), v.cfg.get("num_steps", 0)
         if not cap or len(v.rows) < 2:
             continue
-        used = sum(float(r.get(k) or 0) for r in v.rows for k in keys)
+        used = sum(v.history.spent[k] for k in keys)
         if not used:
             continue
         paid = v.rows[-1].get("teacher/cost_usd_total") if name == "usd" else None

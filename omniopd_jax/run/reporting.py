@@ -6,12 +6,13 @@ import shlex
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from omniopd_jax import audit, config, experience, graders, objective, solutions, teaching
 from omniopd_jax.errors import NumberError
 from omniopd_jax.evaluation.sampling import Evaluation, repeated_ngrams
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import estimate, flops, health, host, logging, records, terminal
+from omniopd_jax.run import estimate, flops, health, host, identity, logging, records, terminal
 from omniopd_jax.run.setup import Run
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.journal import Spent
@@ -36,7 +37,8 @@ class Reports:
         self.totals, self._start = totals, start
         self._run, self._pending, self._next = run, None, {}
         cfg, flat = run.cfg, config.flat(run.cfg)
-        log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": flat}
+        public = config.flat(ConfigDict(json.loads(identity.as_json(cfg))))  # as in config.json: no key of an address
+        log = {"tensorboard": cfg.log.tensorboard, "trackers": cfg.log.trackers, "config": public}
         self._writer = logging.Writer(config.local_folder(cfg), start_step=start, evaluated=evaluated, **log)
         recent = [self._writer.lines(kind, after=start - 1 - health.WINDOW) for kind in ("audits", "completions")]
         self._health = health.Watch(flat, self._writer.lines("metrics"), *recent, jax.process_count())
@@ -83,7 +85,10 @@ class Reports:
         if not updates:
             values["eval/accuracy_before"] = found.accuracy
         if updates and updates in (self._start, self._run.cfg.num_steps):
-            self._writer.amend(updates - 1, values)
+            found, new = self._health.amended(updates - 1, values)
+            self._writer.amend(updates - 1, values | (health.metrics(found) if found is not None else {}))
+            for finding in new:
+                self._progress.say(finding.line())
         else:
             self._next |= values
         self._writer.evaluations(answers)

@@ -12,6 +12,7 @@ import pathlib
 
 from omniopd_jax.errors import UserError, one_of
 
+QUEUE = 1 << 20  # events of TensorBoard that may wait to be written
 TABLE_ROWS = 64  # of a table in a step: trackers are for looking; the JSON lines hold the rest
 CELL_CHARACTERS = 500  # of a text in a table
 COLUMNS = {
@@ -27,25 +28,36 @@ class TensorBoard:
     def __init__(self, folder: pathlib.Path, config: dict, start_step: int):
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        # its thread writes what waits; where that has died, a queue that is full would wait for ever
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step, max_queue=QUEUE)
         self._board.add_text("config", "\n".join(f"    {k} = {v}" for k, v in _texts(config).items()), start_step)
 
     def metrics(self, step: int, values: dict) -> None:
         """One point a metric."""
+        self._check()
         for key, value in values.items():
             self._board.add_scalar(key, float(value), step)
 
     def table(self, name: str, step: int, records: list[dict]) -> None:
         """The rows as a Markdown table."""
+        self._check()
         rows = [list(COLUMNS[name]), ["---"] * len(COLUMNS[name]), *_cells(name, records)]
         text = "\n".join(
-            "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows
+            "| " + " | ".join(("" if c is None else str(c)).replace("|", "\\|").replace("\n", " ") for c in row) + " |"
+            for row in rows
         )
         self._board.add_text(name, text, step)
 
     def close(self) -> None:
         """Writes what is waiting."""
+        self._check()
         self._board.close()
+
+    def _check(self) -> None:
+        writer = self._board.file_writer.event_writer
+        if not writer._worker.is_alive():
+            writer._event_queue.cancel_join_thread()
+            raise OSError("its file can't be written: is the disk full?")
 
 
 class Wandb:
@@ -59,8 +71,14 @@ class Wandb:
 
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        name = _plain(folder.name)[:64]
+        name, own = _plain(folder.name)[:64], folder / "wandb_id.txt"
+        # offline each start is a run of its own: the library resumes none
+        self.keeps = mode == "online" and own.is_file()
+        if mode == "online" and not own.is_file():
+            own.write_text(wandb.util.generate_id())
+        again = {"id": own.read_text().strip(), "resume": "allow"} if mode == "online" else {}
         self._run = wandb.init(
+            **again,
             project=os.environ.get("WANDB_PROJECT", "omniopd"),
             name=name,
             dir=str(folder),
@@ -86,6 +104,8 @@ class Wandb:
 
 class Trackio:
     """A run of Trackio; the project is TRACKIO_PROJECT or omniopd, the database where TRACKIO_DIR says."""
+
+    keeps = True
 
     def __init__(self, folder: pathlib.Path, config: dict, start_step: int):
         import trackio
@@ -119,10 +139,16 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}  # n
 
 
 class Trackers:
-    """All trackers of a run. `say(text)` reports the first failure of each; after that it gets nothing more."""
+    """All trackers of a run. `say(text)` reports the first failure of each; after that it gets nothing more. Where a
+    table alone failed, it gets no more tables.
 
-    def __init__(self, names, folder, config: dict, start_step: int, say):
-        self._say, self._live = say, {}
+    Args:
+      start_step: the first step that comes. logged: the last step of an earlier start; those between the two are not
+        given once more to a tracker that keeps them (`keeps`) and can take none back.
+    """
+
+    def __init__(self, names, folder, config: dict, start_step: int, say, logged: int = -1):
+        self._say, self._live, self._bare, self._again = say, {}, set(), range(start_step, logged + 1)
         for name in names:
             self._guard(
                 name, lambda n=name: self._live.update({n: TRACKERS[n](pathlib.Path(folder), config, start_step)})
@@ -130,15 +156,16 @@ class Trackers:
 
     def metrics(self, step: int, values: dict) -> None:
         """One step's scalars."""
-        for name, tracker in list(self._live.items()):
+        for name, tracker in self._for(step):
             self._guard(name, lambda t=tracker: t.metrics(step, values))
 
     def table(self, table: str, step: int, records: list[dict]) -> None:
         """One step's records, at most TABLE_ROWS of them."""
         if not records:
             return
-        for name, tracker in list(self._live.items()):
-            self._guard(name, lambda t=tracker: t.table(table, step, records[:TABLE_ROWS]))
+        for name, tracker in self._for(step):
+            if name not in self._bare:
+                self._guard(name, lambda t=tracker: t.table(table, step, records[:TABLE_ROWS]), of_tables=True)
 
     def close(self) -> None:
         """Ends all."""
@@ -146,13 +173,20 @@ class Trackers:
             self._guard(name, tracker.close)
         self._live.clear()
 
-    def _guard(self, name: str, call) -> None:
+    def _for(self, step: int) -> list:
+        return [(n, t) for n, t in self._live.items() if step not in self._again or not getattr(t, "keeps", False)]
+
+    def _guard(self, name: str, call, *, of_tables: bool = False) -> None:
         try:
             call()
         except Exception as error:  # trackers raise whatever their transports do; none may end a run
+            first = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            if of_tables and not isinstance(error, OSError):  # a row that it refuses, not a server that is gone
+                self._bare.add(name)
+                self._say(f"warning: tracker {name} takes no more tables: {first}")
+                return
             self._live.pop(name, None)
-            first = (str(error).splitlines() or [""])[0][:200]
-            self._say(f"warning: tracker {name} failed and is left out: {type(error).__name__}: {first}")
+            self._say(f"warning: tracker {name} failed and is left out: {first}")
 
 
 def check(names) -> None:
@@ -173,9 +207,9 @@ def _cells(name: str, records: list[dict]) -> list[list]:
 
 
 def _cell(value):
-    if isinstance(value, (int, float, bool)):
+    if value is None or isinstance(value, (int, float, bool)):
         return value
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return _plain(text[:CELL_CHARACTERS])
 
 

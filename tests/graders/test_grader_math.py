@@ -120,7 +120,19 @@ def test_a_long_response_keeps_its_box(grader):
 def test_a_box_in_the_thoughts_is_no_answer(grader, words):
     text = "<think>try \\boxed{4}, " + "wrong. " * words + "</think>\nThe answer is 5."
     assert grader.grade(text, "5") and not grader.grade(text, "4")
-    assert grader.extract(text) is None
+    assert grader.extract(text) == "5"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("so \\boxed{42}.", "42"), ("3 + 4 = 7\n#### 7", "7"), ("The answer is 5.", "5"), ("12", "12"),
+        ("First 3, then 4, so he has 1,200 apples left", "1,200"), ("I do not know", None),
+    ],
+)  # fmt: skip
+def test_an_answer_is_voted_by_wherever_it_stands(grader, text, answer):
+    """A wrong one that had no vote as it has no box would leave the majority to the one that is right."""
+    assert grader.extract(text) == answer
 
 
 def test_a_worker_that_dies_is_replaced(strict):

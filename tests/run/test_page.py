@@ -41,7 +41,7 @@ def test_the_verdict_has_before_after_interval_cost_time_and_health(folder):
     assert run["verdict"]["headline"] == "omniopd: 37.5% to 75.0%, better; finished: 20 steps"
     told = facts(run)
     assert (told["accuracy before"], told["accuracy after"]) == ("37.5%", "75.0%")
-    assert told["change (95% interval)"] == "+37.5 points ± 11.9", "paired: 24 gained, none lost, of 64"
+    assert told["change (95% interval)"] == "+37.5 points ± 12.0", "paired: 24 gained, none lost, of 64"
     assert (told["teacher cost"], told["time"], told["health"]) == ("$0.40", "2 min 0 s", "no check warns")
     assert run["notes"] == [] and run["health"] == []
 
@@ -63,9 +63,52 @@ def test_the_interval_goes_by_the_prompts_that_were_evaluated(tmp_path, counted)
     (folder / "summary.json").write_text(json.dumps(told))
     (run,) = made(folder)["runs"]
     assert run["verdict"]["headline"] == "omniopd: 33.3% to 40.0%, no change beyond noise; finished: 20 steps"
-    assert facts(run)["change (95% interval)"] == "+6.7 points ± 8.9", "paired: two gained, none lost, of 30"
+    assert facts(run)["change (95% interval)"] == "+6.7 points ± 10.4", "paired: two gained, none lost, of 30"
     text = card.write(tmp_path, folder, name="a/b", adapter=False).read_text()
     assert "33.3% and 40.0%, greedy, 30 held-out prompts" in text and "10,000" not in text
+
+
+@pytest.mark.parametrize("won, of, sure", [(4, 16, False), (8, 16, True), (8, 8, True)])
+def test_few_prompts_have_an_interval_of_some_width(tmp_path, won, of, sure):
+    """All that changed were gained: without lost ones a plain interval has no width where all changed."""
+    folder = runs.write(tmp_path / "run", audits=2, completions=1, cfg=runs.settings(**{"eval.num_prompts": of}))
+    answers = [runs.evaluation(s, i, correct=bool(s) and i < won) for s in (0, 20) for i in range(of)]
+    runs.lines(folder / "evaluations.jsonl", answers)
+    rows = [runs.row(t) for t in range(20)]
+    rows[0] |= {"eval/accuracy": 0.0, "eval/updates": 0, "eval/num_prompts": of}
+    rows[-1] |= {"eval/accuracy": won / of, "eval/updates": 20, "eval/num_prompts": of}
+    runs.lines(folder / "metrics.jsonl", rows)
+    (folder / "summary.json").write_text(json.dumps({"step": 20, "accuracy_before": 0.0, "accuracy_after": won / of}))
+    (run,) = made(folder)["runs"]
+    assert ("better" in run["verdict"]["headline"]) == sure
+    assert float(facts(run)["change (95% interval)"].split()[-1]) > 10
+
+
+def test_a_live_run_s_verdict_is_of_one_evaluation(tmp_path):
+    """The next one's answers are written at once, its figures with the next step."""
+    folder = runs.write(tmp_path / "run", audits=2, completions=1)
+    (folder / "summary.json").unlink()
+    rows = [runs.row(t) for t in range(11)]
+    for row, accuracy, updates in ((rows[0], 0.25, 0), (rows[10], 0.75, 10)):
+        row |= {"eval/accuracy": accuracy, "eval/updates": updates, "eval/num_prompts": 40}
+    runs.lines(folder / "metrics.jsonl", rows)
+    right = {0: 10, 10: 30, 20: 0}
+    answers = [runs.evaluation(s, i, correct=i < n) for s, n in right.items() for i in range(40)]
+    runs.lines(folder / "evaluations.jsonl", answers[:80])
+    told = [facts(made(folder)["runs"][0])["change (95% interval)"]]
+    runs.lines(folder / "evaluations.jsonl", answers)
+    assert facts(made(folder)["runs"][0])["change (95% interval)"] == told[0]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # being written
+    assert not [n for n in made(folder)["runs"][0]["notes"] if "could not be read" in n]
+
+
+def test_the_loss_is_split_where_its_parts_are_known(tmp_path):
+    for objective, more, split in (("omniopd", {}, True), ("continuation", {}, False),
+                                   ("omniopd", {"objective.mix": {"omniopd": 1.0, "continuation": 0.5}}, False)):  # fmt: skip
+        cfg = runs.settings(**{"objective.name": objective} | more)
+        folder = runs.write(tmp_path / f"{objective}{len(more)}", cfg=cfg)
+        assert ("loss/anchor" in made(folder)["runs"][0]["curves"]["series"]) == split
 
 
 def test_curves_run_against_steps_tokens_and_dollars(folder):

@@ -10,7 +10,7 @@ import report_runs as runs
 import tiny
 
 from omniopd_jax.errors import UserError
-from omniopd_jax.run import trackers
+from omniopd_jax.run import logging, trackers
 
 CONFIG = {"num_steps": 3, "teacher.model": "a \ud800 name \x1b[31m", "anchor.kl_coef": 0.1}
 AUDITS = [runs.audit(0, i, chunk="<b>\ud800\x00 | cell") for i in range(3)]
@@ -61,6 +61,66 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(tmp_path, monkeypatc
     monkeypatch.setitem(trackers.TRACKERS, "wandb", refused if place == "start" else Broken)
     said = fill(["wandb"], tmp_path)
     assert len(said) == 1 and "tracker wandb failed" in said[0] and "\n" not in said[0]
+
+
+class Tables:
+    keeps = True
+
+    def __init__(self, *_):
+        self.got = []
+
+    def metrics(self, step, values):
+        self.got.append(step)
+
+    def table(self, name, *_):
+        self.got.append(name)
+        raise TypeError("a row of two kinds")
+
+    def close(self):
+        pass
+
+
+def test_a_table_that_is_refused_costs_the_tables_alone(tmp_path, monkeypatch):
+    own, said = Tables(), []
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda *_: own)
+    t = trackers.Trackers(["wandb"], tmp_path, {}, 0, said.append)
+    for step in range(3):
+        t.metrics(step, {"loss": 1.0})
+        t.table("audits", step, AUDITS)
+    assert own.got == [0, "audits", 1, 2] and said == [
+        "warning: tracker wandb takes no more tables: TypeError: a row of two kinds"
+    ]
+
+
+def test_steps_that_are_repeated_after_a_kill_are_logged_once(tmp_path, monkeypatch):
+    """Six steps were logged, the checkpoint is of step 3: those two between come once more."""
+    kept, purges = Tables(), Tables()
+    purges.keeps = False
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: kept, "tensorboard": lambda *_: purges})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": t}) + "\n" for t in range(6)) + '{"step": 9')
+    w = logging.Writer(tmp_path, start_step=3, tensorboard=True, trackers=("wandb",), rank=0)
+    for step in range(2, 8):  # the first: an evaluation that was missing
+        w.metrics(step, {"loss": 1.0})
+    w.close()
+    assert kept.got == [2, 6, 7] and purges.got == [2, 3, 4, 5, 6, 7]
+
+
+FULL = """
+import resource, signal, sys
+from omniopd_jax.run import trackers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+t = trackers.Trackers(["tensorboard"], sys.argv[1], {}, 0, print)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for step in range(400):
+    t.metrics(step, {f"m{i}": 1.0 for i in range(60)})
+t.close()
+print("went on")
+"""
+
+
+def test_a_disk_that_is_full_for_tensorboard_does_not_hold_the_run(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert "tracker tensorboard failed and is left out" in done.stdout and "went on" in done.stdout
 
 
 def test_names_and_packages_are_checked_before_anything_loads(monkeypatch):

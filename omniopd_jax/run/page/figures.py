@@ -28,7 +28,7 @@ def curves(folder) -> dict:
             x[name].append(round(total, 6))
     keys = dict.fromkeys(k for r in rows for k in r if k != "step" and _number(r[k]) is not None)
     series = {key: [_number(r.get(key)) for r in rows] for key in keys}
-    anchor = [_anchor_part(r, cfg, per) for r in rows]
+    anchor = [_anchor_part(r, folder) for r in rows]
     if any(a is not None for a in anchor):
         series["loss/anchor"] = anchor
         series["loss/chunks"] = [None if a is None or "loss" not in r else r["loss"] - a for a, r in zip(anchor, rows)]
@@ -38,8 +38,12 @@ def curves(folder) -> dict:
     return {"x": x, "series": {k: [_short(v) for v in values] for k, values in series.items()}}
 
 
-def _anchor_part(row: dict, cfg: dict, rows: int) -> float | None:
-    """What the anchor adds to the loss: kl_coef times the KL, divided as the config says."""
+def _anchor_part(row: dict, folder) -> float | None:
+    """What the anchor adds to the loss: kl_coef times the KL, divided as the config says; None where that can't be
+    told."""
+    cfg = folder.config
+    if len(folder.parts) != 1 or any(o is None or o.cut or "prefixes" in o.asks for o in folder.parts.values()):
+        return None  # a mix weighs several anchors; of texts by the teacher no metric says how long they are
     kl, coef = _number(row.get("anchor/kl_ref_to_student_exact")), cfg.get("anchor.kl_coef")
     length, share = _number(row.get("completions/mean_length")), _number(row.get("audit/token_fraction"))
     if kl is None or coef is None or length is None or not cfg.get("max_completion_length"):
@@ -58,12 +62,13 @@ def findings(folder) -> list[dict]:
         for record in records:
             group.setdefault(record["step"], []).append(record)
     out, texts = {}, [_comparable(a) for a in folder.audits]
-    folder_ok = all(texts)
+    folder_ok, history = all(texts), health.History()
     for i, row in enumerate(rows):
+        history.add(row)
         recent = range(row["step"] - health.WINDOW + 1, row["step"] + 1)
         audits, completions = ([r for step in recent for r in group.get(step, ())] for group in by_step)
         audits = audits if folder_ok else [a for a in audits if _comparable(a)]
-        for f in health.check(rows[: i + 1], audits, completions, folder.config):
+        for f in health.check(rows[: i + 1], audits, completions, folder.config, history=history):
             known = out.setdefault(f.check, {"check": f.check, "first": row["step"], "steps": 0})
             known |= {"last": row["step"], "steps": known["steps"] + 1, "saw": f.saw, "why": f.why, "turn": f.turn}
     for f in out.values():
@@ -91,10 +96,10 @@ def verdict(folder, found: list[dict]) -> dict:
     if after is not None:
         facts.append(["accuracy after" if folder.summary else f"accuracy at step {points[-1][0]}", f"{after:.1%}"])
     if before is not None and after is not None:
-        gain, half = 100 * (after - before), _half_width(folder, before, after, n)
+        newest = None if folder.summary.get("accuracy_after") is not None else points[-1][0]
+        gain, (half, sure) = 100 * (after - before), _half_width(folder, before, after, n, newest)
         told = f"{gain:+.1f} points" + (f" ± {half:.1f}" if half is not None else "")
         facts.append(["change (95% interval)", told])
-        sure = half is not None and abs(gain) > half
         word = ("better" if gain > 0 else "worse") if sure else "no change beyond noise"
         headline = f"{folder.objective}: {before:.1%} to {after:.1%}, {word}; {folder.state()}"
     state, usd = _cost(folder)
@@ -114,19 +119,31 @@ def _total(folder, key: str) -> float:
     return max(steps, _number((folder.summary or {}).get(key)) or 0)
 
 
-def _half_width(folder, before: float, after: float, n: int) -> float | None:
-    """Half of the 95% interval of the change, in points; paired by prompt where both evaluations' answers were kept."""
+def _half_width(folder, before: float, after: float, n: int, last: int | None) -> tuple[float | None, bool]:
+    """(half of the 95% interval of the change, in points; whether it is sure); paired by prompt where both evaluations'
+    answers were kept, and then sure by the exact test of McNemar.
+
+    `last`: updates before the later of the two; None: the newest that was kept.
+    """
     steps = sorted({e["step"] for e in folder.evaluations})
+    if last is not None:  # of a run that goes on, the next one's answers may be there before its metrics
+        steps = [s for s in steps if s <= last]
     if len(steps) > 1:
         ends = ([e for e in folder.evaluations if e["step"] == s] for s in (steps[0], steps[-1]))
         first, last = ({e["prompt_id"]: e["correct"] for e in answers} for answers in ends)
         both = [(first[p], last[p]) for p in first.keys() & last.keys()]
-        if len(both) == n:
+        if (
+            len(both) == n
+        ):  # Wald's interval with half a pair more either way (Agresti and Min, 2005): never of no width
             won, lost = sum(b and not a for a, b in both), sum(a and not b for a, b in both)
-            return 196 * math.sqrt(max(won + lost - (won - lost) ** 2 / n, 0.0)) / n
+            half = 196 * math.sqrt(won + lost + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
+            tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
+            return half, 2 * tail < 0.05
     if not n:
-        return None
-    return 196 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
+        return None, False
+    shares = ((accuracy * n + 1) / (n + 2) for accuracy in (before, after))  # Agresti and Caffo (2000)
+    half = 196 * math.sqrt(sum(p * (1 - p) for p in shares) / (n + 2))
+    return half, 100 * abs(after - before) > half
 
 
 def _cost(folder) -> tuple[str, float]:

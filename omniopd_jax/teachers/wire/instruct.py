@@ -21,7 +21,7 @@ QUOTES = {'"': '"', "“": "”", "«": "»", "‘": "’", "`": "`", "'": "'"}
 _YES = r"(?:sure|certainly|of course|okay|ok|absolutely|understood|got it)\b[^\n]{0,80}?[!.:,]\s*"
 # what names the text that was asked for; "Here are the factors of 12: 1, 2" may be that text itself
 _NAMED = (
-    r"(?:continuation|remainder|rest of|remaining (?:text|words|part)|what (?:comes|follows)|"
+    r"(?:continuation|remainder|rest|remaining (?:text|words|part)|what (?:comes|follows)|"
     r"next (?:words?|part|portion|section|characters?|text)|"
     r"(?:full|completed?|whole) (?:answer|text|response|solution))\b"
 )

@@ -69,7 +69,7 @@ function figure(title, unit, summary, series, data, options, atRest) {
 function summaryOf(label, column) {
   const known = column.filter((v) => v !== null && v !== undefined);
   if (!known.length) return label + ": no values.";
-  const low = Math.min(...known), high = Math.max(...known);
+  const low = known.reduce((a, b) => Math.min(a, b)), high = known.reduce((a, b) => Math.max(a, b));
   return `${label}: first ${number(known[0])}, last ${number(known[known.length - 1])}, between ${number(low)} and ${number(high)}.`;
 }
 
@@ -90,7 +90,7 @@ function metricChart(runs, title, unit, keys) {
   });
   if (!tables.length) return null;
   const data = uPlot.join(tables);
-  const most = Math.max(...data.slice(1).flat().filter((v) => v !== null && v !== undefined));
+  const most = data.slice(1).flat().reduce((a, v) => (v !== null && v !== undefined && v > a ? v : a), -Infinity);
   const shares = unit === "share" || most === 0 ? (_, low, high) => [Math.min(0, low), Math.max(high * 1.05, unit === "share" ? 0.05 : 1)] : null;
   return figure(title, unit, words.join(" "), series, data, (w) => baseOptions(w, axisName(), unit, shares));
 }

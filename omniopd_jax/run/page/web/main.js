@@ -125,10 +125,12 @@ function prepare(data) {
 
 /** With --watch: asks whether the run has written, and loads the page again, its state kept in the URL. */
 function watch() {
+  let typed = 0; // when: whoever types or chooses is not disturbed for some seconds
+  for (const kind of ["input", "keydown", "pointerdown"]) addEventListener(kind, () => { typed = Date.now(); }, true);
   setInterval(async () => {
     try {
       const now = await (await fetch("/stamp")).text();
-      if (now !== Data.watch && !/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) location.reload();
+      if (now !== Data.watch && Date.now() - typed > 5000) location.reload();
     } catch { /* the server has gone; the page stays as it is */ }
   }, 3000);
 }
@@ -147,7 +149,12 @@ async function start() {
     if (changed.size === 1 && changed.has("audit")) return updateDetail();
     updateBrowser(currentRun());
   });
-  render();
+  try {
+    render();
+  } catch (error) {
+    document.getElementById("loading").textContent = "This page could not be drawn: " + error;
+    throw error;
+  }
   if (!State.audit && currentRun().audits.length) State.audit = "";
   document.addEventListener("keydown", pageKeys);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
