@@ -14,7 +14,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from omniopd_jax.errors import one_of
+from omniopd_jax.errors import UserError, one_of
 
 CHOICES = {
     "max_staleness": (0, 1),
@@ -354,13 +354,32 @@ def open_keys() -> tuple[str, ...]:
 
 
 def set_open(c: ConfigDict, path: str, text: str) -> None:
-    """Sets a key of a dict that takes any from the command line: a number, true or false, or a text as it is."""
-    section, _, key = path.rpartition(".")
+    """Sets a key of a dict that takes any from the command line: a number, true or false, or a text as it is; one that
+    is there in its type.
+
+    Raises:
+      UserError: a value of another type, or a key within a value.
+    """
+    section = next(s for s in open_keys() if path.startswith(f"{s}."))
+    key, found = path.removeprefix(f"{section}."), get(c, section)
+    if "." in key:
+        raise UserError(f"{path}: {section} takes one value a key, and {key!r} has a dot")
     value: object = text
     with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
+    value = value if isinstance(value, (bool, int, float, str)) else text
+    if key in found and type(value) is not type(found[key]):
+        kind = type(found[key])
+        if kind is str:
+            value = text
+        elif kind is float and type(value) is int:
+            value = float(value)
+        elif kind is bool and value in (0, 1):
+            value = bool(value)
+        else:
+            raise UserError(f"{path} = {text!r} is no {kind.__name__}")
     with c.unlocked():
-        get(c, section)[key] = value if isinstance(value, (bool, int, float, str)) else text
+        found[key] = value
 
 
 def get(c: ConfigDict, path: str):

@@ -188,11 +188,18 @@ def allowance(teacher: Teacher | None, cfg, t: int, asked: float | None = None, 
     M, N = cfg.audit.num_chunks, cfg.audit.num_continuations
     if teacher is None:
         return M, N
+    name, spreads = f"seed {cfg.seed} step {t}: M = {M}, N = {N}", cfg.budget.on_exhausted != "stop"
+    before = [found for found in processes.gather("given", teacher.given(name)) if found] if spreads else []
+    if before:  # the step is repeated, or replayed
+        return tuple(min(values) for values in zip(*before))
     rows = cfg.prompts_per_step * cfg.num_generations // disks
     mean = N if asked is None else min(N, max(1, round(asked)))
     most, each = teacher.allowance(cfg.num_steps - t, rows, M, mean)
     own = (most, N if each == mean else max(1, N * each // mean))
-    return tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
+    out = tuple(min(values) for values in zip(*processes.gather("allowance", list(own))))
+    if spreads:
+        teacher.give(name, out)
+    return out
 
 
 def sample(params: dict, drawn: Drawn, student: Student, key: jax.Array, cfg) -> Iterator[Responses]:

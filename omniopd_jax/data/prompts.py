@@ -20,6 +20,7 @@ READ = {  # data.source -> the keys below that name its prompts
     "hub": ("data.name", "data.subset", "data.split", "eval.split", "eval.path"),  # held-out prompts may be a file
 }
 PLACES = tuple(dict.fromkeys(key for keys in READ.values() for key in keys))
+WORD = "Zq7message"  # a text that no template writes by itself
 WORLD = 4096  # prompts of the small world where data.num_prompts is 0
 # names that ShareGPT and others give them, in small letters
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "model": "assistant"}
@@ -72,6 +73,15 @@ def first_has_solution(cfg) -> bool:
     except (UserError, StopIteration):
         return False
     return prompt.solution is not None
+
+
+def _written(template: Template, prompt: Prompt, i: int) -> bool:
+    """Whether the template writes message i, which it may change on the way: by a word in its place."""
+    other = dict(prompt.messages[i], content=WORD)
+    try:
+        return WORD in template.render((*prompt.messages[:i], other, *prompt.messages[i + 1 :]))
+    except UserError:  # it wants more of it than a word
+        return True
 
 
 def load(
@@ -188,9 +198,9 @@ def check_rendering(template: Template | None, data: Prompts) -> None:
     """
     kinds = {tuple(m["role"] for m in p.messages): p for p in data.prompts} if template is not None else {}
     for prompt in kinds.values():
-        text = "".join(render(template, prompt).split())
-        for m in prompt.messages:  # of earlier answers a template may leave the thoughts out
-            if m["role"] != "assistant" and "".join(m["content"].split()) not in text:
+        text = render(template, prompt)
+        for i, m in enumerate(prompt.messages):
+            if m["role"] != "assistant" and m["content"].strip() not in text and not _written(template, prompt, i):
                 raise UserError(
                     f"prompt {prompt.id!r}: {template.what} leaves the message of role {m['role']!r} out: give it a "
                     "role that the template writes (user, mostly system), or put its text into the user's message"

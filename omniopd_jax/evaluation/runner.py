@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -218,11 +219,12 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     if len(set(names)) < len(names):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
     out = _writable(out)
+    cfg = _dated(cfg, checkpoint, out)
     student = load_student(cfg, checkpoint, max_new_tokens=how.max_new_tokens)
     # a benchmark with problems left out is another benchmark: no overlong one is dropped
     encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg, overlong="").prompts for s in loaded]
     loaded = [dataclasses.replace(s, prompts=p) for s, p in zip(loaded, encoded)]
-    _same_evaluation(out, student, how, loaded, cfg.compute_dtype)
+    _same_evaluation(out, student, how, loaded, cfg.compute_dtype, cfg.data.date)
     results = {}
     for suite, file in zip(loaded, names, strict=True):
         results[suite.name] = scores.of(answer(student, suite, how, out / file), vote=suite.extract is not None)
@@ -231,6 +233,19 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     host.write_whole(kept, json.dumps(every, indent=1) + "\n")
     host.write_whole(out / "table.md", scores.table(every) + "\n")
     return results
+
+
+def _dated(cfg, checkpoint: str | None, out: pathlib.Path):
+    """The recipe with the day that templates are told: its own, that of the run that is evaluated, the one on which
+    this evaluation began, today."""
+    date = cfg.data.date
+    if not date and checkpoint and (run := trained_run.recipe(checkpoint)) is not None:
+        date = run.data.date
+    if not date and (out / "settings.json").exists():
+        date = files.read_json(out / "settings.json", "set another --out").get("date", "")
+    cfg = cfg.copy_and_resolve_references()
+    cfg.data.date = date or datetime.date.today().isoformat()
+    return cfg
 
 
 def _writable(out) -> pathlib.Path:
@@ -248,7 +263,7 @@ def _writable(out) -> pathlib.Path:
     return out
 
 
-def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str) -> None:
+def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtype: str, date: str = "") -> None:
     """Writes settings.json, or refuses to mix completions of different models, settings or problems."""
     per = how.prompts
     now = {"checkpoint": student.source, **dataclasses.asdict(how), "prompts_a_batch": per, "dtype": dtype}
@@ -264,4 +279,4 @@ def _same_evaluation(out: pathlib.Path, student: Student, how: How, loaded, dtyp
     changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k in before and before[k] != now[k]]
     if changed:
         raise UserError(f"{out} holds another evaluation ({'; '.join(changed)}): set another --out")
-    host.write_whole(file, json.dumps(before | now, indent=1) + "\n")
+    host.write_whole(file, json.dumps(before | now | {"date": date}, indent=1) + "\n")

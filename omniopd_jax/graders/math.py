@@ -29,7 +29,10 @@ class MathGrader:
         """The answer that a response gives, as it is voted by: its box's, what else marks one, else its last number."""
         if (boxed := last_boxed(text)) is not None:
             return boxed
-        answer, _, prose = math_reading.read(_end_of(text))
+        try:
+            answer, _, prose = math_reading.read(_end_of(text))
+        except Exception:  # what no reader foresaw, as a number of 5,000 digits: it is wrong, and votes for nothing
+            return None
         numbers = NUMBER.findall(prose) if answer is None else []
         return numbers[-1] if numbers else answer
 

@@ -1,5 +1,7 @@
 """A folder's tokenizer and the tokens that end an answer."""
 
+import re
+
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import bounded, hub
 from omniopd_jax.model import ModelConfig
@@ -82,7 +84,7 @@ def ids_of(tokenizer, texts: list[str], rows: int = 0) -> list[list[int]]:
     """The tokens of texts that have their special tokens already.
 
     Args:
-      rows: of the model's embedding; a text with a special token beyond them is read as its letters. 0: not known.
+      rows: of the model's embedding; a special token beyond them is read as its letters. 0: not known.
 
     Raises:
       UserError: a token beyond them that is no special one.
@@ -90,7 +92,11 @@ def ids_of(tokenizer, texts: list[str], rows: int = 0) -> list[list[int]]:
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for k, own in enumerate(ids):
         if rows and max(own, default=0) >= rows:
-            ids[k] = tokenizer(texts[k], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            marks = [str(t) for i, t in tokenizer.added_tokens_decoder.items() if int(i) >= rows]
+            parts = [p for p in re.split(f"({'|'.join(map(re.escape, marks))})", texts[k]) if p]
+            how = [{"split_special_tokens": True} if part in marks else {} for part in parts]
+            pieces = (tokenizer(p, add_special_tokens=False, **more)["input_ids"] for p, more in zip(parts, how))
+            ids[k] = sum(pieces, [])
             if max(ids[k]) >= rows:
                 raise UserError(f"the tokenizer gives the id {max(ids[k])}, the model's embedding has {rows} rows")
     return ids

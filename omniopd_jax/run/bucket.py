@@ -27,7 +27,7 @@ from omniopd_jax.run import files, lock, logging
 
 SENT = (  # of the local folder: what a run writes but for the live journal
     "config.json", "summary.json", "teacher_probe.json", "metrics*.jsonl", "audits*.jsonl", "completions*.jsonl",
-    "evaluations*.jsonl", "ahead", "journal_snapshots", "tensorboard", "profile",
+    "evaluations*.jsonl", "ahead", "journal_snapshots", "tensorboard", "profile", "wandb_id.txt", "trackers.json",
 )  # fmt: skip
 MARK = ".bucket"  # in the local folder: whose it is
 GUARD = ".lock-guard"  # held for the moment in which a lock is looked at and taken

@@ -5,15 +5,15 @@ import os
 import pathlib
 import re
 
-import yaml
-
 from omniopd_jax.errors import UserError
 from omniopd_jax.hf import hub
 from omniopd_jax.objective import OBJECTIVES
 from omniopd_jax.run import estimate, health
 
 ADAPTER = "adapter_config.json"
-REPLACED = ("*.safetensors", "*.bin", "*.index.json", "adapter_*")  # of an earlier export: readers would take them
+WEIGHTS = re.compile(  # as an export writes them
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_(config\.json|model\.safetensors)"
+)
 SETTINGS = (  # of the run's config, in the card's table
     "objective.name", "objective.advantage", "num_steps", "prompts_per_step", "num_generations", "max_prompt_length",
     "max_completion_length", "audit.num_chunks", "audit.chunk_tokens", "audit.num_continuations", "audit.similarity",
@@ -119,10 +119,11 @@ def _base_licence(base: str) -> dict:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return {}
-    front = re.match(r"\s*---\r?\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    import huggingface_hub
+
     try:
-        said = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+        said = huggingface_hub.metadata_load(card)
+    except Exception:  # whatever YAML's parser makes of somebody's text
         return {}
     if not isinstance(said, dict):
         return {}
@@ -170,13 +171,12 @@ def push(folder, name: str) -> str:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        mine = _without_path(pathlib.Path(folder) / ADAPTER)
-        api.upload_folder(
-            repo_id=name, folder_path=str(folder), commit_message="Export of omniopd_jax",
-            delete_patterns=list(REPLACED), ignore_patterns=[] if mine is None else [ADAPTER],
-        )  # fmt: skip
-        if mine is not None:
-            api.upload_file(path_or_fileobj=mine, path_in_repo=ADAPTER, repo_id=name)
+        files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
+        ours = {str(p.relative_to(folder)): _without_path(p) or p for p in files}
+        old = [n for n in api.list_repo_files(name) if WEIGHTS.fullmatch(n) and n not in ours]
+        operations = [huggingface_hub.CommitOperationAdd(n, content) for n, content in ours.items()]
+        operations += [huggingface_hub.CommitOperationDelete(n) for n in old]  # readers would take them beside ours
+        api.create_commit(name, operations, commit_message="Export of omniopd_jax")
     except Exception as error:  # the transports' errors share no base class
         raise UserError(
             f"--push_to_hub={name}: the upload failed: {_reason(error)}; the export is in {folder}"
@@ -186,7 +186,7 @@ def push(folder, name: str) -> str:
 
 def _without_path(file: pathlib.Path) -> bytes | None:
     """An adapter's config for others, where it names a folder of this machine as its base: by its name alone."""
-    said = _object(file)
+    said = _object(file) if file.name == ADAPTER else {}
     base = str(said.get("base_model_name_or_path") or "")
     if not base or hub.local(base) is None:
         return None

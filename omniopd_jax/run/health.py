@@ -5,7 +5,6 @@ recipes trip none of them. A check that lacks its metric says nothing: a missing
 """
 
 import dataclasses
-import itertools
 import math
 import zlib
 
@@ -57,7 +56,7 @@ class History:
         self.evaluations: dict[int, float] = {}  # updates before it -> accuracy
         self.prompts: int | None = None  # of the newest evaluation
         self.spent = dict.fromkeys(SPENT, 0.0)
-        self.rewards: list[float] = []
+        self.rewards = [(0.0, 0.0)]  # sums of them and of their squares, so far
         self.agreed: list[float | None] = []  # pi_hat, one a row
         for row in rows:
             self.add(row)
@@ -68,7 +67,9 @@ class History:
         for key in SPENT:
             self.spent[key] += float(row.get(key) or 0)
         reward, agreed = row.get("reward/mean"), row.get("audit/pi_hat_mean")
-        self.rewards += [reward] if _number(reward) else []
+        if _number(reward):
+            total, squares = self.rewards[-1]
+            self.rewards.append((total + reward, squares + reward**2))
         self.agreed.append(agreed if _number(agreed) else None)
 
     def evaluated(self, row: dict) -> None:
@@ -79,6 +80,20 @@ class History:
             self.evaluations[int(row.get("eval/updates", row["step"] + 1))] = row["eval/accuracy"]
         if _number(row.get("eval/num_prompts")) and row["eval/num_prompts"]:
             self.prompts = int(row["eval/num_prompts"])
+
+    def reward(self, first: int, last: int) -> tuple[float, float]:
+        """(mean, variance) of rewards `first` to `last` - 1."""
+        (a, aa), (b, bb), n = self.rewards[first], self.rewards[last], last - first
+        return (b - a) / n, max(0.0, (bb - aa) / n - ((b - a) / n) ** 2)
+
+    def pi_hat(self, count: int) -> tuple[float, float] | None:
+        """(the first, the mean of the last FIRST) of those of the first `count` rows; None: there is none."""
+        first = next((a for a in self.agreed if a is not None), None)
+        last, i = [], min(count, len(self.agreed)) - 1
+        while i >= 0 and len(last) < FIRST:
+            last += [] if self.agreed[i] is None else [self.agreed[i]]
+            i -= 1
+        return (first, float(np.mean(last))) if last else None
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -386,14 +401,14 @@ def no_progress(v: View):
                 turn,
             )
         return None
-    rewards = v.history.rewards
-    if len(rewards) < max(PROGRESS_STEPS, steps / 2):
+    count = len(v.history.rewards) - 1
+    if count < max(PROGRESS_STEPS, steps / 2):
         return None
-    part = len(rewards) // 4
-    first, last = rewards[:part], rewards[-part:]
-    noise = 2 * (np.var(first) / part + np.var(last) / part) ** 0.5
-    if np.mean(last) - np.mean(first) <= noise:
-        return f"the reward was {np.mean(first):.3f}, is {np.mean(last):.3f} (noise {noise:.3f})", why, turn
+    part = count // 4
+    (first, before), (last, after) = v.history.reward(0, part), v.history.reward(count - part, count)
+    noise = 2 * (before / part + after / part) ** 0.5
+    if last - first <= noise:
+        return f"the reward was {first:.3f}, is {last:.3f} (noise {noise:.3f})", why, turn
     return None
 
 
@@ -419,11 +434,10 @@ def agreement_alone(v: View):
     if len(points) < 2 or not n or points[-1][0] - points[0][0] < FIRST:
         return None
     (_, before), (step, after) = points[0], points[-1]
-    agreed = v.history.agreed[:step]
-    first = next((a for a in agreed if a is not None), None)
-    if first is None or after > before:
+    found = v.history.pi_hat(step)
+    if found is None or after > before:
         return None
-    last = float(np.mean(list(itertools.islice((a for a in reversed(agreed) if a is not None), FIRST))))
+    first, last = found
     if last - first <= MAX_LONE_RISE:
         return None
     chunks = [(a["chunk"].strip(), a["question"]) for a in v.audits if a.get("question") and a.get("chunk", "").strip()]

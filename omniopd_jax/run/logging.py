@@ -87,14 +87,13 @@ class Writer:
                     cut_after(path, start_step)
         names = {f"audits{self._suffix}": start_step, f"completions{self._suffix}": start_step}
         names |= {} if rank else {"metrics": start_step, "evaluations": start_step + int(evaluated)}
-        logged = last_step(self._folder / "metrics.jsonl")  # what trackers have got
         for name, first in names.items():
             path = self._folder / f"{name}.jsonl"
             cut_after(path, first)
             # half a surrogate pair, which a teacher may send, becomes the escape that JSON knows
             self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
         wanted = dict.fromkeys([*(["tensorboard"] if tensorboard else []), *trackers]) if rank == 0 else ()
-        self._trackers = Trackers(wanted, self._folder, config or {}, start_step, say, logged)
+        self._trackers = Trackers(wanted, self._folder, config or {}, start_step, say)
 
     def metrics(self, step: int, values: dict) -> None:
         """One line, flushed."""
@@ -168,14 +167,6 @@ def cut_after(path: pathlib.Path, start_step: int) -> None:
     if foreign:
         said = f"{path}: {foreign} lines were cut off or are no record of a step; they are left out"
         print(said, file=sys.stderr, flush=True)
-
-
-def last_step(path: pathlib.Path) -> int:
-    """The highest step of a file of lines; -1 where there is none."""
-    if not path.is_file():
-        return -1
-    with path.open("rb") as file:
-        return max((step for line in file if (step := step_of(line)) is not None), default=-1)
 
 
 def step_of(line: bytes) -> int | None:

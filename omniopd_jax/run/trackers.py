@@ -5,14 +5,17 @@ config. A tracker that fails is reported once and left out; the run goes on. Key
 environment variables (WANDB_MODE=offline needs neither).
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
+import secrets
 
 from omniopd_jax.errors import UserError, one_of
 
-QUEUE = 1 << 20  # events of TensorBoard that may wait to be written
+QUEUE = 32_767  # events of TensorBoard that may wait to be written: what a semaphore counts everywhere
+LAST = "trackers.json"  # in the run's folder: {tracker: the last step that it got}
 TABLE_ROWS = 64  # of a table in a step: trackers are for looking; the JSON lines hold the rest
 CELL_CHARACTERS = 500  # of a text in a table
 COLUMNS = {
@@ -75,7 +78,7 @@ class Wandb:
         # offline each start is a run of its own: the library resumes none
         self.keeps = mode == "online" and own.is_file()
         if mode == "online" and not own.is_file():
-            own.write_text(wandb.util.generate_id())
+            own.write_text(secrets.token_hex(4))
         again = {"id": own.read_text().strip(), "resume": "allow"} if mode == "online" else {}
         self._run = wandb.init(
             **again,
@@ -143,12 +146,17 @@ class Trackers:
     table alone failed, it gets no more tables.
 
     Args:
-      start_step: the first step that comes. logged: the last step of an earlier start; those between the two are not
-        given once more to a tracker that keeps them (`keeps`) and can take none back.
+      start_step: the first step that comes. Those that an earlier start logged are not given once more to a tracker
+        that keeps them (`keeps`) and can take none back.
     """
 
-    def __init__(self, names, folder, config: dict, start_step: int, say, logged: int = -1):
-        self._say, self._live, self._bare, self._again = say, {}, set(), range(start_step, logged + 1)
+    def __init__(self, names, folder, config: dict, start_step: int, say):
+        self._say, self._live, self._bare, self._start = say, {}, set(), start_step
+        self._file, self._got = pathlib.Path(folder) / LAST, {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # none yet, or cut off
+            found = json.loads(self._file.read_text())
+            self._got = {name: step for name, step in found.items() if isinstance(step, int)}
+        self._before = dict(self._got)
         for name in names:
             self._guard(
                 name, lambda n=name: self._live.update({n: TRACKERS[n](pathlib.Path(folder), config, start_step)})
@@ -158,6 +166,11 @@ class Trackers:
         """One step's scalars."""
         for name, tracker in self._for(step):
             self._guard(name, lambda t=tracker: t.metrics(step, values))
+        kept = {n: max(step, self._got.get(n, -1)) for n, t in self._live.items() if getattr(t, "keeps", False)}
+        if kept and kept != self._got:
+            self._got = kept
+            with contextlib.suppress(OSError):  # a full disk: the run's own files will say so
+                self._file.write_text(json.dumps(kept))
 
     def table(self, table: str, step: int, records: list[dict]) -> None:
         """One step's records, at most TABLE_ROWS of them."""
@@ -174,7 +187,11 @@ class Trackers:
         self._live.clear()
 
     def _for(self, step: int) -> list:
-        return [(n, t) for n, t in self._live.items() if step not in self._again or not getattr(t, "keeps", False)]
+        return [
+            (name, tracker)
+            for name, tracker in self._live.items()
+            if not (getattr(tracker, "keeps", False) and self._start <= step <= self._before.get(name, -1))
+        ]
 
     def _guard(self, name: str, call, *, of_tables: bool = False) -> None:
         try:

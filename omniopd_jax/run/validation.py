@@ -86,6 +86,7 @@ def check_values(c: ConfigDict, only: tuple[str, ...] = ("",)) -> None:
       UserError: one line naming the key, its value and what is allowed.
     """
     _check_values(c, _choices(), only=only)
+    _check_date(c)
     if not 0 <= c.seed < 2**31:
         raise UserError(f"seed = {c.seed} must be in [0, 2**31)")
     for axis in sharding.AXES:
@@ -135,11 +136,14 @@ def _check_values(c: ConfigDict, choices: dict, of: str = "", only: tuple[str, .
             raise UserError(f"{name} = {value} must be more than 0 seconds")
 
 
-def _check_data(c: ConfigDict) -> None:
+def _check_date(c: ConfigDict) -> None:
     try:
         _ = c.data.date and datetime.date.fromisoformat(c.data.date)
     except ValueError as error:
         raise UserError(f"data.date = {c.data.date!r} is no date: write it as 2026-11-29") from error
+
+
+def _check_data(c: ConfigDict) -> None:
     if config.is_bucket(c.run_dir):
         _check_bucket(c)
     if config.is_bucket(c.teacher.journal):

@@ -69,7 +69,7 @@ class Budget:
         b = cfg.budget
         self.caps = Totals(b.calls, b.tokens, b.usd)
         self.hosts = 1  # disks among which the caps are divided
-        self.on_exhausted, self.seed, self.num_steps = b.on_exhausted, cfg.seed, cfg.num_steps
+        self.on_exhausted = b.on_exhausted
         self.journal = journal
         self.price = price  # of a reply that nobody says more of
         self.prices = [price]  # of every model that may answer: calls are held at the dearest
@@ -202,21 +202,6 @@ class Budget:
         return {
             k: max(0.0, getattr(self.caps, k) - getattr(spent, k)) if getattr(self.caps, k) else math.inf for k in names
         }
-
-    def given(self, replay: str, *asked: int) -> tuple[int, int]:
-        """`allowance` of a step. One that is repeated, after a kill or from a journal, is given what it was given: the
-        ledger has gone on since."""
-        if self.on_exhausted == "stop":
-            return self.allowance(*asked)
-        steps_left, rows, num_chunks, num_continuations = asked
-        step = f"seed {self.seed} step {self.num_steps - steps_left}"
-        name = f"{step}: {rows} rows, M = {num_chunks}, N = {num_continuations}"
-        found = self.journal.allowance(name) if replay != "off" else None
-        if found is None:
-            found = self.allowance(*asked)
-            if replay != "only":
-                self.journal.put_allowance(name, found)
-        return found
 
     def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
         """(M, N) that the rest of the budget pays for, spread evenly over the steps left.

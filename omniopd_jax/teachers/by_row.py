@@ -235,6 +235,15 @@ class RowTeachers(PaidTeacher):
         )
         return tuple(map(min, zip(*own)))
 
+    def given(self, step: str) -> tuple[int, int] | None:
+        """Of whichever keeps it."""
+        return next((found for t in self._teachers.values() if (found := t.given(step)) is not None), None)
+
+    def give(self, step: str, value: tuple[int, int]) -> None:
+        """To each."""
+        for t in self._teachers.values():
+            t.give(step, value)
+
     def spent(self) -> Spent | None:
         """Spent by all over the run's starts; None where nobody counts."""
         found = [spent for t in self._teachers.values() if (spent := t.spent()) is not None]

@@ -220,12 +220,13 @@ class Journal:
             rows = [row for c in self._connections() for row in c.execute(sql, (provider, model, asked))]
         return max(rows, key=lambda row: row[1])[0] if rows else None
 
-    def allowance(self, step: str) -> tuple[int, int] | None:
-        """The (M, N) that a step was given; None: it was not begun."""
-        sql = "select chunks, continuations from allowances where step = ?"
+    def allowance(self, step: str, *, of_any: bool = False) -> tuple[int, int] | None:
+        """The (M, N) that a step of this run was given, or with `of_any` of any run; None: it was not begun."""
+        sql = "select chunks, continuations from allowances where step = ? order by run = ? desc"
+        sql = sql if of_any else sql.replace("order by run = ? desc", "and run = ?")
         with self.mutex:
             found = [
-                c.execute(sql, (step,)).fetchone()
+                c.execute(sql, (step, self.run)).fetchone()
                 for c in self._connections()
                 if journal_file.has_table(c, "allowances")
             ]
@@ -263,7 +264,7 @@ class Journal:
     def put_allowance(self, step: str, given: tuple[int, int]) -> None:
         """Records what a step was given, once."""
         with self._write() as c:
-            c.execute("insert or ignore into allowances values (?, ?, ?)", (step, *given))
+            c.execute("insert or ignore into allowances values (?, ?, ?, ?)", (self.run, step, *given))
 
     def describe(self, key: bytes, about: dict, messages, prefix: str) -> None:
         """Records what a key stands for, once: what `export` writes beside each continuation."""

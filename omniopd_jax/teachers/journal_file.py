@@ -40,7 +40,10 @@ create table if not exists answered (key blob not null, sample_id text not null,
   idx integer not null, model text not null, primary key (key, sample_id, peak, idx)) without rowid
 """
 # (M, N) that a step was given where the budget spreads what is left: a step that is repeated asks for the same
-ALLOWANCES = "create table if not exists allowances (step text primary key, chunks integer, continuations integer)"
+ALLOWANCES = """
+create table if not exists allowances (run text not null, step text not null, chunks integer not null,
+  continuations integer not null, primary key (run, step))
+"""
 
 
 def create(path: pathlib.Path) -> None:
@@ -127,7 +130,9 @@ def take_from(own, other, name: str) -> None:
         if here is None or here[0] < when:
             insert_text(own, *where, text, finish, error, raw, None, when, others.get(where, ""))
     if has_table(other, "allowances"):
-        own.executemany("insert or ignore into allowances values (?, ?, ?)", other.execute("select * from allowances"))
+        own.executemany(
+            "insert or ignore into allowances values (?, ?, ?, ?)", other.execute("select * from allowances")
+        )
     columns = "key, n, status, time, latency, tokens_in, tokens_cached, tokens_out, usd, max_tokens, max_usd, error"
     columns += ", run" if new else ""
     calls = other.execute(f"select {columns} from calls").fetchall()
@@ -161,16 +166,20 @@ def catch_up(snapshot: pathlib.Path, target: pathlib.Path) -> None:
     same = "select 1 from calls where id = ? and key = ? and n = ? and time = ?"
     with contextlib.ExitStack() as stack:
         other = stack.enter_context(contextlib.closing(open_checked(snapshot)))
-        own = stack.enter_context(contextlib.closing(sqlite3.connect(target, isolation_level=None, timeout=60.0)))
+        here = stack.enter_context(contextlib.closing(open_checked(target)))
         last, name = other.execute(newest).fetchone(), identity(snapshot, other)
-        if last is None or own.execute(same, last).fetchone():
+        if last is None or here.execute(same, last).fetchone():
             return  # the copy is a beginning of what is here
-        own.execute("begin immediate")
-        later_tables(own)
-        if (waits := target.with_name(f"{name}.sqlite")).is_file():
-            import_into(own, stack.enter_context(contextlib.closing(open_checked(waits))), name)
-        take_from(own, other, name)
-        own.execute("commit")
+        own = stack.enter_context(contextlib.closing(sqlite3.connect(target, isolation_level=None, timeout=60.0)))
+        try:
+            own.execute("begin immediate")
+            later_tables(own)
+            if (waits := target.with_name(f"{name}.sqlite")).is_file():
+                import_into(own, stack.enter_context(contextlib.closing(open_checked(waits))), name)
+            take_from(own, other, name)
+            own.execute("commit")
+        except sqlite3.Error as error:
+            raise UserError(f"{target} can't take over what its copy in {snapshot.parent} has more: {error}") from error
 
 
 def schema_of(connection) -> int:

@@ -186,6 +186,12 @@ class Teacher(Protocol):
         for."""
         return num_chunks, num_continuations
 
+    def given(self, step: str) -> tuple[int, int] | None:
+        """(M, N) that a step was given when it was first begun; None: it was not, or nobody keeps it."""
+
+    def give(self, step: str, value: tuple[int, int]) -> None:
+        """Keeps what a step was given: repeated, or replayed, it asks for the same, though the ledger has gone on."""
+
     def spent(self) -> Any:
         """journal.Spent: what this run has spent, over all its starts, unknown outcomes included; None: nothing is
         counted."""
@@ -207,6 +213,32 @@ class PaidTeacher(Teacher, Protocol):
     journal: Any  # journal.Journal
     budget: Any  # budget.Budget
     price: Any  # budget.Price
+    replay: str  # teacher.replay
+
+    def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
+        """See `Budget.allowance`."""
+        return self.budget.allowance(steps_left, rows, num_chunks, num_continuations)
+
+    def given(self, step: str) -> tuple[int, int] | None:
+        """From the journal: of this run, or of whichever a replay reads."""
+        return None if self.replay == "off" else self.journal.allowance(step, of_any=self.replay == "only")
+
+    def give(self, step: str, value: tuple[int, int]) -> None:
+        """Into the journal, once."""
+        if self.replay != "only":
+            self.journal.put_allowance(step, value)
+
+    def spent(self) -> Any:
+        """By the journal."""
+        return self.journal.spent()
+
+    def paid(self) -> list:
+        """By the journal, the one that there is."""
+        return [self.journal.totals()]
+
+    def divide_budget(self, disks: list[list]) -> None:
+        """See `Budget.divide`."""
+        self.budget.divide([totals for (totals,) in disks])
 
     def estimate(self, steps: int | None = None, part: float = 1.0) -> Any:
         """budget.Estimate of what is still to come for `part` of the prompts: calls, tokens, dollars and hours, each

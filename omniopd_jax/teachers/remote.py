@@ -180,10 +180,6 @@ class RemoteTeacher(PaidTeacher):
             )))  # fmt: skip
         return estimate.table() + (f"\n{warning}" if warning else "")
 
-    def spent(self):
-        """See `Teacher.spent`."""
-        return self.journal.spent()
-
     def estimate(self, steps: int | None = None, part: float = 1.0) -> money.Estimate:
         """Calls, tokens, dollars and hours still to come, each with a range; at the probed latency after `check`.
 
@@ -197,18 +193,6 @@ class RemoteTeacher(PaidTeacher):
     def take_rows(self, names: list[str]) -> None:
         """Counts the training prompts that are its own."""
         self.prompts = len(names)
-
-    def allowance(self, steps_left: int, rows: int, num_chunks: int, num_continuations: int) -> tuple[int, int]:
-        """(M, N) for the next step: see `Budget.given`."""
-        return self.budget.given(self.replay, steps_left, rows, num_chunks, num_continuations)
-
-    def paid(self) -> list:
-        """See `Teacher.paid`."""
-        return [self.journal.totals()]
-
-    def divide_budget(self, disks: list[list]) -> None:
-        """See `Budget.divide`."""
-        self.budget.divide([totals for (totals,) in disks])
 
     # inside
 

@@ -128,6 +128,7 @@ def test_a_box_in_the_thoughts_is_no_answer(grader, words):
     [
         ("so \\boxed{42}.", "42"), ("3 + 4 = 7\n#### 7", "7"), ("The answer is 5.", "5"), ("12", "12"),
         ("First 3, then 4, so he has 1,200 apples left", "1,200"), ("I do not know", None),
+        ("7" * 5000 + " million", None),
     ],
 )  # fmt: skip
 def test_an_answer_is_voted_by_wherever_it_stands(grader, text, answer):

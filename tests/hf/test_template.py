@@ -293,11 +293,13 @@ def test_a_special_token_past_the_embedding_is_read_as_its_letters():
     tok, (_, cfg) = tiny.tokenizer(), tiny.random_model(tiny.VOCAB, 0)
     tok.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokens.check_fits(tok, cfg, 10)
-    text = "is <image_soft_token> 4"
+    text = "<|im_start|>is <image_soft_token> 4<|im_end|>"
     with_row, without = (
         template.Template(tok, None, rows=rows).ids([text, "4"]) for rows in (tiny.VOCAB + 1, tiny.VOCAB)
     )
     assert max(with_row[0]) == tiny.VOCAB and max(without[0]) < tiny.VOCAB and tok.decode(without[0]) == text
+    marks = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [without[0][0], without[0][-1]] == marks, "the other special tokens stay what they are"
     assert with_row[1] == without[1]
     tok.chat_template = "{{ messages[0].content }}<image_soft_token>"  # one that prompts are written with is refused
     with pytest.raises(UserError, match="token '<image_soft_token>' has the id"):
@@ -430,6 +432,9 @@ def test_a_message_that_the_template_leaves_out_is_named(role):
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}:{% endif %}"
     )
+    tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    changed = data.Prompt("c", ({"role": "user", "content": "1\n+ 1?"},))  # as Llama 3 writes a tool's words
+    assert data.encode(data.Prompts([changed]), template.make(tok), c).prompts[0].token_ids
     lost = data.Prompt("b", ({"role": role, "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}))
     with pytest.raises(UserError, match=rf"prompt 'b': .* leaves the message of role '{role}' out"):
         data.encode(data.Prompts([known, lost]), template.make(tok), c)

@@ -426,6 +426,14 @@ def test_flags_set_keys_that_the_recipe_does_not_have_where_any_may_be():
         config.set_open(c, path, text)
     assert c.student.chat_template_kwargs.to_dict() == {"enable_thinking": False}
     assert c.objective.mix.to_dict() == {"omniopd": 1} and c.teacher.chat_template_kwargs.effort == "low"
+    for text, value in (("FALSE", False), ("1", True), ("true", True)):
+        config.set_open(c, "student.chat_template_kwargs.enable_thinking", text)
+        assert c.student.chat_template_kwargs.enable_thinking is value
+    config.set_open(c, "teacher.chat_template_kwargs.effort", "2")
+    assert c.teacher.chat_template_kwargs.effort == "2"
+    for path, text in (("student.chat_template_kwargs.enable_thinking", "maybe"), ("objective.mix.a.b", "1")):
+        with pytest.raises(UserError, match=path.replace(".", r"\.")):
+            config.set_open(c, path, text)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 1}])

@@ -84,6 +84,13 @@ def test_few_prompts_have_an_interval_of_some_width(tmp_path, won, of, sure):
     assert float(facts(run)["change (95% interval)"].split()[-1]) > 10
 
 
+@pytest.mark.parametrize(
+    "won, lost, differ", [(6, 0, True), (5, 0, False), (600, 500, True), (550, 500, False), (0, 0, False)]
+)
+def test_many_pairs_are_judged_as_few_are(won, lost, differ):
+    assert figures._differs(won, lost) == figures._differs(lost, won) == differ
+
+
 def test_a_live_run_s_verdict_is_of_one_evaluation(tmp_path):
     """The next one's answers are written at once, its figures with the next step."""
     folder = runs.write(tmp_path / "run", audits=2, completions=1)

@@ -93,16 +93,49 @@ def test_a_table_that_is_refused_costs_the_tables_alone(tmp_path, monkeypatch):
 
 
 def test_steps_that_are_repeated_after_a_kill_are_logged_once(tmp_path, monkeypatch):
-    """Six steps were logged, the checkpoint is of step 3: those two between come once more."""
-    kept, purges = Tables(), Tables()
-    purges.keeps = False
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: kept, "tensorboard": lambda *_: purges})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": t}) + "\n" for t in range(6)) + '{"step": 9')
-    w = logging.Writer(tmp_path, start_step=3, tensorboard=True, trackers=("wandb",), rank=0)
-    for step in range(2, 8):  # the first: an evaluation that was missing
-        w.metrics(step, {"loss": 1.0})
-    w.close()
-    assert kept.got == [2, 6, 7] and purges.got == [2, 3, 4, 5, 6, 7]
+    """Six steps were logged, the checkpoint is of step 3: those two between come once more. A tracker that is new, or
+    had failed before, gets them."""
+    made: dict[str, list] = {"wandb": [], "trackio": [], "tensorboard": []}
+
+    def maker(name):
+        def make(*_):
+            own = Tables()
+            own.keeps = name != "tensorboard"
+            made[name].append(own)
+            return own
+
+        return make
+
+    monkeypatch.setattr(trackers, "TRACKERS", {name: maker(name) for name in made})
+    for start, names, steps in ((0, ("wandb",), range(6)), (3, ("wandb", "trackio"), range(2, 8))):
+        w = logging.Writer(tmp_path, start_step=start, tensorboard=True, trackers=names, rank=0)
+        for step in steps:  # the first of the second start: an evaluation that was missing
+            w.metrics(step, {"loss": 1.0})
+        w.close()
+    assert [own.got for own in made["wandb"]] == [[0, 1, 2, 3, 4, 5], [2, 6, 7]]
+    assert made["trackio"][0].got == made["tensorboard"][1].got == [2, 3, 4, 5, 6, 7]
+    (tmp_path / trackers.LAST).write_text('{"wandb": ')  # cut off
+    trackers.Trackers(["wandb"], tmp_path, {}, 3, print).metrics(4, {})
+    assert made["wandb"][2].got == [4]
+
+
+def test_an_online_run_of_wandb_goes_on_under_its_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    given = []
+
+    class Run:
+        def define_metric(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **how: given.append(how) or Run())
+    monkeypatch.setenv("WANDB_MODE", "online")
+    said: list[str] = []
+    for _ in range(2):
+        trackers.Trackers(["wandb"], tmp_path, {}, 0, said.append)
+    assert said == [] and given[0]["id"] == given[1]["id"] and given[1]["resume"] == "allow"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.Trackers(["wandb"], tmp_path, {}, 0, said.append)
+    assert said == [] and "id" not in given[2]
 
 
 FULL = """

@@ -234,20 +234,46 @@ def test_the_allowance(way, expect, tmp_path):
 
         async def run():
             async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
-                before = teacher.allowance(3, 2, 10, 10)
+                before = teacher.allowance(2, 2, 10, 10)
                 for i in range(10):
                     await teacher.continue_text(request(f"s{i}", n=2))
                 return before, teacher.allowance(2, 2, 10, 10)
 
-        async def started_again(**more):
-            own = cfg_for(server.url("openai"), "openai", tmp_path, **settings, **more)
-            async with teacher_of(own) as teacher:
-                return [teacher.allowance(left, 2, 10, 10) for left in (3, 2, 1)]
+        async def started_again():
+            async with teacher_of(cfg_for(server.url("openai"), "openai", tmp_path, **settings)) as teacher:
+                return teacher.allowance(2, 2, 10, 10)
 
         before, after = asyncio.run(run())
-        again = asyncio.run(started_again())  # the steps that were begun have what they had
-        assert again[:2] == [before, after]
-        assert again[2] == {"stop": (10, 10), "fewer_audits": (4, 10), "fewer_continuations": (10, 4)}[way]
-        assert asyncio.run(started_again(**{"teacher.replay": "only"})) == again
+        assert asyncio.run(started_again()) == expect  # by what the journal knows
     assert before == (10, 10)  # nothing is known yet
     assert after == expect  # 83 calls left for 2 steps of 2 x 10 x 10
+
+
+def test_a_step_that_is_repeated_or_replayed_asks_for_what_it_asked_for(tmp_path, monkeypatch):
+    """Its texts are in the journal, which holds more money spent by then; another run of the folder has its own."""
+    monkeypatch.setattr(experience.jax, "process_count", lambda: 2)
+    both = {"other": None}
+
+    def gather(name, value):
+        other = {"given": None, "allowance": [2, 4]}[name] if both["other"] is None else both["other"][name]
+        return [value, other]
+
+    monkeypatch.setattr(experience.processes, "gather", gather)
+    settings = {"budget.calls": 104, "budget.on_exhausted": "fewer_audits", "audit.num_chunks": 4,
+                "audit.num_continuations": 4}  # fmt: skip
+
+    async def steps(*asked, replay="prefer", run="a"):
+        c = cfg_for("http://127.0.0.1:9/v1", "openai", tmp_path, **settings, **{"teacher.replay": replay})
+        c.run_dir = str(tmp_path / run)
+        c.teacher.journal = str(tmp_path / "journal")
+        async with teacher_of(c) as teacher:
+            monkeypatch.setattr(teacher.budget, "allowance", lambda left, rows, m, n: (min(m, left), n))
+            return [experience.allowance(teacher, c, c.num_steps - left) for left in asked]
+
+    first = asyncio.run(steps(3, 1))
+    assert first == [(2, 4), (1, 4)], "the least of both processes, which is what is kept"
+    both["other"] = {"given": None, "allowance": [9, 9]}
+    assert asyncio.run(steps(3, 1)) == first
+    assert asyncio.run(steps(3, 1, run="b")) == [(3, 4), (1, 4)], "another run's ledger is its own"
+    assert asyncio.run(steps(3, 1, replay="only", run="c")) in (first, [(3, 4), (1, 4)])
+    assert asyncio.run(steps(3, 1, replay="off")) == [(3, 4), (1, 4)]

@@ -137,13 +137,20 @@ def _half_width(folder, before: float, after: float, n: int, last: int | None) -
         ):  # Wald's interval with half a pair more either way (Agresti and Min, 2005): never of no width
             won, lost = sum(b and not a for a, b in both), sum(a and not b for a, b in both)
             half = 196 * math.sqrt(won + lost + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
-            tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
-            return half, 2 * tail < 0.05
+            return half, _differs(won, lost)
     if not n:
         return None, False
     shares = ((accuracy * n + 1) / (n + 2) for accuracy in (before, after))  # Agresti and Caffo (2000)
     half = 196 * math.sqrt(sum(p * (1 - p) for p in shares) / (n + 2))
     return half, 100 * abs(after - before) > half
+
+
+def _differs(won: int, lost: int) -> bool:
+    """Whether McNemar's test calls so many pairs either way different at 5%: exact, or by the normal law for many."""
+    n, fewer = won + lost, min(won, lost)
+    if n > 1000:
+        return (n - 2 * fewer - 1) / math.sqrt(n) > 1.96
+    return 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n < 0.05
 
 
 def _cost(folder) -> tuple[str, float]:

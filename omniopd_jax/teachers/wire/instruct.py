@@ -28,9 +28,10 @@ _NAMED = (
 _HERE = r"here(?:'s| is| are)\b"
 _GO_ON = r"(?:continuing|i(?:'ll| will) continue|let me continue)\b"
 _FROM = r"(?=\s*[:.…]|[^\n]{0,40}\b(?:from|where|on|answer|text)\b)"
+_OWN = r"(?:the next words|(?:(?:the|my) )?continuation)\b"  # "the remainder is: 2" is the answer itself
 _COLON = r"[^\n]{0,120}?(?::|\.\.\.|…)"
 PREAMBLE = re.compile(
-    rf"^\s*(?:{_YES})?(?:{_HERE}[^\n]{{0,60}}?\b{_NAMED}|{_GO_ON}{_FROM}|(?:(?:the|my) )?{_NAMED}){_COLON}\s*"
+    rf"^\s*(?:{_YES})?(?:{_HERE}[^\n]{{0,60}}?\b{_NAMED}|{_GO_ON}{_FROM}|{_OWN}){_COLON}\s*"
     rf"|^\s*{_YES}(?:{_HERE}|{_GO_ON}){_COLON}(?=[ \t]*(?:[\n\"“`]|$))\s*",  # behind a "Sure!", up to a line's end
     re.IGNORECASE,
 )
