@@ -219,7 +219,7 @@ def run(cfg, how: How, *, checkpoint: str | None, benchmarks: list[str], limit: 
     if len(set(names)) < len(names):
         raise UserError(f"--benchmarks = {','.join(benchmarks)}: the same benchmark twice")
     out = _writable(out)
-    cfg = _dated(cfg, checkpoint, out)
+    cfg = None if cfg is None else _dated(cfg, checkpoint, out)
     student = load_student(cfg, checkpoint, max_new_tokens=how.max_new_tokens)
     # a benchmark with problems left out is another benchmark: no overlong one is dropped
     encoded = [data.encode(data.Prompts(s.prompts), student.template, cfg, overlong="").prompts for s in loaded]

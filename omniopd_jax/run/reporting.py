@@ -85,8 +85,8 @@ class Reports:
         if not updates:
             values["eval/accuracy_before"] = found.accuracy
         if updates and updates in (self._start, self._run.cfg.num_steps):
-            found, new = self._health.amended(updates - 1, values)
-            self._writer.amend(updates - 1, values | (health.metrics(found) if found is not None else {}))
+            warns, new = self._health.amended(updates - 1, values)
+            self._writer.amend(updates - 1, values | ({} if warns is None else health.metrics(warns)))
             for finding in new:
                 self._progress.say(finding.line())
         else:
