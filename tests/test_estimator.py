@@ -75,7 +75,14 @@ def shares(name: str, audits, spoil=lambda value: value) -> tuple[np.ndarray, au
     return feedback.k_sem_BM[n > 0, 0] / n[n > 0], feedback, expected
 
 
-@pytest.mark.parametrize("name", sorted(similarity.SIMILARITIES))
+# those whose libraries take ten seconds to import are asked apart; what they compute is test_similarity's
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("embedding", "rougeL")))
+    for name in sorted(similarity.SIMILARITIES)
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_mean_k_sem_is_the_expected_similarity(name):
     share, feedback, expected = shares(name, drawn())
     assert feedback.n_BM.sum() >= 10_000
@@ -84,7 +91,7 @@ def test_mean_k_sem_is_the_expected_similarity(name):
     assert agrees(share, expected)
 
 
-@pytest.mark.parametrize("name", sorted(similarity.SIMILARITIES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_critic_that_ignores_one_continuation_is_caught(name):
     def without_the_first(value):
         value = value.copy()

@@ -363,7 +363,8 @@ def test_a_pool_too_small_for_all_slots_gives_the_same_rows(params, model_cfg, n
     assert rollout.sizes(model_cfg, model.Compute(), how, 11, 94)[1] == 6
 
 
-@pytest.mark.parametrize("slots", [3, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [3, 16])
 def test_layers_of_all_kinds_keep_what_is_theirs(model_cfg, eleven, slots):
     """A sliding window shorter than most rows, a linear layer and a full one; slots are refilled, halved and reordered,
     prompts shared and, in the small pool of three slots, begun again."""

@@ -364,6 +364,7 @@ def test_a_mesh_of_eight_devices_gives_the_run_of_one(make, monkeypatch, one_dev
             assert a[key] == pytest.approx(b[key], rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_a_step_whose_prompts_do_not_divide_over_the_devices(make, monkeypatch, one_device):
     """8 devices, 4 prompts x 2: the rows divide, the prompts alone do not. Either it runs, or it says so before
     compiling."""

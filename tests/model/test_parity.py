@@ -228,7 +228,7 @@ def check_greedy(loaded, case):
     return compared
 
 
-@pytest.mark.parametrize("case", [SMALL[0], SMALL[3]], ids=name)
+@pytest.mark.parametrize("case", [SMALL[0], pytest.param(SMALL[3], marks=pytest.mark.slow)], ids=name)
 def test_greedy_decoding_gives_the_tokens_of_generate(loaded, case):
     check_greedy(loaded, case)
 

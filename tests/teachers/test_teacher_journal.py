@@ -233,7 +233,7 @@ def test_kill_9_pays_nothing_twice_but_what_was_in_flight(wanted, tmp_path):
     assert len(calls) <= totals.calls <= len(calls) + len(lost)  # in flight stays spent
 
 
-def test_export(tmp_path):
+def test_export(tmp_path, capsys):
     with WireServer(faults=["empty"]) as server:
         c = cfg_for(server.url("openai"), "openai", tmp_path)
         ask(c, request("a", n=2), request("b", n=2))
@@ -246,8 +246,8 @@ def test_export(tmp_path):
     assert len(lines) == 4 and {line["sample_id"] for line in lines} == {"a", "b"}
     assert lines[0]["messages"][1]["content"] == "Add 3 and 4." and lines[0]["prefix"] == "The sum of 3"
     assert {"text", "finish", "error", "model", "mode", "temperature", "peak", "index"} <= lines[0].keys()
-    bad = subprocess.run([*command[:4], str(tmp_path / "none"), str(out)], capture_output=True, text=True, cwd=repo)
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    assert journal.main(["export", str(tmp_path / "none"), str(out)]) == 2
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_is_a_user_error(tmp_path):
