@@ -151,7 +151,7 @@ def test_lists_of_different_length_are_refused(name, embedding):
         phi(["a", "b"], ["a"])
 
 
-@pytest.mark.parametrize("name", ["edit", "rouge1", "rougeL_fast", "rougeL"])
+@pytest.mark.parametrize("name", ["edit", "rouge1", "rougeL_fast", pytest.param("rougeL", marks=pytest.mark.slow)])
 def test_only_the_first_4000_characters_count(name):
     phi = similarity.SIMILARITIES[name](None)
     head = "ab cd ef gh " * 400  # 4,800 characters
