@@ -353,6 +353,23 @@ def open_keys() -> tuple[str, ...]:
     return tuple(of(default(), ""))
 
 
+def read_flag(path: str, text: str, kind: type | None):
+    """A flag's text as a value of `kind`; None: as the Python literal that it is, or as it stands.
+
+    Raises:
+      UserError: it is none of that kind.
+    """
+    value = text
+    if kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is not None and type(value) is not kind:
+        raise UserError(f"{path} = {text!r} is no {kind.__name__}")
+    return value
+
+
 def set_open(c: ConfigDict, path: str, text: str) -> None:
     """Sets a key of a dict that takes any from the command line: a number, true or false, or a text as it is; one that
     is there in its type.
@@ -364,22 +381,13 @@ def set_open(c: ConfigDict, path: str, text: str) -> None:
     key, found = path.removeprefix(f"{section}."), get(c, section)
     if "." in key:
         raise UserError(f"{path}: {section} takes one value a key, and {key!r} has a dot")
-    value: object = text
-    with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    value = value if isinstance(value, (bool, int, float, str)) else text
-    if key in found and type(value) is not type(found[key]):
-        kind = type(found[key])
-        if kind is str:
-            value = text
-        elif kind is float and type(value) is int:
-            value = float(value)
-        elif kind is bool and value in (0, 1):
-            value = bool(value)
-        else:
-            raise UserError(f"{path} = {text!r} is no {kind.__name__}")
+    kind = type(found[key]) if key in found else None
+    said = text.lower() if text.lower() in ("true", "false") else text
+    if kind is bool:
+        said = {"0": "false", "1": "true"}.get(said, said)
+    value = read_flag(path, text if kind is str else said, kind)
     with c.unlocked():
-        found[key] = value
+        found[key] = value if kind or isinstance(value, (bool, int, float, str)) else text
 
 
 def get(c: ConfigDict, path: str):

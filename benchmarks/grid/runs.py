@@ -18,7 +18,7 @@ from collections.abc import Callable
 from benchmarks import sides
 from omniopd_jax import objective, train
 from omniopd_jax.errors import UserError
-from omniopd_jax.run.files import place
+from omniopd_jax.run import files
 from omniopd_jax.teachers import probe
 from omniopd_jax.teachers.journal import Journal
 from omniopd_jax.teachers.prices import Price
@@ -210,7 +210,7 @@ def run(grid: Grid, cell: Cell, lines: list[dict], *, fresh: bool = False) -> li
     cfg.update_from_flattened_dict(grid.at_run(cell))
     name = f"{cell.world}-{cell.method}-{value:g}-{cell.seed}-{split}"
     folder = pathlib.Path(f"runs/{grid.name}{'-again' if fresh else ''}/{name}")
-    begun = newest_step(folder)
+    begun = files.newest_step(folder) or 0
     if fresh or begun > cfg.num_steps:
         shutil.rmtree(folder, ignore_errors=True)
         begun = 0
@@ -261,7 +261,7 @@ def bought(steps: list[dict], folder: pathlib.Path) -> dict[str, int]:
     """
     if not any(s.get("teacher/replayed_fraction") for s in steps):
         return {key: round(sum(s[f"teacher/{key}"] for s in steps)) for key in BOUGHT}
-    journal = Journal(folder / "journal", str(place(folder)))
+    journal = Journal(folder / "journal", str(files.place(folder)))
     found = journal.spent(without=probe.WHO)
     journal.close()
     if not found.calls:
@@ -293,11 +293,6 @@ def read(path: pathlib.Path) -> list[dict]:
 def micro_batches(rows: int) -> int:
     """The fewest that divide a step's rows and hold at most 16 each: what fits a CPU's caches."""
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 16)
-
-
-def newest_step(folder: pathlib.Path) -> int:
-    """Updates of a run folder's newest checkpoint; 0 without one."""
-    return max((int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit()), default=0)
 
 
 def commit() -> str:

@@ -75,15 +75,6 @@ def first_has_solution(cfg) -> bool:
     return prompt.solution is not None
 
 
-def _written(template: Template, prompt: Prompt, i: int) -> bool:
-    """Whether the template writes message i, which it may change on the way: by a word in its place."""
-    other = dict(prompt.messages[i], content=WORD)
-    try:
-        return WORD in template.render((*prompt.messages[:i], other, *prompt.messages[i + 1 :]))
-    except UserError:  # it wants more of it than a word
-        return True
-
-
 def load(
     cfg, *, source: str, split: str, path: str, count: int, section: str = "data",
     check: Callable[[Any], None] | None = None,
@@ -205,6 +196,15 @@ def check_rendering(template: Template | None, data: Prompts) -> None:
                     f"prompt {prompt.id!r}: {template.what} leaves the message of role {m['role']!r} out: give it a "
                     "role that the template writes (user, mostly system), or put its text into the user's message"
                 )
+
+
+def _written(template: Template, prompt: Prompt, i: int) -> bool:
+    """Whether the template writes message i, which it may change on the way: by a word in its place."""
+    other = dict(prompt.messages[i], content=WORD)
+    try:
+        return WORD in template.render((*prompt.messages[:i], other, *prompt.messages[i + 1 :]))
+    except UserError:  # it wants more of it than a word
+        return True
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:

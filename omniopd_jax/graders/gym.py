@@ -83,8 +83,7 @@ class GymGrader:
         """Whether `text` answers the problem that `reference` names. False for what could not be scored in time."""
         name, seed, size, index = reference.split(":")
         entry = dataset(name, int(seed), int(size))[int(index)]
-        answer = last_boxed(text)
-        answer = after_thinking(text).strip() if answer is None else answer
+        answer = self.extract(text) or ""
         if len(answer) > LONGEST:
             return False
         problem, packed = [name, int(seed), int(size)], base64.b64encode(pickle.dumps(entry)).decode()

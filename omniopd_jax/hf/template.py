@@ -38,6 +38,7 @@ PLAIN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'Answer:' }}{%- endif -%}"""  # the plain format as Jinja, for who serves an export
 QUESTION, ANSWER = "Zq7question", "Zq7answer"  # texts that no template writes by itself
+ASKED = ({"role": "user", "content": QUESTION},)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +231,10 @@ def make(
     made = Template(
         tokenizer, source, kwargs, preamble, tuple(dict.fromkeys(stop_strings)), (), _start(tokenizer), what, date=date
     )
-    _try_out(made)
-    return dataclasses.replace(made, turn_end_ids=_turn_end(made), lead=_lead(made))
+    prompt, whole = made._render(ASKED, True), _answered(made)
+    _try_out(made, prompt, whole)
+    lead = " " if whole is not None and whole.startswith(f"{prompt} {ANSWER}") else ""
+    return dataclasses.replace(made, turn_end_ids=_turn_end(made, whole), lead=lead)
 
 
 def of_student(cfg, tokenizer, kept: str | None = None) -> Template:
@@ -324,19 +327,21 @@ def read_preamble(text: str, key: str) -> str:
     return text.strip("\n")
 
 
-def _turn_end(template: Template) -> tuple[int, ...]:
+def _answered(template: Template) -> str | None:
+    """A question and its answer as the template writes them; None: it takes no answer, as some do."""
+    try:
+        return template._render((*ASKED, {"role": "assistant", "content": ANSWER}), False)
+    except UserError:
+        return None
+
+
+def _turn_end(template: Template, whole: str | None) -> tuple[int, ...]:
     """The token that the template writes after an answer; where that is none, the tokenizer's end token."""
     tokenizer = template.tokenizer
     if tokenizer is None:
         return ()
     end = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-    if template.source is None:
-        return end
-    try:
-        whole = template._render(
-            ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}), False
-        )
-    except UserError:  # some templates take no answer
+    if template.source is None or whole is None:
         return end
     after = whole[whole.rfind(ANSWER) + len(ANSWER) :] if ANSWER in whole else ""
     ids = ids_of(tokenizer, [after])[0] if after else []
@@ -344,32 +349,15 @@ def _turn_end(template: Template) -> tuple[int, ...]:
     return next(((int(i),) for i in ids if int(i) in marks), end)
 
 
-def _lead(template: Template) -> str:
-    """ " " where the template writes one between a generation prompt and the answer behind it; else ""."""
-    question = {"role": "user", "content": QUESTION}
-    try:
-        prompt = template._render((question,), True)
-        whole = template._render((question, {"role": "assistant", "content": ANSWER}), False)
-    except UserError:
-        return ""
-    return " " * whole.startswith(f"{prompt} {ANSWER}")
-
-
-def _try_out(template: Template) -> None:
-    """Renders one question. An answer must begin right after the prompt: of two ways to end it the template knows one.
+def _try_out(template: Template, prompt: str, whole: str | None) -> None:
+    """One question. An answer must begin right after the prompt: of two ways to end it the template knows one.
 
     Raises:
-      UserError: it refuses a user's message, or ignores the generation prompt.
+      UserError: it leaves out a user's message, or ignores the generation prompt.
     """
-    question = ({"role": "user", "content": QUESTION},)
-    prompt = template._render(question, True)
     if QUESTION not in prompt:
         raise UserError(f"{template.what} leaves the user's words out of the prompt")
-    if prompt != template._render(question, False):
-        return
-    try:
-        whole = template._render((*question, {"role": "assistant", "content": ANSWER}), False)
-    except UserError:
+    if whole is None or prompt != template._render(ASKED, False):
         return
     if not whole.startswith(prompt) or not whole[len(prompt) :].lstrip().startswith(ANSWER):
         raise UserError(

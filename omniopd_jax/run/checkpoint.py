@@ -84,12 +84,6 @@ def _mark(part: pathlib.Path) -> int:
         return 0
 
 
-def begun(run_dir) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    folder = files.place(run_dir) / "checkpoints"
-    return folder.is_dir() and any(step.name.isdecimal() for step in folder.iterdir())
-
-
 @contextlib.contextmanager
 def opened(cfg, disks: list[int], mirror: Mirror):
     """The run's own `Checkpoints`, closed at the end. `disks`: what `restore_journal` found. `mirror`: sends the rest

@@ -210,8 +210,4 @@ def named(cfg) -> str:
 
 def steps_done(run_dir) -> int:
     """The newest checkpoint's step in a run's folder; 0 where there is none."""
-    folder = files.place(run_dir) / "checkpoints"
-    try:
-        return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=0)
-    except Exception:  # no such folder; of a bucket whatever its client raises, which the run itself will say
-        return 0
+    return files.newest_step(run_dir) or 0

@@ -24,6 +24,15 @@ def place(run_dir) -> pathlib.Path | epath.Path:
     return epath.Path(run_dir)
 
 
+def newest_step(run_dir) -> int | None:
+    """The newest checkpoint's step in a run's folder; None where there is none."""
+    folder = place(run_dir) / "checkpoints"
+    try:
+        return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=None)
+    except Exception:  # no such folder; of a bucket whatever its client raises, which the run itself will say
+        return None
+
+
 def try_writing(folder: pathlib.Path) -> None:
     """Writes and removes a file of 64 KiB in a folder that is there; raises OSError where that fails."""
     probe = folder / f".write-test-{os.getpid()}"

@@ -16,7 +16,7 @@ from omniopd_jax.hf.template import Template, check_teacher, of_student
 from omniopd_jax.hf.tokenizer import check_fits
 from omniopd_jax.model import attention
 from omniopd_jax.parallel import processes, sharding
-from omniopd_jax.run import checkpoint, logging, objectives, thinking, trained
+from omniopd_jax.run import files, logging, objectives, thinking, trained
 from omniopd_jax.run.host import AsyncThread
 from omniopd_jax.teachers import by_row
 from omniopd_jax.teachers.protocol import need_of
@@ -81,7 +81,7 @@ def check(cfg: ConfigDict, thread: AsyncThread) -> Checked:
     if model_cfg is not None:
         table = found.of(step.trained, model_cfg, cfg)
         template, end_ids = found.of(check_student, cfg, model_cfg) or (None, ())
-        if not checkpoint.begun(cfg.run_dir):  # only a new run reads it
+        if files.newest_step(cfg.run_dir) is None:  # only a new run reads it
             found.of(trained.check_start, cfg, model_cfg)
     prompts, held_out = found.of(load_prompts, cfg, template) or (None, None)
     if prompts is not None and template is not None:

@@ -4,9 +4,7 @@ A named teacher is a teacher like any other: its own settings (what `teachers.NA
 own probe, its own journal in a folder of that name, its own part of every cap. No teacher knows of the others.
 """
 
-import ast
 import asyncio
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -69,15 +67,7 @@ def set_by_flag(cfg: ConfigDict, path: str, text: str) -> None:
     free = key.startswith("chat_template_kwargs.")
     if key not in known and not free:
         raise _unknown(name, key)
-    value = text
-    if free or not isinstance(known[key], str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    kind = None if free else type(known[key])
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is not None and type(value) is not kind:
-        raise UserError(f"teachers.{path} = {text!r} is no {kind.__name__}")
+    value = config.read_flag(f"teachers.{path}", text, None if free else type(known[key]))
     with cfg.unlocked():
         section = cfg.teachers.get(name) or ConfigDict()
         section.update(ConfigDict({"chat_template_kwargs": {key.partition(".")[2]: value}} if free else {key: value}))

@@ -222,8 +222,8 @@ class Journal:
 
     def allowance(self, step: str, *, of_any: bool = False) -> tuple[int, int] | None:
         """The (M, N) that a step of this run was given, or with `of_any` of any run; None: it was not begun."""
-        sql = "select chunks, continuations from allowances where step = ? order by run = ? desc"
-        sql = sql if of_any else sql.replace("order by run = ? desc", "and run = ?")
+        whose = "order by run = ? desc" if of_any else "and run = ?"
+        sql = f"select chunks, continuations from allowances where step = ? {whose}"
         with self.mutex:
             found = [
                 c.execute(sql, (step, self.run)).fetchone()

@@ -132,10 +132,9 @@ def _half_width(folder, before: float, after: float, n: int, last: int | None) -
         ends = ([e for e in folder.evaluations if e["step"] == s] for s in (steps[0], steps[-1]))
         first, last = ({e["prompt_id"]: e["correct"] for e in answers} for answers in ends)
         both = [(first[p], last[p]) for p in first.keys() & last.keys()]
-        if (
-            len(both) == n
-        ):  # Wald's interval with half a pair more either way (Agresti and Min, 2005): never of no width
+        if len(both) == n:
             won, lost = sum(b and not a for a, b in both), sum(a and not b for a, b in both)
+            # Wald's interval with half a pair more either way (Agresti and Min, 2005): never of no width
             half = 196 * math.sqrt(won + lost + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
             return half, _differs(won, lost)
     if not n:
