@@ -439,7 +439,7 @@ class _Audit:
             while todo := tuple(i for i in missing if i not in self.found):
                 most = client.most_texts if client.seen.takes_n else 1
                 await self._side_by_side([todo[i : i + most] for i in range(0, len(todo), most)], missing, deadline)
-        self._finish(begun)
+        self._finish(begun, deadline)
         return self.found, self.usage
 
     async def _side_by_side(self, groups, missing, deadline):
@@ -504,11 +504,14 @@ class _Audit:
             return f"empty: {reply.tokens_hidden} tokens went into hidden reasoning; switch the teacher's thinking off"
         return "no continuation: empty at the length limit, or the answer was started over"
 
-    def _finish(self, begun):
-        """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume."""
+    def _finish(self, begun, deadline):
+        """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume.
+
+        A call is given up where its next try would be behind the deadline: the service was silent up to there.
+        """
         failures = [f for f in self.found.values() if isinstance(f, Failure)]
         t, traffic = self.teacher, self.teacher.traffic
-        silent = now() - max(begun, traffic.last_success)
+        silent = now() + max(0.0, deadline.left()) - max(begun, traffic.last_success)
         gone = traffic.last_success < begun or (self.timed_out and silent >= traffic.patience_s / 2)
         if failures and gone and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
             raise TeacherStopped(
