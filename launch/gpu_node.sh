@@ -7,7 +7,8 @@
 # Under SLURM each node is one process, which JAX joins by itself; a job that is about to be preempted or to run out of
 # time gets SIGTERM two minutes before, saves, and is put back into the queue. Elsewhere a run that ends with code 75 is
 # started again, at most --tries times (default 20). --cache: folder of compiled programs.
-# Needs .venv with requirements-gpu.txt.
+# Needs .venv with requirements-gpu.txt:
+#   make .venv/.lean && .venv/bin/uv pip install --python .venv/bin/python -r requirements-gpu.txt
 #SBATCH --job-name=omniopd
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

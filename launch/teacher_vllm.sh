@@ -6,7 +6,8 @@
 #
 # Then, in the recipe or on the command line:
 #   teacher.provider=openai  teacher.model=NAME  teacher.base_url=http://HOST:PORT/v1  teacher.continuation=auto
-# A key is asked of clients where VLLM_API_KEY is set here; they send it from OPENAI_API_KEY.
+# A key is asked of clients where VLLM_API_KEY is set here; they send it from OPENAI_API_KEY,
+# over http to another machine only with teacher.key_over_http=True.
 #
 # Needs: pip install vllm (a CUDA or TPU build; not part of requirements.txt), and room for the weights
 # (Qwen3-32B in bfloat16: 66 GB, so two GPUs of 80 GB with --tp 2). Not run on an accelerator in this repository's tests:

@@ -85,7 +85,7 @@ def default() -> ConfigDict:
 
     c.rollout = ConfigDict()
     c.rollout.slots = 0  # rows decoded at a time, over all devices; 0 = all, or what the cache's memory holds
-    c.rollout.parts = 1  # of a step's rows, as they end: one is scored and audited while the rest are decoded
+    c.rollout.parts = 1  # equal groups of a step's rows: one that ends is scored and audited while others are decoded
     c.rollout.cache_gib = 0.0  # memory of the sampler's cache on each device; 0 = a third of it (CPU: 4 GiB)
     c.rollout.cache_dtype = ""  # "" = compute_dtype | int8, with a scale for each head and position
     c.rollout.turn = 0  # tokens between two looks at which rows have ended; 0 = a fifth of the mean length so far
@@ -128,12 +128,12 @@ def default() -> ConfigDict:
     c.audit.adaptive = False  # True: continuations are asked in rounds, and no more where a chunk is settled
     c.audit.adaptive_first = 3  # continuations of each round
     c.audit.adaptive_error = 0.06  # settled: the standard error of the mean similarity is at most this
-    c.audit.adaptive_sign = 3.0  # or the mean is this many standard errors from the previous step's; needs an advantage
+    c.audit.adaptive_sign = 3.0  # or it is so many of them from the last step's mean; needs an advantage
     c.audit.gate = "none"  # none | graded: prompts that the teacher always fails are not bought further
     c.audit.gate_attempts = 4  # solutions per prompt that are graded, by reward.grader; a prompt without answer is open
     c.audit.selection = "peak"  # peak | random (ablation)
     c.audit.span = "all"  # all | answer | thinking: the part of a response that chunks are in (<think> ... </think>)
-    c.audit.similarity = "edit"  # edit | rouge1 | rougeL | embedding
+    c.audit.similarity = "edit"  # edit | rouge1 | rougeL_fast | rougeL (the same by TensorFlow) | embedding
     c.audit.embedding_model = ""  # embedding: a sentence-transformers folder or hub name
     c.audit.trim_continuation = "auto"  # auto (foreign tokenizers) | always | never: cut to the chunk's characters
     c.audit.log_per_step = 64  # audits per step written to audits.jsonl; the rest is counted
@@ -149,7 +149,7 @@ def default() -> ConfigDict:
     c.anchor.ref_offload = False  # True: its layers are stored in pinned host memory and fetched one at a time
 
     c.objective = ConfigDict()
-    c.objective.name = "omniopd"  # a key of objective.OBJECTIVES
+    c.objective.name = "omniopd"  # omniopd | continuation | sft | context | opd | opd_exact | grpo | constant
     c.objective.advantage = "none"  # none (published) | batch_mean | leave_one_out
     c.objective.constant = 1.0  # constant: the weight of every chunk; negative pushes down
     c.objective.clip = 0.2  # the ratio's clip range, of grpo's later updates and of a reward with max_staleness = 1
@@ -176,7 +176,7 @@ def default() -> ConfigDict:
     c.reward.grader = ""  # world | math | code | code_unsafe | reasoning_gym; "" = world for the small worlds only
 
     c.teacher = ConfigDict()
-    c.teacher.provider = "local"  # a key of teachers.TEACHERS
+    c.teacher.provider = "local"  # local | openai (any compatible server) | anthropic | gemini | simulated
     c.teacher.model = ""  # local: a Hugging Face folder; else the provider's model name
     c.teacher.temperature = 1.0  # must sample: a greedy teacher makes all continuations equal
     c.teacher.top_p = 1.0  # left out of the call where it is 1 (Gemini: always sent)

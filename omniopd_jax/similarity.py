@@ -5,6 +5,7 @@ Levenshtein distance over the longer length. The others' libraries are imported 
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -55,6 +56,16 @@ def rouge_l(student: list[str], teacher: list[str]) -> np.ndarray:
     return _empty_cases(f1, a, b, student, teacher)
 
 
+def make_rouge_l():
+    """`rouge_l`, once its library is known to be there: importing it takes ten seconds, which the first texts pay.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    _need("rougeL", "tensorflow_text", "; audit.similarity=rougeL_fast gives the same numbers without it")
+    return rouge_l
+
+
 def rouge_l_fast(student: list[str], teacher: list[str]) -> np.ndarray:
     """The same as `rouge_l` without TensorFlow, by rapidfuzz's LCS over words; tested equal."""
     from rapidfuzz.distance import LCSseq
@@ -74,6 +85,7 @@ def make_embedding(name: str):
         raise UserError(
             "audit.similarity = 'embedding' needs audit.embedding_model: a sentence-transformers folder or name"
         )
+    _need("embedding", "sentence_transformers")
     from sentence_transformers import SentenceTransformer
 
     reachable = contextlib.nullcontext() if os.path.isdir(name) else hub.offline_unless_reachable(name, "model")
@@ -99,7 +111,7 @@ def make_embedding(name: str):
 SIMILARITIES = {  # name -> (cfg -> phi)
     "edit": lambda cfg: edit,
     "rouge1": lambda cfg: rouge1,
-    "rougeL": lambda cfg: rouge_l,
+    "rougeL": lambda cfg: make_rouge_l(),
     "rougeL_fast": lambda cfg: rouge_l_fast,
     "embedding": lambda cfg: make_embedding(cfg.audit.embedding_model),
 }
@@ -113,6 +125,12 @@ def make(cfg) -> Similarity:
     """
     one_of(cfg.audit.similarity, SIMILARITIES, "audit.similarity")
     return SIMILARITIES[cfg.audit.similarity](cfg)
+
+
+def _need(name: str, module: str, or_else: str = "") -> None:
+    if importlib.util.find_spec(module) is None:
+        package = module.replace("_", "-")
+        raise UserError(f"audit.similarity = {name!r} needs {package}: pip install {package}{or_else}")
 
 
 def _f1(both: int, a: int, b: int) -> float:

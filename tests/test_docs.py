@@ -3,7 +3,6 @@
 import importlib.util
 import pathlib
 import re
-import textwrap
 
 import pytest
 
@@ -128,6 +127,14 @@ def test_the_letters_of_shapes_are_those_of_the_model():
         assert re.search(rf"\b{letter} [a-z]", legend), letter
 
 
+def test_each_choice_of_a_key_is_in_the_table_of_keys():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "docs/config.md").read_text(), re.M))
+    for key, names in validation._choices().items():
+        row = rows[said[1]] if (said := re.search(r"\| as ([\w.]+)$", rows[key])) else rows[key]
+        for name in filter(None, names):
+            assert re.search(rf"(?<![\w-]){re.escape(str(name))}(?![\w-])", row), (key, name)
+
+
 def load(path: str, variants: str | None = None):
     """The config of a recipe's file, as the command line finds and loads it."""
     path = recipes.find(path)
@@ -155,12 +162,14 @@ def test_the_recipe_to_copy_is_a_recipe(tmp_path, monkeypatch):
 def test_the_lines_that_make_the_copied_recipe_a_baseline_are_those_of_its_recipe(tmp_path, monkeypatch):
     """docs/your_own.md on comparing: what differs between configs/continuation.py or sft.py and configs/math.py."""
     source, lines = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/your_own.md").read_text(), re.M | re.S)
-    (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     for name in ("continuation", "sft"):
-        c = load("mine.py")
+        kept = [line for line in source.splitlines() if not re.match(r" *c\.(audit|objective|optimizer)\.", line)]
+        at = kept.index(next(line for line in kept if "return config.apply" in line))
+        kept[at:at] = lines.replace('name = "continuation"', f'name = "{name}"').splitlines()
+        (tmp_path / f"{name}.py").write_text("\n".join(kept))
+        c = load(f"{name}.py")
         c.teacher.base_url = "http://HOST:8000/v1"
-        exec(textwrap.dedent(lines).replace('name = "continuation"', f'name = "{name}"'), {"c": c})
         validation.validate(c)
         own, base = (config.flat(load(f"configs/{recipe}.py")) for recipe in (name, "math"))
         apart = [k for k in own if own[k] != base[k] and k.startswith(("objective.", "anchor.", "optimizer.learn"))]

@@ -209,3 +209,12 @@ def test_an_unknown_similarity_names_the_choices():
     c.audit.similarity = "bleu"
     with pytest.raises(UserError, match=r"audit\.similarity = 'bleu'.*edit.*embedding.*rouge1.*rougeL"):
         similarity.make(c)
+
+
+@pytest.mark.parametrize("name,package", [("rougeL", "tensorflow-text"), ("embedding", "sentence-transformers")])
+def test_a_similarity_whose_library_is_missing_is_told_before_anything_is_bought(name, package, monkeypatch):
+    c = config.default()
+    c.audit.similarity, c.audit.embedding_model = name, "/some/model"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"'{name}' needs {package}: pip install {package}"):
+        similarity.make(c)
