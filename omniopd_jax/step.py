@@ -433,9 +433,9 @@ def _rows(tokens, prompt_length_B, T: int, n: int, mesh, *values_BT):
     """(tokens, segments, positions, places of the responses, *values) of each of n micro-batches, in front."""
     if not isinstance(tokens, packing.Packed):
         return _split((tokens, None, None, response_places(prompt_length_B, T), *values_BT), n)
-    at_ZX = packing.places(tokens, prompt_length_B, mesh)
-    values_ZX = (None if a is None else packing.pack_values(tokens, a, mesh) for a in values_BT)
-    return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, at_ZX, *values_ZX), n)
+    some_BT, tree = jax.tree.flatten(values_BT)  # without those that are None
+    values_ZX = jax.tree.unflatten(tree, packing.pack_values(tokens, some_BT, mesh))
+    return _split((tokens.token_RL, tokens.segment_RL, tokens.position_RL, tokens.place_ZX, *values_ZX), n)
 
 
 def _in_place(stats, tokens, T: int, mesh):
@@ -443,7 +443,8 @@ def _in_place(stats, tokens, T: int, mesh):
     stats = _join(stats)
     if not isinstance(tokens, packing.Packed):
         return stats
-    return jax.tree.map(lambda a: packing.unpack_values(tokens, a, T, mesh), stats)
+    values_ZX, tree = jax.tree.flatten(stats)
+    return jax.tree.unflatten(tree, packing.unpack_values(tokens, values_ZX, T, mesh))
 
 
 def _split(tree, n: int):

@@ -27,18 +27,18 @@ class Packed:
     Attributes:
       token_RL: int32, prompts directly followed by their responses, one after the other, 0 behind the last.
       segment_RL: int32, 1, 2, .. along a row; 0 is padding. position_RL: int32, from 0 in each segment.
-      start_B: int32, where a response's prompt starts among the rows of its part.
-      first_B: int32, where its y_0 is among all Z X response positions.
+      first_B: int32, where a response's y_0 is among all Z X response positions.
       owner_ZX: int32, the response that a position belongs to, -1 for none; time_ZX: its t.
+      place_ZX: int32, where that y_t is among the rows of its part; 1 where there is none.
     """
 
     token_RL: jax.Array
     segment_RL: jax.Array
     position_RL: jax.Array
-    start_B: jax.Array
     first_B: jax.Array
     owner_ZX: jax.Array
     time_ZX: jax.Array
+    place_ZX: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,8 @@ def fill(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro
     """The plan's arrays. Row k of micro-batch i of a shard is its row k n + i: `step._split` takes every n-th."""
     Z, n, X, share = len(shards) * micro_batches, micro_batches, plan.positions, len(rows) // len(shards)
     token, segment, position = (np.zeros((Z * plan.rows, width), np.int32) for _ in range(3))
-    owner, time, used = np.full((Z, X), -1, np.int32), np.zeros((Z, X), np.int32), np.zeros(Z, int)
+    owner, used = np.full((Z, X), -1, np.int32), np.zeros(Z, int)
+    time, place = np.zeros((Z, X), np.int32), np.ones((Z, X), np.int32)
     first_B = np.zeros(len(rows), np.int32)
     for b, row in enumerate(rows):
         z, column, T = plan.part_B[b], plan.column_B[b], len(row) - prompt_length_B[b]
@@ -192,32 +193,32 @@ def fill(plan: Plan, rows, prompt_length_B, width: int, shards: list[int], micro
         segment[at] = segment[at[0]].max() + 1
         here = slice(used[z], used[z] + T)
         owner[z, here], time[z, here] = shards[b // share] * share + b % share, np.arange(T)
+        place[z, here] = plan.row_B[b] * width + column + prompt_length_B[b] + np.arange(T)
         first_B[b] = (shards[s] * n + i) * X + used[z]
         used[z] += T
-    return Packed(token, segment, position, plan.row_B * width + plan.column_B, first_B, owner, time)
+    return Packed(token, segment, position, first_B, owner, time, place)
 
 
 # --- inside jit -------------------------------------------------------------------------------------------------------
 
 
-def places(packed: Packed, prompt_length_B, mesh):
-    """at_ZX: where each response position's y_t is among its packed rows (`step.response_hidden`)."""
-    start_BT = (packed.start_B + prompt_length_B)[:, None]
-    return _pick(start_BT, jnp.maximum(packed.owner_ZX, 0), mesh) + packed.time_ZX
+def pack_values(packed: Packed, values_BT, mesh) -> list:
+    """a_ZX of each a_BT, 0 where a position belongs to no response."""
+    if not values_BT:
+        return []
+    index_ZX = jnp.maximum(packed.owner_ZX, 0) * values_BT[0].shape[1] + packed.time_ZX
+    return [jnp.where(packed.owner_ZX >= 0, a_ZX, 0) for a_ZX in _pick(values_BT, index_ZX, mesh)]
 
 
-def pack_values(packed: Packed, a_BT, mesh):
-    """a_ZX of a_BT, 0 where a position belongs to no response."""
-    index_ZX = jnp.maximum(packed.owner_ZX, 0) * a_BT.shape[1] + packed.time_ZX
-    return jnp.where(packed.owner_ZX >= 0, _pick(a_BT, index_ZX, mesh), 0)
+def unpack_values(packed: Packed, values_ZX, T: int, mesh) -> list:
+    """a_BT of each a_ZX; what is past a response means nothing."""
+    return list(_pick(values_ZX, packed.first_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], mesh))
 
 
-def unpack_values(packed: Packed, a_ZX, T: int, mesh):
-    """a_BT of a_ZX; what is past a response means nothing."""
-    return _pick(a_ZX, packed.first_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None], mesh)
-
-
-def _pick(a, index, mesh):
-    """Elements of `a`, on whatever device: it is gathered whole, a number a token, so that the indices stay in
-    place."""
-    return jnp.take(sharding.constrain(a, mesh).reshape(-1), index, mode="clip")
+def _pick(values, index, mesh):
+    """Elements of each of `values`, on whatever device: they are gathered whole, a number a token, so that the indices
+    stay in place. Together: of several collectives that do not wait for each other, each CPU process picks its own
+    first.
+    """
+    whole = sharding.constrain(jnp.stack(values), mesh)
+    return jnp.take(whole.reshape(len(values), -1), index, axis=1, mode="clip")

@@ -155,7 +155,7 @@ def one_late(hidden_RLD, at_ZX):
 SABOTAGE = {
     "no segments": lambda p: p.replace(segment_RL=np.ones_like(p.segment_RL)),
     "a segment too long": lambda p: p.replace(segment_RL=np.roll(p.segment_RL, 1, axis=1)),
-    "starts shifted": lambda p: p.replace(start_B=p.start_B + 1),
+    "starts shifted": lambda p: p.replace(place_ZX=p.place_ZX + 1),
     "weights of the next token": lambda p: p.replace(time_ZX=np.maximum(p.time_ZX - 1, 0)),
     "stats given back elsewhere": lambda p: p.replace(first_B=p.first_B + 1),
     "another response's weights": lambda p: p.replace(owner_ZX=np.where(p.owner_ZX < 0, -1, (p.owner_ZX + 1) % B)),
@@ -244,7 +244,7 @@ def test_every_response_lies_in_one_place_and_no_row_is_over_its_width(case):
     seen = []
     for z, x in zip(*np.nonzero(packed.owner_ZX >= 0)):
         b, t = packed.owner_ZX[z, x], packed.time_ZX[z, x]
-        assert token_ZL[z, packed.start_B[b] + prompt[b] + t] == rows[b][prompt[b] + t]
+        assert token_ZL[z, packed.place_ZX[z, x]] == rows[b][prompt[b] + t]
         assert packed.first_B[b] + t == z * X + x
         seen.append((b, t))
     assert sorted(seen) == [(b, t) for b in range(count) for t in range(response[b])]
@@ -286,19 +286,16 @@ def test_first_fit_wastes_at_most_half(lengths, width):
 
 
 def test_what_goes_out_comes_back():
-    """`pack_values` and `unpack_values` are inverse on real tokens, whatever the shards and micro-batches; so is
-    `places`."""
-    a_BT = np.random.default_rng(0).normal(size=(B, T)).astype(np.float32)
+    """`pack_values` and `unpack_values` are inverse on real tokens, whatever the shards and micro-batches."""
+    values_BT = np.random.default_rng(0).normal(size=(2, B, T)).astype(np.float32)
     real, mesh = np.arange(T)[None] < batch().length_B[:, None], sharding.default_mesh()
     for shards, n in ((1, 1), (1, 4), (4, 2)):
         packed = jax.tree.map(jnp.asarray, packed_batch(shards, n).packed)
-        a_ZX = packing.pack_values(packed, jnp.asarray(a_BT), mesh)
-        np.testing.assert_array_equal(np.asarray(packing.unpack_values(packed, a_ZX, T, mesh))[real], a_BT[real])
-        at_ZX = packing.places(packed, jnp.asarray(batch().prompt_length_B), mesh)
-        begin = np.asarray(packed.start_B) + batch().prompt_length_B
-        on = np.asarray(packed.owner_ZX) >= 0
-        np.testing.assert_array_equal(at_ZX[on], (begin[packed.owner_ZX] + packed.time_ZX)[on])
-        assert float(np.abs(a_ZX).sum()) == pytest.approx(np.abs(a_BT[real]).sum(), rel=1e-5)
+        values_ZX = packing.pack_values(packed, list(map(jnp.asarray, values_BT)), mesh)
+        back_BT = packing.unpack_values(packed, values_ZX, T, mesh)
+        for a_BT, a_ZX, again_BT in zip(values_BT, values_ZX, back_BT, strict=True):
+            np.testing.assert_array_equal(np.asarray(again_BT)[real], a_BT[real])
+            assert float(np.abs(a_ZX).sum()) == pytest.approx(np.abs(a_BT[real]).sum(), rel=1e-5)
 
 
 def test_rows_are_full_and_shapes_few():
