@@ -171,7 +171,7 @@ def stream(
     positions = books.width * PAGE
     slots, kept = decode.empty_slots(slots=shards * books.slots, entries=shards, positions=positions, **static)
     part, given = part or len(prompts) * num_samples, 0
-    most_prompts = max(1, PREFILL_TOKENS // bucket(max(books.prompt_length)))
+    most_prompts = most_entries(max(books.prompt_length))
     while books.waits() or books.live():
         while filled := books.refill(decode.COLUMNS, most_prompts):
             entries = kept
@@ -181,6 +181,7 @@ def stream(
                 pools, entries = decode.prefill(params, pools, kept, *own.put(new), **static)
             rows, copies = own.starts_of(filled)
             pools, slots, kept = decode.start(pools, slots, entries, own.put(rows), copies=copies, **static)
+            del entries  # a ring or a state of each prompt
         if order := books.shrink():
             slots = decode.take_slots(slots, own.put(own.of(order)), **static)
         steps = _steps(books, how)
@@ -204,6 +205,16 @@ def stream(
     while given < min(books.ended):
         yield own.take(part)
         given += part
+
+
+def prefill_width(longest: int) -> int:
+    """P of a prefill whose longest prompt has so many tokens: a power of two, so that shapes are few."""
+    return max(16, 1 << (longest - 1).bit_length())
+
+
+def most_entries(longest: int) -> int:
+    """Prompts of one prefill on each shard, at most: a power of two, as a prefill's shape has it (`slots.padded`)."""
+    return max(1, PREFILL_TOKENS // prefill_width(longest))
 
 
 def _books(cfg, compute, prompts, num_samples: int, longest: int, how: How) -> Slots:
@@ -258,7 +269,7 @@ class _Own:
         """(prompt_EP, prompt_length_E, page_EW) of its shards."""
         length_of, page = self.books.prompt_length, self.books.page
         longest = max(length_of[p] for prompts in filled.prompts for p, _ in prompts)
-        P = max(16, 1 << (longest - 1).bit_length())
+        P = prefill_width(longest)
         rows, pages = [], []
         for s in self.shards:
             empty = filled.entries - len(filled.prompts[s])

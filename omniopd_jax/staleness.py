@@ -86,11 +86,13 @@ class Ahead:
             if any(here) and jax.process_index() == 0:
                 logging.say(f"what was sampled ahead for step {t} is not here for all processes: it is sampled anew")
             return
-        tokens, N, G = saved.tokens, saved.N, len(drawn.sample_ids[0])
+        tokens, N, G, peak_BM = saved.tokens, saved.N, len(drawn.sample_ids[0]), saved.peak_BM
+        if sizes is not None:  # more chunks than then: the further ones were not chosen
+            peak_BM = np.pad(peak_BM, ((0, 0), (0, sizes[1] - peak_BM.shape[1])), constant_values=-1)
         rows = [p for p in drawn.prompts for _ in range(G)]
         responses = Responses(rows, ids, tokens, saved.finished_B, saved.sampled_logp_BT)
         scores = Scores(saved.logp_BT, saved.entropy_BT, None, None)
-        self._begun[t] = Group(responses, scores, saved.peak_BM, ask(responses, saved.peak_BM, N)), N
+        self._begun[t] = Group(responses, scores, peak_BM, ask(responses, peak_BM, N)), N
 
 
 @dataclasses.dataclass(frozen=True)

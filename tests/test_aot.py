@@ -95,6 +95,20 @@ def test_decode_is_lowered_with_what_the_sampler_takes(plan):
     assert resident == fit.local_bytes(plan.state) + plan.sizes()["reference"]
 
 
+def test_a_prefill_is_lowered_at_its_largest_beside_the_rows_that_decode(student, plan):
+    """An evaluation's, where that has more prompts. Its slots' states are there while others are prefilled."""
+    assert plan.samplers["prefill"] is plan.sampler and plan.sampler.entries == 2 * 16
+    large = fit.Plan(recipe(student, **{"eval.num_prompts": 512}), plan.mesh)
+    sampler = large.samplers["prefill"]
+    assert sampler.entries == 2 * rollout.PREFILL_TOKENS // 1024 and "evaluate" in large.samplers
+    lowered, donated, resident = large.lower("prefill")
+    assert f"tensor<{sampler.entries}x1024xi32>" in lowered.as_text()
+    pools, slots, _ = sampler.state()
+    assert donated == fit.local_bytes(pools)
+    beside = fit.local_bytes(large.state) + large.sizes()["reference"]
+    assert resident == beside + fit.local_bytes(slots) > beside
+
+
 def test_knobs_come_in_order_and_build_on_each_other(student):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tp": 1}, jax.devices()[:4])
     cfg = recipe(student, **{"model.remat": "none", "micro_batches": 8, "mesh.data": 2})

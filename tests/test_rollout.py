@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -384,6 +385,31 @@ def test_layers_of_all_kinds_keep_what_is_theirs(model_cfg, eleven, slots):
     got, _, _ = streamed(rollout.prepare(params, cfg), cfg, prompts, keys, limit, num_samples=2, how=how, end_ids=END)
     assert [r.tokens.tolist() for r in got] == want
     assert rollout.sizes(cfg, model.Compute(), how, 22, 84)[1] == (5 if slots == 3 else 1 + 16 * 3)
+
+
+def test_a_prefill_is_no_larger_than_it_may_be_and_is_given_back(params, model_cfg, monkeypatch):
+    """Prompts of 33 tokens are padded to 64; the turns and the caller go on without what was kept of each."""
+    shapes, kept, real, turn = [], [], decode.prefill, decode.turn
+
+    def prefill(*args, **how):
+        pools, entries = real(*args, **how)
+        shapes.append(args[3].shape)
+        kept.extend(weakref.ref(a) for a in jax.tree.leaves(entries))
+        return pools, entries
+
+    def checked(*args, **how):
+        assert kept and not any(ref() is not None for ref in kept)
+        return turn(*args, **how)
+
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 256)
+    monkeypatch.setattr(decode, "prefill", prefill)
+    monkeypatch.setattr(decode, "turn", checked)
+    keys = rollout.key_data(jax.random.key(6), np.arange(11))
+    streamed(rollout.prepare(params, model_cfg), model_cfg, [[3] * 33] * 11, keys, [4] * 11, how=rollout.How(slots=16))
+    assert shapes[0] == (4, 64) and max(E * P for E, P in shapes) == 256
+    for longest in (1, 16, 17, 520, 1030, 2100, 70_000):
+        most = rollout.most_entries(longest)
+        assert rollout.padded(most) == most and (most == 1 or most * rollout.prefill_width(longest) <= 256)
 
 
 def test_an_int8_cache_changes_log_probs_little(params, model_cfg, eleven):

@@ -84,15 +84,19 @@ class Plan:
         preflight.check_rows(mesh, cfg)
 
     def _samplers(self, cfg) -> dict[str, Sampler]:
-        """By pass of the decode loop: the student's own, its evaluation where that takes other sizes, and a teacher in
-        process, which runs on one device."""
+        """By pass: the student's decode loop, its evaluation's where that takes other sizes, the larger prefill of the
+        two and what follows it, and a teacher in process, which runs on one device."""
         longest = cfg.max_prompt_length, cfg.max_completion_length
         how = rollout.How(cfg.rollout.slots, cfg.rollout.cache_gib or room_gib(self.mesh), 0, cfg.rollout.cache_dtype)
         out = {"decode": Sampler(self.model_cfg, self.compute, how, self.rows, cfg.prompts_per_step, *longest)}
+        out["prefill"] = out["decode"]
         if cfg.eval.num_prompts:
             one = Sampler(self.model_cfg, self.compute, how, cfg.eval.num_prompts, cfg.eval.num_prompts, *longest)
             if (one.slots, one.pages) != (out["decode"].slots, out["decode"].pages):
                 out["evaluate"] = one
+            if one.entries > out["prefill"].entries:
+                out["prefill"] = one
+        out["start"] = out["prefill"]
         if (
             cfg.teacher.provider == "local"
             and cfg.teacher.model
@@ -220,6 +224,8 @@ class Plan:
         sampler = self.samplers.get(name, self.sampler)
         lowered, donated = sampler.lower(name if name in ("prefill", "start") else "decode")
         beside = state + reference + (0.0 if name == "teacher" else self.teacher_bytes())
+        if name == "prefill":
+            beside += local_bytes(sampler.state()[1])  # the slots of rows that are being decoded
         if name in ("start", "teacher"):  # the one takes no parameters, the other its own
             beside += local_bytes(self.sampler.params())
         return lowered, donated, beside + (self.sampler.cache_bytes() if name == "teacher" else 0.0)

@@ -30,8 +30,9 @@ class Sampler:
         slots, pages = rollout.sizes(model_cfg, compute, how, rows, positions)
         self.slots, self.pages = slots * self.shards, pages * self.shards
         self.width = rollout.width(positions, rollout.PAGE)
-        self.P = 1 << (longest_prompt - 1).bit_length()
-        self.entries = min(max(1, rollout.PREFILL_TOKENS // self.P), -(-prompts // self.shards)) * self.shards
+        self.P = rollout.prefill_width(longest_prompt)
+        most = min(rollout.most_entries(longest_prompt), rollout.padded(-(-prompts // self.shards)))
+        self.entries = most * self.shards
 
     def row(self, *shape, dtype=jnp.float32, rows: int = 0):
         """An abstract array with the slots in front, or so many rows."""

@@ -126,20 +126,22 @@ def update(
 
 
 def decode_bytes(
-    cfg: model.ModelConfig, prompts, responses, *, rows_together: int, itemsize: int, cache_dtype: str = ""
-) -> float:
-    """Bytes that decoding must read: parameters (`read_params`) once a time step and batch, every row's own keys and
-    values.
+    cfg: model.ModelConfig, prompts, responses, *, rows_together: int, itemsize: int, cache_dtype: str = "",
+    shards: int = 1,
+) -> float:  # fmt: skip
+    """Bytes that decoding must read: parameters (`read_params`) once a time step and shard, every row's own keys and
+    values. The steps are as many as the longest row has tokens, or as full slots take for all tokens: at least so many.
 
     Args:
       prompts, responses: real tokens of each row.
-      rows_together: rows that one device decodes at a time; each time step reads the parameters once for all of them.
+      rows_together: rows that one shard decodes at a time; each time step reads the parameters once for all of them.
       itemsize: bytes of a parameter and of a cache entry.
       cache_dtype: of the pages; int8 has a float32 scale for each head and position. Rings are not in pages.
+      shards: of the rows, which take their steps together.
     """
     layers, head = read_params(cfg, rows_together), cfg.hidden_size * cfg.vocab_size
-    batches = -(-len(responses) // rows_together)
-    weights = (layers + head) * max(responses, default=0) * batches
+    steps = max(max(responses, default=0), -(-sum(responses) // (rows_together * shards)))
+    weights = (layers + head) * steps * shards
     per_slot = 2 * cfg.num_kv_heads * cfg.head_dim
     slots, page = {"full": 0.0, "sliding": 0.0, "linear": 0.0}, itemsize
     if cache_dtype == "int8":
@@ -203,12 +205,13 @@ def metrics(
         sum(work.values()) / (seconds["time/step"] - seconds.get("time/eval", 0.0)) / devices / chip.flops
     )
     if spent := seconds.get("time/rollout"):
-        tp = mesh.shape["tp"]
+        shards = max(1, devices // mesh.shape["tp"])
         moved = decode_bytes(
             model_cfg,
             prompts,
             responses,
-            rows_together=max(1, min(cfg.rollout.slots or len(responses), len(responses)) * tp // devices),
+            rows_together=max(1, min(cfg.rollout.slots or len(responses), len(responses)) // shards),
+            shards=shards,
             itemsize=2 if cfg.compute_dtype == "bfloat16" else 4,
             cache_dtype=cfg.rollout.cache_dtype,
         )

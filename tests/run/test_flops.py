@@ -45,6 +45,11 @@ def test_decoding_reads_parameters_a_step_and_keys_a_row():
     assert flops.decode_bytes(CFG, [4], [3], rows_together=1, itemsize=2) == one
     assert flops.decode_bytes(CFG, [4, 4], [3, 3], rows_together=1, itemsize=2) == 2 * one
     assert flops.decode_bytes(CFG, [4, 4], [3, 3], rows_together=2, itemsize=2) == 2 * one - 2 * (layers + head) * 3
+    assert flops.decode_bytes(CFG, [4, 4], [3, 3], rows_together=1, itemsize=2, shards=2) == 2 * one
+    cache = 2 * per_token * sum(n * 4 + n * (n + 1) // 2 for n in (1, 2, 6))
+    for slots, steps in ((1, 9), (2, 6), (3, 6)):  # 9 tokens; a slot that is free takes the next row
+        got = flops.decode_bytes(CFG, [4] * 3, [1, 2, 6], rows_together=slots, itemsize=2)
+        assert got == 2 * (layers + head) * steps + cache, slots
     int8 = flops.decode_bytes(CFG, [4], [3], rows_together=1, itemsize=2, cache_dtype="int8")
     assert int8 == 2 * (layers + head) * 3 + 3 * 2 * 2 * (4 + 4) * (4 * 3 + 1 + 2 + 3)  # a scale a head and position
 
