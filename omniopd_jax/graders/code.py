@@ -3,11 +3,11 @@
 The expected output never enters the sandbox, and the assert tests run in another process than the program, so that a
 program passes by answering right and not by printing, exiting, patching or comparing equal to everything. What a
 program can still do: see the inputs of its own calls, and lie through a helper that the tests take from it by name.
-Programs have the standard library alone. The hash seed is fixed, so that two gradings agree.
+Programs and tests have the standard library alone. The hash seed is fixed, so that two gradings agree.
 
 Verdicts are those of the benchmarks' own harnesses: HumanEval's prompt goes before a completion, LiveCodeBench's
 imports and recursion limit before programs that read stdin or define `Solution`, a tuple is as good as a list in the
-latter.
+latter. They allow so much time a case; here a problem has one limit, which grows by a second with each case.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from omniopd_jax.graders.program_text import candidates, extract_program
 from omniopd_jax.graders.sandbox import MOST_PROGRAM_CHARS, Limits, Sandbox
 
 REASONS = ("ok", "wrong_answer", "error", "timeout", "memory", "output")
+MOST_CASES_SECONDS = 60  # that a problem's limits on time grow by
 TOLERANCE = 1e-6  # of a number in the output, absolute and relative, where the expected one has a point
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
 
@@ -54,7 +55,8 @@ class CodeGrader:
         self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None
     ):
         self.workers = workers or os.cpu_count() or 1
-        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe, isolation=isolation)
+        self._limits = limits or Limits()
+        self._sandbox = Sandbox(self._limits, unsafe=unsafe, isolation=isolation)
 
     def grade(self, text: str, answer: str | dict | list) -> Verdict:
         """Runs the program in `text` against the tests `answer`.
@@ -74,7 +76,8 @@ class CodeGrader:
         if tests.asserts is not None:
             return self._assert(programs, preamble, tests)
         right = 0
-        with contextlib.closing(self._sandbox.run(programs, preamble=preamble, stdin=tests.inputs)) as told:
+        how = {"preamble": preamble, "limits": self._limits_of(tests)}
+        with contextlib.closing(self._sandbox.run(programs, stdin=tests.inputs, **how)) as told:
             for answer, expected in zip(told, tests.outputs):
                 if answer["reason"] != "exit":
                     return Verdict(False, answer["reason"], answer["detail"])
@@ -93,9 +96,21 @@ class CodeGrader:
             "source": tests.asserts, "entry_point": tests.entry_point, "names": tests.names, "modules": tests.modules,
             "maybe": tests.maybe, "preamble": code_tests.preamble(tests.asserts) if tests.as_livecodebench else None,
         }  # fmt: skip
-        with contextlib.closing(self._sandbox.run(programs, preamble=preamble, asserts=order)) as told:
+        how = {"preamble": preamble, "limits": self._limits_of(tests)}
+        with contextlib.closing(self._sandbox.run(programs, asserts=order, **how)) as told:
             last = next(told, {"reason": "timeout", "detail": "the sandbox did not answer"})
         return Verdict(last["reason"] == "ok", last["reason"], last["detail"])
+
+    def _limits_of(self, tests) -> Limits:
+        own, more = self._limits, float(min(tests.count, MOST_CASES_SECONDS))
+        if not tests.as_livecodebench:
+            return own
+        if tests.asserts is None:  # each case has the limits of a run
+            return dataclasses.replace(own, total_seconds=own.total_seconds + more)
+        return dataclasses.replace(
+            own, cpu_seconds=own.cpu_seconds + more, wall_seconds=own.wall_seconds + more,
+            total_seconds=own.total_seconds + more,
+        )  # fmt: skip
 
     def grade_all(self, texts: Iterable[str], answers: Iterable) -> list[Verdict]:
         """`grade` for each text and its answer, `workers` at a time, in order.

@@ -3,8 +3,9 @@
     {"stdin": text or list, "stdout": text or list}, or a list of such objects
     {"asserts": source or list of sources, "entry_point": name, "prompt": source}, the last two optional
 
-`asserts` may hold plain assertions, HumanEval's `check(candidate)`, pytest functions or unittest cases. `prompt` is the
-start of the program that a completion goes on from, as HumanEval has it. An answer may be the object or its JSON text.
+`asserts` may hold plain assertions, HumanEval's `check(candidate)`, pytest functions or unittest cases, with the
+standard library; what they import from a module `solution` is the program's. `prompt` is the start of the program that
+a completion goes on from, as HumanEval has it. An answer may be the object or its JSON text.
 """
 
 import ast
@@ -43,6 +44,7 @@ class Tests:
       names: what the assertions read and do not define; the program must define it, but for standard modules.
       modules: those names that are modules of the standard library.
       maybe: built-in names that the assertions call, innermost first: a program may define one of them itself.
+      count: assertions in the source, or cases on stdin.
     """
 
     inputs: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class Tests:
     names: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     maybe: tuple[str, ...] = ()
+    count: int = 1
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ def read(tests) -> Tests:
             into += values
     if not inputs or len(inputs) != len(outputs):
         raise UserError(f"code tests hold {len(inputs)} inputs and {len(outputs)} outputs: need as many, at least one")
-    return Tests(tuple(inputs), tuple(outputs))
+    return Tests(tuple(inputs), tuple(outputs), count=len(inputs))
 
 
 def _named(value) -> str:
@@ -114,10 +117,10 @@ def _asserts(tests) -> Tests:
             raise UserError(f"code tests: {key!r} must be text; it is {_named(value)}")
     if entry_point and not entry_point.isidentifier():
         raise UserError(f"code tests: 'entry_point' must be the name of a function; it is {_named(entry_point)}")
-    names, modules, maybe, needs_entry = _looked_through(source)
+    names, modules, maybe, needs_entry, count, changed = _looked_through(source)
     if needs_entry and not entry_point:
         raise UserError("code tests define check(candidate) and nothing calls it: they need 'entry_point'")
-    return Tests((), (), source, entry_point, prompt, names, modules, maybe)
+    return Tests((), (), changed or source, entry_point, prompt, names, modules, maybe, count)
 
 
 _LIMIT = threading.Lock()
@@ -140,10 +143,20 @@ def _looked_through(source: str):
 
 
 def _look(source):
-    """(names, modules, maybe, whether an entry point is needed) of assertions; raises UserError where none asserts."""
-    tree = ast.parse(source)
-    if not any(map(_asserts_something, ast.walk(tree))):
+    """(names, modules, maybe, whether an entry point is needed, count, the source where it was changed, else "").
+
+    Raises:
+      UserError: nothing is asserted, or a module is imported that the sandbox does not have.
+    """
+    tree, changed = ast.parse(source), ""
+    if any(_of_solution(n) for n in ast.walk(tree)):
+        tree = ast.fix_missing_locations(_WithoutSolution().visit(tree))
+        source = changed = ast.unparse(tree)
+    count = sum(map(_asserts_something, ast.walk(tree)))
+    if not count:
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
+    if missing := _imported(tree) - sys.stdlib_module_names:
+        raise UserError(f"code tests import {', '.join(sorted(missing))}: the sandbox has the standard library alone")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     called = {n.func.id for n in calls}
     dotted = {
@@ -156,7 +169,37 @@ def _look(source):
     check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     needs_entry = check is not None and len(check.args.args) == 1 and not check.args.defaults and "check" not in called
     modules = tuple(n for n in names if n in sys.stdlib_module_names and n in dotted)
-    return tuple(names), modules, tuple(dict.fromkeys(n.func.id for n in calls)), needs_entry
+    return tuple(names), modules, tuple(dict.fromkeys(n.func.id for n in calls)), needs_entry, count, changed
+
+
+def _of_solution(node) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "solution" and not node.level
+
+
+class _WithoutSolution(ast.NodeTransformer):
+    """Names from a module `solution` are read as free: they come from the program."""
+
+    def visit_ImportFrom(self, node):
+        """The renamed ones as assignments."""
+        if not _of_solution(node):
+            return node
+        other = [a for a in node.names if a.asname not in (None, a.name)]
+        named = [ast.Assign([ast.Name(a.asname, ast.Store())], ast.Name(a.name, ast.Load())) for a in other]
+        return named or ast.Pass()
+
+
+def _imported(tree) -> set[str]:
+    """Modules that `tree` cannot do without: those it imports, but for imports in a `try`."""
+    found, left = set(), [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else node.module.partition(".")[0])
+        elif not isinstance(node, ast.Try):
+            left += ast.iter_child_nodes(node)
+    return found
 
 
 @contextlib.contextmanager

@@ -196,7 +196,8 @@ def read(text: str) -> tuple[str | None, str, str]:
     phrase = phrase if inner is None else inner
     if phrase and is_bare(without_text(phrase)):
         return tidy(phrase), phrase, ""
-    return None, phrase or (text if len(text) <= 300 else ""), plain_symbols(tail)
+    prose = re.sub(r"\.(\s*\$)", r"\1", tail.replace("\\$", ""))  # an amount; a full stop within a formula
+    return None, phrase or (text if len(text) <= 300 else ""), plain_symbols(prose)
 
 
 def unwrapped(text: str) -> str | None:

@@ -145,7 +145,7 @@ class _Worker:
     """One worker, forked by the server when it is first asked."""
 
     def __init__(self, server):
-        self.server, self.connection, self.pid, self.ready = server, None, 0, set()
+        self.server, self.connection, self.process, self.ready = server, None, None, set()
 
     def ask(self, line, seconds):
         """The answer to `line`; b"" where the worker ended or let `seconds` pass."""
@@ -154,7 +154,8 @@ class _Worker:
             told = self.read_line(START_SECONDS)
             if not told:
                 return b""
-            self.pid = int(told)
+            with contextlib.suppress(ProcessLookupError):
+                self.process = os.pidfd_open(int(told))  # its number may be another's by the time that it is ended
         try:
             self.connection.settimeout(seconds)
             self.connection.sendall(line)
@@ -180,7 +181,8 @@ class _Worker:
         """Ends the process; another takes its place when it is asked again."""
         if self.connection is not None:
             self.connection.close()
-            if self.pid:
+            if self.process is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pid, signal.SIGKILL)
-            self.connection, self.pid, self.ready = None, 0, set()
+                    signal.pidfd_send_signal(self.process, signal.SIGKILL)
+                os.close(self.process)
+            self.connection, self.process, self.ready = None, None, set()

@@ -42,6 +42,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
                 found.append(one)
             elif opened:
                 margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
+            elif behind := _behind_prose(line):
+                margin, fence, language, lines = "", "```", behind, []
             continue
         if margin and ">" in margin and line.lstrip().startswith(">"):
             line = re.sub(r"^[ \t]*(?:>[ \t]?)+", "", line)
@@ -69,6 +71,13 @@ def _one_line(line: str) -> tuple[str, str] | None:
         return None
     named = _LANGUAGE.fullmatch(source)
     return (named[1].lower(), named[2] + "\n") if named else ("", source + "\n")
+
+
+def _behind_prose(line: str) -> str:
+    """The language that a fence names at the end of a line of prose, if that is Python: `Here it is: ```python`."""
+    prose, _, rest = line.partition("```")
+    named = rest.lstrip("`").strip().lower()
+    return named if prose.strip() and "`" not in prose and named in PYTHON else ""
 
 
 def _language(info: str) -> str:
@@ -134,7 +143,31 @@ def candidates(text: str, asked: tuple[str, ...] = (), prompt: str = "") -> list
         while lines and not _LAST.match(lines[-1]):
             lines.pop()
         out.append("\n".join(lines) + "\n")
+    if prompt and (body := _body_alone(text)):
+        out.insert(0 if blocks(text) else len(out), prompt.rstrip() + "\n" + body)
+    for cut in (text.partition("```")[0], _last_whole(program)):  # a fence closes what none opened; a statement cut off
+        if any(defines(cut, name) for name in asked):
+            out += _completions(cut, asked, prompt) + [cut] if prompt else [cut]
     return list(dict.fromkeys(out))
+
+
+def _body_alone(text: str) -> str:
+    """The body that a text begins with, where the prompt left off, up to the next line at the left edge: base models
+    write on until they are cut off, and the benchmarks stop them there; "" where there is none."""
+    lines = list(itertools.dropwhile(lambda line: not line.strip(), text.splitlines()))
+    if not lines or not lines[0][0].isspace() or _OPEN.fullmatch(lines[0]):
+        return ""
+    inside = itertools.takewhile(lambda line: not line.strip() or line[0].isspace() or line[0] == "#", lines)
+    return "\n".join(inside) + "\n"
+
+
+def _last_whole(program: str) -> str:
+    """A program without its last statement at the left edge, which may be cut off; "" where no other is left."""
+    lines = program.rstrip().splitlines()
+    at = max((i for i, line in enumerate(lines) if line[:1].strip() and line[0] not in "#)]}"), default=0)
+    while at and lines[at - 1].startswith("@"):
+        at -= 1
+    return "\n".join(lines[:at]) + "\n" if at else ""
 
 
 def _completions(program, asked, prompt):

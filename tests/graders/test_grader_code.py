@@ -17,7 +17,7 @@ import pytest
 
 from omniopd_jax import graders
 from omniopd_jax.errors import UserError
-from omniopd_jax.graders import sandbox
+from omniopd_jax.graders import code, sandbox
 from omniopd_jax.graders.code import extract_program
 
 MARKER = f"mark-{uuid.uuid4().hex}"
@@ -99,6 +99,35 @@ def test_assert_programs_of_unusual_shape(grader):
     assert grader.grade("def sum(a, b):\n    return a + b", builtin)
 
 
+def test_tests_import_the_program_as_solution_and_nothing_that_is_not_there(grader):
+    square = "def f(x):\n    return x * x"
+    for line, name in (("from solution import f", "f"), ("from solution import f as g, f", "g"), ("", "f")):
+        case = f"import math\n{line}\n\ndef test():\n    assert {name}(3) == math.pow(3, 2)"
+        assert grader.grade(square, {"asserts": case}), line
+        assert grader.grade("def f(x):\n    return x", {"asserts": case}).reason == "wrong_answer"
+    for line, missing in (
+        ("import numpy as np", "numpy"),
+        ("from pytest import mark", "pytest"),
+        ("import solution", "so"),
+    ):
+        with pytest.raises(UserError, match=f"import {missing}.*standard library alone"):
+            grader.check_answer({"asserts": f"{line}\nassert f(3) == 9"})
+    grader.check_answer({"asserts": "try:\n    import numpy\nexcept ImportError:\n    pass\nassert f(3) == 9"})
+
+
+def test_what_a_program_returns_and_changes_arrives(grader):
+    for program, case in (
+        ("import collections\ndef f(s): return collections.Counter(s)", "f('aab').most_common(1) == [('a', 2)]"),
+        ("def f(d): return d.keys()", "f({3: 1}) == {3} and list(f({3: 1, 2: 1})) == [3, 2]"),
+        ("def f(d): return d.values()", "list(f({3: 1, 2: 1})) == [1, 1]"),
+        ("def f(d): return d.items()", "list(f({3: 1})) == [(3, 1)]"),
+        ("def f(nums): nums.sort()", "[f(nums=(x := [3, 1])), x] == [None, [1, 3]]"),
+        ("def f(a, b): a.append(1), b.add(2)", "[f(x := [], b=(y := set())), x, y] == [None, [1], {2}]"),
+    ):
+        verdict = grader.grade(program, {"asserts": f"assert {case}"})
+        assert verdict, (program, verdict)
+
+
 def test_plain_data_survives_the_line(grader):
     values = (
         "[None, True, -1, 10 ** 400, 1.5, float('inf'), 'é\\ud800\\0', b'\\xff', 1 + 2j, (1, (2,)), {1, 2}, "
@@ -135,17 +164,33 @@ def test_a_case_finds_nothing_of_the_one_before(grader):
 def test_hashes_are_the_same_in_two_gradings(grader):
     told = [grader.grade("print(hash('seed'))", stdio("", "")).detail for _ in range(2)]
     assert told[0] == told[1]
+    shown = {"asserts": "assert not list(f()), list(f())"}  # a set is made anew where the tests are
+    told = []
+    for _ in range(3):
+        with graders.make("code", isolation=grader._sandbox.isolation) as own:
+            told.append(own.grade("def f():\n    return {'banana', 'apple', 'kiwi', 'cherry'}", shown).detail)
+    assert told[0] == told[1] == told[2] != ""
 
 
-def test_limits_are_kept_and_named():
+def test_limits_are_kept_and_named(monkeypatch):
     quick = graders.make("code", wall_seconds=1, total_seconds=2, memory_mb=200, output_kb=1)
     start = time.monotonic()
-    assert reason(quick, "import time\ntime.sleep(0.9)", stdio([""] * 9, [""] * 9)) == "timeout"
-    assert time.monotonic() - start < 8
+    nine = stdio([""] * 9, [""] * 9)
+    with monkeypatch.context() as only:
+        only.setattr(code, "MOST_CASES_SECONDS", 0)
+        assert reason(quick, "import time\ntime.sleep(0.9)", nine) == "timeout"
+        assert time.monotonic() - start < 8
+    assert reason(quick, "import time\ntime.sleep(0.3)", nine) == "ok"  # a second more for each
     assert reason(quick, "x = bytearray(300 << 20)", stdio("", "")) == "memory"
     assert reason(quick, "print('x' * 2000)", stdio("", "")) == "output"
     assert reason(quick, "def f(x):\n    return bytearray(300 << 20)", SQUARE) == "error"
     assert reason(quick, "def f(x):\n    while True: pass", SQUARE) == "timeout"
+    slow = "import time\nclass Solution:\n    def f(self, x):\n        time.sleep(0.4)\n        return x"
+    cases = "\n".join(f"assert Solution().f({i}) == {i}" for i in range(6))  # LiveCodeBench's: a second more for each
+    assert reason(quick, slow, {"asserts": cases}) == "ok"
+    assert (
+        reason(quick, slow.replace("Solution", "Other"), {"asserts": cases.replace("Solution", "Other")}) == "timeout"
+    )
 
 
 def test_wrong_settings_and_tests_are_user_errors(grader):

@@ -237,6 +237,38 @@ def test_the_program_is_the_last_block_that_defines_what_is_asked(text):
     assert "return x" in program and "print" not in program and "`" not in program and "~" not in program
 
 
+@pytest.mark.parametrize("lead", ["Here is the code: ", "1. ", "**Solution**:"])
+def test_a_fence_behind_prose_opens_a_block(lead):
+    assert extract_program(f"{lead}```python\n{CODE_BLOCK}```\nDone.", ("f",)) == CODE_BLOCK
+    assert extract_program(f"{lead}```python\nprint(input())\n```\n") == "print(input())\n"
+
+
+AFTER = {
+    "a fence that nothing opened": "```\nThis squares.", "prose": "This squares it.\n", "nothing": "",
+    "another function": "\ndef g(y):\n    for i in range(y", "a guard": "\nif __name__ == '__main__",
+    "a class": "\nclass Foo:\n    def bar(self", "a second block": "```\n\n```python\nprint(f(3))\n```\n",
+    "a call": "\nprint(f(3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_a_base_model_that_writes_on_has_answered(after):
+    """The benchmarks' harnesses stop it at the next line at the left edge; here it writes until it is cut off."""
+    prompt, body = 'def f(x):\n    """Square."""\n', "    return x * x\n"
+    for text in (body + AFTER[after], f"def f(x):\n{body}{AFTER[after]}"):
+        first = next(p for p in candidates(text, ("f",), prompt) if compiles(p))
+        scope = {}
+        exec(first, scope)
+        assert scope["f"](3) == 9, first
+
+
+def compiles(program):
+    try:
+        return bool(compile(program, "", "exec"))
+    except (SyntaxError, ValueError):
+        return False
+
+
 def test_a_program_on_stdin_is_the_block_that_says_python():
     program = "n = int(input())\nprint(n + 1)\n"
     for after in ("```\n3\n```", "```python\nassert 1 + 1 == 2\n```", "```text\n3\n```", ""):

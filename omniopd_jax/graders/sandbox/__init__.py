@@ -44,7 +44,7 @@ class Limits:
 
     cpu_seconds: float = 10.0  # of each process, rounded up to whole seconds
     wall_seconds: float = 15.0  # of a run
-    total_seconds: float = 60.0  # of all stdin cases of a problem together
+    total_seconds: float = 60.0  # of all stdin cases of a problem together (the grader adds to it: code.py)
     memory_mb: int = 1024  # MiB: address space of each process, and resident memory of all together
     processes: int = 16  # processes and threads together
     open_files: int = 64  # descriptors of each process
@@ -74,7 +74,7 @@ class Sandbox:
         self._lock, self._server = threading.Lock(), None
         self._choosing, self._works = threading.Lock(), False
 
-    def run(self, programs: list[str], *, preamble="", stdin=None, asserts=None) -> Iterator[dict]:
+    def run(self, programs: list[str], *, preamble="", stdin=None, asserts=None, limits=None) -> Iterator[dict]:
         """Runs a program: once for each text in `stdin`, or once under `asserts`.
 
         Args:
@@ -83,6 +83,7 @@ class Sandbox:
           stdin: a list of standard inputs; the runs stop at the first that fails.
           asserts: the order of assert tests (asserts.py), which run outside the program's process; exclusive with
             `stdin`.
+          limits: other than its own, with as much memory and disk.
 
         Yields:
           For `stdin`, one dict a run with `reason`, `code`, `stdout`, `detail`; for `asserts`, one with `reason` and
@@ -93,11 +94,12 @@ class Sandbox:
         Raises:
           UserError: this machine can't isolate programs, and `unsafe` is false.
         """
+        limits = limits or self.limits
         spec = {
             "programs": programs,
             "preamble": preamble,
             "cases": stdin,
-            "limits": dataclasses.asdict(self.limits),
+            "limits": dataclasses.asdict(limits),
             "unsafe": self.unsafe,
             "prefix": sys.base_prefix,
             "python": NAME,
@@ -112,14 +114,14 @@ class Sandbox:
             message = _frame(spec)
             if stdin is None:  # a judge in a box of its own is told its limits before its order
                 message += (_frame(spec["limits"]) if self.isolation == "bubblewrap" else b"") + _frame(asserts)
-            yield from self._answers(message, None if stdin is None else len(stdin))
+            seconds = limits.wall_seconds + 10 + (0 if stdin is None else limits.total_seconds)
+            yield from self._answers(message, None if stdin is None else len(stdin), seconds)
         finally:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _answers(self, message, cases):
+    def _answers(self, message, cases, seconds):
         """The checked lines of the answer to `message`: as many as there are cases on stdin, or one."""
-        seconds = self.limits.wall_seconds + 10 + (0 if cases is None else self.limits.total_seconds)
         most = self.limits.output_kb * 1024 * 6 + (1 << 16)  # in JSON a byte can take six
         for pause in (0.1, 0.5, None):
             with contextlib.closing(self._lines(message, seconds, most)) as lines:
@@ -217,8 +219,10 @@ class Sandbox:
         most, tool = 0 if self.unsafe else memory, bwrap() if self.isolation == "bubblewrap" else ""
         with theirs:
             process = subprocess.Popen(
-                [PYTHON, "-I", "-S", "-c", START, FILES, str(int(most)), tool], stdin=theirs, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, env={}, cwd="/", close_fds=True, start_new_session=True,
+                # not -I: the environment is ours, and the hash seed in it makes two judgements equal
+                [PYTHON, "-s", "-S", "-P", "-c", START, FILES, str(int(most)), tool], stdin=theirs,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={"PYTHONHASHSEED": "0"}, cwd="/",
+                close_fds=True, start_new_session=True,
             )  # fmt: skip
         self._server = (process, mine)
 

@@ -50,6 +50,7 @@ def arguments(paths, python, role):
     """The command line of a box for `role`, keeper or judges."""
     out = ["bwrap", "--unshare-all", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--die-with-parent"]
     out += ["--as-pid-1", "--cap-drop", "ALL", "--clearenv", "--setenv", "LD_LIBRARY_PATH", "/python/lib"]
+    out += ["--setenv", "PYTHONHASHSEED", "0"]
     if role == "keeper":  # it mounts a program's scratch folders; the program itself has nothing
         out += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP", "--proc", "/proc"]
     prefix = paths["prefix"]
@@ -77,7 +78,7 @@ def arguments(paths, python, role):
     if role == "keeper":
         out += ["--size", str(64 << 20), "--tmpfs", "/programs"]
     out += ["--symlink", "/programs/passwd", "/etc/passwd", "--remount-ro", "/", "--chdir", "/", "--"]
-    return [*out, f"/python/bin/{python}", "-I", "-S", "-B", "-c", BOX_START, role]
+    return [*out, f"/python/bin/{python}", "-s", "-S", "-P", "-B", "-c", BOX_START, role]
 
 
 def start(bwrap, files, python, role, extra):

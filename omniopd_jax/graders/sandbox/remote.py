@@ -8,7 +8,7 @@ says of another such object.
 What remains forgeable: a test that takes a helper from the program (HumanEval/32 calls the `poly` of its own prompt)
 believes that helper, and one that asks no more than truth of a result (`assert f(x)`) is content with any object, as in
 one process. Known limits: exceptions arrive as the nearest built-in class; instances of the tests' own classes cannot
-be passed over; tests and program share no global state.
+be passed over; tests and program share no global state; a named tuple arrives as a tuple.
 
 Run by path inside the sandbox, and imported by asserts.py: standard library only.
 """
@@ -22,6 +22,7 @@ import types
 
 MOST_BYTES = 64 << 20  # of one message; the tests' side is limited in memory too
 PLAIN = (bool, int, float, str, type(None))
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 CLASSES = {  # besides the built-in ones: classes that are the same on both sides, by module
@@ -87,7 +88,12 @@ def encode(value, keep):
     for base in (tuple, set, frozenset):
         if isinstance(value, base):
             return {base.__name__: [encode(v, keep) for v in base.__iter__(value)]}
+    if type(value) in VIEWS:
+        return {"view": [VIEWS.index(type(value)), [encode(v, keep) for v in value]]}
     if isinstance(value, dict):
+        kind = type(value)
+        if (kind.__module__, kind.__name__) == ("collections", "Counter"):
+            return {"Counter": [[encode(k, keep), encode(v, keep)] for k, v in dict.items(value)]}
         return {"dict": [[encode(k, keep), encode(v, keep)] for k, v in dict.items(value)]}
     if isinstance(value, (bytes, bytearray)):
         return {type(value).__name__ if type(value) in (bytes, bytearray) else "bytes": bytes(value).hex()}
@@ -120,6 +126,15 @@ def decode(value, find):
         return getattr(builtins, tag)(decode(v, find) for v in body)
     if tag == "dict":
         return {decode(k, find): decode(v, find) for k, v in body}
+    if tag == "Counter":
+        import collections
+
+        return collections.Counter({decode(k, find): decode(v, find) for k, v in body})
+    if tag == "view":
+        which, values = body[0], decode(body[1], find)
+        if which == 1:
+            return dict(enumerate(values)).values()
+        return dict(values).items() if which else dict.fromkeys(values).keys()
     if tag in ("bytes", "bytearray"):
         return getattr(builtins, tag).fromhex(body)
     if tag == "complex":
@@ -230,12 +245,12 @@ def serve(fd, path, count, preamble):
                 raise RuntimeError(message["raise"][1])
             try:
                 args = [decode(a, find) for a in message["args"]]
-                inner = args[1] if message["op"] == "call" else []
-                before = [json.dumps(encode(a, keep)) if mutable(a) else None for a in inner]
+                inner = arguments(*args[1:]) if message["op"] == "call" else {}
+                before = {i: json.dumps(encode(a, keep)) for i, a in inner.items() if mutable(a)}
                 reply = {"value": encode(do(message["op"], args), keep), "changed": {}}
-                for i, a in enumerate(inner):
-                    if before[i] is not None and json.dumps(now := encode(a, keep)) != before[i]:
-                        reply["changed"][str(i)] = now
+                for i, was in before.items():
+                    if json.dumps(now := encode(inner[i], keep)) != was:
+                        reply["changed"][i] = now
             except Gone:
                 raise
             except BaseException as error:
@@ -264,6 +279,11 @@ FUNCTIONS = {
 }  # fmt: skip
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 OPERATORS = {f"__{name}__" for name in (*_BINARY, "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert")}
+
+
+def arguments(args, kwargs):
+    """{"0": the first, ..., "=name": one by name} of a call."""
+    return {str(i): a for i, a in enumerate(args)} | {f"={name}": a for name, a in kwargs.items()}
 
 
 def mutable(value):
@@ -332,13 +352,13 @@ class Link:
         """One operation on the other side; raises what it raised there, as a built-in exception."""
         try:
             send(self.fd, {"op": op, "args": [encode(a, self.keep) for a in args]})
-            return self.result(args[1] if op == "call" else (), ends=op == "__next__")
+            return self.result(arguments(*args[1:]) if op == "call" else {}, ends=op == "__next__")
         except Gone as error:
             self.gone = str(error) or "gone"  # the tests may catch it and go on
             raise
 
-    def result(self, given=(), ends=False):
-        """The result of the request under way; `given` are its arguments, changed in place as they were there.
+    def result(self, given=types.MappingProxyType({}), ends=False):
+        """The result of the request under way; `given` are its `arguments`, changed in place as they were there.
 
         StopIteration is what the program raised where it `ends` an iterator; anywhere else it would end a loop of the
         tests.
@@ -355,7 +375,7 @@ class Link:
                     known = next((self.exceptions[n] for n in own if n in self.exceptions), None)
                     break
                 for i, now in message.get("changed", {}).items():
-                    overwrite(given[int(i)], decode(now, self.find))
+                    overwrite(given[i], decode(now, self.find))
                 return decode(message["value"], self.find)
             except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError, ImportError):
                 raise Gone("a result is malformed") from None
@@ -406,7 +426,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *args, **kwargs):
-        """The call there; lists, dicts and sets among `args` are changed here as they are there."""
+        """The call there; lists, dicts and sets among its arguments are changed here as they are there."""
         return self._link.request("call", self, args, kwargs)
 
     def __getattr__(self, name):
