@@ -165,7 +165,7 @@ def body(grid: Grid, lines: list[dict]) -> str:
                 page.accuracy_table(grid, world, methods, lines, upto),
                 page.difference_table(grid, world, methods, page.BEFORE, lines, upto),
                 *(page.difference_table(grid, world, [m for m in methods if m not in ("sft", base)], base, lines, upto)
-                  for base in ("sft", "cont_peak")),
+                  for base in ("sft", "cont_peak", *(["constant"] if "constant" in methods else []))),
                 f"What budget {upto[-1]:g} bought:", page.bought_table(grid, world, methods, lines, upto[-1]),
                 f"Before and after budget {upto[-1]:g} (means over seeds):",
                 kept_table(grid, world, methods, lines, upto[-1])]  # fmt: skip
