@@ -100,6 +100,8 @@ def test_a_prefill_is_lowered_at_its_largest_beside_the_rows_that_decode(student
     assert plan.samplers["prefill"] is plan.sampler and plan.sampler.entries == 2 * 16
     large = fit.Plan(recipe(student, **{"eval.num_prompts": 512}), plan.mesh)
     sampler = large.samplers["prefill"]
+    few = fit.Plan(recipe(student, **{"rollout.slots": 16}), plan.mesh)
+    assert few.sampler.entries == 2 * 2, "8 slots a shard take two prompts with four rows each"
     assert sampler.entries == 2 * rollout.PREFILL_TOKENS // 1024 and "evaluate" in large.samplers
     lowered, donated, resident = large.lower("prefill")
     assert f"tensor<{sampler.entries}x1024xi32>" in lowered.as_text()

@@ -117,10 +117,10 @@ def _asserts(tests) -> Tests:
             raise UserError(f"code tests: {key!r} must be text; it is {_named(value)}")
     if entry_point and not entry_point.isidentifier():
         raise UserError(f"code tests: 'entry_point' must be the name of a function; it is {_named(entry_point)}")
-    names, modules, maybe, needs_entry, count, changed = _looked_through(source)
+    names, modules, maybe, needs_entry, count = _looked_through(source)
     if needs_entry and not entry_point:
         raise UserError("code tests define check(candidate) and nothing calls it: they need 'entry_point'")
-    return Tests((), (), changed or source, entry_point, prompt, names, modules, maybe, count)
+    return Tests((), (), source, entry_point, prompt, names, modules, maybe, count)
 
 
 _LIMIT = threading.Lock()
@@ -143,62 +143,56 @@ def _looked_through(source: str):
 
 
 def _look(source):
-    """(names, modules, maybe, whether an entry point is needed, count, the source where it was changed, else "").
+    """(names, modules, maybe, whether an entry point is needed, count) of assertions.
 
     Raises:
       UserError: nothing is asserted, or a module is imported that the sandbox does not have.
     """
-    tree, changed = ast.parse(source), ""
-    if any(_of_solution(n) for n in ast.walk(tree)):
-        tree = ast.fix_missing_locations(_WithoutSolution().visit(tree))
-        source = changed = ast.unparse(tree)
+    tree = ast.parse(source)
     count = sum(map(_asserts_something, ast.walk(tree)))
     if not count:
         raise UserError("code tests: 'asserts' hold no assertion, so that any program would pass")
-    if missing := _imported(tree) - sys.stdlib_module_names:
+    if missing := _imported(tree) - sys.stdlib_module_names - {"__main__", "solution", "test"}:
         raise UserError(f"code tests import {', '.join(sorted(missing))}: the sandbox has the standard library alone")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     called = {n.func.id for n in calls}
     dotted = {
         n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
     } - called
-    names = sorted(_free_names(source) - set(dir(builtins)))
+    names = sorted((_free_names(source) - set(dir(builtins))) | _of_solution(tree))
     inner = {id(n): sum(isinstance(m, ast.Call) for m in ast.walk(n)) for n in calls if hasattr(builtins, n.func.id)}
     calls = [n for n in calls if id(n) in inner]
     calls.sort(key=lambda n: (inner[id(n)], n.lineno, n.col_offset))
     check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     needs_entry = check is not None and len(check.args.args) == 1 and not check.args.defaults and "check" not in called
     modules = tuple(n for n in names if n in sys.stdlib_module_names and n in dotted)
-    return tuple(names), modules, tuple(dict.fromkeys(n.func.id for n in calls)), needs_entry, count, changed
+    return tuple(names), modules, tuple(dict.fromkeys(n.func.id for n in calls)), needs_entry, count
 
 
-def _of_solution(node) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "solution" and not node.level
-
-
-class _WithoutSolution(ast.NodeTransformer):
-    """Names from a module `solution` are read as free: they come from the program."""
-
-    def visit_ImportFrom(self, node):
-        """The renamed ones as assignments."""
-        if not _of_solution(node):
-            return node
-        other = [a for a in node.names if a.asname not in (None, a.name)]
-        named = [ast.Assign([ast.Name(a.asname, ast.Store())], ast.Name(a.name, ast.Load())) for a in other]
-        return named or ast.Pass()
+def _of_solution(tree) -> set[str]:
+    """Names that `tree` takes from a module `solution`, which is the program (asserts.py)."""
+    found = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.module == "solution" and not n.level:
+            found |= {a.name for a in n.names} - {"*"}
+        elif isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "solution":
+            found.add(n.attr)
+    return found
 
 
 def _imported(tree) -> set[str]:
-    """Modules that `tree` cannot do without: those it imports, but for imports in a `try`."""
-    found, left = set(), [tree]
+    """Modules that the tests cannot do without: imported at the top, or in what is run of them, under no condition."""
+    found, left = set(), list(tree.body)
     while left:
         node = left.pop()
         if isinstance(node, ast.Import):
             found |= {a.name.partition(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add("." if node.level else node.module.partition(".")[0])
-        elif not isinstance(node, ast.Try):
-            left += ast.iter_child_nodes(node)
+        elif isinstance(node, ast.ClassDef) or (
+            isinstance(node, ast.FunctionDef) and (node.name == "check" or node.name.startswith("test"))
+        ):
+            left += node.body
     return found
 
 

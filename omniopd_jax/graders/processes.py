@@ -145,7 +145,7 @@ class _Worker:
     """One worker, forked by the server when it is first asked."""
 
     def __init__(self, server):
-        self.server, self.connection, self.process, self.ready = server, None, None, set()
+        self.server, self.connection, self.pid, self.process, self.ready = server, None, 0, None, set()
 
     def ask(self, line, seconds):
         """The answer to `line`; b"" where the worker ended or let `seconds` pass."""
@@ -154,8 +154,9 @@ class _Worker:
             told = self.read_line(START_SECONDS)
             if not told:
                 return b""
-            with contextlib.suppress(ProcessLookupError):
-                self.process = os.pidfd_open(int(told))  # its number may be another's by the time that it is ended
+            self.pid = int(told)
+            with contextlib.suppress(OSError, AttributeError):  # where the system has none
+                self.process = os.pidfd_open(self.pid)  # the number may be another's by the time that it is ended
         try:
             self.connection.settimeout(seconds)
             self.connection.sendall(line)
@@ -185,4 +186,7 @@ class _Worker:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self.process, signal.SIGKILL)
                 os.close(self.process)
-            self.connection, self.process, self.ready = None, None, set()
+            elif self.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+            self.connection, self.pid, self.process, self.ready = None, 0, None, set()

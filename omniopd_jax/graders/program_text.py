@@ -34,14 +34,14 @@ def blocks(text: str) -> list[tuple[str, str]]:
     """(language, source) of each fenced block: ``` or ~~~, perhaps indented, quoted, unclosed, or closed at a line's
     end."""
     found, lines, fence = [], [], None
-    language = margin = ""
+    language = margin = behind = ""
     for line in text.splitlines():
         opened = _OPEN.fullmatch(line)
         if fence is None:
             if one := _one_line(line):
                 found.append(one)
             elif opened:
-                margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
+                margin, fence, language, lines, behind = opened[1], opened[2], _language(opened[3]), [], ""
             elif behind := _behind_prose(line):
                 margin, fence, language, lines = "", "```", behind, []
             continue
@@ -52,13 +52,14 @@ def blocks(text: str) -> list[tuple[str, str]]:
         if mark or (line.rstrip().endswith(fence) and not opened):
             if not mark:
                 lines.append(line.rstrip()[: -len(fence)].rstrip("`~"))
-            found.append((language, _source(lines)))
+            if not (behind and mark and opened[3].strip()):  # a fence behind prose or a comment is one if it is closed
+                found.append((language, _source(lines)))
             fence = None
             if mark and opened[3].strip():  # a block that was not closed before the next
-                margin, fence, language, lines = opened[1], opened[2], _language(opened[3]), []
+                margin, fence, language, lines, behind = opened[1], opened[2], _language(opened[3]), [], ""
         else:
             lines.append(line)
-    if fence is not None:
+    if fence is not None and not behind:
         found.append((language, _source(lines)))
     return found
 
@@ -144,7 +145,9 @@ def candidates(text: str, asked: tuple[str, ...] = (), prompt: str = "") -> list
             lines.pop()
         out.append("\n".join(lines) + "\n")
     if prompt and (body := _body_alone(text)):
-        out.insert(0 if blocks(text) else len(out), prompt.rstrip() + "\n" + body)
+        fenced = blocks(text)
+        apart = fenced and not any(defines(source, name) for _, source in fenced for name in asked)
+        out.insert(0 if apart else len(out), prompt.rstrip() + "\n" + body)
     for cut in (text.partition("```")[0], _last_whole(program)):  # a fence closes what none opened; a statement cut off
         if any(defines(cut, name) for name in asked):
             out += _completions(cut, asked, prompt) + [cut] if prompt else [cut]
@@ -157,8 +160,9 @@ def _body_alone(text: str) -> str:
     lines = list(itertools.dropwhile(lambda line: not line.strip(), text.splitlines()))
     if not lines or not lines[0][0].isspace() or _OPEN.fullmatch(lines[0]):
         return ""
-    inside = itertools.takewhile(lambda line: not line.strip() or line[0].isspace() or line[0] == "#", lines)
-    return "\n".join(inside) + "\n"
+    inside = list(itertools.takewhile(lambda line: not line.strip() or line[0].isspace() or line[0] == "#", lines))
+    says = any(line.strip() not in ("", "pass") and line.strip()[0] != "#" for line in inside)
+    return "\n".join(inside) + "\n" if says else ""
 
 
 def _last_whole(program: str) -> str:

@@ -31,8 +31,8 @@ class Sampler:
         self.slots, self.pages = slots * self.shards, pages * self.shards
         self.width = rollout.width(positions, rollout.PAGE)
         self.P = rollout.prefill_width(longest_prompt)
-        most = min(rollout.most_entries(longest_prompt), rollout.padded(-(-prompts // self.shards)))
-        self.entries = most * self.shards
+        at_once = min(prompts, -(-slots // max(1, rows // prompts)))  # whose rows find slots
+        self.entries = min(rollout.most_entries(longest_prompt), rollout.padded(at_once)) * self.shards
 
     def row(self, *shape, dtype=jnp.float32, rows: int = 0):
         """An abstract array with the slots in front, or so many rows."""

@@ -105,14 +105,17 @@ def test_tests_import_the_program_as_solution_and_nothing_that_is_not_there(grad
         case = f"import math\n{line}\n\ndef test():\n    assert {name}(3) == math.pow(3, 2)"
         assert grader.grade(square, {"asserts": case}), line
         assert grader.grade("def f(x):\n    return x", {"asserts": case}).reason == "wrong_answer"
-    for line, missing in (
-        ("import numpy as np", "numpy"),
-        ("from pytest import mark", "pytest"),
-        ("import solution", "so"),
-    ):
+    assert grader.grade(square, {"asserts": "import solution\n\ndef test():\n    assert solution.f(3) == 9"})
+    own = {"asserts": "from solution import f, sorted\nassert f(3) == 9 and sorted([2, 1]) == [1, 2]"}
+    assert grader.grade(square, own).reason == "error", "Python's own is not the program's"
+    assert grader.grade(square + "\ndef sorted(x):\n    return x[::-1]", own)
+    for line, missing in (("import numpy as np", "numpy"), ("from pytest import mark", "pytest")):
         with pytest.raises(UserError, match=f"import {missing}.*standard library alone"):
             grader.check_answer({"asserts": f"{line}\nassert f(3) == 9"})
-    grader.check_answer({"asserts": "try:\n    import numpy\nexcept ImportError:\n    pass\nassert f(3) == 9"})
+    for held in ("try:", "if False:", "with contextlib.suppress(ImportError):", "def never():"):
+        case = f"import contextlib, __main__\n{held}\n    import numpy\n"
+        case += "except ImportError:\n    pass\n" * (held == "try:") + "assert f(3) == 9"
+        assert grader.grade(square, {"asserts": case}), held
 
 
 def test_what_a_program_returns_and_changes_arrives(grader):

@@ -243,6 +243,22 @@ def test_a_fence_behind_prose_opens_a_block(lead):
     assert extract_program(f"{lead}```python\nprint(input())\n```\n") == "print(input())\n"
 
 
+def test_a_fence_behind_prose_that_nothing_closes_is_none():
+    program = "n = input()\n# usage: ```python\nprint(n)\n"
+    assert extract_program(program) == program
+    said = "\nIt can be rewritten in ```python\nas before, with print(n) and input()."
+    assert extract_program(f"```\nn = input()\nprint(n)\n```{said}") == "n = input()\nprint(n)\n"
+
+
+@pytest.mark.parametrize(
+    "lead",
+    ["    # Approach\n\n", " # Solution\n\nHere:\n\n", "    pass\n", "    return None\n\nOops, the right one:\n"],
+)
+def test_an_indented_lead_does_not_displace_the_block_that_defines_what_is_asked(lead):
+    prompt = 'def f(x):\n    """Doubles."""\n'
+    assert candidates(f"{lead}```python\n{CODE_BLOCK}```", ("f",), prompt)[0].endswith(CODE_BLOCK)
+
+
 AFTER = {
     "a fence that nothing opened": "```\nThis squares.", "prose": "This squares it.\n", "nothing": "",
     "another function": "\ndef g(y):\n    for i in range(y", "a guard": "\nif __name__ == '__main__",

@@ -40,11 +40,12 @@ RUN, VERDICT = {"reason": str, "code": int, "stdout": str, "detail": str}, {"rea
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use. Each run of it (each stdin case, or all asserts together) starts afresh."""
+    """What a program may use. Each run of it (each stdin case, or all asserts together) starts afresh. The grader adds
+    to the limits on time where a problem has many cases (code.py)."""
 
     cpu_seconds: float = 10.0  # of each process, rounded up to whole seconds
     wall_seconds: float = 15.0  # of a run
-    total_seconds: float = 60.0  # of all stdin cases of a problem together (the grader adds to it: code.py)
+    total_seconds: float = 60.0  # of all stdin cases of a problem together
     memory_mb: int = 1024  # MiB: address space of each process, and resident memory of all together
     processes: int = 16  # processes and threads together
     open_files: int = 64  # descriptors of each process
