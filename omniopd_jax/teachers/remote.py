@@ -505,14 +505,14 @@ class _Audit:
         return "no continuation: empty at the length limit, or the answer was started over"
 
     def _finish(self, begun, deadline):
-        """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume.
-
-        A call is given up where its next try would be behind the deadline: the service was silent up to there.
-        """
+        """Writes the failures down as final, unless the whole service is gone: then the run stops and may resume."""
         failures = [f for f in self.found.values() if isinstance(f, Failure)]
         t, traffic = self.teacher, self.teacher.traffic
-        silent = now() + max(0.0, deadline.left()) - max(begun, traffic.last_success)
-        gone = traffic.last_success < begun or (self.timed_out and silent >= traffic.patience_s / 2)
+        silent = now() - max(begun, traffic.last_success)
+        waited = silent + max(
+            0.0, deadline.left()
+        )  # a call is given up where its next try would be behind the deadline
+        gone = traffic.last_success < begun or (self.timed_out and waited >= traffic.patience_s / 2)
         if failures and gone and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
             raise TeacherStopped(
                 f"the teacher {t.client.model!r} has not answered for {silent:.0f} s "

@@ -183,13 +183,13 @@ def test_limits_are_kept_and_named(monkeypatch):
         only.setattr(code, "MOST_CASES_SECONDS", 0)
         assert reason(quick, "import time\ntime.sleep(0.9)", nine) == "timeout"
         assert time.monotonic() - start < 8
-    assert reason(quick, "import time\ntime.sleep(0.3)", nine) == "ok"  # a second more for each
+    assert reason(quick, "import time\ntime.sleep(0.25)", nine) == "ok"  # a second more for each
     assert reason(quick, "x = bytearray(300 << 20)", stdio("", "")) == "memory"
     assert reason(quick, "print('x' * 2000)", stdio("", "")) == "output"
     assert reason(quick, "def f(x):\n    return bytearray(300 << 20)", SQUARE) == "error"
     assert reason(quick, "def f(x):\n    while True: pass", SQUARE) == "timeout"
     slow = "import time\nclass Solution:\n    def f(self, x):\n        time.sleep(0.4)\n        return x"
-    cases = "\n".join(f"assert Solution().f({i}) == {i}" for i in range(6))  # LiveCodeBench's: a second more for each
+    cases = "\n".join(f"assert Solution().f({i}) == {i}" for i in range(3))  # LiveCodeBench's: a second more for each
     assert reason(quick, slow, {"asserts": cases}) == "ok"
     assert (
         reason(quick, slow.replace("Solution", "Other"), {"asserts": cases.replace("Solution", "Other")}) == "timeout"
