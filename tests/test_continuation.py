@@ -24,7 +24,8 @@ def one_device(monkeypatch):
     tiny.on_one_device(monkeypatch)
 
 
-@pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "continuation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "continuation"])
 def test_cut_zero_is_the_sft_of_before(models, tmp_path, one_device, name):
     """Losses, norms and parameters of the code from before the change: a teacher's solutions, and a file's."""
     golden = np.load(golden_sft.FILE)

@@ -71,7 +71,8 @@ def whole(models, tmp_path_factory):
     return one
 
 
-@pytest.mark.parametrize("method", of(["ema", *(m for m in METHODS if m != "ema")]))
+@slow  # by default tests/test_resume.py and model/test_lora.py
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, whole, method):
     steps, folder = whole(method)
     assert len(run(models, tmp_path / "run", method, num_steps=1)) == 1
