@@ -55,8 +55,7 @@ class CodeGrader:
         self, *, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False, isolation=None
     ):
         self.workers = workers or os.cpu_count() or 1
-        self._limits = limits or Limits()
-        self._sandbox = Sandbox(self._limits, unsafe=unsafe, isolation=isolation)
+        self._sandbox = Sandbox(limits or Limits(), unsafe=unsafe, isolation=isolation)
 
     def grade(self, text: str, answer: str | dict | list) -> Verdict:
         """Runs the program in `text` against the tests `answer`.
@@ -73,10 +72,10 @@ class CodeGrader:
             return Verdict(False, "error", f"the response has {len(text)} characters")
         programs = candidates(text, tests.asked, tests.prompt)
         preamble = code_tests.preamble(*programs) if tests.as_livecodebench else ""
-        if tests.asserts is not None:
-            return self._assert(programs, preamble, tests)
-        right = 0
         how = {"preamble": preamble, "limits": self._limits_of(tests)}
+        if tests.asserts is not None:
+            return self._assert(programs, tests, how)
+        right = 0
         with contextlib.closing(self._sandbox.run(programs, stdin=tests.inputs, **how)) as told:
             for answer, expected in zip(told, tests.outputs):
                 if answer["reason"] != "exit":
@@ -91,26 +90,23 @@ class CodeGrader:
             return Verdict(False, "error", "the sandbox ended early")
         return Verdict(True, "ok")
 
-    def _assert(self, programs, preamble, tests) -> Verdict:
+    def _assert(self, programs, tests, how) -> Verdict:
         order = {
             "source": tests.asserts, "entry_point": tests.entry_point, "names": tests.names, "modules": tests.modules,
             "maybe": tests.maybe, "preamble": code_tests.preamble(tests.asserts) if tests.as_livecodebench else None,
         }  # fmt: skip
-        how = {"preamble": preamble, "limits": self._limits_of(tests)}
         with contextlib.closing(self._sandbox.run(programs, asserts=order, **how)) as told:
             last = next(told, {"reason": "timeout", "detail": "the sandbox did not answer"})
         return Verdict(last["reason"] == "ok", last["reason"], last["detail"])
 
     def _limits_of(self, tests) -> Limits:
-        own, more = self._limits, float(min(tests.count, MOST_CASES_SECONDS))
+        own = self._sandbox.limits
         if not tests.as_livecodebench:
             return own
-        if tests.asserts is None:  # each case has the limits of a run
-            return dataclasses.replace(own, total_seconds=own.total_seconds + more)
-        return dataclasses.replace(
-            own, cpu_seconds=own.cpu_seconds + more, wall_seconds=own.wall_seconds + more,
-            total_seconds=own.total_seconds + more,
-        )  # fmt: skip
+        more = float(min(tests.count, MOST_CASES_SECONDS))
+        # on stdin each case has the limits of a run
+        grown = ("total_seconds",) if tests.asserts is None else ("cpu_seconds", "wall_seconds", "total_seconds")
+        return dataclasses.replace(own, **{name: getattr(own, name) + more for name in grown})
 
     def grade_all(self, texts: Iterable[str], answers: Iterable) -> list[Verdict]:
         """`grade` for each text and its answer, `workers` at a time, in order.

@@ -509,9 +509,8 @@ class _Audit:
         failures = [f for f in self.found.values() if isinstance(f, Failure)]
         t, traffic = self.teacher, self.teacher.traffic
         silent = now() - max(begun, traffic.last_success)
-        waited = silent + max(
-            0.0, deadline.left()
-        )  # a call is given up where its next try would be behind the deadline
+        # a call is given up where its next try would be behind the deadline
+        waited = silent + max(0.0, deadline.left())
         gone = traffic.last_success < begun or (self.timed_out and waited >= traffic.patience_s / 2)
         if failures and gone and (self.timed_out or traffic.failed_in_a_row >= MAX_FAILED):
             raise TeacherStopped(

@@ -88,10 +88,7 @@ class Solution(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        tests = self.__dict__["_tests"]
-        value = tests.link.request("get", name)
-        tests.asked = True
-        return value
+        return self.__dict__["_tests"].of_program(name)
 
 
 class Tests:
@@ -105,13 +102,18 @@ class Tests:
         sys.modules["__main__"], sys.argv = module, ["tests"]
         sys.modules["solution"] = Solution(self)
 
+    def of_program(self, name):
+        """What the program calls `name`; raises AttributeError where it has none."""
+        value = self.link.request("get", name)
+        self.asked = True
+        return value
+
     def take(self, name):
         """Whether the program defines `name`; the tests have it then."""
         try:
-            self.scope[name] = self.link.request("get", name)
+            self.scope[name] = self.of_program(name)
         except AttributeError:
             return False
-        self.asked = True
         return True
 
     def run(self):
